@@ -1,0 +1,41 @@
+"""`tp-export fetch`: get a base model by name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..manifest import load_manifest, manifest_names
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "fetch",
+        help="get a base model by name",
+        description="Download a base model and its tokenizer, check their digests and write a model folder. "
+        "Prints the folder; a second call finds it.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", metavar="NAME", help="a model; --list shows them")
+    what.add_argument("--list", action="store_true", help="list the models with their licences")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="the folder to write (default: models/NAME in $TP_HOME or in ~/.cache/tp-runtime)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetches the model, or lists what there is."""
+    if args.list:
+        for manifest in map(load_manifest, manifest_names()):
+            print(f"{manifest.name}\t{manifest.style}\t{manifest.licence.name}\t{manifest.licence.url}")
+        return 0
+    from ..fetch import fetch
+
+    print(fetch(args.name, args.to))
+    return 0

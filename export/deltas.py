@@ -1,0 +1,93 @@
+"""A patch applied to a transformers model, by forward hooks: the torch twin of the slots of the exported graph.
+
+    gate, up, q, k, v, o, down    y + (input a) b + bias        on that linear layer's output
+    mlp_out                       y + (h a) b + bias            on the MLP branch, after any post-norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tp_runtime.patch import Patch
+
+from .adapters import Block, blocks_of
+
+
+@dataclass(frozen=True)
+class TorchDelta:
+    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; a pair may be absent."""
+
+    bias: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    mean: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """What the slot adds, for inputs [..., in]."""
+        if self.a is None or self.b is None:
+            return self.bias
+        return (inputs @ self.a) @ self.b + self.bias
+
+
+@contextmanager
+def applied(block: Block, deltas: Mapping[str, TorchDelta]) -> Iterator[None]:
+    """Within the context the block's modules compute with `deltas` (site -> delta) added."""
+    with ExitStack() as stack:
+        linears = block.adapter.linears()
+        for site, delta in deltas.items():
+            if site == "mlp_out":
+                _apply_after_branch(block, delta, stack)
+            else:
+                linear = block.layer.get_submodule(linears[site])
+                handle = linear.register_forward_hook(lambda _m, args, out, d=delta: out + d(args[0]))
+                stack.callback(handle.remove)
+        yield
+
+
+def _apply_after_branch(block: Block, delta: TorchDelta, stack: ExitStack) -> None:
+    """`mlp_out` reads the input of `down` and adds to the output of the block's tail."""
+    hidden: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden[:] = args
+
+    def add(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out + delta(hidden.pop())
+
+    stack.callback(block.down.register_forward_pre_hook(keep).remove)
+    stack.callback(block.tail.register_forward_hook(add).remove)
+
+
+def torch_deltas(patch: Patch, device: torch.device | str, dtype: torch.dtype) -> dict[int, dict[str, TorchDelta]]:
+    """The tensors of a patch file, layer -> site -> delta."""
+
+    def tensor(array: Any) -> Tensor | None:
+        return None if array is None else torch.tensor(array, device=device, dtype=dtype)
+
+    layers: dict[int, dict[str, TorchDelta]] = {}
+    for (layer, site), delta in patch.deltas.items():
+        bias = tensor(delta.bias)
+        layers.setdefault(layer, {})[site] = TorchDelta(
+            torch.zeros((), device=device, dtype=dtype) if bias is None else bias, tensor(delta.a), tensor(delta.b)
+        )
+    return layers
+
+
+@contextmanager
+def patched(model: nn.Module, patch: Patch) -> Iterator[None]:
+    """Within the context `model` runs with `patch` applied."""
+    weight = next(model.parameters())
+    blocks = blocks_of(model)
+    with ExitStack() as stack:
+        for layer, deltas in torch_deltas(patch, weight.device, weight.dtype).items():
+            stack.enter_context(applied(blocks[layer], deltas))
+        yield

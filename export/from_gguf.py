@@ -1,0 +1,139 @@
+"""Turns a GGUF file into the folder that transformers reads: safetensors in float32, config, tokenizer.
+
+transformers' own conversion does the weights and the configuration. Its tokenizer is close but not right for
+every model (it guesses a Llama tokenizer for anything with architecture `llama`); the manifest states the
+corrections, and the result is loaded once more and checked before anyone else sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.errors import ModelFormatError
+
+from .manifest import Manifest
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Ordinary text a tokenizer must give back unchanged: digits, several scripts, an emoji, runs of spaces.
+_SAMPLE = "In 12345 days: naïve café, Ελλάδα, 日本語 🙂\n\tx  =  3.14;"
+
+
+def convert_weights(gguf: Path, folder: Path) -> None:
+    """Writes model.safetensors, config.json and generation_config.json.
+
+    Args:
+        gguf: the GGUF file.
+        folder: where to write.
+
+    Raises:
+        OSError: when the disk is full.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), _system_errors():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # GGUF's title for the model, which transformers would otherwise write into config.json as a path.
+        vars(model.config).pop("_model_name_or_path", None)
+        model.save_pretrained(folder, safe_serialization=True)
+    # safetensors writes through a private temporary file (0600); the user's umask decided for its neighbour.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
+    """Writes the tokenizer that transformers reads out of the GGUF file, before any correction.
+
+    Args:
+        gguf: the GGUF file.
+        folder: where to write tokenizer.json, tokenizer_config.json and chat_template.jinja.
+        scratch: a folder for the files that are not kept.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+    # special_tokens_map.json stays behind: it repeats tokenizer_config.json and would override corrections.
+    for name in _TOKENIZER_FILES:
+        if (scratch / name).exists():
+            (scratch / name).rename(folder / name)
+
+
+def correct_tokenizer(manifest: Manifest, folder: Path) -> None:
+    """Applies the manifest's corrections to the tokenizer's files.
+
+    Args:
+        manifest: the model's manifest.
+        folder: the folder with the files.
+
+    Raises:
+        ModelFormatError: when a correction's file or path is not there.
+    """
+    for name, correction in manifest.tokenizer.corrections.items():
+        path = folder / name
+        if not path.exists():
+            raise ModelFormatError("the manifest corrects a file that is not there", field=name)
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        correction.apply(document)
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def check_tokenizer(manifest: Manifest, folder: Path) -> None:
+    """Loads the finished tokenizer the way a user will and checks what every later step relies on.
+
+    Args:
+        manifest: the model's manifest.
+        folder: the model folder.
+
+    Raises:
+        ModelFormatError: when an end-of-sequence id, the chat template or plain text comes out wrong.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    for name in ("bos_token_id", "eos_token_id"):
+        got, wanted = getattr(tokenizer, name), getattr(config, name)
+        if got != wanted:
+            raise ModelFormatError("tokenizer and config.json differ", field=name, got=got, wanted=wanted)
+    if (tokenizer.chat_template is not None) != (manifest.style == "chat"):
+        has = "a chat template" if tokenizer.chat_template else "no chat template"
+        raise ModelFormatError("does not fit the tokenizer", field="style", got=f"{manifest.style}, {has}")
+    back = tokenizer.decode(tokenizer.encode(_SAMPLE, add_special_tokens=False))
+    if back != _SAMPLE:
+        raise ModelFormatError(
+            "the tokenizer does not give text back", field="tokenizer.json", got=repr(back)
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' log, whose warnings the manifest has answered, but not its progress bars."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Turns safetensors' report of a full disk back into the operating system's own error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        raise

@@ -1,0 +1,220 @@
+"""Checks an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
+
+A graph can name code (custom-op domains) and files (external data). The edge cannot read the graph, so this
+runs where `onnx` is: after an export, and in `tp-export check`. Reads the graph itself, never the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, helper
+
+from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
+from tp_runtime.folder import ModelFolder
+from tp_runtime.safe_path import check_name, checked_file
+
+# What the exporter writes: standard ONNX, and the fused operators compiled into ONNX Runtime itself.
+DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
+EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+# ONNX Runtime marks tensors in its own memory by a location */_ORT_MEM_ADDR_/* whose offset is an address.
+_ADDRESS_MARKER = "*/"
+_LARGEST = 2**63 - 1
+_SUB_BYTE_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+_UNTRUSTED = "do not run this graph unless you trust its source; export the model again with tp-export"
+
+
+def check_graph(folder: Path) -> list[str]:
+    """Checks the `model.onnx` of a model folder.
+
+    Args:
+        folder: the exported folder, with its `patch_slots.json`.
+
+    Returns:
+        One line for each thing found in order.
+
+    Raises:
+        ModelFormatError: the folder or the graph cannot be read.
+        UnsafeGraphError: a custom-op domain, external data where the exporter writes none, or an unknown kind
+            of it.
+        UnsafePathError: external data outside the folder's listed files, or outside the range of its file.
+    """
+    described = ModelFolder.open(folder)
+    model = _load(described.path / "model.onnx")
+    _check_domains(model)
+    _refuse_hidden_external(model)
+    tensors = [tensor for tensor in model.graph.initializer if _is_external(tensor)]
+    names = sorted({_check_external(tensor, described) for tensor in tensors})
+    domains = {node.domain or "ai.onnx" for node in _nodes(model)}
+    return [
+        f"nodes: {sum(1 for _ in _nodes(model))}, subgraphs and {len(model.functions)} functions included",
+        f"domains: {', '.join(sorted(domains)) or 'none'}",
+        f"initializers: {len(model.graph.initializer)}, {len(tensors)} external and inside their files",
+        f"data files: {', '.join(names) or 'none'}",
+    ]
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ModelFormatError(
+            "is not an ONNX graph", field=path.name, got=error, fix="export the model again with tp-export"
+        ) from error
+
+
+def _check_domains(model: onnx.ModelProto) -> None:
+    # What runs, not what is imported: a graph saved by ONNX Runtime imports every domain it knows.
+    used = [(f"function {function.name!a}", function.domain) for function in model.functions]
+    used.extend((f"node {node.name!a} ({node.op_type!a})", node.domain) for node in _nodes(model))
+    for field, domain in used:
+        if domain not in DOMAINS:
+            raise UnsafeGraphError(
+                "uses a custom-op domain",
+                field=field,
+                got=ascii(domain),
+                wanted="one of " + ", ".join(sorted(DOMAINS - {""})),
+                fix=_UNTRUSTED,
+            )
+
+
+def _refuse_hidden_external(model: onnx.ModelProto) -> None:
+    """Refuses external data outside the main graph's dense initializers, where the exporter puts it."""
+    hidden = [("sparse initializer", part) for part in _sparse_parts(model.graph.sparse_initializer)]
+    for node in _nodes(model):
+        for attribute in node.attribute:
+            hidden.extend(("attribute", tensor) for tensor in _attribute_tensors(attribute))
+            for graph in _attribute_graphs(attribute):
+                hidden.extend(("subgraph", tensor) for tensor in graph.initializer)
+                hidden.extend(("subgraph", tensor) for tensor in _sparse_parts(graph.sparse_initializer))
+    for place, tensor in hidden:
+        if _is_external(tensor):
+            raise UnsafeGraphError(
+                f"external data in a {place}",
+                field=f"tensor {tensor.name!a}",
+                wanted="external data in initializers of the main graph only",
+                fix=_UNTRUSTED,
+            )
+    # Never written by the exporter and never run: a second place for graphs that no check above has walked.
+    if len(model.training_info):
+        raise UnsafeGraphError("holds training graphs", field="training_info", wanted="none", fix=_UNTRUSTED)
+
+
+def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
+    """Checks one tensor's location and range; returns the file's name."""
+    field = f"external data of {tensor.name!a}"
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    keys = [entry.key for entry in tensor.external_data]
+    # A key given twice is as bad as an unknown one: two readers may take different values.
+    if len(keys) != len(entries) or not EXTERNAL_KEYS.issuperset(keys) or "location" not in entries:
+        raise UnsafeGraphError(
+            "unknown, repeated or missing keys",
+            field=field,
+            got=ascii(keys),
+            wanted="location, and at most one each of offset, length, checksum",
+            fix=_UNTRUSTED,
+        )
+    location = entries["location"]
+    if location.startswith(_ADDRESS_MARKER):
+        raise UnsafeGraphError(
+            "points into memory", field=field, got=ascii(location), wanted="a file", fix=_UNTRUSTED
+        )
+    check_name(location, field)
+    if location not in folder.files:
+        raise UnsafePathError(
+            "is in a file that patch_slots.json does not list",
+            field=field,
+            got=location,
+            wanted="one of " + ", ".join(sorted(folder.files)),
+            fix=_UNTRUSTED,
+        )
+    checked_file(folder.path, location)
+    offset = _bounded(entries.get("offset", "0"), f"{field}, offset")
+    needed = _bytes_of(tensor, field)
+    length = _bounded(entries.get("length", str(needed)), f"{field}, length")
+    if length != needed:
+        raise UnsafeGraphError(
+            "length does not fit the tensor's shape and type",
+            field=field,
+            got=length,
+            wanted=needed,
+            fix=_UNTRUSTED,
+        )
+    if offset + length > (size := folder.files[location].bytes):
+        raise UnsafePathError(
+            f"ends past the end of {location}",
+            field=field,
+            got=f"{offset} + {length} bytes",
+            wanted=f"at most {size}",
+            fix="the file is truncated or the graph altered: export the model again with tp-export",
+        )
+    return location
+
+
+def _bounded(text: str, field: str) -> int:
+    # Digits only: int() would also take signs, spaces and underscores, which other readers take otherwise.
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= 19 else -1
+    if not 0 <= value <= _LARGEST:
+        raise UnsafePathError(
+            "is not a size",
+            field=field,
+            got=f"{text!a:.60}",
+            wanted=f"an integer from 0 to {_LARGEST}",
+            fix=_UNTRUSTED,
+        )
+    return value
+
+
+def _bytes_of(tensor: TensorProto, field: str) -> int:
+    known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type not in (
+        TensorProto.UNDEFINED,
+        TensorProto.STRING,
+    )
+    if not known or any(dim < 0 for dim in tensor.dims):
+        raise UnsafeGraphError(
+            "has no size in bytes",
+            field=field,
+            got=f"type {tensor.data_type}, shape {list(tensor.dims)}",
+            wanted="a numeric type and dimensions of at least 0",
+            fix=_UNTRUSTED,
+        )
+    kind = TensorProto.DataType.Name(tensor.data_type)
+    bits = _SUB_BYTE_BITS.get(kind) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
+
+
+def _is_external(tensor: TensorProto) -> bool:
+    # Either sign of it: readers differ in which one they look at.
+    return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[NodeProto]:
+    """Every node: of the graph, of its subgraphs at any depth, and of the functions."""
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in _attribute_graphs(attribute):
+                pending.extend(graph.node)
+
+
+def _attribute_graphs(attribute: AttributeProto) -> list[GraphProto]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _attribute_tensors(attribute: AttributeProto) -> list[TensorProto]:
+    sparse = [
+        *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
+        *attribute.sparse_tensors,
+    ]
+    return [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors, *_sparse_parts(sparse)]
+
+
+def _sparse_parts(sparse: list[SparseTensorProto]) -> list[TensorProto]:
+    return [part for tensor in sparse for part in (tensor.values, tensor.indices)]

@@ -1,0 +1,97 @@
+"""The lock-step fit: teacher and student advance together, one block at a time.
+
+At each block: attention of both sides -> v_T, v_S; the form is fitted on the completion rows; the student's MLP half
+runs with the fit applied at EVERY position, the first included, as the runtime will. So errors below are seen and
+corrected above. Fitting all blocks in parallel from one unpatched student would correct the same error at every one.
+
+Cost: one teacher and one student pass over the tokens, plus the MLP halves of the completion rows and the solves. Only
+one block's weights and the two sets of hidden states are in use at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Block, blocks_of, layer_inputs
+from .deltas import TorchDelta, applied
+from .forms import FORMS, Rows, Settings
+from .sequences import Batch, Dialogue, batches
+
+
+@dataclass
+class _Side:
+    """One side of the pass over one batch: the hidden states, and what transformers hands each layer."""
+
+    batch: Batch
+    hidden: Tensor
+    layer_kwargs: list[dict[str, Any]]
+
+    @classmethod
+    def start(cls, model: nn.Module, batch: Batch) -> _Side:
+        hidden, kwargs = layer_inputs(model, batch.input_ids, batch.attention_mask)
+        return cls(batch, hidden, kwargs)
+
+    def attend(self, block: Block) -> None:
+        self.hidden = block.attention_half(self.hidden, self.layer_kwargs[block.index])
+
+    def feed_forward(self, block: Block) -> None:
+        self.hidden = block.mlp_half(self.hidden)
+
+    def rows(self) -> Tensor:
+        return self.batch.rows(self.hidden)
+
+
+def fit(
+    model: nn.Module,
+    dialogues: Sequence[Dialogue],
+    method: str,
+    settings: Settings,
+    *,
+    batch_size: int = 8,
+    project_sink: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, dict[str, TorchDelta]]:
+    """Fit a static patch.
+
+    Args:
+        model: a transformers causal language model with an adapter, in eval mode.
+        dialogues: the calibration sequences; every student prompt starts with the same token.
+        method: `vector`, `output` or `matrix`.
+        settings: rank and ridge.
+        batch_size: dialogues per forward pass.
+        project_sink: take the activation of position 0 out of the maps (docs/method.md, sinks).
+        progress: called with (blocks done, blocks in all).
+
+    Returns:
+        layer -> site -> delta, on the model's device and dtype.
+    """
+    form = FORMS[method]
+    blocks = blocks_of(model)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        sides = [
+            (_Side.start(model, teacher), _Side.start(model, student))
+            for teacher, student in batches(dialogues, batch_size, device)
+        ]
+        deltas: dict[int, dict[str, TorchDelta]] = {}
+        for block in blocks:
+            for teacher, student in sides:
+                teacher.attend(block)
+                student.attend(block)
+            rows = Rows(
+                torch.cat([teacher.rows() for teacher, _ in sides]),
+                torch.cat([student.rows() for _, student in sides]),
+                sides[0][1].hidden[:1, 0] if project_sink else None,
+            )
+            deltas[block.index] = form(block, rows, settings)
+            for teacher, student in sides:
+                teacher.feed_forward(block)
+                with applied(block, deltas[block.index]):
+                    student.feed_forward(block)
+            progress(block.index + 1, len(blocks))
+    return deltas

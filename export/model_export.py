@@ -1,0 +1,167 @@
+"""From a source model to an exported folder: docs/model-folder.md says what lies in it.
+
+The folder is written beside its place and renamed when it is whole, so an interruption leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tp_runtime.atomic import atomic_folder
+from tp_runtime.errors import BaseMismatchError, DeviceUnavailableError, ModelFormatError
+from tp_runtime.folder import KV, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
+from tp_runtime.graph import Graph
+from tp_runtime.patch import Delta, Patch
+from tp_runtime.slots import fit_slots
+
+from . import onnx_slots
+from .onnx_trace import trace
+from .progress import clock
+from .slot_modules import slots_of
+from .source import Source, load_model
+
+PRECISIONS = ("fp32",)
+# What travels with the graph: what users of Hugging Face and ONNX expect in a folder, and the licence.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "GEMMA_TERMS.html",
+)
+
+
+def export_model(
+    source: Source,
+    out: Path,
+    *,
+    slot_set: str = "output",
+    precision: str = "fp32",
+    patch: Patch | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Export `source` to the folder `out` with patch slots.
+
+    Args:
+        source: the model.
+        out: the folder to make.
+        slot_set: `output`, `mlp` or `all` (slot_modules.SLOT_SETS).
+        precision: of the weights; one of PRECISIONS.
+        patch: a patch whose deltas become the defaults of the slots.
+        overwrite: replace an existing folder, once the new one is whole.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ModelFormatError: unknown architecture or precision, or `out` is taken.
+        BaseMismatchError, PatchTargetError, PatchShapeError: `patch` does not fit.
+    """
+    if precision not in PRECISIONS:
+        raise ModelFormatError(
+            "unknown precision", field="precision", got=precision, wanted=" | ".join(PRECISIONS)
+        )
+    if patch is not None and patch.config.base_digest != source.digest:
+        raise BaseMismatchError(
+            "the patch was fitted on another base",
+            field="patch",
+            got=f"{patch.config.base_model} {patch.config.base_digest[:12]}",
+            wanted=f"{source.name} {source.digest[:12]}",
+            fix="fit the patch on this model, or export the model it was fitted on",
+        )
+    with clock("load weights"):
+        model = load_model(source)
+    slots = slots_of(model, slot_set)
+    deltas: Mapping[tuple[int, str], Delta] = {}
+    if patch is not None:
+        deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        with clock("trace and fuse the graph"):
+            graph = trace(model, slots)
+        with clock("write the folder"):
+            onnx_slots.name_weights(graph)
+            onnx_slots.name_dimensions(graph)
+            onnx_slots.add_first_logit(graph)
+            carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
+            written = onnx_slots.save(graph, folder, carrying)
+            copied = _copy_companions(source.path, folder)
+            write_slots_file(
+                _describe(source, model, folder, slots, precision, patch, describe_files(folder, written + copied))
+            )
+        with clock("check the export against torch"):
+            check_export(model, folder)
+    return out
+
+
+def _copy_companions(source: Path, folder: Path) -> list[str]:
+    present = [name for name in _COPIED if (source / name).is_file()]
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+    return present
+
+
+def _describe(
+    source: Source,
+    model: Any,
+    folder: Path,
+    slots: list[Slot],
+    precision: str,
+    patch: Patch | None,
+    files: dict[str, Any],
+) -> ModelFolder:
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelFolder(
+        path=folder,
+        architecture=source.architecture,
+        base_model=source.name,
+        base_digest=source.digest,
+        precision=precision,
+        style=source.style,
+        route="fused",
+        layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        context_window=config.max_position_embeddings,
+        kv=KV(config.num_key_value_heads, head_dim, "f32"),
+        slots={(slot.layer, slot.site): slot for slot in slots},
+        default_patch=None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms),
+        files=files,
+    )
+
+
+def check_export(model: Any, folder: Path, tolerance: float = 1e-2) -> None:
+    """Compare the exported graph with the torch model on a few tokens, with nothing bound in the slots.
+
+    A wrong export must not leave the host; parity proper is the test suite's. Skipped where no ONNX Runtime is
+    installed.
+
+    Raises:
+        ModelFormatError: the logits differ by more than `tolerance`.
+    """
+    try:
+        graph = Graph(ModelFolder.open(folder), device="cpu")
+    except DeviceUnavailableError:
+        return
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, min(graph.folder.vocab_size, 1000), 24)
+    got = graph.forward(ids.tolist(), graph.new_cache(graph.base), graph.base, all_logits=True)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    error = float(np.abs(got - wanted).max())
+    if not error <= tolerance:
+        raise ModelFormatError(
+            "the exported graph does not compute what the model does",
+            field="logits",
+            got=f"max abs error {error:.2g}",
+            wanted=f"at most {tolerance:g}",
+            fix="report this architecture",
+        )

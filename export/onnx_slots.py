@@ -1,0 +1,157 @@
+"""From a traced graph to an exported one: names, slot initializers, last-position logits, data files.
+
+Slots arrive as required graph inputs and leave as overridable ones: an initializer of rank 0 (exactly the base model)
+that is also a graph input, so that a session binds a patch or leaves it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import external_data
+
+from tp_runtime.folder import Slot
+from tp_runtime.graph import FIRST_LOGIT
+from tp_runtime.patch import Delta
+from tp_runtime.slots import slot_arrays
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+def name_weights(model: ir.Model) -> None:
+    """Give every folded weight the name of the module that uses it: `model.layers.0.mlp.down_proj.weight`.
+
+    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata.
+    """
+    taken = set(model.graph.initializers)
+    for node in model.graph:
+        scopes = node.metadata_props.get(_SCOPES)
+        if not scopes:
+            continue
+        # the last entry that is a module path ('model.model.layers.0.self_attn.q_proj'); the wrapper's own is dropped
+        paths = [p for p in re.findall(r"'([^']*)'", scopes) if p.startswith("model.")]
+        if not paths:
+            continue
+        module = paths[-1].removeprefix("model.").removesuffix(".linear")
+        for value in node.inputs:
+            if value is None or value.name is None or not value.is_initializer() or value.const_value is None:
+                continue
+            if not value.name.startswith("val_") or len(value.const_value.shape) < 2:
+                continue
+            name = f"{module}.weight"
+            if name not in taken:
+                taken.add(name)
+                value.name = name
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith("model.") and name.removeprefix("model.") not in taken:
+            taken.add(name.removeprefix("model."))
+            value.name = name.removeprefix("model.")
+
+
+def make_slots_overridable(
+    model: ir.Model, slots: Sequence[Slot], defaults: Mapping[tuple[int, str], Delta], dtype: np.dtype
+) -> list[ir.Value]:
+    """Turn each slot's required inputs into initializers that are also inputs.
+
+    Args:
+        model: the traced graph; changed in place.
+        slots: its slots.
+        defaults: deltas that become the default of their slots; every other slot gets rank 0.
+        dtype: dtype of the slots.
+
+    Returns:
+        The values that carry `defaults`.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    carrying = []
+    for slot in slots:
+        delta = defaults.get((slot.layer, slot.site))
+        # Each slot names its own dimensions: ONNX Runtime holds equal names equal.
+        rows, rank = f"{slot.name}.rows", f"{slot.name}.rank"
+        shapes: list[list[int | str]] = [[rows, slot.inputs, rank], [rows, rank, slot.outputs], [rows, 1, slot.outputs]]
+        for (name, array), shape in zip(slot_arrays(delta, slot, dtype).items(), shapes, strict=True):
+            value = inputs[name]
+            value.const_value = ir.tensor(array, name=name)
+            value.shape = ir.Shape(shape)
+            model.graph.register_initializer(value)
+            if delta is not None:
+                carrying.append(value)
+    return carrying
+
+
+def add_first_logit(model: ir.Model) -> None:
+    """Add the overridable input `tp.first_logit` [1] int64: logits are computed from that position on, -1 for the last.
+
+    A prompt needs the logits of its last token only, and on small models the head is up to two thirds of the work.
+    The default 0 keeps all positions, as every other runtime expects.
+    """
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    head = logits.producer()
+    assert head is not None and head.inputs[0] is not None
+    hidden = next(i for i, value in enumerate(head.inputs) if value is not None and not value.is_initializer())
+    source = head.inputs[hidden]
+    first = ir.Value(name=FIRST_LOGIT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    first.const_value = ir.tensor(np.zeros(1, np.int64), name=FIRST_LOGIT)
+    model.graph.inputs.append(first)
+    model.graph.register_initializer(first)
+    constants = []
+    for name, content in (("tp.last", [np.iinfo(np.int64).max]), ("tp.axis", [1])):
+        value = ir.Value(name=name, const_value=ir.tensor(np.array(content, np.int64), name=name))
+        value.shape, value.dtype = ir.Shape([1]), ir.DataType.INT64
+        model.graph.register_initializer(value)
+        constants.append(value)
+    node = ir.node("Slice", [source, first, *constants], name="tp.first_logit.Slice")
+    node.outputs[0].dtype = source.dtype if source is not None else None
+    model.graph.insert_before(head, node)
+    head.replace_input_with(hidden, node.outputs[0])
+    logits.shape = ir.Shape(["batch_size", "logits_length", *list(logits.shape or [])[2:]])
+
+
+def name_dimensions(model: ir.Model) -> None:
+    """Symbolic dimensions as optimum calls them."""
+    named = {
+        "input_ids": ["batch_size", "sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+    }
+    for value in model.graph.inputs:
+        if value.name in named:
+            value.shape = ir.Shape(named[value.name])
+        elif value.name and _PAST.fullmatch(value.name) and value.shape:
+            value.shape = ir.Shape(["batch_size", value.shape[1], "past_sequence_length", value.shape[3]])
+    for value in model.graph.outputs:
+        if value.name and value.name.startswith("present.") and value.shape:
+            value.shape = ir.Shape(["batch_size", value.shape[1], "total_sequence_length", value.shape[3]])
+
+
+def save(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> list[str]:
+    """Write `model.onnx`, its weights to `model.onnx_data` and default patch deltas to `patch.onnx_data`.
+
+    Returns:
+        Names of the files written.
+    """
+    in_patch = {id(value) for value in patch_values}
+    groups: dict[str, list[ir.Value]] = {"model.onnx_data": [], "patch.onnx_data": []}
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        if id(value) in in_patch and value.const_value.nbytes:
+            groups["patch.onnx_data"].append(value)
+        elif value.const_value.nbytes >= 1024:
+            groups["model.onnx_data"].append(value)
+    written = ["model.onnx"]
+    for file, values in groups.items():
+        if not values:
+            continue
+        tensors = [value.const_value for value in values if value.const_value is not None]
+        for value, tensor in zip(
+            values, external_data.convert_tensors_to_external(tensors, folder, file), strict=True
+        ):
+            value.const_value = tensor
+        written.append(file)
+    ir.save(model, folder / "model.onnx")
+    return written

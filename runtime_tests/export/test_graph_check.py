@@ -1,0 +1,359 @@
+"""The graph check: what passes, and what each unsafe graph is refused with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, load, numpy_helper, save
+from tp_export.cli import check
+from tp_export.graph_check import check_graph
+
+from runtime_tests.folders import describe
+from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
+from tp_runtime.folder import SLOTS_FILE, write_slots_file
+
+BYTES = 4 * 4 * 4  # the weight: [4, 4] in float32
+
+
+def _external(name="w", **entries):
+    """A [4, 4] tensor in external data; keyword arguments are its external-data entries."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4, 4])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in ({"location": "model.onnx_data"} | entries).items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _inline(name):
+    return numpy_helper.from_array(np.zeros((4, 4), np.float32), name)
+
+
+def _value(name, shape=("n", 4)):
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+
+def _model(node=None, initializers=None, sparse=(), functions=(), imports=("",)):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), *([node] if node else [])]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [_value("x")],
+        [_value("y")],
+        [_external(offset=0, length=BYTES)] if initializers is None else initializers,
+        sparse_initializer=list(sparse),
+    )
+    opsets = [helper.make_opsetid(domain, 1 if domain else 17) for domain in imports]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=list(functions))
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    def write(model, **changes):
+        path = tmp_path / "model"
+        path.mkdir()
+        (path / "model.onnx").write_bytes(model.SerializeToString())
+        (path / "model.onnx_data").write_bytes(b"\0" * BYTES)
+        write_slots_file(describe(path, **changes))
+        return path
+
+    return write
+
+
+def _branch(**how):
+    """An If node whose branch holds a tensor or a node."""
+    nodes = how.get("nodes", [helper.make_node("Identity", ["inner"], ["out"])])
+    graph = helper.make_graph(
+        nodes,
+        "branch",
+        [],
+        [_value("out")],
+        how.get("initializers", []),
+        sparse_initializer=how.get("sparse", []),
+    )
+    return helper.make_node("If", ["x"], ["z"], then_branch=graph, else_branch=graph)
+
+
+def _sparse(values):
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "indices")
+    return helper.make_sparse_tensor(values, indices, [4, 4])
+
+
+def test_exported_graph_passes(folder_of):
+    lines = check_graph(folder_of(_model(helper.make_node("FastGelu", ["y"], ["g"], domain="com.microsoft"))))
+    assert "domains: ai.onnx, com.microsoft" in lines
+    assert "initializers: 1, 1 external and inside their files" in lines
+    assert "data files: model.onnx_data" in lines
+
+
+def test_graph_saved_by_onnx_passes(folder_of, tmp_path):
+    """The library's own layout: its keys and its offsets, on a 4-bit and an 8-bit tensor beside a float."""
+    model = _model(initializers=[_inline("w")])
+    for bits in (4, 8):
+        kind = getattr(TensorProto, f"UINT{bits}")
+        model.graph.initializer.append(helper.make_tensor(f"q{bits}", kind, [3, 5], [1] * 15))
+    for tensor in model.graph.initializer[1:]:
+        packed = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+        tensor.CopyFrom(packed)
+    made = tmp_path / "made"
+    made.mkdir()
+    save(
+        model,
+        made / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx_data",
+        size_threshold=0,
+    )
+    write_slots_file(describe(made))
+    assert "initializers: 3, 3 external and inside their files" in check_graph(made)
+
+
+def test_subgraph_without_external_data_passes(folder_of):
+    check_graph(folder_of(_model(_branch(initializers=[_inline("inner")]))))
+
+
+def test_function_of_a_known_domain_passes(folder_of):
+    function = helper.make_function(
+        "com.microsoft", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], []
+    )
+    assert "nodes: 2, subgraphs and 1 functions included" in check_graph(
+        folder_of(_model(functions=[function]))
+    )
+
+
+def test_unused_import_passes(folder_of):
+    """A graph saved by ONNX Runtime imports every domain it knows."""
+    check_graph(folder_of(_model(imports=("", "org.pytorch.aten", "ai.onnx.training"))))
+
+
+# Custom operators.
+
+CUSTOM = helper.make_node("Run", ["x"], ["out"], domain="evil.ops")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        _model(CUSTOM),
+        _model(_branch(nodes=[CUSTOM])),
+        _model(_branch(nodes=[_branch(nodes=[CUSTOM])])),
+        _model(functions=[helper.make_function("", "F", ["x"], ["out"], [CUSTOM], [])]),
+        _model(functions=[helper.make_function("", "F", ["x"], ["z"], [_branch(nodes=[CUSTOM])], [])]),
+    ],
+    ids=["node", "subgraph", "subgraph-of-subgraph", "function", "subgraph-of-function"],
+)
+def test_custom_op_domain(folder_of, model):
+    with pytest.raises(
+        UnsafeGraphError, match=r"'Run'.*custom-op domain; got 'evil.ops'; wanted one of ai.onnx"
+    ):
+        check_graph(folder_of(model))
+
+
+def test_function_of_a_custom_domain(folder_of):
+    function = helper.make_function(
+        "evil.ops", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], []
+    )
+    with pytest.raises(UnsafeGraphError, match="function 'F': uses a custom-op domain"):
+        check_graph(folder_of(_model(functions=[function])))
+
+
+def test_training_graphs(folder_of):
+    model = _model()
+    model.training_info.add()
+    with pytest.raises(UnsafeGraphError, match="holds training graphs"):
+        check_graph(folder_of(model))
+
+
+# External data where the exporter writes none.
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        (_model(_branch(initializers=[_external("inner")])), "subgraph"),
+        (_model(_branch(sparse=[_sparse(_external("inner"))])), "subgraph"),
+        (_model(sparse=[_sparse(_external("inner"))]), "sparse initializer"),
+        (_model(helper.make_node("Constant", [], ["c"], value=_external("inner"))), "attribute"),
+        (_model(helper.make_node("Constant", [], ["c"], sparse_value=_sparse(_external("v")))), "attribute"),
+    ],
+    ids=["subgraph", "subgraph-sparse", "sparse", "attribute", "sparse-attribute"],
+)
+def test_external_data_in_a_hidden_place(folder_of, model, place):
+    with pytest.raises(UnsafeGraphError, match=f"external data in a {place}"):
+        check_graph(folder_of(model))
+
+
+def test_external_data_not_marked_as_such(folder_of):
+    tensor = _external(location="../outside")
+    tensor.data_location = TensorProto.DEFAULT
+    with pytest.raises(UnsafePathError, match="is not a plain name"):
+        check_graph(folder_of(_model(initializers=[tensor])))
+
+
+# External data: keys.
+
+
+def _check_entries(folder_of, **entries):
+    return check_graph(folder_of(_model(initializers=[_external(**entries)])))
+
+
+def test_checksum_is_a_known_key(folder_of):
+    _check_entries(folder_of, checksum="a" * 40)
+
+
+def test_unknown_external_data_key(folder_of):
+    with pytest.raises(UnsafeGraphError, match=r"unknown, repeated or missing keys.*prepacked"):
+        _check_entries(folder_of, prepacked_0="x")
+
+
+def test_repeated_external_data_key(folder_of):
+    tensor = _external()
+    tensor.external_data.add(key="location", value="../outside")
+    with pytest.raises(UnsafeGraphError, match="unknown, repeated or missing keys"):
+        check_graph(folder_of(_model(initializers=[tensor])))
+
+
+def test_external_data_without_location(folder_of):
+    tensor = _external()
+    tensor.ClearField("external_data")
+    with pytest.raises(UnsafeGraphError, match="unknown, repeated or missing keys"):
+        check_graph(folder_of(_model(initializers=[tensor])))
+
+
+def test_memory_address_marker(folder_of):
+    with pytest.raises(UnsafeGraphError, match="points into memory"):
+        _check_entries(folder_of, location="*/_ORT_MEM_ADDR_/*", offset=140737353871360, length=BYTES)
+
+
+# External data: places.
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "/etc/passwd",
+        "../model.onnx_data",
+        "sub/../../x",
+        "C:\\weights",
+        "C:weights",
+        "\\\\server\\x",
+        "a\0b",
+        "",
+    ],
+    ids=["absolute", "parent", "parent-inside", "drive", "drive-relative", "unc", "nul", "empty"],
+)
+def test_unsafe_location(folder_of, location):
+    with pytest.raises(UnsafePathError, match="is not a plain name"):
+        _check_entries(folder_of, location=location)
+
+
+def test_location_that_is_not_listed(folder_of):
+    folder = folder_of(_model(initializers=[_external(location="other.bin")]))
+    (folder / "other.bin").write_bytes(b"\0" * BYTES)
+    with pytest.raises(UnsafePathError, match=r"does not list; got other.bin"):
+        check_graph(folder)
+
+
+def test_location_that_is_a_symlink_out(folder_of):
+    folder = folder_of(_model())
+    shutil.move(folder / "model.onnx_data", folder.parent / "outside")
+    (folder / "model.onnx_data").symlink_to(folder.parent / "outside")
+    with pytest.raises(UnsafePathError, match="resolves outside"):
+        check_graph(folder)
+
+
+# External data: ranges.
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"offset": 1}, {"offset": BYTES, "length": BYTES}, {"offset": 2**63 - 1, "length": BYTES}],
+    ids=["by-one", "by-all", "sum-over-64-bits"],
+)
+def test_range_past_the_end(folder_of, entries):
+    with pytest.raises(UnsafePathError, match=r"ends past the end of model.onnx_data"):
+        _check_entries(folder_of, **entries)
+
+
+@pytest.mark.parametrize("text", ["-1", "+1", "1_0", " 1", "0x10", "", "²", str(2**63), "9" * 5000])
+@pytest.mark.parametrize("key", ["offset", "length"])
+def test_number_that_is_no_size(folder_of, key, text):
+    with pytest.raises(UnsafePathError, match=f"{key}: is not a size"):
+        _check_entries(folder_of, **{key: text})
+
+
+@pytest.mark.parametrize("length", [0, BYTES - 1])
+def test_length_that_does_not_fit_the_tensor(folder_of, length):
+    with pytest.raises(UnsafeGraphError, match="does not fit the tensor's shape"):
+        _check_entries(folder_of, length=length)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dims": [-4, 4]}, {"data_type": TensorProto.STRING}, {"data_type": 99}, {"data_type": 0}]
+)
+def test_tensor_without_a_size(folder_of, change):
+    tensor = _external()
+    for key in change:
+        tensor.ClearField(key)
+    tensor.MergeFrom(TensorProto(**change))
+    with pytest.raises(UnsafeGraphError, match="has no size in bytes"):
+        check_graph(folder_of(_model(initializers=[tensor])))
+
+
+def test_shape_whose_product_overflows(folder_of):
+    tensor = _external()
+    tensor.dims[:] = [2**62, 2**62]
+    with pytest.raises(UnsafePathError, match="is not a size"):
+        check_graph(folder_of(_model(initializers=[tensor])))
+
+
+def test_graph_that_is_no_graph(folder_of):
+    folder = folder_of(_model())
+    (folder / "model.onnx").write_bytes(b"\xff" * 50)
+    write_slots_file(describe(folder))
+    with pytest.raises(ModelFormatError, match="is not an ONNX graph"):
+        check_graph(folder)
+
+
+# The command.
+
+
+def _run(folder, *flags):
+    parser = argparse.ArgumentParser()
+    check.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["check", str(folder), *flags])
+    return args.run(args)
+
+
+def test_command_prints_a_line_for_each_check(folder_of, capsys):
+    folder = folder_of(_model())
+    (folder / "notes.txt").write_text("x")
+    assert _run(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[0] == f"OK files: 2, {(folder / 'model.onnx').stat().st_size + BYTES} bytes, all digests match"
+    )
+    assert lines[-1] == "-- 'notes.txt' is not listed: nothing reads it"
+
+
+def test_command_json(folder_of, capsys):
+    assert _run(folder_of(_model()), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 6
+
+
+def test_command_hashes_everything(folder_of):
+    folder = folder_of(_model())
+    (folder / "model.onnx_data").write_bytes(b"\1" * BYTES)
+    with pytest.raises(ModelFormatError, match="SHA-256 differs"):
+        _run(folder)
+
+
+def test_fixture_is_a_graph_onnx_reads(folder_of):
+    """Guards the tests above: their base model loads with its external data."""
+    folder = folder_of(_model())
+    assert numpy_helper.to_array(load(folder / "model.onnx").graph.initializer[0]).shape == (4, 4)
+    assert (folder / SLOTS_FILE).exists()

@@ -1,0 +1,54 @@
+"""Tiny exported model folders for tests: valid, written as the exporter writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.folder import KV, SLOTS_FILE, ModelFolder, Slot, describe_files, write_slots_file
+
+BASE_DIGEST = "0123456789abcdef" * 4
+
+
+def describe(path: Path, **changes: Any) -> ModelFolder:
+    """A description of the files that are in a folder; keyword arguments replace its values."""
+    folder = ModelFolder(
+        path=path,
+        architecture="llama",
+        base_model="tests/tiny-llama",
+        base_digest=BASE_DIGEST,
+        precision="fp32",
+        style="chat",
+        route="fused",
+        layers=2,
+        vocab_size=64,
+        context_window=128,
+        kv=KV(heads=1, head_dim=4, dtype="f32"),
+        slots={(layer, "mlp_out"): Slot(layer, "mlp_out", 8, 4) for layer in range(2)},
+        default_patch=None,
+        files=describe_files(
+            path, sorted(entry.name for entry in path.iterdir() if entry.name != SLOTS_FILE)
+        ),
+    )
+    return dataclasses.replace(folder, **changes)
+
+
+def fill(path: Path) -> Path:
+    """A model folder whose graph is no graph: enough for all that does not open it."""
+    path.mkdir(parents=True)
+    (path / "model.onnx").write_bytes(b"graph")
+    (path / "model.onnx_data").write_bytes(b"weights" * 100)
+    (path / "config.json").write_text("{}")
+    write_slots_file(describe(path))
+    return path
+
+
+def alter(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrites a folder's description after `change` has edited its parsed JSON in place."""
+    file = path / SLOTS_FILE
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))

@@ -1,0 +1,84 @@
+"""Random patches for tests: small, valid, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tp_runtime.patch import Delta, Patch
+from tp_runtime.patch_config import PatchConfig
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def random_config(**changes: Any) -> PatchConfig:
+    """A full description; keyword arguments replace its values."""
+    values: dict[str, Any] = {
+        "name": "pirate",
+        "method": "output",
+        "base_model": "tests/tiny-llama",
+        "base_digest": DIGEST,
+        "architecture": "LlamaForCausalLM",
+        "precision": "fp32",
+        "context_digest": "ab" * 32,
+        "ridge": 1.0,
+        "calibration": {"queries": 44, "rows": 1200, "max_new_tokens": 40, "holdout": 16},
+        "fidelity": {"kl_unpatched": 0.657, "kl": 0.03, "top1": 0.9},
+        "licence": "Apache-2.0",
+        "created": "2025-01-31T12:00:00+00:00",
+        "probe": {"token_ids": [1, 5], "top1": [7, 9], "top1_logits": [3.5, 4.0], "logsumexp": [5.0, 6.0]},
+    }
+    return PatchConfig(**{**values, **changes})
+
+
+def random_patch(
+    seed: int = 0,
+    layers: int = 2,
+    ranks: int | Sequence[int] = 4,
+    sites: Sequence[str] = ("mlp_out",),
+    inputs: int = 12,
+    outputs: int = 8,
+    scale: float = 1.0,
+    config: PatchConfig | None = None,
+) -> Patch:
+    """A patch with every part in every slot.
+
+    Args:
+        seed: equal seeds give equal patches.
+        layers: number of layers patched, from layer 0.
+        ranks: one rank, or one per layer; rank 0 leaves a bias alone.
+        sites: sites patched in every layer.
+        inputs: size of [in] in every slot.
+        outputs: size of [out] in every slot.
+        scale: standard deviation of a @ b and of the bias.
+        config: the description; `random_config()` if not given.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    deltas = {}
+    for layer in range(layers):
+        rank = ranks if isinstance(ranks, int) else ranks[layer]
+        for site in sites:
+            bias = scale * normal(outputs)
+            if rank == 0:
+                deltas[layer, site] = Delta(bias=bias)
+            else:
+                a, b, mean = normal(inputs, rank) / rank**0.5, scale * normal(rank, outputs), normal(inputs)
+                deltas[layer, site] = Delta(a, b, bias, mean)
+    return Patch(deltas, config or random_config())
+
+
+def apply_patch(patch: Patch, x: Any) -> Any:
+    """What the patch adds, for x [..., in] at every slot: (layer, site) to float64 array [..., out]."""
+    added = {}
+    for slot, delta in patch.deltas.items():
+        total = 0.0
+        if delta.a is not None:
+            total = x.astype(np.float64) @ delta.a @ delta.b
+        added[slot] = total if delta.bias is None else total + delta.bias.astype(np.float64)
+    return added

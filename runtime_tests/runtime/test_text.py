@@ -1,0 +1,353 @@
+"""TextCodec against transformers on tokenizers made here, and every bad input by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tp_runtime.errors import ModelFormatError, RequestError
+from tp_runtime.text import TextCodec
+
+CHATML = """{% for message in messages %}
+{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a tiny model<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+GEMMA = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix = messages[0]['content'] + '\\n\\n' -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate") }}
+    {%- endif -%}
+    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (prefix if loop.first else "") }}
+    {{ message['content'] | trim }}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model\\n'}}
+{%- endif -%}
+"""
+
+# Everything a template may use beyond the plain language, in one.
+EVERYTHING = """{% set ns = namespace(n=0) %}
+    {% for message in messages %}
+        {% if message.role == 'tool' %}{% continue %}{% endif %}
+        {% generation %}{{ message.content }}{% endgeneration %}
+        {% set ns.n = ns.n + 1 %}
+    {% endfor %}
+{{ messages[0] | tojson }}{{ {'é<': 1} | tojson(indent=2) }}{{ ns.n }}{{ strftime_now('%Y') }}
+{% if tools is not none or documents is not none %}tools{% endif %}
+{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ image_token }}
+{{ additional_special_tokens }}"""
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is a token?"}],
+    [{"role": "user", "content": "  漢字 👩‍👩‍👧 e\u0301 \n\n trailing  "}],
+    [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Why?"}],
+    [
+        {"role": "user", "content": "one <|im_end|> <bos>"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ],
+]
+
+
+def save(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], eos: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return folder
+
+
+def byte_level_folder(folder: Path, template: object = CHATML) -> Path:
+    """Byte-level BPE in the manner of SmolLM2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(
+        ["the user and the assistant and the system, a token of the model\n"] * 9, trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.enable_truncation(max_length=4)  # left over from training: must not cut a prompt
+    config = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": {"content": "<|im_end|>", "__type": "AddedToken", "lstrip": False, "special": True},
+        "extra_special_tokens": {"image_token": "<|image|>"},
+        "additional_special_tokens": ["<|im_start|>"],
+        "chat_template": template,
+    }
+    return save(folder, tokenizer, config, [0, 2])
+
+
+def sentencepiece_folder(folder: Path) -> Path:
+    """Byte-fallback BPE in the manner of Gemma."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    letters = [*"▁\n?.abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "th", "the", "▁the"]
+    vocab = [*special, *(f"<0x{i:02X}>" for i in range(256)), *letters]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(vocab)},
+            merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    config = {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "chat_template": GEMMA}
+    return save(folder, tokenizer, config, 1)
+
+
+FOLDERS = [byte_level_folder, sentencepiece_folder]
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return request.param(tmp_path / "model")
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> TextCodec:
+    return TextCodec.from_folder(sentencepiece_folder(tmp_path / "model"))
+
+
+@pytest.fixture
+def completion(tmp_path: Path) -> TextCodec:
+    return TextCodec.from_folder(sentencepiece_folder(tmp_path / "model"), "completion")
+
+
+def edit(folder: Path, name: str, **changes: object) -> None:
+    path = folder / name
+    value = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}), encoding="utf-8")
+
+
+# ---- parity with transformers
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_equals_transformers(folder: Path, messages: list[Any], add_generation_prompt: bool) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    codec = TextCodec.from_folder(folder)
+    assert codec.style == "chat"
+    want = reference.apply_chat_template(messages, tokenize=True, add_generation_prompt=add_generation_prompt)
+    assert codec.render(messages, add_generation_prompt=add_generation_prompt) == want
+    assert codec.decode(want) == reference.decode(want, skip_special_tokens=True)
+    assert codec.decode(want, skip_special_tokens=False) == reference.decode(want)
+
+
+def test_everything_a_template_may_use(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = byte_level_folder(tmp_path / "model", EVERYTHING)
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    messages = [{"role": "user", "content": "é <b>", "name": "x"}, {"role": "tool", "content": "skipped"}]
+    messages.append({"role": "user", "content": "end"})
+    want = reference.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    assert TextCodec.from_folder(folder).render(messages) == want
+
+
+@pytest.mark.parametrize("text", ["What is the token?", " two  spaces\n", "漢字 👩‍👩‍👧 e\u0301"])
+def test_raw_equals_transformers(folder: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    codec = TextCodec.from_folder(folder)
+    want = reference(text)["input_ids"]
+    if want[-1] == reference.convert_tokens_to_ids("<eos>"):
+        want = want[:-1]  # an EOS after the prompt would end what is to be continued
+    assert codec.render(text, raw=True) == want
+    assert TextCodec.from_folder(folder, "completion").render(text) == want
+    assert codec.decode(want) == text
+
+
+# ---- what is a prompt
+
+
+def test_string_is_one_user_message_and_system_comes_first(chat: TextCodec) -> None:
+    user = {"role": "user", "content": "Why?"}
+    assert chat.render("Why?") == chat.render([user])
+    assert chat.render("Why?", "Be terse.") == chat.render([{"role": "system", "content": "Be terse."}, user])
+
+
+def test_context_is_tokenised_apart(completion: TextCodec) -> None:
+    query = completion.render(" the end")
+    assert query[0] == completion.bos_id == 2
+    for context in ("All of ", "All of \n", "All of \n\n\n"):
+        ids = completion.render(" the end", context)
+        assert ids[-len(query) + 1 :] == query[1:]
+        assert completion.decode(ids) == "All of \n the end"
+        assert ids.count(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keywords", "field"),
+    [
+        ("", {}, "messages"),
+        (" \n", {}, "messages"),
+        ([], {}, "messages"),
+        ([{"role": "user", "content": " "}], {}, "messages"),
+        ([{"role": "user"}], {}, "messages[0].content"),
+        ([{"content": "x"}], {}, "messages[0].role"),
+        ([{"role": "user", "content": None}], {}, "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], {}, "messages[0].content"),
+        (["x"], {}, "messages[0].role"),
+        (3, {}, "messages"),
+        ("x\ud800", {}, "messages"),
+        ("x", {"system": 3}, "system"),
+        ([{"role": "system", "content": "a"}, {"role": "user", "content": "x"}], {"system": "b"}, "system"),
+        ("x", {"system": "b", "raw": True}, "system"),
+        ([{"role": "user", "content": "x"}], {"raw": True}, "messages"),
+        ("", {"raw": True}, "messages"),
+    ],
+)
+def test_bad_chat_prompt(chat: TextCodec, prompt: Any, keywords: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as error:
+        chat.render(prompt, **keywords)
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system", "field"),
+    [
+        ("", None, "messages"),
+        ("\n", "context", "messages"),
+        ("x", "", "system"),
+        ("x", "\n", "system"),
+        ([{"role": "user", "content": "x"}], None, "messages"),
+    ],
+)
+def test_bad_completion_prompt(completion: TextCodec, prompt: Any, system: str | None, field: str) -> None:
+    with pytest.raises(RequestError) as error:
+        completion.render(prompt, system)
+    assert error.value.field == field and error.value.fix
+
+
+def test_template_refusal_carries_its_text(chat: TextCodec) -> None:
+    with pytest.raises(RequestError, match="refuses this: Conversation roles must alternate"):
+        chat.render([{"role": "assistant", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ messages[0].missing.deeper }}", RequestError),
+        ("{{ 1 // 0 }}", RequestError),
+        ("", RequestError),  # a prompt of no tokens
+        ("{{ ''.__class__.__mro__ }}", ModelFormatError),
+        ("{{ messages.append(1) }}", ModelFormatError),  # the sandbox is immutable
+    ],
+)
+def test_template_that_fails(tmp_path: Path, template: str, error: type[Exception]) -> None:
+    codec = TextCodec.from_folder(byte_level_folder(tmp_path / "model", template))
+    with pytest.raises(error):
+        codec.render("x")
+
+
+# ---- the folder
+
+
+def test_end_tokens_are_a_union(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path / "model")
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    codec = TextCodec.from_folder(folder)
+    assert codec.eos_ids == {0, 2, 7}
+    assert codec.bos_id == 0
+    assert codec.vocab_size == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def test_template_file_wins_and_list_takes_default(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    folder = byte_level_folder(tmp_path / "model", named)
+    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "yes"
+    (folder / "chat_template.jinja").write_text("beside")
+    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "beside"
+
+
+def test_style_without_template(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path / "model", None)
+    assert TextCodec.from_folder(folder).style == "completion"
+    with pytest.raises(ModelFormatError, match="no chat template"):
+        TextCodec.from_folder(folder, "chat")
+    with pytest.raises(RequestError, match="style"):
+        TextCodec.from_folder(folder, "prose")  # type: ignore[arg-type]
+
+
+CONFIG = "tokenizer_config.json"
+BREAKS: dict[str, Callable[[Path], object]] = {
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "no config": lambda f: (f / CONFIG).unlink(),
+    "truncated tokenizer": lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"'),
+    "not a tokenizer": lambda f: (f / "tokenizer.json").write_text("{}"),
+    "truncated config": lambda f: (f / CONFIG).write_text("{"),
+    "config is a list": lambda f: (f / CONFIG).write_text("[]"),
+    "config is not UTF-8": lambda f: (f / CONFIG).write_bytes(b"\xff"),
+    "broken generation config": lambda f: (f / "generation_config.json").write_text("{"),
+    "eos is text": lambda f: edit(f, "generation_config.json", eos_token_id="2"),
+    "eos is a bool": lambda f: edit(f, "generation_config.json", eos_token_id=[True]),
+    "bos is a number": lambda f: edit(f, CONFIG, bos_token=1),
+    "bos is unknown": lambda f: edit(f, CONFIG, bos_token="<nowhere>"),
+    "eos is unknown": lambda f: edit(f, CONFIG, eos_token="<nowhere>"),
+    "special tokens are a string": lambda f: edit(f, CONFIG, additional_special_tokens="<a>"),
+    "added token elsewhere": lambda f: edit(f, CONFIG, added_tokens_decoder={"5": {"content": "<|im_end|>"}}),
+    "added token unknown": lambda f: edit(f, CONFIG, added_tokens_decoder={"5": {"content": "<new>"}}),
+    "added tokens are a list": lambda f: edit(f, CONFIG, added_tokens_decoder=["<new>"]),
+    "template is a number": lambda f: edit(f, CONFIG, chat_template=1),
+    "template list without default": lambda f: edit(
+        f, CONFIG, chat_template=[{"name": "a", "template": "b"}]
+    ),
+    "template is not Jinja": lambda f: edit(f, CONFIG, chat_template="{% if %}"),
+    "template file is not UTF-8": lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_broken_folder(tmp_path: Path, name: str) -> None:
+    folder = byte_level_folder(tmp_path / "model")
+    BREAKS[name](folder)
+    with pytest.raises(ModelFormatError) as error:
+        TextCodec.from_folder(folder)
+    assert str(folder) in error.value.field
+    assert error.value.got is not None and error.value.wanted and error.value.fix
+
+
+def test_no_end_token_anywhere(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path / "model")
+    edit(folder, CONFIG, eos_token=None)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(ModelFormatError, match="no end-of-sequence token"):
+        TextCodec.from_folder(folder)

@@ -1,0 +1,232 @@
+"""The exported graph in one ONNX Runtime session: forward steps over a KV cache, with a patch bound or not.
+
+Knows nothing of text or sampling. A patch is bound per run: its tensors are graph inputs that default to rank 0, so
+switching rebinds pointers and copies nothing, and runs under different patches may go on at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import CacheKey, KVCache
+from .delta import Delta
+from .device import create_session, require_onnxruntime, select_device
+from .errors import BaseMismatchError, RequestError, StaleCacheError
+from .folder import ModelFolder
+from .patch import Patch
+from .slots import fit_slots, slot_arrays
+
+FIRST_LOGIT = "tp.first_logit"
+_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+_FIRST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class BoundPatch:
+    """A patch on the device: what to bind, and the cache key it runs under.
+
+    Attributes:
+        values: graph input name -> OrtValue; what is not in it keeps the session's default.
+        key: of every cache made under it.
+    """
+
+    values: dict[str, Any]
+    key: CacheKey
+
+
+class Graph:
+    """A session over an exported folder.
+
+    Args:
+        folder: the opened folder.
+        device: `auto`, `cuda` or `cpu`.
+        threads: threads of one operator; None lets ONNX Runtime take the cores there are.
+        defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
+            nothing. None leaves the folder's own defaults.
+
+    Attributes:
+        folder, device: the folder, and the device the session is really on.
+        base: the base model, bound.
+        default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
+
+    Raises:
+        DeviceUnavailableError: see device.py.
+        ModelFormatError: ONNX Runtime cannot load the graph.
+        PatchError: `defaults` does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: str = "auto",
+        threads: int | None = None,
+        defaults: Patch | None = None,
+    ) -> None:
+        self._ort = require_onnxruntime()
+        self.folder = folder
+        self._dtype = _DTYPES[folder.kv.dtype]
+        options = self._ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        terms = folder.default_patch.terms if folder.default_patch else ()
+        if defaults is not None:
+            terms = defaults.terms
+            # The session reads these where they are: they must outlive it.
+            self._baked = self._slot_values(self._checked(defaults), "cpu")
+            for name, value in self._baked.items():
+                options.add_initializer(name, value)
+        self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
+        from_numpy = self._ort.OrtValue.ortvalue_from_numpy
+        self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
+        self.default = BoundPatch({}, (folder.graph_digest, terms))
+        self.base = self.default if not terms else BoundPatch(
+            self._slot_values({}, self.device.kind), (folder.graph_digest, ())
+        )
+
+    def bind(self, patch: Patch | None) -> BoundPatch:
+        """Put a patch on the device, ready to run; None is the base.
+
+        Raises:
+            BaseMismatchError: the patch was fitted on another base.
+            PatchTargetError, PatchShapeError, PatchValueError: it does not fit the slots.
+        """
+        if patch is None or not patch.terms:
+            return self.base
+        if patch.terms == self.default.key[1]:
+            return self.default
+        deltas = self._checked(patch)
+        # With rank-0 defaults, slots the patch leaves alone need no binding.
+        only = None if self.default.key[1] else set(deltas)
+        return BoundPatch(self._slot_values(deltas, self.device.kind, only), (self.folder.graph_digest, patch.terms))
+
+    def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
+        if patch.config.base_digest != self.folder.base_digest:
+            raise BaseMismatchError(
+                f"the patch {patch.name!r} was fitted on another base model",
+                field="base_digest",
+                got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
+                wanted=f"{self.folder.base_digest[:16]} ({self.folder.base_model})",
+                fix="fit the patch on this base, or load the base it was fitted on",
+            )
+        return dict(fit_slots(patch, self.folder.slots))
+
+    def _slot_values(
+        self, deltas: dict[tuple[int, str], Delta], kind: str, only: set[tuple[int, str]] | None = None
+    ) -> dict[str, Any]:
+        values = {}
+        for key, slot in self.folder.slots.items():
+            if only is None or key in only:
+                for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():
+                    values[name] = self._ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
+        return values
+
+    def new_cache(self, bound: BoundPatch) -> KVCache:
+        """An empty cache for runs under `bound`."""
+        return KVCache(bound.key)
+
+    def forward(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+    ) -> NDArray[np.float32]:
+        """Run `tokens` after what is in `cache`, and append them to it.
+
+        Args:
+            tokens: ids, at least one.
+            cache: made by `new_cache` under the same patch.
+            bound: the patch.
+            all_logits: logits of every token instead of the last one only.
+
+        Returns:
+            Logits [len(tokens) or 1, vocab], float32. With one token they are valid until the next call.
+
+        Raises:
+            StaleCacheError: the cache was made under another patch or graph.
+            RequestError: an id outside the vocabulary, or more tokens than the context window holds.
+        """
+        if cache.key != bound.key:
+            raise StaleCacheError(
+                "the KV cache was made under another patch",
+                field="cache",
+                got=_describe(cache.key),
+                wanted=_describe(bound.key),
+                fix="start a new cache after a switch",
+            )
+        self._check_tokens(tokens, len(cache))
+        steps, past = len(tokens), len(cache)
+        self._make_room(cache, past + steps, bound)
+        io = cache.binding
+        ids = np.array([tokens], np.int64)
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, past + steps), np.int64),
+            "position_ids": np.arange(past, past + steps)[None],
+        }
+        for name, array in feeds.items():
+            io.bind_cpu_input(name, array)
+        io.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
+        # A failed run leaves the cache's own tokens as they were; what it wrote lies past them and is overwritten.
+        self.session.run_with_iobinding(io)
+        cache.tokens.extend(tokens)
+        logits = io.get_outputs()[0].numpy()[0]
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
+
+    def _check_tokens(self, tokens: Sequence[int], past: int) -> None:
+        if not tokens:
+            raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
+        lowest, highest = min(tokens), max(tokens)
+        if lowest < 0 or highest >= self.folder.vocab_size:
+            raise RequestError(
+                "a token id is outside the vocabulary",
+                field="tokens",
+                got=lowest if lowest < 0 else highest,
+                wanted=f"0..{self.folder.vocab_size - 1}",
+            )
+        if past + len(tokens) > self.folder.context_window:
+            raise RequestError(
+                "more tokens than the context window holds",
+                field="tokens",
+                got=past + len(tokens),
+                wanted=f"at most {self.folder.context_window}",
+                fix="shorten the prompt or the conversation",
+            )
+
+    def _make_room(self, cache: KVCache, length: int, bound: BoundPatch) -> None:
+        """Grow the cache's buffers to hold `length` tokens, by doubling, and bind what stays bound between steps."""
+        if length <= cache.capacity:
+            return
+        capacity = max(_FIRST_CAPACITY, cache.capacity)
+        while capacity < length:
+            capacity *= 2
+        capacity = min(capacity, self.folder.context_window)
+        kv, old = self.folder.kv, dict(cache.buffers)
+        io = self.session.io_binding()
+        for layer in range(self.folder.layers):
+            for part in ("key", "value"):
+                name = f"past_key_values.{layer}.{part}"
+                array = np.zeros((1, kv.heads, capacity, kv.head_dim), self._dtype)
+                if old:
+                    array[:, :, : len(cache)] = old[name].numpy()[:, :, : len(cache)]
+                value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, 0)
+                cache.buffers[name] = value
+                # One buffer is read as past and written as present.
+                io.bind_ortvalue_input(name, value)
+        io.bind_output("logits", "cpu")
+        for layer in range(self.folder.layers):
+            for part in ("key", "value"):
+                io.bind_ortvalue_output(f"present.{layer}.{part}", cache.buffers[f"past_key_values.{layer}.{part}"])
+        for name, value in bound.values.items():
+            io.bind_ortvalue_input(name, value)
+        cache.binding, cache.capacity = io, capacity
+
+
+
+
+def _describe(key: CacheKey) -> str:
+    graph, terms = key
+    patches = ", ".join(f"{identity[:12]}@{strength:g}" for identity, strength in terms)
+    return f"graph {graph[:12]}, {patches or 'no patch'}"

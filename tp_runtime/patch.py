@@ -1,0 +1,284 @@
+"""The patch: low-rank deltas beside a base model's layers, and their algebra.
+
+A patch is immutable. Scaling and adding are exact and cheap (arrays are shared where they do not change), and
+every result remembers which loaded patches it is made of, at what strengths, so that a KV cache can be keyed
+by it. Knows nothing of graphs, sessions or devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from tp_runtime.delta import Delta, Slot, check_slot
+from tp_runtime.errors import BaseMismatchError, PatchTargetError, PatchValueError
+from tp_runtime.patch_config import PatchConfig
+from tp_runtime.patch_file import read_patch, slot_name, write_patch
+
+Terms = tuple[tuple[str, float], ...]
+
+# A patch fitted on any of these acts on every precision of its base; one fitted on a quantised base does not.
+_FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Deltas by slot, and the description of where they come from.
+
+    Attributes:
+        deltas: (layer, site) to `Delta`, read-only, in order of layer and then site name.
+        config: the description.
+
+    Raises:
+        PatchTargetError: an unknown site, half of a pair, a mean without a pair, an empty delta.
+        PatchShapeError: arrays of one slot that do not fit each other.
+        PatchValueError: NaN, infinity, or an array that is not made of numbers.
+    """
+
+    deltas: Mapping[Slot, Delta]
+    config: PatchConfig
+
+    # numpy would otherwise treat `np.float32(2) * patch` as an array operation.
+    __array_ufunc__ = None
+
+    def __post_init__(self) -> None:
+        for slot, delta in self.deltas.items():
+            check_slot(slot)
+            delta.check(slot)
+        ordered = {(int(layer), site): self.deltas[layer, site] for layer, site in sorted(self.deltas)}
+        object.__setattr__(self, "deltas", MappingProxyType(ordered))
+
+    # -- what it is ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The description's name: for people, never a key."""
+        return self.config.name
+
+    @property
+    def ranks(self) -> dict[Slot, int]:
+        """Rank of each slot; 0 where there is only a bias."""
+        return {slot: delta.rank for slot, delta in self.deltas.items()}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any slot."""
+        return max(self.ranks.values(), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the float32 arrays in memory."""
+        return sum(values.nbytes for delta in self.deltas.values() for values in delta.parts().values())
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 (hex) over names, shapes and little-endian float32 values, in order of name.
+
+        The file, its dtype and its description do not enter: the same values are the same patch.
+        """
+        tensors = {
+            slot_name(*slot, part): values
+            for slot, delta in self.deltas.items()
+            for part, values in delta.parts().items()
+        }
+        digest = hashlib.sha256(b"tp-patch identity 1\n")
+        for name in sorted(tensors):
+            digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
+            digest.update(np.ascontiguousarray(tensors[name], "<f4").data)
+        return digest.hexdigest()
+
+    @cached_property
+    def terms(self) -> Terms:
+        """The ordered (identity, strength) of the patches this one is made of: its part of a cache key.
+
+        A loaded, fitted or truncated patch is one term of strength 1. Strength 0 leaves no term: the base.
+        """
+        return ((self.identity, 1.0),) if self.deltas else ()
+
+    def __repr__(self) -> str:
+        kib = self.nbytes / 1024
+        size = f"{len(self.deltas)} slots, rank {self.rank}, {kib:.0f} KiB"
+        return f"<Patch {self.name!r}: {self.config.method}, {size}>"
+
+    # -- algebra ---------------------------------------------------------------------------------------------
+
+    def __mul__(self, strength: Any) -> Patch:
+        strength = _strength(strength)
+        if strength == 1.0:
+            return self
+        terms = tuple((identity, _strength(strength * old)) for identity, old in self.terms)
+        terms = tuple(term for term in terms if term[1] != 0.0)
+        deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
+        # The probe and the held-out figures were measured at strength 1.
+        return _made_of(deltas, replace(self.config, probe=None, fidelity=None), terms)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Patch:
+        return -1.0 * self
+
+    def __add__(self, other: Any) -> Patch:
+        return _sum(self, other, "+") if isinstance(other, Patch) else NotImplemented
+
+    def __radd__(self, other: Any) -> Patch:
+        # sum([p, q]) starts from the integer 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: Any) -> Patch:
+        return _sum(self, -other, "-") if isinstance(other, Patch) else NotImplemented
+
+    def truncate(self, rank: int) -> Patch:
+        """Keep the first `rank` directions of every slot, and let the bias take the mean effect of the rest.
+
+        Args:
+            rank: the largest rank to keep, at least 1; slots of lower rank stay as they are.
+
+        Returns:
+            A patch of its own (own identity, one term of strength 1), with no probe and no held-out figures;
+            this very patch if nothing is dropped.
+
+        Raises:
+            PatchValueError: `rank` is not a whole number >= 1, a slot lacks its mean, or the patch is a sum.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+            raise PatchValueError(
+                "not a rank", field="rank", got=repr(rank), wanted="a whole number >= 1", fix="pass rank >= 1"
+            )
+        if len(self.terms) > 1 or self.config.method == "composed":
+            raise PatchValueError(
+                "a sum's directions are no longer in order of energy",
+                field=self.name,
+                got=f"a patch of {max(2, len(self.terms))} or more patches",
+                wanted="one fitted patch",
+                fix="truncate each patch before adding",
+            )
+        if rank >= self.rank:
+            return self
+        deltas = {slot: delta.truncated(int(rank), slot) for slot, delta in self.deltas.items()}
+        return Patch(deltas, replace(self.config, probe=None, fidelity=None))
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], dtype: str = "f16") -> None:
+        """Write the patch file, whole or not at all; a file that is there is replaced.
+
+        Args:
+            path: ends in .safetensors.
+            dtype: "f16" and "bf16" halve the file and round the values (so what is loaded again has another
+                identity); "f32" keeps them.
+
+        Raises:
+            PatchTargetError: the patch holds no delta.
+            PatchValueError: a value does not fit the dtype.
+            PatchFormatError: an unknown dtype, or another suffix.
+            OSError: the operating system's error; no file is left behind.
+        """
+        if not self.deltas:
+            raise PatchTargetError(
+                "the patch holds no delta",
+                field=self.name,
+                got="0 slots",
+                wanted="at least one",
+                fix="strength 0 needs no file: unload the patch",
+            )
+        slots = {slot: delta.parts() for slot, delta in self.deltas.items()}
+        write_patch(path, slots, self.config.to_dict(), dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
+        """Read a patch file, checking everything in it.
+
+        Raises:
+            PatchFormatError: damaged, unsafe or not a patch.
+            PatchVersionError: a version, method or key that this reader does not know.
+            PatchTargetError: an unknown slot, half of a pair, or no delta at all.
+            PatchShapeError: arrays of one slot that do not fit each other.
+            PatchValueError: NaN or infinity.
+        """
+        slots, config = read_patch(path)
+        return cls({slot: Delta(**parts) for slot, parts in slots.items()}, PatchConfig.from_dict(config))
+
+
+def _made_of(deltas: Mapping[Slot, Delta], config: PatchConfig, terms: Terms) -> Patch:
+    """A patch whose terms are known: set before anyone asks, so that no digest is computed for them."""
+    patch = Patch(deltas, config)
+    patch.__dict__["terms"] = terms
+    return patch
+
+
+# -- parts of the algebra ------------------------------------------------------------------------------------
+
+
+def _strength(value: Any) -> float:
+    got = type(value).__name__
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            got = str(strength := float(value))
+            # Past these bounds float32 deltas turn to zeros or infinities, and the terms would not tell.
+            if strength == 0.0 or 1e-30 <= abs(strength) <= 1e30:
+                return strength
+        except OverflowError:
+            got = "an integer too large for a float"
+    raise PatchValueError(
+        "not a strength",
+        field="strength",
+        got=got,
+        wanted="a finite number, 0 or of magnitude 1e-30 to 1e30",
+        fix="use a moderate factor, such as 0.5 or -1",
+    )
+
+
+def _sum(p: Patch, q: Patch, sign: str) -> Patch:
+    """p + q, with `sign` for the name only."""
+    if p.config.base_digest != q.config.base_digest:
+        raise BaseMismatchError(
+            "the patches were fitted on different base models",
+            field="base_digest",
+            got=f"{q.config.base_digest} ({q.config.base_model}, patch {q.name!r})",
+            wanted=f"{p.config.base_digest} ({p.config.base_model}, patch {p.name!r})",
+            fix="add patches of one base model",
+        )
+    config = _sum_config(p.config, q.config, sign)
+    if not q.deltas:  # adding no patch makes no sum: what is left can still be truncated and checked
+        return p
+    if not p.deltas:
+        return q
+    deltas = dict(p.deltas)
+    for slot, delta in q.deltas.items():
+        deltas[slot] = deltas[slot].joined(delta, slot) if slot in deltas else delta
+    return _made_of(deltas, config, p.terms + q.terms)
+
+
+def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
+    """What can still be said of a sum: nothing that belongs to one fit."""
+    quantised = {c.precision for c in (p, q)} - set(_FLOAT_PRECISIONS)
+    if len(quantised) > 1:
+        raise BaseMismatchError(
+            "the patches repair different quantised bases",
+            field="precision",
+            got=repr(q.precision),
+            wanted=repr(p.precision),
+            fix="add patches fitted on one precision",
+        )
+    if p.licence is None or q.licence is None:
+        licence = None  # unknown for a part is unknown for the whole
+    else:
+        licence = p.licence if p.licence == q.licence else f"({p.licence}) AND ({q.licence})"
+    return PatchConfig(
+        name=f"{p.name}{sign}{q.name}",
+        method="composed",
+        base_model=p.base_model,
+        base_digest=p.base_digest,
+        architecture=p.architecture,
+        precision=quantised.pop() if quantised else p.precision,
+        context_digest=p.context_digest if p.context_digest == q.context_digest else "",
+        licence=licence,
+    )
