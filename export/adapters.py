@@ -34,6 +34,7 @@ class Adapter:
     down: str = "mlp.down_proj"
     attention: str = "self_attn"
     qkvo: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    returns_tuple: bool = False  # what the layer's forward returns: (x, ...) or x
 
     def linears(self) -> dict[str, str]:
         """Every site beside one linear layer -> that layer's name."""
@@ -42,7 +43,7 @@ class Adapter:
 
 
 LLAMA = Adapter(mlp_norm="post_attention_layernorm")
-GEMMA = Adapter(mlp_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
+GEMMA = Adapter(mlp_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm", returns_tuple=True)
 
 ADAPTERS: Mapping[str, Adapter] = {
     "llama": LLAMA,
@@ -131,18 +132,19 @@ class Block:
         return seen[0]
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks of a transformers causal language model, in order."""
-    adapter = adapter_for(model.config.model_type)  # type: ignore[union-attr, arg-type]
+def blocks_of(model: nn.Module, adapter: Adapter | None = None) -> list[Block]:
+    """The blocks of a transformers causal language model, in order; by default as its own adapter sees them."""
+    adapter = adapter or adapter_for(model.config.model_type)  # type: ignore[union-attr, arg-type]
     return [Block(layer, adapter, i) for i, layer in enumerate(model.model.layers)]  # type: ignore[union-attr, arg-type]
 
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer, hands its input on unchanged and keeps what the layer would have been given."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
         self.original = [layer]  # in a list, so that it is no submodule
+        self.returns_tuple = returns_tuple
         self.x: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
@@ -156,12 +158,10 @@ class _Recorder(nn.Module):
         if args:
             raise ModelFormatError("the model passes layer inputs by position", field="layer", got=len(args))
         self.x, self.kwargs = x, kwargs
-        return x
+        return (x,) if self.returns_tuple else x
 
 
-def layer_inputs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, list[dict[str, Any]]]:
+def layer_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the model gives its layers: the embeddings x [b, T, d] and each layer's keyword arguments.
 
     The model's own forward runs with every layer replaced by a recorder, so masks, rotary tables and embedding scales
@@ -169,7 +169,8 @@ def layer_inputs(
     """
     inner: Any = model.model
     layers = inner.layers
-    recorders = [_Recorder(layer) for layer in layers]
+    adapter = adapter_for(inner.config.model_type)
+    recorders = [_Recorder(layer, adapter.returns_tuple) for layer in layers]
     inner.layers = nn.ModuleList(recorders)
     try:
         with torch.no_grad():
@@ -178,5 +179,3 @@ def layer_inputs(
         inner.layers = layers
     assert recorders[0].x is not None
     return recorders[0].x, [recorder.kwargs for recorder in recorders]
-
-

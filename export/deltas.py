@@ -1,7 +1,7 @@
 """A patch applied to a transformers model, by forward hooks: the torch twin of the slots of the exported graph.
 
-    gate, up, q, k, v, o, down    y + (input a) b + bias        on that linear layer's output
-    mlp_out                       y + (h a) b + bias            on the MLP branch, after any post-norm
+gate, up, q, k, v, o, down    y + (input a) b + bias        on that linear layer's output
+mlp_out                       y + (h a) b + bias            on the MLP branch, after any post-norm
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tp_runtime.patch import Patch

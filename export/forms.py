@@ -81,9 +81,7 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     return deltas | _output(block, rows, settings, below=deltas)
 
 
-def _output(
-    block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]
-) -> dict[str, TorchDelta]:
+def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
     """`mlp_out` for a student whose gate and up already carry `below`."""
     o_teacher = block.mlp_half(rows.teacher)
     with applied(block, below):

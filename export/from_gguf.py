@@ -108,9 +108,7 @@ def check_tokenizer(manifest: Manifest, folder: Path) -> None:
         raise ModelFormatError("does not fit the tokenizer", field="style", got=f"{manifest.style}, {has}")
     back = tokenizer.decode(tokenizer.encode(_SAMPLE, add_special_tokens=False))
     if back != _SAMPLE:
-        raise ModelFormatError(
-            "the tokenizer does not give text back", field="tokenizer.json", got=repr(back)
-        )
+        raise ModelFormatError("the tokenizer does not give text back", field="tokenizer.json", got=repr(back))
 
 
 @contextmanager

@@ -121,9 +121,7 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
         )
     location = entries["location"]
     if location.startswith(_ADDRESS_MARKER):
-        raise UnsafeGraphError(
-            "points into memory", field=field, got=ascii(location), wanted="a file", fix=_UNTRUSTED
-        )
+        raise UnsafeGraphError("points into memory", field=field, got=ascii(location), wanted="a file", fix=_UNTRUSTED)
     check_name(location, field)
     if location not in folder.files:
         raise UnsafePathError(

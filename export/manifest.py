@@ -110,9 +110,7 @@ class Manifest:
 
 def manifest_names() -> list[str]:
     """Returns the names of the models that have a manifest, sorted."""
-    return sorted(
-        entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json")
-    )
+    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
 
 
 def load_manifest(name: str) -> Manifest:
@@ -129,9 +127,7 @@ def load_manifest(name: str) -> Manifest:
     """
     known = manifest_names()
     if name not in known:
-        raise ModelFormatError(
-            "no such model", field="name", got=repr(name), wanted="one of " + ", ".join(known)
-        )
+        raise ModelFormatError("no such model", field="name", got=repr(name), wanted="one of " + ", ".join(known))
     manifest = parse_manifest((_folder() / f"{name}.json").read_text(encoding="utf-8"))
     if manifest.name != name:
         raise ModelFormatError("differs from the file's name", field="name", got=manifest.name, wanted=name)
@@ -247,9 +243,7 @@ def _licence(raw: _Fields) -> Licence:
 
 
 def _weights(raw: _Fields) -> Weights:
-    weights = Weights(
-        raw.texts("pip", _PIP), raw.texts("files"), raw.text("sha256", _SHA256), raw.size("bytes")
-    )
+    weights = Weights(raw.texts("pip", _PIP), raw.texts("files"), raw.text("sha256", _SHA256), raw.size("bytes"))
     raw.done()
     if len(weights.packages) != len(weights.files):
         raise ModelFormatError(

@@ -67,9 +67,7 @@ def export_model(
         BaseMismatchError, PatchTargetError, PatchShapeError: `patch` does not fit.
     """
     if precision not in PRECISIONS:
-        raise ModelFormatError(
-            "unknown precision", field="precision", got=precision, wanted=" | ".join(PRECISIONS)
-        )
+        raise ModelFormatError("unknown precision", field="precision", got=precision, wanted=" | ".join(PRECISIONS))
     if patch is not None and patch.config.base_digest != source.digest:
         raise BaseMismatchError(
             "the patch was fitted on another base",

@@ -148,9 +148,7 @@ def save(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> lis
         if not values:
             continue
         tensors = [value.const_value for value in values if value.const_value is not None]
-        for value, tensor in zip(
-            values, external_data.convert_tensors_to_external(tensors, folder, file), strict=True
-        ):
+        for value, tensor in zip(values, external_data.convert_tensors_to_external(tensors, folder, file), strict=True):
             value.const_value = tensor
         written.append(file)
     ir.save(model, folder / "model.onnx")

@@ -128,9 +128,7 @@ def _copy(source: IO[bytes], sink: IO[bytes], limit: int, member: str) -> None:
     while block := source.read(_CHUNK):
         left -= len(block)
         if left < 0:
-            raise ModelFormatError(
-                "larger than the manifest says", field=member, wanted=f"at most {limit} bytes"
-            )
+            raise ModelFormatError("larger than the manifest says", field=member, wanted=f"at most {limit} bytes")
         sink.write(block)
 
 

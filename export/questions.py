@@ -107,5 +107,20 @@ def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
         )
 
 
+def query_digest(query: str) -> str:
+    """Eight hex digits of a query, without regard to case and spacing: what a patch remembers of each fitted one."""
+    return hashlib.sha256(_key(query).encode()).hexdigest()[:8]
+
+
+def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> None:
+    """Refuses to measure a patch on queries that it remembers being fitted on.
+
+    Raises:
+        CalibrationError: naming those queries.
+    """
+    digests = set(fitted_digests)
+    check_disjoint([query for query in (queries := list(queries)) if query_digest(query) in digests], queries)
+
+
 def _key(query: str) -> str:
     return " ".join(query.casefold().split())

@@ -48,9 +48,7 @@ class Batch:
     position: Tensor
 
     @classmethod
-    def of(
-        cls, sequences: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device | str
-    ) -> Batch:
+    def of(cls, sequences: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device | str) -> Batch:
         """Pad `sequences`; completion rows run from `starts[i]` to the end of sequence i."""
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -70,9 +68,7 @@ class Batch:
         return hidden[self.row, self.position]
 
 
-def batches(
-    dialogues: Sequence[Dialogue], size: int, device: torch.device | str
-) -> list[tuple[Batch, Batch]]:
+def batches(dialogues: Sequence[Dialogue], size: int, device: torch.device | str) -> list[tuple[Batch, Batch]]:
     """(teacher, student) batches of at most `size` dialogues of similar length, rows in the same order on both sides."""
     ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
     pairs = []

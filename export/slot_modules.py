@@ -115,7 +115,9 @@ def slotted(model: nn.Module, tensors: Mapping[tuple[int, str], SlotTensors]) ->
                 replace(block, adapter.down, _BranchEnd(reader, reader, slot))
             else:
                 replace(block, adapter.down, reader)
-                replace(block, adapter.post_norm, _BranchEnd(block.layer.get_submodule(adapter.post_norm), reader, slot))
+                replace(
+                    block, adapter.post_norm, _BranchEnd(block.layer.get_submodule(adapter.post_norm), reader, slot)
+                )
         yield
     finally:
         for layer_module, name, original in reversed(undo):

@@ -166,7 +166,9 @@ def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
             size = int.from_bytes(view[:8], "little")
             try:
                 header = json.loads(view[8 : 8 + size])
-                end = max(8 + size + int(entry["data_offsets"][1]) for k, entry in header.items() if k != "__metadata__")
+                end = max(
+                    8 + size + int(entry["data_offsets"][1]) for k, entry in header.items() if k != "__metadata__"
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelFormatError("not a safetensors file", field=str(file), fix="fetch it again") from error
             if end != len(view):

@@ -29,9 +29,7 @@ def describe(path: Path, **changes: Any) -> ModelFolder:
         kv=KV(heads=1, head_dim=4, dtype="f32"),
         slots={(layer, "mlp_out"): Slot(layer, "mlp_out", 8, 4) for layer in range(2)},
         default_patch=None,
-        files=describe_files(
-            path, sorted(entry.name for entry in path.iterdir() if entry.name != SLOTS_FILE)
-        ),
+        files=describe_files(path, sorted(entry.name for entry in path.iterdir() if entry.name != SLOTS_FILE)),
     )
     return dataclasses.replace(folder, **changes)
 

@@ -55,13 +55,9 @@ class Delta:
         """The delta times `strength`: b and bias alone, for scaling a as well would scale twice."""
 
         def times(values: Array | None) -> Array | None:
-            return (
-                None if values is None else (values * np.float64(strength)).astype(np.float32)
-            )  # one rounding
+            return None if values is None else (values * np.float64(strength)).astype(np.float32)  # one rounding
 
-        with np.errstate(
-            over="ignore", under="ignore"
-        ):  # infinity is reported by `check`, with the slot's name
+        with np.errstate(over="ignore", under="ignore"):  # infinity is reported by `check`, with the slot's name
             return replace(self, b=times(self.b), bias=times(self.bias))
 
     def joined(self, other: Delta, slot: Slot) -> Delta:

@@ -114,9 +114,7 @@ class StopScanner:
             raise RequestError("not a list", field="stop", got=repr(stops[:40]), wanted="a list of strings")
         for i, stop in enumerate(stops):
             if not isinstance(stop, str) or not stop:
-                raise RequestError(
-                    "not a stop string", field=f"stop[{i}]", got=repr(stop), wanted="non-empty str"
-                )
+                raise RequestError("not a stop string", field=f"stop[{i}]", got=repr(stop), wanted="non-empty str")
         self._stops = tuple(stops)
         self._held = ""
         self._stopped = False

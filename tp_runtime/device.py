@@ -87,8 +87,7 @@ def require_onnxruntime() -> Any:
             field="onnxruntime",
             got=" and ".join(found),
             wanted="one of them",
-            fix="pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tp-runtime[cpu]' "
-            "or 'tp-runtime[gpu]'",
+            fix="pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tp-runtime[cpu]' or 'tp-runtime[gpu]'",
         )
     # A vendor's build (OpenVINO, QNN, one's own) has another distribution name and is as good for the CPU.
     if not found and not _is_importable("onnxruntime"):
@@ -208,9 +207,7 @@ def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options
         options.log_severity_level = _SEVERITY_ERROR
     try:
         # Fallback off: with it, a failing CUDA session prints a banner and becomes a CPU one, even in run().
-        return ort.InferenceSession(
-            str(model_path), sess_options=options, providers=providers, enable_fallback=0
-        )
+        return ort.InferenceSession(str(model_path), sess_options=options, providers=providers, enable_fallback=0)
     finally:
         options.log_severity_level = severity
 

@@ -195,9 +195,7 @@ def _real_folder(path: Path) -> Path:
             "no such model folder", field="path", got=path, wanted="a folder written by tp-export"
         ) from error
     if not root.is_dir():
-        raise ModelFormatError(
-            "is not a folder", field="path", got=path, wanted="a folder written by tp-export"
-        )
+        raise ModelFormatError("is not a folder", field="path", got=path, wanted="a folder written by tp-export")
     return root
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,8 +84,10 @@ class Graph:
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         self.default = BoundPatch({}, (folder.graph_digest, terms))
-        self.base = self.default if not terms else BoundPatch(
-            self._slot_values({}, self.device.kind), (folder.graph_digest, ())
+        self.base = (
+            self.default
+            if not terms
+            else BoundPatch(self._slot_values({}, self.device.kind), (folder.graph_digest, ()))
         )
 
     def bind(self, patch: Patch | None) -> BoundPatch:
@@ -142,20 +143,13 @@ class Graph:
             all_logits: logits of every token instead of the last one only.
 
         Returns:
-            Logits [len(tokens) or 1, vocab], float32. With one token they are valid until the next call.
+            Logits [len(tokens) or 1, vocab], float32.
 
         Raises:
             StaleCacheError: the cache was made under another patch or graph.
             RequestError: an id outside the vocabulary, or more tokens than the context window holds.
         """
-        if cache.key != bound.key:
-            raise StaleCacheError(
-                "the KV cache was made under another patch",
-                field="cache",
-                got=_describe(cache.key),
-                wanted=_describe(bound.key),
-                fix="start a new cache after a switch",
-            )
+        self.require_key(cache, bound)
         self._check_tokens(tokens, len(cache))
         steps, past = len(tokens), len(cache)
         self._make_room(cache, past + steps, bound)
@@ -169,11 +163,23 @@ class Graph:
         for name, array in feeds.items():
             io.bind_cpu_input(name, array)
         io.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
+        io.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
         # A failed run leaves the cache's own tokens as they were; what it wrote lies past them and is overwritten.
         self.session.run_with_iobinding(io)
         cache.tokens.extend(tokens)
-        logits = io.get_outputs()[0].numpy()[0]
+        logits = io.get_outputs()[-1].numpy()[0]
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
+
+    def require_key(self, cache: KVCache, bound: BoundPatch) -> None:
+        """Raise StaleCacheError unless `cache` was made under `bound`."""
+        if cache.key != bound.key:
+            raise StaleCacheError(
+                "the KV cache was made under another patch",
+                field="cache",
+                got=_describe(cache.key),
+                wanted=_describe(bound.key),
+                fix="start a new cache after a switch",
+            )
 
     def _check_tokens(self, tokens: Sequence[int], past: int) -> None:
         if not tokens:
@@ -215,15 +221,12 @@ class Graph:
                 cache.buffers[name] = value
                 # One buffer is read as past and written as present.
                 io.bind_ortvalue_input(name, value)
-        io.bind_output("logits", "cpu")
         for layer in range(self.folder.layers):
             for part in ("key", "value"):
                 io.bind_ortvalue_output(f"present.{layer}.{part}", cache.buffers[f"past_key_values.{layer}.{part}"])
         for name, value in bound.values.items():
             io.bind_ortvalue_input(name, value)
         cache.binding, cache.capacity = io, capacity
-
-
 
 
 def _describe(key: CacheKey) -> str:

@@ -21,6 +21,7 @@ CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHORT_DIGEST = re.compile(r"[0-9a-f]{8}")
 _REFIT = "export the patch again with this version of tp-export"
 
 
@@ -38,7 +39,8 @@ class PatchConfig:
         context_digest: SHA-256 of the context text (64 hex digits), or "" where there is no one context.
         context: the text itself, only if the exporter was asked to store it.
         ridge: relative ridge of the fit.
-        calibration: counts `queries`, `rows` (token positions fitted), `max_new_tokens`, `holdout` (queries).
+        calibration: counts `queries`, `rows` (token positions fitted), `max_new_tokens`, `holdout` (queries), and
+            optionally `query_digests`, eight hex digits of each fitted query, so that none is measured on later.
         fidelity: held-out figures, name to number.
         licence: of the patch, an SPDX expression.
         created: ISO 8601 time in UTC.
@@ -55,7 +57,7 @@ class PatchConfig:
     context_digest: str
     context: str | None = None
     ridge: float | None = None
-    calibration: dict[str, int] | None = None
+    calibration: dict[str, Any] | None = None
     fidelity: dict[str, float] | None = None
     licence: str | None = None
     created: str | None = None
@@ -87,7 +89,8 @@ class PatchConfig:
         if self.created is not None:
             _utc("created", self.created)
         if self.calibration is not None:
-            _keys("calibration", self.calibration, CALIBRATION_KEYS)
+            _keys("calibration", self.calibration, (*CALIBRATION_KEYS, "query_digests"), CALIBRATION_KEYS)
+            _check_query_digests(self.calibration.get("query_digests", []))
             for key in CALIBRATION_KEYS:
                 _count(f"calibration.{key}", self.calibration[key])
         if self.fidelity is not None:
@@ -166,9 +169,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float)
-    ):  # a bool is an int to Python, not to JSON
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # a bool is an int to Python, not to JSON
         raise _bad(key, type(value).__name__, "a number")
     if not abs(value) <= sys.float_info.max:  # false for NaN; an int may be too large for any float
         raise _bad(key, "NaN, infinity or a number too large", "a finite number")
@@ -190,6 +191,13 @@ def _utc(key: str, value: Any) -> None:
         raise _bad(key, repr(value), "an ISO 8601 time in UTC, such as 2025-01-31T12:00:00+00:00")
 
 
+def _check_query_digests(digests: Any) -> None:
+    if not isinstance(digests, list) or not all(
+        isinstance(digest, str) and _SHORT_DIGEST.fullmatch(digest) for digest in digests
+    ):
+        raise _bad("calibration.query_digests", type(digests).__name__, "a list of 8 lower-case hex digits each")
+
+
 def _check_probe(probe: Any) -> None:
     _keys("probe", probe, PROBE_KEYS)
     for key in PROBE_KEYS:
@@ -202,6 +210,4 @@ def _check_probe(probe: Any) -> None:
                 _number(f"probe.{key}", value)
     lengths = [len(probe[key]) for key in PROBE_KEYS]
     if lengths[0] == 0 or len(set(lengths)) != 1:
-        raise _bad(
-            "probe", f"lists of {lengths} entries", "one entry per position in every list, at least one"
-        )
+        raise _bad("probe", f"lists of {lengths} entries", "one entry per position in every list, at least one")

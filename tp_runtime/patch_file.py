@@ -115,9 +115,7 @@ def _read_once(where: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             _malformed(where, "not a regular file", stat.filemode(status.st_mode), "a file", "check the path")
         if status.st_size > MAX_FILE_BYTES:
-            _malformed(
-                where, "the file is too large for a patch", status.st_size, f"<= {MAX_FILE_BYTES} bytes"
-            )
+            _malformed(where, "the file is too large for a patch", status.st_size, f"<= {MAX_FILE_BYTES} bytes")
         with os.fdopen(descriptor, "rb", closefd=False) as handle:
             return handle.read(status.st_size)
     finally:
@@ -187,9 +185,7 @@ def _checked_entry(name: str, entry: Any, where: Path) -> tuple[int, int]:
     if size > MAX_FILE_BYTES:
         _malformed(where, f"tensor {name!r}: size overflow", f"{size} bytes", f"<= {MAX_FILE_BYTES} bytes")
     if size != offsets[1] - offsets[0]:
-        _malformed(
-            where, f"tensor {name!r} does not fill its range", f"{offsets[1] - offsets[0]} bytes", size
-        )
+        _malformed(where, f"tensor {name!r} does not fill its range", f"{offsets[1] - offsets[0]} bytes", size)
     return offsets[0], offsets[1]
 
 
@@ -349,9 +345,7 @@ def write_patch(
         _malformed(where, "not a patch file's name", repr(where.suffix), "suffix .safetensors", fix)
     if dtype not in DTYPES:
         _malformed(where, "unknown dtype", repr(dtype), " | ".join(DTYPES), "choose one of these")
-    tensors = {
-        slot_name(*slot, part): values for slot, parts in slots.items() for part, values in parts.items()
-    }
+    tensors = {slot_name(*slot, part): values for slot, parts in slots.items() for part, values in parts.items()}
     header: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "version": VERSION, "config": json.dumps(config, allow_nan=False)}
     }

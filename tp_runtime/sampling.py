@@ -97,9 +97,7 @@ class Sampler:
         return int(ids[min(at, len(ids) - 1)])  # the product can round up to the sum
 
 
-def candidates(
-    logits: NDArray[np.floating], sampling: Sampling
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """The tokens that temperature, top_k, top_p and min_p leave, in this order, and their probabilities.
 
     Args:

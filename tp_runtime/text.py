@@ -238,9 +238,7 @@ def _compile_template(source: str, field: str) -> jinja2.Template:
         sort_keys: bool = False,
     ) -> str:
         # jinja2's own filter escapes HTML characters, which the model was not trained on.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
@@ -265,9 +263,7 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
     if not isinstance(messages, Sequence):
         got = type(messages).__name__
         raise RequestError("not a prompt", field="messages", got=got, wanted="str or list of messages")
-    chat: list[Message] = (
-        [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-    )
+    chat: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     for i, message in enumerate(chat):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):

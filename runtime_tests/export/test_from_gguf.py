@@ -26,9 +26,7 @@ def _tokenizer_folder(folder: Path, **config: object) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named | config))
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "llama", "bos_token_id": 0, "eos_token_id": 1})
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 0, "eos_token_id": 1}))
     return folder
 
 

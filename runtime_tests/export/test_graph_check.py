@@ -119,9 +119,7 @@ def test_function_of_a_known_domain_passes(folder_of):
     function = helper.make_function(
         "com.microsoft", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], []
     )
-    assert "nodes: 2, subgraphs and 1 functions included" in check_graph(
-        folder_of(_model(functions=[function]))
-    )
+    assert "nodes: 2, subgraphs and 1 functions included" in check_graph(folder_of(_model(functions=[function])))
 
 
 def test_unused_import_passes(folder_of):
@@ -146,16 +144,12 @@ CUSTOM = helper.make_node("Run", ["x"], ["out"], domain="evil.ops")
     ids=["node", "subgraph", "subgraph-of-subgraph", "function", "subgraph-of-function"],
 )
 def test_custom_op_domain(folder_of, model):
-    with pytest.raises(
-        UnsafeGraphError, match=r"'Run'.*custom-op domain; got 'evil.ops'; wanted one of ai.onnx"
-    ):
+    with pytest.raises(UnsafeGraphError, match=r"'Run'.*custom-op domain; got 'evil.ops'; wanted one of ai.onnx"):
         check_graph(folder_of(model))
 
 
 def test_function_of_a_custom_domain(folder_of):
-    function = helper.make_function(
-        "evil.ops", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], []
-    )
+    function = helper.make_function("evil.ops", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [])
     with pytest.raises(UnsafeGraphError, match="function 'F': uses a custom-op domain"):
         check_graph(folder_of(_model(functions=[function])))
 
@@ -333,9 +327,7 @@ def test_command_prints_a_line_for_each_check(folder_of, capsys):
     (folder / "notes.txt").write_text("x")
     assert _run(folder) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[0] == f"OK files: 2, {(folder / 'model.onnx').stat().st_size + BYTES} bytes, all digests match"
-    )
+    assert lines[0] == f"OK files: 2, {(folder / 'model.onnx').stat().st_size + BYTES} bytes, all digests match"
     assert lines[-1] == "-- 'notes.txt' is not listed: nothing reads it"
 
 

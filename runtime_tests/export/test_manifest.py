@@ -89,9 +89,9 @@ def test_a_correction_replaces_values_whole() -> None:
         "model": {"fuse": True, "vocab": {}},
         "legacy": 1,
     }
-    Correction(
-        {"decoder": {"type": "ByteLevel"}, "model.fuse": False, "post": None}, ("legacy", "absent")
-    ).apply(document)
+    Correction({"decoder": {"type": "ByteLevel"}, "model.fuse": False, "post": None}, ("legacy", "absent")).apply(
+        document
+    )
     assert document == {"decoder": {"type": "ByteLevel"}, "model": {"fuse": False, "vocab": {}}, "post": None}
 
 

@@ -33,9 +33,7 @@ def test_no_two_built_in_questions_are_nearly_the_same() -> None:
 
 def test_text_lines_are_stripped_and_comments_blanks_and_repetitions_dropped(tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
-    path.write_text(
-        "\ufeff# a comment\n  Hello?  \n\n  # another\nWhy # not?\nhello?\nWhy # not?\n", encoding="utf-8"
-    )
+    path.write_text("\ufeff# a comment\n  Hello?  \n\n  # another\nWhy # not?\nhello?\nWhy # not?\n", encoding="utf-8")
     assert load_questions(path) == ["Hello?", "Why # not?"]
 
 
@@ -43,9 +41,7 @@ def test_text_lines_are_stripped_and_comments_blanks_and_repetitions_dropped(tmp
 def test_json_keeps_lines_that_look_like_comments(tmp_path: Path, suffix: str) -> None:
     queries = ["# heading, please", "two\nlines", "naïve?"]
     path = tmp_path / f"q{suffix}"
-    path.write_text(
-        json.dumps(queries) if suffix == ".json" else "\n\n".join(map(json.dumps, queries)), "utf-8"
-    )
+    path.write_text(json.dumps(queries) if suffix == ".json" else "\n\n".join(map(json.dumps, queries)), "utf-8")
     assert load_questions(path) == queries
 
 

@@ -37,9 +37,7 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback(steps: list[object], normalizer: object = None) -> Tokenizer:
     vocab = ["<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁acehmnost,.", "\ufffd"]
-    tokenizer = Tokenizer(
-        models.BPE({t: i for i, t in enumerate(vocab)}, [], unk_token="<unk>", byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
     tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(steps)

@@ -131,9 +131,7 @@ def test_cpu_needs_no_reason():
 
 
 def test_cuda_on_the_cpu_build():
-    with pytest.raises(
-        DeviceUnavailableError, match=r"has no CUDA provider.*pip uninstall onnxruntime, then"
-    ):
+    with pytest.raises(DeviceUnavailableError, match=r"has no CUDA provider.*pip uninstall onnxruntime, then"):
         select_device("cuda")
 
 

@@ -142,10 +142,7 @@ def test_half_round_trip_rounds_once(tmp_path_factory, p, dtype_step):
 def test_identity_is_of_the_tensors_alone(tmp_path):
     p = random_patch(1)
     exact = Patch(
-        {
-            slot: Delta(**{k: v.astype(np.float16) for k, v in d.parts().items()})
-            for slot, d in p.deltas.items()
-        },
+        {slot: Delta(**{k: v.astype(np.float16) for k, v in d.parts().items()}) for slot, d in p.deltas.items()},
         p.config,
     )
     other = Patch(exact.deltas, random_config(name="other", created=None, probe=None))
@@ -212,9 +209,7 @@ def test_config_of_a_scaled_patch_has_no_measurements():
 
 def test_config_of_a_sum():
     p = random_patch(1, config=random_config(name="p", context="be a pirate"))
-    q = random_patch(
-        2, config=random_config(name="q", precision="int8", licence="MIT", context_digest="cd" * 32)
-    )
+    q = random_patch(2, config=random_config(name="q", precision="int8", licence="MIT", context_digest="cd" * 32))
     config = (p + q).config
     assert config.name == "p+q" and (p - q).name == "p-q" and config.method == "composed"
     assert config.base_digest == DIGEST and config.precision == "int8" and config.context_digest == ""

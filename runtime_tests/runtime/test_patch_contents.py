@@ -14,9 +14,7 @@ from tp_runtime.errors import PatchShapeError, PatchTargetError, PatchValueError
 # -- PatchFormatError and PatchVersionError: metadata ----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "metadata", [{}, {**METADATA, "format": "pt"}, {"format": "pt"}, "tp-patch", None, []]
-)
+@pytest.mark.parametrize("metadata", [{}, {**METADATA, "format": "pt"}, {"format": "pt"}, "tp-patch", None, []])
 def test_not_a_patch(tmp_path, metadata):
     malformed(tmp_path, tensors(metadata=metadata), "not a patch.*wanted format 'tp-patch'")
 
@@ -38,9 +36,7 @@ def test_config_of_another_type(tmp_path):
 
 def test_wrong_type_in_the_config(tmp_path):
     config = json.dumps({**json.loads(CONFIG), "ridge": "one"})
-    malformed(
-        tmp_path, tensors(metadata={**METADATA, "config": config}), r"config\.ridge.*got str; wanted a number"
-    )
+    malformed(tmp_path, tensors(metadata={**METADATA, "config": config}), r"config\.ridge.*got str; wanted a number")
 
 
 @pytest.mark.parametrize("version", ["2", "0", "1.0", "", 1, None])

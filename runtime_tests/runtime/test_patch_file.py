@@ -43,9 +43,7 @@ def test_truncated_tensors(tmp_path):
 
 
 def test_header_over_cap(tmp_path):
-    malformed(
-        tmp_path, (16 << 20 | 1).to_bytes(8, "little") + b"{" + bytes(100), "header length over the cap"
-    )
+    malformed(tmp_path, (16 << 20 | 1).to_bytes(8, "little") + b"{" + bytes(100), "header length over the cap")
 
 
 def test_header_length_of_all_ones(tmp_path):
@@ -60,9 +58,7 @@ def test_empty_header(tmp_path):
     malformed(tmp_path, container(b""), "not valid JSON")
 
 
-@pytest.mark.parametrize(
-    "text", [b"{", b"{]", b"{'a':1}", b"{\xff}", b'{"a":1}x', b'{"a":' + b"9" * 5000 + b"}"]
-)
+@pytest.mark.parametrize("text", [b"{", b"{]", b"{'a':1}", b"{\xff}", b'{"a":1}x', b'{"a":' + b"9" * 5000 + b"}"])
 def test_bad_json(tmp_path, text):
     malformed(tmp_path, container(text), "header is not valid JSON")
 
@@ -93,9 +89,7 @@ def test_duplicate_key_in_an_entry(tmp_path):
 
 def test_duplicate_key_in_the_config(tmp_path):
     twice = CONFIG[:-1] + ', "name": "other"}'
-    malformed(
-        tmp_path, tensors(metadata={**METADATA, "config": twice}), "config holds a duplicate key; got 'name'"
-    )
+    malformed(tmp_path, tensors(metadata={**METADATA, "config": twice}), "config holds a duplicate key; got 'name'")
 
 
 def test_overlap(tmp_path):
@@ -186,9 +180,7 @@ def test_half_a_surrogate_in_a_name(tmp_path):
 # -- PatchFormatError: not a file ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["missing.safetensors", "file/p.safetensors", "a\0b", "x" * 300, "loop", "socket"]
-)
+@pytest.mark.parametrize("name", ["missing.safetensors", "file/p.safetensors", "a\0b", "x" * 300, "loop", "socket"])
 def test_no_such_file(tmp_path, name, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
@@ -242,9 +234,7 @@ def zipped() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "suffix", [".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".PT"]
-)
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".PT"])
 def test_unsafe_suffix(tmp_path, suffix):
     # Refused by name even if the content is good, and even if there is no such file.
     refused(tmp_path, tensors(), PatchFormatError, f"unsafe format.*got a {suffix} file", f"p{suffix}")

@@ -80,9 +80,7 @@ def test_any_json_in_any_place(tmp_path_factory, valid, data):
     if isinstance(header.get("__metadata__"), dict) and (part, key) != (header["__metadata__"], "config"):
         header["__metadata__"]["config"] = json.dumps(config)
     text = json.dumps(header).encode()
-    load_or_refuse(
-        tmp_path_factory.getbasetemp(), len(text).to_bytes(8, "little") + text + valid[8 + length :]
-    )
+    load_or_refuse(tmp_path_factory.getbasetemp(), len(text).to_bytes(8, "little") + text + valid[8 + length :])
 
 
 def test_every_truncation(tmp_path, valid):

@@ -140,9 +140,7 @@ def test_bad_array(values):
         Delta(bias=values)
 
 
-@pytest.mark.parametrize(
-    "slot", [(-1, "up"), (0, "mlp"), ("0", "up"), (0,), "up", (True, "up"), (10**6, "up")]
-)
+@pytest.mark.parametrize("slot", [(-1, "up"), (0, "mlp"), ("0", "up"), (0,), "up", (True, "up"), (10**6, "up")])
 def test_bad_slot(slot):
     with pytest.raises(PatchTargetError, match="no such slot"):
         Patch({slot: Delta(bias=BIAS)}, random_config())

@@ -53,9 +53,7 @@ def test_bf16_rounds_to_nearest_even(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "value"), [("f16", 65520.0), ("f16", -1e30), ("bf16", 3.4e38)])
 def test_value_that_does_not_fit_the_dtype(tmp_path, dtype, value):
-    with pytest.raises(
-        PatchValueError, match=rf"layers\.0\.mlp_out\.bias: a value does not fit {dtype}.*'f32'"
-    ):
+    with pytest.raises(PatchValueError, match=rf"layers\.0\.mlp_out\.bias: a value does not fit {dtype}.*'f32'"):
         bias_patch(1.0, value).save(tmp_path / "p.safetensors", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 

@@ -37,9 +37,7 @@ def row(seed: int, spread: float = 3.0, vocab: int = VOCAB) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_kept_set_and_probabilities_equal_transformers(
-    seed: int, temperature: float, settings: dict[str, Any]
-) -> None:
+def test_kept_set_and_probabilities_equal_transformers(seed: int, temperature: float, settings: dict[str, Any]) -> None:
     import torch
     from transformers.generation import logits_process as hf
 
@@ -64,9 +62,7 @@ def test_kept_set_and_probabilities_equal_transformers(
     np.testing.assert_allclose(probabilities, want[kept], rtol=1e-5)
 
 
-def _after_penalty(
-    logits: np.ndarray, history: list[int], sampling: Sampling
-) -> tuple[np.ndarray, np.ndarray]:
+def _after_penalty(logits: np.ndarray, history: list[int], sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     # The penalty written out, one token at a time, apart from the code under test.
     scores = logits.astype(np.float64)
     for token in set(history):

@@ -85,9 +85,7 @@ def byte_level_folder(folder: Path, template: object = CHATML) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(
-        ["the user and the assistant and the system, a token of the model\n"] * 9, trainer
-    )
+    tokenizer.train_from_iterator(["the user and the assistant and the system, a token of the model\n"] * 9, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
@@ -119,9 +117,7 @@ def sentencepiece_folder(folder: Path) -> Path:
     )
     tokenizer.add_special_tokens(special)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
@@ -327,9 +323,7 @@ BREAKS: dict[str, Callable[[Path], object]] = {
     "added token unknown": lambda f: edit(f, CONFIG, added_tokens_decoder={"5": {"content": "<new>"}}),
     "added tokens are a list": lambda f: edit(f, CONFIG, added_tokens_decoder=["<new>"]),
     "template is a number": lambda f: edit(f, CONFIG, chat_template=1),
-    "template list without default": lambda f: edit(
-        f, CONFIG, chat_template=[{"name": "a", "template": "b"}]
-    ),
+    "template list without default": lambda f: edit(f, CONFIG, chat_template=[{"name": "a", "template": "b"}]),
     "template is not Jinja": lambda f: edit(f, CONFIG, chat_template="{% if %}"),
     "template file is not UTF-8": lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"),
 }

@@ -1,0 +1,60 @@
+"""Teacher completions: greedy, batched, by transformers' own generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def complete(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[int, ...]]:
+    """Greedy completions of `prompts`, each up to and with its end-of-sequence token.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids; prompts of similar length share a batch, padded on the left.
+        max_new_tokens: at most this many tokens each.
+        eos_ids: ids that end a completion.
+        batch_size: prompts a batch.
+        progress: called with the number of prompts just finished.
+    """
+    completions: list[tuple[int, ...]] = [()] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pad = min(eos_ids)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in part)
+        ids = torch.full((len(part), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(part):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        with torch.no_grad():
+            out = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(eos_ids),
+                pad_token_id=pad,
+            )
+        for row, i in enumerate(part):
+            completions[i] = _until_eos(out[row, longest:].tolist(), eos_ids)
+        progress(len(part))
+    return completions
+
+
+def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> tuple[int, ...]:
+    for i, token in enumerate(tokens):
+        if token in eos_ids:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)

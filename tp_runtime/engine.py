@@ -1,0 +1,106 @@
+"""The generation loop, on token ids.
+
+The engine knows nothing of text, files, names of patches or devices. It asks a graph for caches and forward steps, and
+a sampler for the next id; the tests drive it with a fake graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import KVCache
+from .errors import RequestError
+from .folder import ModelFolder
+from .graph import BoundPatch
+from .sampling import Sampler, Sampling
+
+
+class Steps(Protocol):
+    """What the engine needs of a graph; see graph.Graph."""
+
+    folder: ModelFolder
+
+    def new_cache(self, bound: BoundPatch) -> KVCache:
+        """An empty cache for runs under `bound`."""
+
+    def forward(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+    ) -> NDArray[np.float32]:
+        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`."""
+
+
+def generate(
+    graph: Steps,
+    prompt: Sequence[int],
+    bound: BoundPatch,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    cache: KVCache | None = None,
+) -> Iterator[int]:
+    """Yield the ids of a completion, the end-of-sequence id included if it is reached.
+
+    The prompt is run when the first id is asked for. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
+    where the context window is full.
+
+    Args:
+        graph: where the steps are run.
+        prompt: the ids so far, at least one.
+        bound: the patch, for every step of this completion.
+        sampling: how ids are picked.
+        max_new_tokens: at least 1.
+        eos_ids: ids that end a completion.
+        cache: of an earlier completion under the same patch; what it shares with `prompt` is not run again. It is left
+            holding everything run here, so that a conversation can go on from it.
+
+    Raises:
+        RequestError: an empty prompt, one that leaves no room for a token, or a bad `max_new_tokens`.
+        StaleCacheError: `cache` was made under another patch.
+    """
+    window = graph.folder.context_window
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise RequestError(
+            "not a number of tokens", field="max_new_tokens", got=repr(max_new_tokens), wanted="a whole number >= 1"
+        )
+    if not prompt:
+        raise RequestError("the prompt is empty", field="prompt", got="0 tokens", wanted="at least one token")
+    if len(prompt) >= window:
+        raise RequestError(
+            "the prompt leaves no room in the context window",
+            field="prompt",
+            got=f"{len(prompt)} tokens",
+            wanted=f"at most {window - 1}",
+            fix="shorten the prompt, or put its fixed part into a patch",
+        )
+    return _loop(graph, list(prompt), bound, Sampler(sampling), max_new_tokens, eos_ids, cache)
+
+
+def _loop(
+    graph: Steps,
+    tokens: list[int],
+    bound: BoundPatch,
+    sampler: Sampler,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    cache: KVCache | None,
+) -> Iterator[int]:
+    # 1. A cache of this patch; what it shares with the prompt stays.
+    if cache is None:
+        cache = graph.new_cache(bound)
+    kept = cache.keep_prefix(tokens)
+    # 2. Prefill: the rest of the prompt, logits of its last position only.
+    logits = graph.forward(tokens[kept:], cache, bound)
+    for produced in range(1, max_new_tokens + 1):
+        # 3. Pick, hand out, stop.
+        token = sampler.pick(logits[-1], tokens)
+        tokens.append(token)
+        yield token
+        if token in eos_ids or produced == max_new_tokens or len(cache) == graph.folder.context_window:
+            return
+        # 4. Decode: one token through the graph.
+        logits = graph.forward([token], cache, bound)

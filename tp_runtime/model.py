@@ -1,0 +1,418 @@
+"""The face of the runtime: a model folder, its loaded patches, text in and text out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import engine, probe
+from .cache import KVCache
+from .detokenize import IncrementalDecoder, StopScanner
+from .errors import PatchFormatError, PatchInUseError, PatchTargetError
+from .folder import ModelFolder
+from .graph import BoundPatch, Graph
+from .patch import Patch
+from .sampling import Sampling
+from .text import Message, TextCodec
+
+log = logging.getLogger("tp_runtime")
+_KEPT_BINDINGS = 8  # of expressions such as 0.5 * p, which are bound on first use
+
+
+class _Active:
+    """Stands for "the patch that is active here" where None means no patch."""
+
+    def __repr__(self) -> str:
+        return "ACTIVE"
+
+
+ACTIVE: Final = _Active()
+PatchChoice = Patch | str | None | _Active
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    patch: Patch
+    bound: BoundPatch
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a request runs under: the loaded name it came from, if any, the patch, if known, and what is bound."""
+
+    name: str | None
+    patch: Patch | None
+    bound: BoundPatch
+
+
+class PatchedModel:
+    """A base model in a live session, and the patches loaded beside it.
+
+    Requests may run in several threads at once, each under its own patch. `with model.patched(p):` holds for the
+    thread or task that enters it.
+
+    Args:
+        graph: the session.
+        codec: the tokenizer and chat template.
+        default: what requests run under that name no patch; by default what the graph computes with nothing bound.
+    """
+
+    def __init__(self, graph: Graph, codec: TextCodec, default: BoundPatch | None = None) -> None:
+        self.graph, self.codec = graph, codec
+        self._default = default or graph.default
+        self._loaded: dict[str, _Loaded] = {}
+        self._users: Counter[str] = Counter()
+        self._recent: OrderedDict[tuple[tuple[str, float], ...], BoundPatch] = OrderedDict()
+        self._lock = threading.Lock()
+        self._active: ContextVar[_Choice | None] = ContextVar("patch", default=None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        *,
+        patch: Patch | str | Path | _Active | None = ACTIVE,
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> PatchedModel:
+        """Open an exported folder.
+
+        Args:
+            path: the folder.
+            device: `cuda`, `cpu`, or `auto`: CUDA if it is there, else the CPU with the reason logged.
+            patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
+                for the base model. By default what the folder was exported with.
+            threads: threads of one operator; None takes the cores there are.
+            verify: check the digest of every file, the weights too.
+
+        Raises:
+            ModelFormatError, UnsafePathError: the folder is not what was exported.
+            DeviceUnavailableError: `cuda` was asked for and not given, or there is no ONNX Runtime.
+            PatchError: the patch is damaged or does not fit.
+        """
+        folder = ModelFolder.open(path, verify)
+        codec = TextCodec.from_folder(folder.path, "chat" if folder.style == "chat" else "completion")
+        if isinstance(patch, str | Path):
+            patch = Patch.load(patch)
+        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None)
+        if graph.device.requested == "auto" and graph.device.reason:
+            log.warning("running on the CPU: %s", graph.device.reason)
+        return cls(graph, codec, graph.base if patch is None else graph.default)
+
+    # -- patches ---------------------------------------------------------------------------------------------
+
+    @property
+    def patches(self) -> Mapping[str, Patch]:
+        """The loaded patches by name."""
+        return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
+
+    def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
+        """Load a patch beside the model, ready to be switched on by name.
+
+        Args:
+            patch: a patch file, or a patch.
+            name: what to call it; by default the name it carries.
+            check: also run its probe, so that it is known to do here what it did on the host.
+
+        Returns:
+            The name.
+
+        Raises:
+            PatchInUseError: the name is taken.
+            PatchError: the file is damaged, or the patch does not fit this model; or, with `check`, it has no probe or
+                does not reproduce it. The loaded patches are as before.
+        """
+        if not isinstance(patch, Patch):
+            patch = Patch.load(patch)
+        name = patch.name if name is None else name
+        bound = self.graph.bind(patch)
+        if check:
+            self._require_live(patch)
+        with self._lock:
+            if name in self._loaded:
+                raise PatchInUseError(
+                    "the name is taken",
+                    field="name",
+                    got=repr(name),
+                    wanted=f"none of {sorted(self._loaded)}",
+                    fix="unload_patch it first, or load_patch(..., name='another')",
+                )
+            self._loaded[name] = _Loaded(patch, bound)
+        return name
+
+    def unload_patch(self, name: str) -> None:
+        """Forget a loaded patch; requests without one give the base model's output, bit for bit.
+
+        Raises:
+            PatchTargetError: no patch of that name is loaded.
+            PatchInUseError: a request or a `patched` block is using it.
+        """
+        with self._lock:
+            self._by_name(name)
+            if self._users[name]:
+                raise PatchInUseError(
+                    "the patch is in use",
+                    field="name",
+                    got=f"{name!r}, used {self._users[name]} times right now",
+                    fix="finish or close the streams and leave the `with model.patched(...)` blocks that use it",
+                )
+            del self._loaded[name]
+
+    @contextmanager
+    def patched(self, patch: Patch | str | None, strength: float = 1.0) -> Iterator[PatchedModel]:
+        """Within the context, requests of this thread or task run under `patch` unless they name another.
+
+        Raises:
+            PatchError: the patch is not loaded or does not fit; nothing is changed then.
+        """
+        choice = self._resolve(patch, strength)
+        with self._using(choice.name):
+            token = self._active.set(choice)
+            try:
+                yield self
+            finally:
+                self._active.reset(token)
+
+    def check(self, patch: Patch | str) -> probe.Check:
+        """Run a patch's probe: is it live on this device, and does it do what it did on the host?
+
+        Raises:
+            PatchFormatError: it carries no probe.
+            PatchError: it is not loaded or does not fit.
+        """
+        return probe.check(self.graph, self._by_name(patch).patch if isinstance(patch, str) else patch)
+
+    def _require_live(self, patch: Patch) -> None:
+        result = probe.check(self.graph, patch)
+        if not result.ok:
+            raise PatchFormatError(
+                f"the patch {patch.name!r} does not do here what it did on the host",
+                field="config.probe",
+                got=f"max logit error {result.max_logit_error:.3g}, {'live' if result.live else 'not live'}",
+                wanted="the host's logits",
+                fix="export the patch again with this version, or check the device",
+            )
+
+    def _by_name(self, name: str) -> _Loaded:
+        try:
+            return self._loaded[name]
+        except KeyError:
+            raise PatchTargetError(
+                "no patch of that name is loaded",
+                field="patch",
+                got=repr(name),
+                wanted=", ".join(map(repr, self._loaded)) or "a loaded patch; there is none",
+                fix="load_patch(path, name) first",
+            ) from None
+
+    def _resolve(self, patch: PatchChoice, strength: float) -> _Choice:
+        """What a request runs under; the strength applies to whatever that is."""
+        if isinstance(patch, _Active):
+            active = self._active.get()
+            if active is None:
+                active = _Choice(None, None, self._default)
+            if strength == 1.0:
+                return active
+            if active.patch is None:
+                raise PatchTargetError(
+                    "a strength, and no patch it could scale",
+                    field="strength",
+                    got=strength,
+                    wanted="1.0, or a patch",
+                    fix="pass patch=",
+                )
+            patch = active.patch
+        name = patch if isinstance(patch, str) else None
+        loaded = self._by_name(patch) if isinstance(patch, str) else None
+        if loaded is not None and strength == 1.0:
+            return _Choice(name, loaded.patch, loaded.bound)
+        whole = loaded.patch if loaded is not None else patch
+        if whole is None:
+            return _Choice(None, None, self.graph.base)
+        if not isinstance(whole, Patch):
+            raise PatchTargetError(
+                "not a patch", field="patch", got=type(whole).__name__, wanted="a name, a Patch, or None"
+            )
+        scaled = strength * whole
+        return _Choice(name, scaled, self._bind(scaled))
+
+    def _bind(self, patch: Patch) -> BoundPatch:
+        """Bind an expression, or find it bound: the last few are kept."""
+        with self._lock:
+            if patch.terms in self._recent:
+                self._recent.move_to_end(patch.terms)
+                return self._recent[patch.terms]
+        bound = self.graph.bind(patch)
+        with self._lock:
+            self._recent[patch.terms] = bound
+            while len(self._recent) > _KEPT_BINDINGS:
+                self._recent.popitem(last=False)
+        return bound
+
+    @contextmanager
+    def _using(self, name: str | None) -> Iterator[None]:
+        if name is None:
+            yield
+            return
+        with self._lock:
+            self._users[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        cache: KVCache | None = None,
+    ) -> TextStream:
+        """Start a completion; iterate over the result for its text.
+
+        Args:
+            prompt: a string is one user message through the chat template (for a completion-style model: the text to
+                continue); or a list of {"role", "content"} messages.
+            system: a system message in front (completion style: context text).
+            raw: take a string as it is, without the chat template.
+            patch: a loaded patch's name, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
+                default what `patched` set, else what the model was opened with.
+            strength: scales the patch; negative turns it round.
+            max_new_tokens: at most this many tokens.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see sampling.Sampling; 0.0 is greedy.
+            stop: strings that end the completion and are not part of it.
+            cache: from `new_cache`, to go on from earlier text of the same conversation.
+
+        Raises:
+            RequestError: a prompt or a value that cannot be served.
+            PatchError: the patch is not loaded or does not fit.
+            StaleCacheError: `cache` was made under another patch.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        scanner = StopScanner(stop)
+        choice = self._resolve(patch, strength)
+        if cache is not None:
+            self.graph.require_key(cache, choice.bound)
+        tokens = self.codec.render(prompt, system, raw=raw)
+        ids = engine.generate(
+            self.graph,
+            tokens,
+            choice.bound,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.codec.eos_ids,
+            cache=cache,
+        )
+        return TextStream(ids, self.codec, scanner, len(tokens), self._using(choice.name))
+
+    def generate(self, prompt: str | Sequence[Message], **options: Any) -> str:
+        """The whole text of a completion. Arguments and errors are those of `stream`."""
+        return "".join(self.stream(prompt, **options))
+
+    def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
+        """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""
+        return self.graph.new_cache(self._resolve(patch, strength).bound)
+
+    def logits(
+        self, token_ids: Sequence[int], patch: PatchChoice = ACTIVE, strength: float = 1.0
+    ) -> NDArray[np.float32]:
+        """Logits [T, vocab] of T token ids, float32.
+
+        Raises:
+            RequestError: no ids, ids outside the vocabulary, or more than the context window.
+            PatchError: the patch is not loaded or does not fit.
+        """
+        bound = self._resolve(patch, strength).bound
+        return self.graph.forward(list(token_ids), self.graph.new_cache(bound), bound, all_logits=True)
+
+
+class TextStream:
+    """A running completion: an iterator over pieces of text that never split a character.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        token_ids: ids produced so far, the end-of-sequence id included.
+        seconds_to_first_token: from the first `next` to the first id; None before.
+        seconds: from the first `next` to the last id.
+        finish_reason: "eos", "stop" or "length" once it is over, None before.
+    """
+
+    def __init__(
+        self,
+        ids: Iterator[int],
+        codec: TextCodec,
+        scanner: StopScanner,
+        prompt_tokens: int,
+        using: AbstractContextManager[None],
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.token_ids: list[int] = []
+        self.seconds_to_first_token: float | None = None
+        self.seconds = 0.0
+        self.finish_reason: str | None = None
+        self._pieces = self._run(ids, codec, scanner, using)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop early and release the patch."""
+        self._pieces.close()
+
+    def _run(
+        self, ids: Iterator[int], codec: TextCodec, scanner: StopScanner, using: AbstractContextManager[None]
+    ) -> Generator[str]:
+        decoder = IncrementalDecoder(codec.decode)
+        start = time.perf_counter()
+        with using:
+            for token in ids:
+                self.seconds = time.perf_counter() - start
+                if self.seconds_to_first_token is None:
+                    self.seconds_to_first_token = self.seconds
+                self.token_ids.append(token)
+                if token in codec.eos_ids:
+                    self.finish_reason = "eos"
+                    break
+                text, stopped = scanner.push(decoder.push(token))
+                if text:
+                    yield text
+                if stopped:
+                    self.finish_reason = "stop"
+                    return
+        text, stopped = scanner.push(decoder.flush())
+        rest = text if stopped else text + scanner.flush()
+        if stopped:
+            self.finish_reason = "stop"
+        self.finish_reason = self.finish_reason or "length"
+        if rest:
+            yield rest

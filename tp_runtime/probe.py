@@ -1,0 +1,94 @@
+"""Is a patch live on this device, and does it do what it did on the host?
+
+At export the patched model is run on a few token ids and the result goes into the patch file. `check` runs the same
+ids here, with the patch and without, so that a patch that is silently ignored cannot pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PatchFormatError
+from .graph import Graph
+from .patch import Patch
+
+# Largest logit error that is rounding: float32 kernels differ by some 1e-4, halves of 11 bits by some 1e-2.
+_TOLERANCE = {"fp32": 5e-3, "fp16": 0.25}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found.
+
+    Attributes:
+        live: the patch changes the logits on this device.
+        ok: it is live and does what it did on the host.
+        top1_agreement: share of the probe's positions with the same most likely token as on the host.
+        max_logit_error: of those tokens' logits, against the host's.
+        max_logit_error_unpatched: the same with no patch bound, for comparison.
+    """
+
+    live: bool
+    ok: bool
+    top1_agreement: float
+    max_logit_error: float
+    max_logit_error_unpatched: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
+    """The probe of a patch file: logits [T, vocab] of `token_ids` under the patch, in a few numbers a position."""
+    top1 = logits.argmax(1)
+    peak = logits.max(1, keepdims=True).astype(np.float64)
+    logsumexp = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
+    return {
+        "token_ids": [int(t) for t in token_ids],
+        "top1": [int(t) for t in top1],
+        "top1_logits": [round(float(x), 5) for x in logits[np.arange(len(top1)), top1]],
+        "logsumexp": [round(float(x), 5) for x in logsumexp],
+    }
+
+
+def check(graph: Graph, patch: Patch) -> Check:
+    """Run the patch's probe on `graph`.
+
+    On a quantised graph the logits move by more than rounding; there the patch passes if it brings them closer to the
+    host's than the base is.
+
+    Raises:
+        PatchFormatError: the patch carries no probe.
+        PatchError: it does not fit the graph.
+    """
+    probe = patch.config.probe
+    if probe is None:
+        raise PatchFormatError(
+            f"the patch {patch.name!r} carries no probe",
+            field="config.probe",
+            got="nothing",
+            wanted="token ids and their logits",
+            fix="check a patch as exported: scaled, added and truncated ones have no host figures",
+        )
+    token_ids = probe["token_ids"]
+    host = np.array(probe["top1_logits"]), np.array(probe["logsumexp"])
+
+    def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
+        bound = graph.bind(chosen)
+        logits = graph.forward(token_ids, graph.new_cache(bound), bound, all_logits=True)
+        here = measure(token_ids, logits)
+        at_host_top1 = logits[np.arange(len(token_ids)), probe["top1"]]
+        return logits, float(max(np.abs(at_host_top1 - host[0]).max(), np.abs(here["logsumexp"] - host[1]).max()))
+
+    patched, error = run(patch)
+    base, error_base = run(None)
+    agreement = float((patched.argmax(1) == np.array(probe["top1"])).mean())
+    live = not np.array_equal(patched, base)
+    tolerance = _TOLERANCE.get(graph.folder.precision)
+    as_on_host = error < error_base if tolerance is None else error <= tolerance
+    return Check(live, live and as_on_host, agreement, error, error_base)
