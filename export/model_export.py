@@ -6,27 +6,30 @@ The folder is written beside its place and renamed when it is whole, so an inter
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
+from tqdm import tqdm
 
 from tp_runtime.atomic import atomic_folder
-from tp_runtime.errors import BaseMismatchError, DeviceUnavailableError, ModelFormatError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 from tp_runtime.folder import KV, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.slots import fit_slots
+from tp_runtime.slots import check_base, fit_slots
 
-from . import onnx_slots
-from .onnx_trace import trace
+from . import onnx_slots, onnx_trace
 from .progress import clock
-from .slot_modules import slots_of
+from .slot_modules import SLOT_SETS, slots_of
 from .source import Source, load_model
 
 PRECISIONS = ("fp32",)
+ROUTES = ("auto", "fused", "optimum")
 # What travels with the graph: what users of Hugging Face and ONNX expect in a folder, and the licence.
 _COPIED = (
     "config.json",
@@ -45,6 +48,7 @@ def export_model(
     out: Path,
     *,
     slot_set: str = "output",
+    route: str = "auto",
     precision: str = "fp32",
     patch: Patch | None = None,
     overwrite: bool = False,
@@ -55,6 +59,7 @@ def export_model(
         source: the model.
         out: the folder to make.
         slot_set: `output`, `mlp` or `all` (slot_modules.SLOT_SETS).
+        route: `fused` (onnx_trace), `optimum` (onnx_optimum), or `auto`: optimum where the first fails.
         precision: of the weights; one of PRECISIONS.
         patch: a patch whose deltas become the defaults of the slots.
         overwrite: replace an existing folder, once the new one is whole.
@@ -63,19 +68,17 @@ def export_model(
         `out`.
 
     Raises:
-        ModelFormatError: unknown architecture or precision, or `out` is taken.
+        ModelFormatError: unknown architecture, slot set, route or precision, no route can export it, or `out` is taken.
         BaseMismatchError, PatchTargetError, PatchShapeError: `patch` does not fit.
     """
     if precision not in PRECISIONS:
         raise ModelFormatError("unknown precision", field="precision", got=precision, wanted=" | ".join(PRECISIONS))
-    if patch is not None and patch.config.base_digest != source.digest:
-        raise BaseMismatchError(
-            "the patch was fitted on another base",
-            field="patch",
-            got=f"{patch.config.base_model} {patch.config.base_digest[:12]}",
-            wanted=f"{source.name} {source.digest[:12]}",
-            fix="fit the patch on this model, or export the model it was fitted on",
-        )
+    if route not in ROUTES:
+        raise ModelFormatError("unknown route", field="route", got=route, wanted=" | ".join(ROUTES))
+    if slot_set not in SLOT_SETS:
+        raise ModelFormatError("unknown slot set", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
+    if patch is not None:
+        check_base(patch, source.name, source.digest, precision)
     with clock("load weights"):
         model = load_model(source)
     slots = slots_of(model, slot_set)
@@ -83,21 +86,48 @@ def export_model(
     if patch is not None:
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
     with atomic_folder(out, overwrite=overwrite) as folder:
-        with clock("trace and fuse the graph"):
-            graph = trace(model, slots)
+        with clock("trace the graph"):
+            graph, route = _trace(model, slots, route)
         with clock("write the folder"):
             onnx_slots.name_weights(graph)
             onnx_slots.name_dimensions(graph)
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             written = onnx_slots.save(graph, folder, carrying)
-            copied = _copy_companions(source.path, folder)
-            write_slots_file(
-                _describe(source, model, folder, slots, precision, patch, describe_files(folder, written + copied))
-            )
+            files = describe_files(folder, written + _copy_companions(source.path, folder))
+            write_slots_file(_describe(source, model, folder, slots, route, precision, patch, files))
         with clock("check the export against torch"):
             check_export(model, folder)
     return out
+
+
+def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
+    """The graph, and the route it came by. Torch, transformers and onnxscript raise anything at all."""
+    if route != "optimum":
+        try:
+            return onnx_trace.trace(model, slots), "fused"
+        except Exception as error:
+            if route == "fused":
+                raise ModelFormatError(
+                    f"cannot be traced with fused attention: {_reason(error)}",
+                    field="route",
+                    got=route,
+                    fix="use route auto",
+                ) from error
+            tqdm.write(f"warning: no fused attention, falling back to optimum: {_reason(error)}", file=sys.stderr)
+    try:
+        from . import onnx_optimum  # seconds of imports that the usual route does not need
+
+        return onnx_optimum.trace(model, slots), "optimum"
+    except Exception as error:
+        raise ModelFormatError(f"optimum cannot export it: {_reason(error)}", field="route", got=route) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one line: exporters wrap it in pages of advice."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _copy_companions(source: Path, folder: Path) -> list[str]:
@@ -112,6 +142,7 @@ def _describe(
     model: Any,
     folder: Path,
     slots: list[Slot],
+    route: str,
     precision: str,
     patch: Patch | None,
     files: dict[str, Any],
@@ -125,7 +156,7 @@ def _describe(
         base_digest=source.digest,
         precision=precision,
         style=source.style,
-        route="fused",
+        route=route,
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context_window=config.max_position_embeddings,

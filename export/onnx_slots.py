@@ -106,7 +106,8 @@ def add_first_logit(model: ir.Model) -> None:
         model.graph.register_initializer(value)
         constants.append(value)
     node = ir.node("Slice", [source, first, *constants], name="tp.first_logit.Slice")
-    node.outputs[0].dtype = source.dtype if source is not None else None
+    if source is not None and source.dtype is not None:  # optimum's graphs leave inner types to inference
+        node.outputs[0].dtype = source.dtype
     model.graph.insert_before(head, node)
     head.replace_input_with(hidden, node.outputs[0])
     logits.shape = ir.Shape(["batch_size", "logits_length", *list(logits.shape or [])[2:]])

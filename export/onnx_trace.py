@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ import torch
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 from torch import Tensor, nn
 
+from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
 
 from .onnx_attention import PassThroughCache, fused_attention, recording
@@ -48,6 +49,13 @@ class _Step(nn.Module):
         with slotted(self.model, slots), recording(past, attention_mask) as cache:
             out = self.model(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(), use_cache=True
+            )
+        if len(cache.present) != len(past):
+            raise ModelFormatError(
+                "attention does not go through transformers' attention interface",
+                field="model",
+                got=f"{len(cache.present)} calls",
+                wanted=f"{len(past)}",
             )
         return out.logits, cache.present
 
@@ -90,7 +98,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     slot_names = [f"{slot.name}.{part}" for slot in slots for part in ("a", "b", "bias")]
     present_names = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-    with fused_attention(model), _quiet(), torch.no_grad():
+    with fused_attention(model), quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Step(model, slots),
             kwargs=arguments,
@@ -108,9 +116,9 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """torch's exporter reports its own progress on stdout and warns of its internals; the caller shows a bar instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """Exporters report their own progress on stdout and warn of their internals; the caller shows a bar instead."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "optimum")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -118,8 +118,8 @@ def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> Non
     Raises:
         CalibrationError: naming those queries.
     """
-    digests = set(fitted_digests)
-    check_disjoint([query for query in (queries := list(queries)) if query_digest(query) in digests], queries)
+    digests, queries = set(fitted_digests), list(queries)
+    check_disjoint([query for query in queries if query_digest(query) in digests], queries)
 
 
 def _key(query: str) -> str:

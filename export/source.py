@@ -111,8 +111,12 @@ def load_model(source: Source, device: str = "cpu") -> Any:
     next(_tensors(source.path))  # names a missing file before transformers does, in one line
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # sdpa leaves out the soft caps of Gemma 2 without a word; None is transformers' own choice.
+    attention = "eager" if source.config.get("attn_logit_softcapping") else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFormatError(
             f"transformers cannot load it: {error}",

@@ -17,7 +17,14 @@ from tp_export.fetch import fetch, npm_available
 from tp_export.model_export import export_model
 from tp_export.source import open_source
 
+from runtime_tests.cli import Cli
 from runtime_tests.tiny import tiny_model
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line of the runtime, in this process."""
+    return Cli(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tp_runtime.folder import ModelFolder
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.patch_config import PatchConfig
 
@@ -82,3 +83,37 @@ def apply_patch(patch: Patch, x: Any) -> Any:
             total = x.astype(np.float64) @ delta.a @ delta.b
         added[slot] = total if delta.bias is None else total + delta.bias.astype(np.float64)
     return added
+
+
+def patch_for(folder: ModelFolder, seed: int = 0, rank: int = 4, scale: float = 1.0) -> Patch:
+    """A patch with every part in every slot of an exported model.
+
+    Args:
+        folder: the exported model.
+        seed: equal seeds give equal patches.
+        rank: of every slot; 0 leaves a bias alone.
+        scale: standard deviation of a @ b and of the bias.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    deltas = {}
+    for key, slot in folder.slots.items():
+        bias = scale * normal(slot.outputs)
+        if rank == 0:
+            deltas[key] = Delta(bias=bias)
+        else:
+            a, b = normal(slot.inputs, rank) / rank**0.5, scale * normal(rank, slot.outputs)
+            deltas[key] = Delta(a, b, bias, normal(slot.inputs))
+    config = random_config(
+        name=f"random-{seed}",
+        base_model=folder.base_model,
+        base_digest=folder.base_digest,
+        architecture=folder.architecture,
+        precision=folder.precision,
+        fidelity=None,
+        probe=None,
+    )
+    return Patch(deltas, config)

@@ -31,26 +31,27 @@ _SHAPE = {
     "pad_token_id": 0,
 }
 _OWN = {
+    "llama": {"hidden_size": 64},  # head_dim as optimum derives it; in the others it is a size of its own
     "gemma2": {
         "query_pre_attn_scalar": 16,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attn_logit_softcapping": 1.0,  # low enough to matter
+        "final_logit_softcapping": 0.5,
     },
     "gemma3_text": {
         "query_pre_attn_scalar": 16,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 8},
 }
 
 
 def tiny_model(folder: Path, model_type: str, *, chat: bool = True, seed: int = 0) -> Path:
     """Write a random model of `model_type` to `folder`; weights large enough for every branch to matter."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **_SHAPE, **_OWN.get(model_type, {}))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config = AutoConfig.for_model(model_type, **{**_SHAPE, **_OWN.get(model_type, {})})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

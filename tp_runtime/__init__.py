@@ -1,1 +1,13 @@
-"""Edge runtime: one ONNX graph, many thought patches. Needs onnxruntime and numpy; never torch, never onnx."""
+"""Edge runtime: one ONNX graph, many thought patches. Needs onnxruntime and numpy; never torch, never onnx.
+
+    from tp_runtime import PatchedModel
+
+    model = PatchedModel.from_pretrained("build/demo/model")
+    model.load_patch("pirate.safetensors", "pirate")
+    print(model.generate("How do I learn to swim?", patch="pirate"))
+"""
+
+from .model import ACTIVE, PatchedModel, TextStream
+from .patch import Delta, Patch
+
+__all__ = ["ACTIVE", "Delta", "Patch", "PatchedModel", "TextStream"]

@@ -9,19 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import StaleCacheError
+
 # (graph digest, ordered (patch identity, strength) terms); () is the base.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens run so far.
+    """Keys and values of the tokens run so far, for one run at a time.
 
     Attributes:
         key: what the cache was made under.
         tokens: the ids in it, in order.
-        capacity: tokens it has room for before the graph grows it.
-        buffers: graph input name -> device buffer [1, kv heads, capacity, head dim], read and written in place.
+        capacity: tokens its buffers are long.
+        buffers: graph input name -> device buffer [1, kv heads, capacity, head dim]; kv_buffers.py says how they grow.
         binding: the ONNX Runtime binding that holds the buffers, kept between steps.
     """
 
@@ -34,15 +36,31 @@ class KVCache:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def require_key(self, key: CacheKey) -> None:
+        """Raise StaleCacheError unless the cache was made under `key`."""
+        if self.key != key:
+            raise StaleCacheError(
+                "the KV cache was made under another patch",
+                field="cache",
+                got=_describe(self.key),
+                wanted=_describe(key),
+                fix="start a new cache after a switch",
+            )
+
     def keep_prefix(self, tokens: list[int]) -> int:
         """Forget everything after the longest common prefix with `tokens`; returns its length.
 
         At least the last of `tokens` is left to run, since its logits are what a continuation starts from.
         """
-        common = 0
-        for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
+        common = min(len(self.tokens), len(tokens) - 1)
+        if self.tokens[:common] != tokens[:common]:  # one comparison in C where nothing differs: every decode step
+            pairs = zip(self.tokens, tokens, strict=False)
+            common = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
         del self.tokens[common:]
         return common
+
+
+def _describe(key: CacheKey) -> str:
+    graph, terms = key
+    patches = ", ".join(f"{identity[:12]}@{strength:g}" for identity, strength in terms)
+    return f"graph {graph[:12]}, {patches or 'no patch'}"

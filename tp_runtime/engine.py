@@ -46,7 +46,7 @@ def generate(
     """Yield the ids of a completion, the end-of-sequence id included if it is reached.
 
     The prompt is run when the first id is asked for. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
-    where the context window is full.
+    where prompt and completion fill the context window.
 
     Args:
         graph: where the steps are run.
@@ -56,7 +56,8 @@ def generate(
         max_new_tokens: at least 1.
         eos_ids: ids that end a completion.
         cache: of an earlier completion under the same patch; what it shares with `prompt` is not run again. It is left
-            holding everything run here, so that a conversation can go on from it.
+            holding everything run here, so that a conversation can go on from it. Completions that take turns on one
+            cache cost each other a new prefill and nothing else.
 
     Raises:
         RequestError: an empty prompt, one that leaves no room for a token, or a bad `max_new_tokens`.
@@ -77,6 +78,9 @@ def generate(
             wanted=f"at most {window - 1}",
             fix="shorten the prompt, or put its fixed part into a patch",
         )
+    if cache is None:
+        cache = graph.new_cache(bound)
+    cache.require_key(bound.key)  # before anything in it is given up
     return _loop(graph, list(prompt), bound, Sampler(sampling), max_new_tokens, eos_ids, cache)
 
 
@@ -87,20 +91,17 @@ def _loop(
     sampler: Sampler,
     max_new_tokens: int,
     eos_ids: frozenset[int],
-    cache: KVCache | None,
+    cache: KVCache,
 ) -> Iterator[int]:
-    # 1. A cache of this patch; what it shares with the prompt stays.
-    if cache is None:
-        cache = graph.new_cache(bound)
-    kept = cache.keep_prefix(tokens)
-    # 2. Prefill: the rest of the prompt, logits of its last position only.
-    logits = graph.forward(tokens[kept:], cache, bound)
-    for produced in range(1, max_new_tokens + 1):
-        # 3. Pick, hand out, stop.
+    full = min(len(tokens) + max_new_tokens, graph.folder.context_window)
+    while True:
+        # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
+        #    position only.
+        kept = cache.keep_prefix(tokens)
+        logits = graph.forward(tokens[kept:], cache, bound)
+        # 2. Pick, hand out, stop.
         token = sampler.pick(logits[-1], tokens)
         tokens.append(token)
         yield token
-        if token in eos_ids or produced == max_new_tokens or len(cache) == graph.folder.context_window:
+        if token in eos_ids or len(tokens) == full:
             return
-        # 4. Decode: one token through the graph.
-        logits = graph.forward([token], cache, bound)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 from .cache import CacheKey, KVCache
 from .delta import Delta
 from .device import create_session, require_onnxruntime, select_device
-from .errors import BaseMismatchError, RequestError, StaleCacheError
+from .errors import RequestError
 from .folder import ModelFolder
+from .kv_buffers import Fresh, InPlace
 from .patch import Patch
-from .slots import fit_slots, slot_arrays
+from .slots import check_base, fit_slots, slot_arrays
 
 FIRST_LOGIT = "tp.first_logit"
-_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
-_FIRST_CAPACITY = 256
+_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Graph:
         self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
+        buffers = InPlace if folder.route == "fused" else Fresh
+        self._kv = buffers(folder, self.session, self._ort, self.device.kind, self._dtype)
         self.default = BoundPatch({}, (folder.graph_digest, terms))
         self.base = (
             self.default
@@ -94,27 +97,22 @@ class Graph:
         """Put a patch on the device, ready to run; None is the base.
 
         Raises:
-            BaseMismatchError: the patch was fitted on another base.
+            BaseMismatchError: the patch was fitted on another base, or on a quantised one of another precision.
             PatchTargetError, PatchShapeError, PatchValueError: it does not fit the slots.
         """
-        if patch is None or not patch.terms:
+        if patch is None:
+            return self.base
+        deltas = self._checked(patch)  # first: whether it fits does not depend on its strength or on the defaults
+        if not patch.terms:
             return self.base
         if patch.terms == self.default.key[1]:
             return self.default
-        deltas = self._checked(patch)
         # With rank-0 defaults, slots the patch leaves alone need no binding.
         only = None if self.default.key[1] else set(deltas)
         return BoundPatch(self._slot_values(deltas, self.device.kind, only), (self.folder.graph_digest, patch.terms))
 
     def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
-        if patch.config.base_digest != self.folder.base_digest:
-            raise BaseMismatchError(
-                f"the patch {patch.name!r} was fitted on another base model",
-                field="base_digest",
-                got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
-                wanted=f"{self.folder.base_digest[:16]} ({self.folder.base_model})",
-                fix="fit the patch on this base, or load the base it was fitted on",
-            )
+        check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
         return dict(fit_slots(patch, self.folder.slots))
 
     def _slot_values(
@@ -149,10 +147,10 @@ class Graph:
             StaleCacheError: the cache was made under another patch or graph.
             RequestError: an id outside the vocabulary, or more tokens than the context window holds.
         """
-        self.require_key(cache, bound)
+        cache.require_key(bound.key)
         self._check_tokens(tokens, len(cache))
         steps, past = len(tokens), len(cache)
-        self._make_room(cache, past + steps, bound)
+        self._kv.prepare(cache, past + steps, bound.values)
         io = cache.binding
         ids = np.array([tokens], np.int64)
         feeds = {
@@ -164,26 +162,19 @@ class Graph:
             io.bind_cpu_input(name, array)
         io.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
         io.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
-        # A failed run leaves the cache's own tokens as they were; what it wrote lies past them and is overwritten.
-        self.session.run_with_iobinding(io)
+        self.session.run_with_iobinding(io)  # one that fails leaves the cache's own tokens as they were
+        *presents, last = io.get_outputs()
+        self._kv.adopt(cache, presents)
         cache.tokens.extend(tokens)
-        logits = io.get_outputs()[-1].numpy()[0]
+        logits = last.numpy()[0]
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
-
-    def require_key(self, cache: KVCache, bound: BoundPatch) -> None:
-        """Raise StaleCacheError unless `cache` was made under `bound`."""
-        if cache.key != bound.key:
-            raise StaleCacheError(
-                "the KV cache was made under another patch",
-                field="cache",
-                got=_describe(cache.key),
-                wanted=_describe(bound.key),
-                fix="start a new cache after a switch",
-            )
 
     def _check_tokens(self, tokens: Sequence[int], past: int) -> None:
         if not tokens:
             raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, Integral):
+                raise RequestError("not a token id", field="tokens", got=repr(token), wanted="a whole number")
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.folder.vocab_size:
             raise RequestError(
@@ -200,36 +191,3 @@ class Graph:
                 wanted=f"at most {self.folder.context_window}",
                 fix="shorten the prompt or the conversation",
             )
-
-    def _make_room(self, cache: KVCache, length: int, bound: BoundPatch) -> None:
-        """Grow the cache's buffers to hold `length` tokens, by doubling, and bind what stays bound between steps."""
-        if length <= cache.capacity:
-            return
-        capacity = max(_FIRST_CAPACITY, cache.capacity)
-        while capacity < length:
-            capacity *= 2
-        capacity = min(capacity, self.folder.context_window)
-        kv, old = self.folder.kv, dict(cache.buffers)
-        io = self.session.io_binding()
-        for layer in range(self.folder.layers):
-            for part in ("key", "value"):
-                name = f"past_key_values.{layer}.{part}"
-                array = np.zeros((1, kv.heads, capacity, kv.head_dim), self._dtype)
-                if old:
-                    array[:, :, : len(cache)] = old[name].numpy()[:, :, : len(cache)]
-                value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, 0)
-                cache.buffers[name] = value
-                # One buffer is read as past and written as present.
-                io.bind_ortvalue_input(name, value)
-        for layer in range(self.folder.layers):
-            for part in ("key", "value"):
-                io.bind_ortvalue_output(f"present.{layer}.{part}", cache.buffers[f"past_key_values.{layer}.{part}"])
-        for name, value in bound.values.items():
-            io.bind_ortvalue_input(name, value)
-        cache.binding, cache.capacity = io, capacity
-
-
-def _describe(key: CacheKey) -> str:
-    graph, terms = key
-    patches = ", ".join(f"{identity[:12]}@{strength:g}" for identity, strength in terms)
-    return f"graph {graph[:12]}, {patches or 'no patch'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -42,17 +42,21 @@ ACTIVE: Final = _Active()
 PatchChoice = Patch | str | None | _Active
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Loaded:
+    """A patch that was given a name, and how many requests and `patched` blocks use it right now."""
+
+    name: str
     patch: Patch
     bound: BoundPatch
+    users: int = 0
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What a request runs under: the loaded name it came from, if any, the patch, if known, and what is bound."""
+    """What a request runs under: the loaded patch it came from, if any, the patch, if known, and what is bound."""
 
-    name: str | None
+    loaded: _Loaded | None
     patch: Patch | None
     bound: BoundPatch
 
@@ -73,8 +77,7 @@ class PatchedModel:
         self.graph, self.codec = graph, codec
         self._default = default or graph.default
         self._loaded: dict[str, _Loaded] = {}
-        self._users: Counter[str] = Counter()
-        self._recent: OrderedDict[tuple[tuple[str, float], ...], BoundPatch] = OrderedDict()
+        self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
         self._lock = threading.Lock()
         self._active: ContextVar[_Choice | None] = ContextVar("patch", default=None)
 
@@ -107,6 +110,8 @@ class PatchedModel:
         codec = TextCodec.from_folder(folder.path, "chat" if folder.style == "chat" else "completion")
         if isinstance(patch, str | Path):
             patch = Patch.load(patch)
+        if not isinstance(patch, Patch | _Active | None):
+            raise _not_a_patch(patch, "a Patch, its file, or None")
         graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
@@ -117,7 +122,8 @@ class PatchedModel:
     @property
     def patches(self) -> Mapping[str, Patch]:
         """The loaded patches by name."""
-        return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
+        with self._lock:
+            return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
 
     def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
         """Load a patch beside the model, ready to be switched on by name.
@@ -150,7 +156,7 @@ class PatchedModel:
                     wanted=f"none of {sorted(self._loaded)}",
                     fix="unload_patch it first, or load_patch(..., name='another')",
                 )
-            self._loaded[name] = _Loaded(patch, bound)
+            self._loaded[name] = _Loaded(name, patch, bound)
         return name
 
     def unload_patch(self, name: str) -> None:
@@ -161,12 +167,12 @@ class PatchedModel:
             PatchInUseError: a request or a `patched` block is using it.
         """
         with self._lock:
-            self._by_name(name)
-            if self._users[name]:
+            users = self._by_name(name).users
+            if users:
                 raise PatchInUseError(
                     "the patch is in use",
                     field="name",
-                    got=f"{name!r}, used {self._users[name]} times right now",
+                    got=f"{name!r}, used {users} times right now",
                     fix="finish or close the streams and leave the `with model.patched(...)` blocks that use it",
                 )
             del self._loaded[name]
@@ -179,7 +185,7 @@ class PatchedModel:
             PatchError: the patch is not loaded or does not fit; nothing is changed then.
         """
         choice = self._resolve(patch, strength)
-        with self._using(choice.name):
+        with self._using(choice.loaded):
             token = self._active.set(choice)
             try:
                 yield self
@@ -214,66 +220,72 @@ class PatchedModel:
                 "no patch of that name is loaded",
                 field="patch",
                 got=repr(name),
-                wanted=", ".join(map(repr, self._loaded)) or "a loaded patch; there is none",
+                wanted=", ".join(map(repr, list(self._loaded))) or "a loaded patch; there is none",
                 fix="load_patch(path, name) first",
             ) from None
 
     def _resolve(self, patch: PatchChoice, strength: float) -> _Choice:
         """What a request runs under; the strength applies to whatever that is."""
         if isinstance(patch, _Active):
-            active = self._active.get()
-            if active is None:
-                active = _Choice(None, None, self._default)
-            if strength == 1.0:
-                return active
-            if active.patch is None:
-                raise PatchTargetError(
-                    "a strength, and no patch it could scale",
-                    field="strength",
-                    got=strength,
-                    wanted="1.0, or a patch",
-                    fix="pass patch=",
-                )
-            patch = active.patch
-        name = patch if isinstance(patch, str) else None
-        loaded = self._by_name(patch) if isinstance(patch, str) else None
-        if loaded is not None and strength == 1.0:
-            return _Choice(name, loaded.patch, loaded.bound)
-        whole = loaded.patch if loaded is not None else patch
-        if whole is None:
-            return _Choice(None, None, self.graph.base)
-        if not isinstance(whole, Patch):
+            choice = self._active.get() or _Choice(None, None, self._default)
+        elif isinstance(patch, str):
+            loaded = self._by_name(patch)
+            choice = _Choice(loaded, loaded.patch, loaded.bound)
+        elif isinstance(patch, Patch):
+            scaled = strength * patch
+            return _Choice(None, scaled, self._bind(scaled))
+        elif patch is None:
+            choice = _Choice(None, None, self.graph.base)
+        else:
+            raise _not_a_patch(patch, "a name, a Patch, or None")
+        if strength == 1.0:
+            return choice
+        if choice.patch is None:
             raise PatchTargetError(
-                "not a patch", field="patch", got=type(whole).__name__, wanted="a name, a Patch, or None"
+                "a strength, and no patch it could scale",
+                field="strength",
+                got=strength,
+                wanted="1.0, or a patch",
+                fix="pass patch=",
             )
-        scaled = strength * whole
-        return _Choice(name, scaled, self._bind(scaled))
+        scaled = strength * choice.patch
+        return _Choice(choice.loaded, scaled, self._bind(scaled))
 
     def _bind(self, patch: Patch) -> BoundPatch:
         """Bind an expression, or find it bound: the last few are kept."""
+        # The terms say what is bound; whether it may be bound here is the base's matter, which they leave out.
+        key = (patch.terms, patch.config.base_digest, patch.config.precision)
         with self._lock:
-            if patch.terms in self._recent:
-                self._recent.move_to_end(patch.terms)
-                return self._recent[patch.terms]
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                return self._recent[key]
         bound = self.graph.bind(patch)
         with self._lock:
-            self._recent[patch.terms] = bound
+            self._recent[key] = bound
             while len(self._recent) > _KEPT_BINDINGS:
                 self._recent.popitem(last=False)
         return bound
 
     @contextmanager
-    def _using(self, name: str | None) -> Iterator[None]:
-        if name is None:
+    def _using(self, loaded: _Loaded | None) -> Iterator[None]:
+        """Within the context `loaded` cannot be unloaded; PatchTargetError if it already was."""
+        if loaded is None:
             yield
             return
         with self._lock:
-            self._users[name] += 1
+            if self._by_name(loaded.name) is not loaded:
+                raise PatchTargetError(
+                    "the patch was unloaded before it was used, and its name given to another",
+                    field="patch",
+                    got=repr(loaded.name),
+                    fix="start the request again",
+                )
+            loaded.users += 1
         try:
             yield
         finally:
             with self._lock:
-                self._users[name] -= 1
+                loaded.users -= 1
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -318,8 +330,6 @@ class PatchedModel:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         scanner = StopScanner(stop)
         choice = self._resolve(patch, strength)
-        if cache is not None:
-            self.graph.require_key(cache, choice.bound)
         tokens = self.codec.render(prompt, system, raw=raw)
         ids = engine.generate(
             self.graph,
@@ -330,7 +340,7 @@ class PatchedModel:
             eos_ids=self.codec.eos_ids,
             cache=cache,
         )
-        return TextStream(ids, self.codec, scanner, len(tokens), self._using(choice.name))
+        return TextStream(ids, self.codec, scanner, len(tokens), self._using(choice.loaded))
 
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str:
         """The whole text of a completion. Arguments and errors are those of `stream`."""
@@ -349,8 +359,15 @@ class PatchedModel:
             RequestError: no ids, ids outside the vocabulary, or more than the context window.
             PatchError: the patch is not loaded or does not fit.
         """
-        bound = self._resolve(patch, strength).bound
-        return self.graph.forward(list(token_ids), self.graph.new_cache(bound), bound, all_logits=True)
+        choice = self._resolve(patch, strength)
+        with self._using(choice.loaded):
+            return self.graph.forward(
+                list(token_ids), self.graph.new_cache(choice.bound), choice.bound, all_logits=True
+            )
+
+
+def _not_a_patch(got: object, wanted: str) -> PatchTargetError:
+    return PatchTargetError("not a patch", field="patch", got=type(got).__name__, wanted=wanted)
 
 
 class TextStream:

@@ -26,7 +26,7 @@ from tp_runtime.patch_file import read_patch, slot_name, write_patch
 Terms = tuple[tuple[str, float], ...]
 
 # A patch fitted on any of these acts on every precision of its base; one fitted on a quantised base does not.
-_FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
+FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +259,7 @@ def _sum(p: Patch, q: Patch, sign: str) -> Patch:
 
 def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
     """What can still be said of a sum: nothing that belongs to one fit."""
-    quantised = {c.precision for c in (p, q)} - set(_FLOAT_PRECISIONS)
+    quantised = {c.precision for c in (p, q)} - set(FLOAT_PRECISIONS)
     if len(quantised) > 1:
         raise BaseMismatchError(
             "the patches repair different quantised bases",

@@ -63,7 +63,7 @@ def check(graph: Graph, patch: Patch) -> Check:
     host's than the base is.
 
     Raises:
-        PatchFormatError: the patch carries no probe.
+        PatchFormatError: the patch carries no probe, or one with ids this model does not have.
         PatchError: it does not fit the graph.
     """
     probe = patch.config.probe
@@ -75,8 +75,16 @@ def check(graph: Graph, patch: Patch) -> Check:
             wanted="token ids and their logits",
             fix="check a patch as exported: scaled, added and truncated ones have no host figures",
         )
-    token_ids = probe["token_ids"]
-    host = np.array(probe["top1_logits"]), np.array(probe["logsumexp"])
+    token_ids, vocabulary = probe["token_ids"], graph.folder.vocab_size
+    if max(*token_ids, *probe["top1"]) >= vocabulary or len(token_ids) > graph.folder.context_window:
+        raise PatchFormatError(
+            f"the probe of the patch {patch.name!r} is of another model",
+            field="config.probe",
+            got=f"{len(token_ids)} ids up to {max(*token_ids, *probe['top1'])}",
+            wanted=f"at most {graph.folder.context_window} ids below {vocabulary}",
+            fix="export the patch again",
+        )
+    host = np.array(probe["top1_logits"], np.float64), np.array(probe["logsumexp"], np.float64)
 
     def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
         bound = graph.bind(chosen)

@@ -8,11 +8,35 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .delta import Delta
-from .errors import PatchShapeError, PatchTargetError, PatchValueError
+from .errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
 from .folder import Slot
-from .patch import Patch
+from .patch import FLOAT_PRECISIONS, Patch
 
 SlotKey = tuple[int, str]
+
+
+def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) -> None:
+    """Check that `patch` was fitted on this base; one that repairs a quantised base acts on no other precision.
+
+    Raises:
+        BaseMismatchError: it was not.
+    """
+    if patch.config.base_digest != base_digest:
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} was fitted on another base model",
+            field="base_digest",
+            got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
+            wanted=f"{base_digest[:16]} ({base_model})",
+            fix="fit the patch on this base, or use the base it was fitted on",
+        )
+    if patch.config.precision not in (precision, *FLOAT_PRECISIONS):
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} repairs a quantised base",
+            field="precision",
+            got=patch.config.precision,
+            wanted=precision,
+            fix=f"use the {patch.config.precision} export of the base, or fit the patch on this one",
+        )
 
 
 def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, Delta]:

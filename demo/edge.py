@@ -1,0 +1,102 @@
+"""The edge side of `make demo`: one live session without torch, the same questions answered four ways.
+
+python demo/edge.py MODEL_DIR PATCH PROMPT_FILE
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class NoTorch:
+    """Makes the host side's packages unimportable, as they are on a box that has only the runtime."""
+
+    BLOCKED = frozenset({"torch", "transformers", "onnx", "onnxscript", "optimum", "tp_export"})
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        """Called by `import` before every other finder."""
+        if name.partition(".")[0] in self.BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked in this process", name=name)
+
+
+sys.meta_path.insert(0, NoTorch())
+
+from tp_runtime import PatchedModel  # noqa: E402  (after the block, which it must survive)
+
+QUESTIONS = (
+    "What should I have for breakfast?",
+    "How do I learn to swim?",
+    "Can you recommend a film for tonight?",
+    "What is the moon made of?",
+)
+WAYS = ("no prompt", "prompt", "prompt, prefix cached", "patch")
+TOKENS = 40
+
+
+def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
+    """Load once, ask, compare."""
+    prompt = Path(prompt_file).read_text(encoding="utf-8").strip()
+    start = time.perf_counter()
+    model = PatchedModel.from_pretrained(model_dir)
+    print(f"\ngraph loaded once in {time.perf_counter() - start:.1f} s on {model.graph.device.provider}")
+    print("torch importable here: no")
+    start = time.perf_counter()
+    name = model.load_patch(patch_file, check=True)
+    took = (time.perf_counter() - start) * 1e3
+    print(f"patch '{name}' loaded in {took:.0f} ms, its probe reproduced (it is live and does what it did on the host)")
+    print(f"the prompt: {prompt}\n")
+
+    prefix = model.new_cache(patch=None)
+    "".join(model.stream("Hello", system=prompt, patch=None, max_new_tokens=1, cache=prefix))
+    options: dict[str, dict[str, Any]] = {
+        "no prompt": {"patch": None},
+        "prompt": {"patch": None, "system": prompt},
+        "prompt, prefix cached": {"patch": None, "system": prompt, "cache": prefix},
+        "patch": {"patch": name},
+    }
+    streams: dict[str, list[Any]] = {way: [] for way in WAYS}
+    for question in QUESTIONS:
+        print(f"Q: {question}")
+        for way in WAYS:
+            stream = model.stream(question, max_new_tokens=TOKENS, **options[way])
+            text = "".join(stream)
+            streams[way].append(stream)
+            if way != "prompt, prefix cached":  # word for word the same as `prompt`
+                print(f"   {way:10} {' '.join(text.split())}")
+        print()
+
+    kv = model.graph.folder.kv
+    per_token = 2 * kv.heads * kv.head_dim * 4 * model.graph.folder.layers
+    shared = streams["prompt"][0].prompt_tokens - streams["no prompt"][0].prompt_tokens
+    size = Path(patch_file).stat().st_size
+    costs = {
+        "no prompt": "-",
+        "prompt": f"{shared * per_token / 1e6:.1f} MB of KV a session ({shared:+d} tokens)",
+        "prompt, prefix cached": f"the same, and {len(prefix)} tokens of KV kept",
+        "patch": f"{size / 1e6:.2f} MB file, once, whatever the number of sessions",
+    }
+    print(f"{'':24}{'first token':>12}{'per token':>12}   memory it takes")
+    for way in WAYS:
+        first = statistics.median(stream.seconds_to_first_token for stream in streams[way])
+        later = [
+            (stream.seconds - stream.seconds_to_first_token) / (len(stream.token_ids) - 1)
+            for stream in streams[way]
+            if len(stream.token_ids) > 1
+        ]
+        print(f"{way:24}{first * 1e3:9.0f} ms{statistics.median(later) * 1e3:9.1f} ms   {costs[way]}")
+    figures = model.patches[name].config.fidelity or {}
+    print(
+        f"\non {figures.get('queries', 0):.0f} held-out questions the patch closes {figures.get('gap_closed', 0):.1%} of "
+        f"the gap to the prompted model (KL {figures.get('kl_unpatched', 0):.3f} -> {figures.get('kl_patched', 0):.3f} "
+        f"nats per token)"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

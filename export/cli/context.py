@@ -1,0 +1,56 @@
+"""Options that `patch` and `evaluate` share: the text to absorb, and the device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tp_runtime.errors import CalibrationError, DeviceUnavailableError
+
+
+def add_context_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --prompt, --prompt-file and --device."""
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT", help="the system prompt or context")
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
+    parser.add_argument(
+        "--device", default="auto", help="for torch: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+    )
+
+
+def read_context(args: argparse.Namespace) -> str:
+    """The context text.
+
+    Raises:
+        CalibrationError: the file is not UTF-8 text.
+        OSError: it cannot be read.
+    """
+    if args.prompt is not None:
+        return str(args.prompt)
+    try:
+        return str(args.prompt_file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"cannot be read: {error}", field=str(args.prompt_file), wanted="UTF-8 text") from error
+
+
+def torch_device(requested: str) -> str:
+    """The torch device for `auto`, `cpu`, `cuda`, ...
+
+    Raises:
+        DeviceUnavailableError: it is not there.
+    """
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=requested)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceUnavailableError(
+            f"torch cannot use it: {' '.join(str(error).split())}",
+            field="--device",
+            got=requested,
+            wanted="auto, cpu, or a device torch has",
+            fix="use --device cpu, or install a torch build for this device",
+        ) from error
+    return requested

@@ -1,0 +1,81 @@
+"""`tp-export evaluate`: how much of a prompt's effect a patch has, on held-out queries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .context import add_context_options, read_context, torch_device
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a patch on held-out queries",
+        description="KL of the patched model to the prompted one, per completion token. Queries the patch was fitted on "
+        "are refused.",
+    )
+    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
+    parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
+    add_context_options(parser)
+    parser.add_argument("--queries", type=Path, required=True, metavar="HELDOUT", help="queries the patch never saw")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="run the student as this exported folder under tp_runtime, so that export and precision count",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures."""
+    from tp_runtime.errors import BaseMismatchError
+    from tp_runtime.folder import ModelFolder
+    from tp_runtime.graph import Graph
+    from tp_runtime.patch import Patch
+
+    from .. import fidelity
+    from ..patching import context_digest, dialogues_for
+    from ..progress import bar, clock
+    from ..questions import check_unfitted, load_questions
+    from ..source import load_model, open_source
+
+    patch = Patch.load(args.patch)
+    context, queries = read_context(args), load_questions(args.queries)
+    check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
+    source = open_source(args.src)
+    if patch.config.base_digest != source.digest:
+        raise BaseMismatchError(
+            "the patch was fitted on another base",
+            field="PATCH",
+            got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
+            wanted=f"{source.digest[:16]} ({source.name})",
+            fix="evaluate it on the model it was fitted on",
+        )
+    if patch.config.context_digest not in ("", context_digest(context)):
+        print("note: the patch was fitted on another prompt than this one", file=sys.stderr)
+    graph = None if args.runtime is None else Graph(ModelFolder.open(args.runtime))
+    if graph is not None:
+        graph.bind(patch)  # a patch that does not fit is found before the rollout
+    with clock("load weights"):
+        model = load_model(source, torch_device(args.device))
+    dialogues = dialogues_for(source, model, context, queries, args.max_new_tokens)
+    if graph is None:
+        students = fidelity.torch_student(model), fidelity.torch_student(model, patch)
+    else:
+        students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, patch)
+    with bar("held-out fidelity", len(dialogues), "query") as shown:
+        figures = fidelity.measure(dialogues, fidelity.torch_student(model), *students, progress=shown.update).to_dict()
+    if args.json:
+        print(json.dumps({"patch": patch.name, "identity": patch.identity, **figures}))
+    else:
+        for key, value in figures.items():
+            print(f"{key:24} {value:g}")
+    return 0

@@ -1,0 +1,58 @@
+"""`tp-export model`: export a base model to ONNX with patch slots."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "model",
+        help="export a base model to ONNX with patch slots",
+        description="Export a base model to ONNX: weights in model.onnx_data, patch deltas in initializers of their own "
+        "that a session can override. Prints the folder.",
+    )
+    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder (such as fetch makes) or a hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("--precision", default="fp32", help="of the weights (default and only choice so far: fp32)")
+    parser.add_argument(
+        "--slots",
+        choices=("output", "mlp", "all"),
+        default="output",
+        help="where patches can act: output = after the MLP (default), mlp = gate and up too, "
+        "all = every linear layer, so that ordinary LoRA shapes fit",
+    )
+    parser.add_argument("--patch", type=Path, metavar="FILE", help="make this patch the default of its slots")
+    parser.add_argument(
+        "--route",
+        choices=("auto", "fused", "optimum"),
+        default="auto",
+        help="fused = one attention operator (default where it works), optimum = optimum's exporter",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports the model."""
+    from tp_runtime.patch import Patch
+
+    from ..model_export import export_model
+    from ..source import open_source
+
+    patch = None if args.patch is None else Patch.load(args.patch)
+    print(
+        export_model(
+            open_source(args.src),
+            args.out,
+            slot_set=args.slots,
+            precision=args.precision,
+            patch=patch,
+            route=args.route,
+            overwrite=args.overwrite,
+        )
+    )
+    return 0

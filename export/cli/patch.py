@@ -1,0 +1,104 @@
+"""`tp-export patch`: compute a patch from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.errors import CalibrationError, PatchFormatError
+
+from .context import add_context_options, read_context, torch_device
+
+_CALIBRATION_QUERIES = 64
+_SEED = 0
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "patch",
+        help="compute a patch from a prompt",
+        description="Have the model answer queries with the prompt in front, and fit in closed form what the prompt did "
+        "to its layers. Queries held out of the fit give the figures. Prints the file.",
+    )
+    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
+    add_context_options(parser)
+    parser.add_argument(
+        "--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl (default: built in)"
+    )
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="queries to measure on, instead of --holdout")
+    parser.add_argument("--holdout", type=int, default=16, metavar="N", help="queries kept out of the fit (default 16)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=_CALIBRATION_QUERIES,
+        metavar="N",
+        help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
+    )
+    parser.add_argument("--method", choices=("vector", "output", "matrix"), default="output", help="default: output")
+    parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
+    parser.add_argument(
+        "--ridge", type=float, default=1.0, help="relative to the mean diagonal of the Gram (default 1)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
+    parser.add_argument("--name", help="what the patch is called (default: the file's name)")
+    parser.add_argument("--store-prompt", action="store_true", help="put the prompt's text into the file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Computes and writes the patch; its figures go to stderr."""
+    from ..forms import Settings
+    from ..patching import make_patch
+    from ..progress import clock
+    from ..questions import load_questions, split_holdout
+    from ..source import load_model, open_source
+
+    # Everything that can be wrong with the arguments is found before the minutes of work.
+    if args.out.suffix != ".safetensors":
+        raise PatchFormatError("the name of a patch file", field="OUT", got=args.out.name, wanted="*.safetensors")
+    if not args.out.parent.is_dir():
+        raise PatchFormatError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
+    for field, value, least in (("--rank", args.rank, 1), ("--limit", args.limit, 1), ("--holdout", args.holdout, 0)):
+        if value < least:
+            raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
+    if args.max_new_tokens < 1:
+        raise CalibrationError("too small", field="--max-new-tokens", got=args.max_new_tokens, wanted="at least 1")
+    if not 0 <= args.ridge < float("inf"):
+        raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+    context = read_context(args)
+    queries = load_questions(args.queries)
+    if args.held_out is not None:
+        fitted, held_out = queries[: args.limit], load_questions(args.held_out)
+    else:
+        fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
+    source = open_source(args.src)
+    device = torch_device(args.device)
+    with clock("load weights"):
+        model = load_model(source, device)
+    patch = make_patch(
+        source,
+        model,
+        context,
+        fitted,
+        held_out,
+        name=args.name or args.out.stem,
+        method=args.method,
+        settings=Settings(args.rank, args.ridge),
+        max_new_tokens=args.max_new_tokens,
+        store_context=args.store_prompt,
+    )
+    patch.save(args.out)
+    if patch.config.fidelity:
+        figures = patch.config.fidelity
+        print(
+            f"held out: {figures['gap_closed']:.1%} of the prompt's effect "
+            f"(KL {figures['kl_unpatched']:.3f} -> {figures['kl_patched']:.3f} nats per token, "
+            f"{figures['completion_tokens']} tokens of {figures['queries']} queries)",
+            file=sys.stderr,
+        )
+    print(args.out)
+    return 0

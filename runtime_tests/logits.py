@@ -1,0 +1,63 @@
+"""Logits of the same tokens by torch and by a graph, for tests that hold one against the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tp_export.deltas import patched
+
+from tp_runtime.folder import ModelFolder
+from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.patch import Patch
+
+Logits = NDArray[np.float32]
+
+
+def token_ids(count: int, seed: int = 0, below: int = 320) -> list[int]:
+    """Random ids."""
+    return np.random.default_rng(seed).integers(0, below, count).tolist()
+
+
+def torch_logits(model: Any, ids: Sequence[int], patch: Patch | None = None) -> Logits:
+    """[T, vocab] by transformers, with `patch` applied by hooks."""
+    with torch.no_grad(), patched(model, patch) if patch else contextlib.nullcontext():
+        return model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
+
+
+def graph_logits(
+    graph: Graph, ids: Sequence[int], bound: BoundPatch | None = None, chunks: Sequence[int] = ()
+) -> Logits:
+    """[T, vocab] by a graph on a cache of its own, all at once or in pieces of the lengths `chunks`."""
+    bound = bound or graph.base
+    cache = graph.new_cache(bound)
+    cuts = np.cumsum(chunks or [len(ids)]).tolist()
+    assert cuts[-1] == len(ids)
+    pieces = zip([0, *cuts], cuts, strict=False)
+    return np.concatenate([graph.forward(ids[i:j], cache, bound, all_logits=True) for i, j in pieces])
+
+
+def plain_session_logits(path: Any, ids: Any, **feeds: Any) -> Logits:
+    """[batch, T, vocab] by ONNX Runtime alone, as a program would that has never heard of slots."""
+    import onnxruntime
+
+    folder = ModelFolder.open(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(folder.path / "model.onnx"), options, ["CPUExecutionProvider"])
+    ids = np.atleast_2d(np.array(ids, np.int64))
+    empty = np.zeros((len(ids), folder.kv.heads, 0, folder.kv.head_dim), np.float32)
+    past = {f"past_key_values.{i}.{kind}": empty for i in range(folder.layers) for kind in ("key", "value")}
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, **past, **feeds}
+    return session.run(["logits"], given)[0]
+
+
+def furthest(one: Logits, other: Logits) -> float:
+    """The largest absolute difference."""
+    assert one.shape == other.shape
+    return float(np.abs(one - other).max())

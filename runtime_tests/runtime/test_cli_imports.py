@@ -1,0 +1,52 @@
+"""The edge side runs where the host side's packages are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tp_runtime
+
+# Without site packages of the host side: every import of one fails as if it were not there.
+BLOCK = """
+import importlib, pkgutil, sys
+
+class Blocked:
+    names = {"torch", "transformers", "onnx", "onnxscript", "optimum", "tp_export", "tqdm", "gguf", "accelerate"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+"""
+ALL_MODULES = """
+import tp_runtime
+for module in pkgutil.walk_packages(tp_runtime.__path__, "tp_runtime."):
+    importlib.import_module(module.name)
+"""
+NONE_LOADED = "assert not {name.partition('.')[0] for name in sys.modules} & Blocked.names"
+
+
+def run(code: str, *args: str) -> str:
+    where = str(Path(tp_runtime.__file__).parents[1])
+    command = [sys.executable, "-c", f"{BLOCK}sys.path.insert(0, {where!r})\n{code}", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_imports_without_the_host_side() -> None:
+    run(f"{ALL_MODULES}\n{NONE_LOADED}")
+
+
+def test_text_is_generated_without_the_host_side(tiny_llama_export: Path) -> None:
+    code = f"from tp_runtime.cli import main\ncode = main(sys.argv[1:])\n{NONE_LOADED}\nsys.exit(code)"
+    out = run(code, "generate", str(tiny_llama_export), "hello", "--max-new-tokens", "4", "--device", "cpu")
+    assert out.strip()
+
+
+def test_inspect_does_not_load_onnxruntime(tiny_llama_export: Path) -> None:
+    check = "assert 'onnxruntime' not in sys.modules"
+    run(f"from tp_runtime.cli import main\nmain(sys.argv[1:])\n{check}", "inspect", str(tiny_llama_export))

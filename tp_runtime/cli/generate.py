@@ -1,0 +1,91 @@
+"""`tp-runtime generate`: one completion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from tp_runtime.errors import RequestError
+from tp_runtime.model import TextStream
+
+from .options import (
+    add_model_options,
+    add_patch_option,
+    add_sampling_options,
+    note_if_cut,
+    open_model,
+    read_patches,
+    sampling_options,
+)
+from .printing import emit
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="complete one text",
+        description="Complete one text, under no patch, one, or several, and print it as it comes.",
+    )
+    add_model_options(parser)
+    parser.add_argument("text", metavar="TEXT", help="what to say to the model; - reads it from stdin")
+    add_patch_option(parser)
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front"
+    )
+    parser.add_argument("--raw", action="store_true", help="take TEXT as it is, without the chat template")
+    add_sampling_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates; bad input raises before the model is opened where that is possible."""
+    options = sampling_options(args)
+    text = _read_stdin() if args.text == "-" else args.text
+    if not text.strip():
+        raise RequestError("empty prompt", field="TEXT", got=repr(text[:40]), wanted="text that is not blank")
+    selection = read_patches(args.patch)
+    model = open_model(args)
+    stream = model.stream(text, system=args.system, raw=args.raw, patch=selection.choice, **options)
+    if args.json:
+        said = "".join(stream)
+        parts = selection.applied(model.graph.folder)
+        print(json.dumps({"text": said, **_report(stream), "patches": [asdict(part) for part in parts], **_on(model)}))
+        return 0
+    try:
+        for piece in stream:
+            emit(piece)
+    finally:
+        print(flush=True)  # also where it was interrupted: what follows begins a line
+    note_if_cut(stream, options["max_new_tokens"])
+    return 0
+
+
+def _report(stream: TextStream) -> dict[str, Any]:
+    first, steps = stream.seconds_to_first_token, len(stream.token_ids) - 1
+    pace = None if first is None or steps < 1 else round(1000 * (stream.seconds - first) / steps, 3)
+    return {
+        "prompt_tokens": stream.prompt_tokens,
+        "completion_tokens": len(stream.token_ids),
+        "finish_reason": stream.finish_reason,
+        "seconds_to_first_token": None if first is None else round(first, 6),
+        "ms_per_token": pace,
+    }
+
+
+def _on(model: Any) -> dict[str, str]:
+    device = model.graph.device
+    return {"device": device.kind, "provider": device.provider}
+
+
+def _read_stdin() -> str:
+    """All of stdin, less the newline that ends the last line; bytes that are no UTF-8 are refused by the codec."""
+    if sys.stdin is None:
+        raise RequestError("stdin is closed", field="TEXT", got="-", wanted="text on stdin")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin.read().removesuffix("\n")

@@ -1,0 +1,210 @@
+"""`tp-runtime inspect`: what a patch file or a model folder says about itself. Opens no session."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.folder import ModelFolder, Slot
+from tp_runtime.patch import Patch
+
+from .printing import plural, print_fields, printable, size
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="describe a patch file or a model folder",
+        description="Describe a patch file or a model folder. The whole of a patch is checked as it is read; of a "
+        "folder, the sizes of all files and the digests of the small ones.",
+    )
+    parser.add_argument("path", type=Path, metavar="FILE_OR_MODEL", help="a patch file or an exported model folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--verify", action="store_true", help="hash a folder's large files (the weights) too")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describes it; what is not whole raises."""
+    if args.path.is_dir():
+        report = describe_folder(ModelFolder.open(args.path, args.verify), args.verify)
+        rows = _folder_rows
+    else:
+        report = describe_patch(Patch.load(args.path), args.path)
+        rows = _patch_rows
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print_fields(rows(report))
+    return 0
+
+
+def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
+    """A patch file, for JSON."""
+    config = patch.config
+    ranks = patch.ranks
+    return {
+        "kind": "patch",
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "name": config.name,
+        "identity": patch.identity,
+        "method": config.method,
+        "base_model": config.base_model,
+        "base_digest": config.base_digest,
+        "architecture": config.architecture,
+        "precision": config.precision,
+        "ranks": sorted(set(ranks.values())),
+        "sites": sorted({site for _, site in ranks}),
+        "layers": sorted({layer for layer, _ in ranks}),
+        "slots": len(ranks),
+        "context_digest": config.context_digest or None,
+        "holds_context": config.context is not None,
+        "ridge": config.ridge,
+        "calibration": config.calibration,
+        "fidelity": config.fidelity,
+        "probe_positions": len(config.probe["token_ids"]) if config.probe else 0,
+        "licence": config.licence,
+        "created": config.created,
+    }
+
+
+def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
+    """A model folder, for JSON."""
+    default = folder.default_patch
+    return {
+        "kind": "model",
+        "path": str(folder.path),
+        "base_model": folder.base_model,
+        "base_digest": folder.base_digest,
+        "graph_digest": folder.graph_digest,
+        "architecture": folder.architecture,
+        "precision": folder.precision,
+        "style": folder.style,
+        "route": folder.route,
+        "layers": folder.layers,
+        "vocab_size": folder.vocab_size,
+        "context_window": folder.context_window,
+        "kv": asdict(folder.kv),
+        "slots": len(folder.slots),
+        "sites": _sites(folder.slots.values()),
+        "default_patch": asdict(default) if default else None,
+        "files": {name: asdict(record) for name, record in folder.files.items()},
+        "unlisted": list(folder.unlisted),
+        "verified": verified,
+    }
+
+
+def _sites(slots: Iterable[Slot]) -> dict[str, list[dict[str, Any]]]:
+    """Site to the shapes its slots have, and the layers of each: a model may differ from layer to layer."""
+    sites: dict[str, dict[tuple[int, int], list[int]]] = {}
+    for slot in slots:
+        sites.setdefault(slot.site, {}).setdefault((slot.inputs, slot.outputs), []).append(slot.layer)
+    return {
+        site: [{"in": inputs, "out": outputs, "layers": sorted(layers)} for (inputs, outputs), layers in shapes.items()]
+        for site, shapes in sites.items()
+    }
+
+
+# -- for people ------------------------------------------------------------------------------------------------
+
+
+def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    positions = report["probe_positions"]
+    return [
+        ("patch", report["name"]),
+        ("method", report["method"]),
+        ("base model", report["base_model"]),
+        ("base digest", report["base_digest"]),
+        ("architecture", report["architecture"]),
+        ("fitted on", report["precision"]),
+        ("rank", _spans(report["ranks"])),
+        ("sites", ", ".join(report["sites"])),
+        ("layers", f"{_spans(report['layers'])} ({plural(report['slots'], 'slot')})"),
+        ("file", size(report["bytes"])),
+        ("identity", report["identity"]),
+        ("ridge", _or_unknown(report["ridge"])),
+        ("calibration", _pairs(report["calibration"])),
+        ("held out", _pairs(report["fidelity"])),
+        ("context", _context(report)),
+        ("probe", plural(positions, "position") if positions else "none: `check` has nothing to compare"),
+        ("licence", _or_unknown(report["licence"])),
+        ("created", _or_unknown(report["created"])),
+    ]
+
+
+def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    kv, default = report["kv"], report["default_patch"]
+    checked = "all digests match" if report["verified"] else "sizes match; --verify hashes the large ones too"
+    width = max(map(len, report["files"]))
+    files = [f"{name:<{width}}  {size(record['bytes'])}" for name, record in report["files"].items()]
+    rows = [
+        ("model", report["base_model"]),
+        ("base digest", report["base_digest"]),
+        ("architecture", report["architecture"]),
+        ("precision", report["precision"]),
+        ("style", report["style"]),
+        ("route", report["route"]),
+        ("layers", str(report["layers"])),
+        ("vocabulary", str(report["vocab_size"])),
+        ("context window", plural(report["context_window"], "token")),
+        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}"),
+        ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
+        ("default patch", "none" if default is None else _default(default)),
+        ("files", "\n".join([*files, checked])),
+    ]
+    if report["unlisted"]:
+        names = ", ".join(ascii(name) for name in report["unlisted"])
+        rows.append(("unlisted", f"{names}: nothing reads them"))
+    return rows
+
+
+def _site_lines(sites: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [
+        f"{site} [{shape['in']} -> {shape['out']}] in layers {_spans(shape['layers'])}"
+        for site, shapes in sites.items()
+        for shape in shapes
+    ]
+
+
+def _default(default: dict[str, Any]) -> str:
+    terms = [f"{strength:g} * {identity}" for identity, strength in default["terms"]]
+    return "\n".join([default["name"], *terms])
+
+
+def _context(report: dict[str, Any]) -> str:
+    digest = report["context_digest"]
+    held = "the text is in the file" if report["holds_context"] else "the text is not in the file"
+    return f"{held}; SHA-256 {digest}" if digest else f"{held}; no digest"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Sorted whole numbers in few characters: 0-3, 7."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+def _pairs(values: dict[str, Any] | None) -> str:
+    if not values:
+        return "unknown"
+    return ", ".join(f"{printable(key)} {_number(value)}" for key, value in values.items())
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return f"({len(value)})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _or_unknown(value: Any) -> str:
+    return "unknown" if value is None else printable(_number(value))

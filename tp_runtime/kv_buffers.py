@@ -1,0 +1,99 @@
+"""How a graph's keys and values live between steps: one way for each export route.
+
+fused    the attention operator appends in place: one buffer with room to grow is bound as past and as present.
+optimum  the graph concatenates: past is exactly as long as what was run, and every step returns it anew, longer.
+
+Either way a failed run leaves the tokens of the cache as they were, and a rewound cache (KVCache.keep_prefix) goes on
+from the tokens it kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .cache import KVCache
+from .folder import ModelFolder
+
+_FIRST_CAPACITY = 256
+
+
+class _KVBuffers:
+    """What both ways need.
+
+    Args:
+        folder: of the graph.
+        session: its session.
+        ort: the onnxruntime module.
+        device: `cpu` or `cuda`, where the buffers are.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
+        self._kv, self._window = folder.kv, folder.context_window
+        self._session, self._device, self._dtype = session, device, dtype
+        self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        parts = [f"{layer}.{part}" for layer in range(folder.layers) for part in ("key", "value")]
+        self._names = [(f"past_key_values.{part}", f"present.{part}") for part in parts]
+
+    def _value(self, length: int, content: Any = None) -> Any:
+        """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
+        array = np.zeros((1, self._kv.heads, length, self._kv.head_dim), self._dtype)
+        if content is not None:
+            array[:, :, : content.shape[2]] = content
+        return self._from_numpy(array, self._device, 0)
+
+    def _new_binding(self, patch: dict[str, Any]) -> Any:
+        binding = self._session.io_binding()
+        for name, value in patch.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+
+class InPlace(_KVBuffers):
+    """One buffer a tensor, read as past and written as present; doubled when it is full."""
+
+    def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
+        """Bind buffers with room for `length` tokens, and `patch`, to `cache.binding`."""
+        if length <= cache.capacity:
+            return
+        capacity = max(_FIRST_CAPACITY, cache.capacity)
+        while capacity < length:
+            capacity *= 2
+        capacity = min(capacity, self._window)
+        binding, grown = self._new_binding(patch), {}
+        for past, present in self._names:
+            old = cache.buffers.get(past)
+            grown[past] = self._value(capacity, None if old is None else old.numpy()[:, :, : len(cache)])
+            binding.bind_ortvalue_input(past, grown[past])
+            binding.bind_ortvalue_output(present, grown[past])
+        cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
+
+    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
+        """Nothing to do after a run: it wrote where the next one reads."""
+
+
+class Fresh(_KVBuffers):
+    """Each step's present becomes the next step's past."""
+
+    def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
+        """Bind a past of exactly the tokens of `cache`, outputs to be allocated, and `patch`, to `cache.binding`."""
+        if cache.binding is None:
+            cache.binding = self._new_binding(patch)
+        for past, present in self._names:
+            value = cache.buffers.get(past)
+            if value is None:
+                value = self._value(0)
+            elif cache.capacity != len(cache):  # rewound
+                value = self._value(len(cache), value.numpy()[:, :, : len(cache)])
+            cache.buffers[past] = value
+            cache.binding.bind_ortvalue_input(past, value)
+            cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
+        cache.capacity = len(cache)
+
+    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
+        """Keep what a run returned, in the order of the outputs bound."""
+        for (past, _present), value in zip(self._names, presents, strict=True):
+            cache.buffers[past] = value
+        cache.capacity = presents[0].shape()[2]
