@@ -90,9 +90,9 @@ def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
         print(f"{way:24}{first * 1e3:9.0f} ms{statistics.median(later) * 1e3:9.1f} ms   {costs[way]}")
     figures = model.patches[name].config.fidelity or {}
     print(
-        f"\non {figures.get('queries', 0):.0f} held-out questions the patch closes {figures.get('gap_closed', 0):.1%} of "
-        f"the gap to the prompted model (KL {figures.get('kl_unpatched', 0):.3f} -> {figures.get('kl_patched', 0):.3f} "
-        f"nats per token)"
+        f"\non {figures.get('queries', 0):.0f} held-out questions the patch closes {figures.get('gap_closed', 0):.1%} "
+        f"of the gap to the prompted model (KL {figures.get('kl_unpatched', 0):.3f} -> "
+        f"{figures.get('kl_patched', 0):.3f} nats per token)"
     )
 
 

@@ -89,9 +89,9 @@ class Block:
         self.layer, self.adapter, self.index = layer, adapter, index
         self.mlp_norm = layer.get_submodule(adapter.mlp_norm)
         self.mlp = layer.get_submodule(adapter.mlp)
-        self.gate = layer.get_submodule(adapter.gate)
-        self.up = layer.get_submodule(adapter.up)
-        self.down = layer.get_submodule(adapter.down)
+        self.gate = _linear(layer, adapter.gate)
+        self.up = _linear(layer, adapter.up)
+        self.down = _linear(layer, adapter.down)
         self.post_norm = layer.get_submodule(adapter.post_norm) if adapter.post_norm else None
 
     @property
@@ -130,6 +130,19 @@ class Block:
         finally:
             handle.remove()
         return seen[0]
+
+
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    linear = layer.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise ModelFormatError(
+            "not a linear layer",
+            field=name,
+            got=type(linear).__name__,
+            wanted="torch.nn.Linear",
+            fix="load it in float32",
+        )
+    return linear
 
 
 def blocks_of(model: nn.Module, adapter: Adapter | None = None) -> list[Block]:

@@ -76,7 +76,7 @@ def _attention(
     batch, heads, steps, head_dim = query.shape
     kv_heads = key.shape[1]
     total = past_key.shape[2] + steps
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
         "scale": float(head_dim**-0.5 if scaling is None else scaling),

@@ -53,7 +53,8 @@ class Batch:
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        row, position = [], []
+        row: list[int] = []
+        position: list[int] = []
         for i, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             mask[i, : len(tokens)] = 1
@@ -69,7 +70,7 @@ class Batch:
 
 
 def batches(dialogues: Sequence[Dialogue], size: int, device: torch.device | str) -> list[tuple[Batch, Batch]]:
-    """(teacher, student) batches of at most `size` dialogues of similar length, rows in the same order on both sides."""
+    """(teacher, student) batches of at most `size` dialogues of similar length, with aligned rows."""
     ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
     pairs = []
     for i in range(0, len(ordered), size):

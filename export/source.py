@@ -193,6 +193,10 @@ def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
         )
     for name, file, base, entry in sorted(entries, key=lambda e: e[0]):
         start, stop = (base + int(offset) for offset in entry["data_offsets"])
-        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            with memoryview(view) as whole, whole[start:stop] as content:
-                yield f"{name} {entry['dtype']} {entry['shape']}\n".encode(), content
+        with (
+            file.open("rb") as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            memoryview(view) as whole,
+            whole[start:stop] as content,
+        ):
+            yield f"{name} {entry['dtype']} {entry['shape']}\n".encode(), content

@@ -1,10 +1,10 @@
 """Edge runtime: one ONNX graph, many thought patches. Needs onnxruntime and numpy; never torch, never onnx.
 
-    from tp_runtime import PatchedModel
+from tp_runtime import PatchedModel
 
-    model = PatchedModel.from_pretrained("build/demo/model")
-    model.load_patch("pirate.safetensors", "pirate")
-    print(model.generate("How do I learn to swim?", patch="pirate"))
+model = PatchedModel.from_pretrained("build/demo/model")
+model.load_patch("pirate.safetensors", "pirate")
+print(model.generate("How do I learn to swim?", patch="pirate"))
 """
 
 from .model import ACTIVE, PatchedModel, TextStream

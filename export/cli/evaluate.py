@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="measure a patch on held-out queries",
-        description="KL of the patched model to the prompted one, per completion token. Queries the patch was fitted on "
+        description="KL of the patched model to the prompted one, per completion token. Those it was fitted on "
         "are refused.",
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")

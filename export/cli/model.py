@@ -12,7 +12,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "model",
         help="export a base model to ONNX with patch slots",
-        description="Export a base model to ONNX: weights in model.onnx_data, patch deltas in initializers of their own "
+        description="Export a base model to ONNX: weights in model.onnx_data, patch deltas in their own initializers "
         "that a session can override. Prints the folder.",
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder (such as fetch makes) or a hub id")

@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "patch",
         help="compute a patch from a prompt",
-        description="Have the model answer queries with the prompt in front, and fit in closed form what the prompt did "
-        "to its layers. Queries held out of the fit give the figures. Prints the file.",
+        description="Have the model answer queries with the prompt in front, and fit in closed form what it did to "
+        "the layers. Queries held out of the fit give the figures. Prints the file.",
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")

@@ -205,6 +205,27 @@ def test_a_cache_fills_the_window_and_not_more(graph: Graph) -> None:
     assert len(cache) == len(ids)
 
 
+def test_a_cache_that_cannot_grow_is_still_whole(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(330, seed=6)
+    wanted = graph_logits(graph, ids)
+    cache = graph.new_cache(graph.base)
+    graph.forward(ids[:200], cache, graph.base)
+    allocate, allowed = graph._kv._value, iter(range(3))
+
+    def out_of_memory(*args: Any) -> Any:
+        if next(allowed, None) is None:
+            raise MemoryError
+        return allocate(*args)
+
+    monkeypatch.setattr(graph._kv, "_value", out_of_memory)
+    with pytest.raises(MemoryError):
+        graph.forward(ids[200:], cache, graph.base)
+    monkeypatch.undo()
+    assert cache.tokens == ids[:200]
+    graph.forward(ids[200:250], cache, graph.base)  # in the room there still is
+    assert furthest(graph.forward(ids[250:], cache, graph.base, all_logits=True), wanted[250:]) < 1e-5
+
+
 def test_rewinding_is_as_if_the_rest_had_never_been(pair: tuple[Any, Graph]) -> None:
     _model, graph = pair
     bound = graph.bind(patch_for(graph.folder, seed=7))
