@@ -100,8 +100,6 @@ def make_patch(
     aside = {tuple(source.codec.render(query)) for query in held_out}
     calibration = [dialogue for dialogue in everything if dialogue.student_prompt not in aside]
     evaluation = [dialogue for dialogue in everything if dialogue.student_prompt in aside]
-    with bar(f"fit {method}", model.config.num_hidden_layers, "layer") as shown:
-        deltas = lockstep.fit(model, calibration, method, settings, progress=lambda done, _all: shown.update())
     config = PatchConfig(
         name=name,
         method=method,
@@ -122,6 +120,8 @@ def make_patch(
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    with bar(f"fit {method}", model.config.num_hidden_layers, "layer") as shown:
+        deltas = lockstep.fit(model, calibration, method, settings, progress=lambda done, _all: shown.update())
     patch = Patch(_half(deltas), config)
     figures: dict[str, float] | None = None
     if evaluation:

@@ -54,7 +54,7 @@ class Source:
     @property
     def licence(self) -> str | None:
         """Licence of the base model, where the folder's source.json names it."""
-        return _source_record(self.path).get("licence")
+        return _source_record(self.path).get("licence", {}).get("name")
 
     @cached_property
     def digest(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -78,7 +79,8 @@ class PatchedModel:
         self._default = default or graph.default
         self._loaded: dict[str, _Loaded] = {}
         self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
-        self._lock = threading.Lock()
+        # Reentrant: a stream that was dropped is released by the garbage collector, in whichever line that runs.
+        self._lock = threading.RLock()
         self._active: ContextVar[_Choice | None] = ContextVar("patch", default=None)
 
     @classmethod
@@ -394,10 +396,11 @@ class TextStream:
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
         self.finish_reason: str | None = None
-        self._pieces = self._run(ids, codec, scanner, using)
+        # A weak reference: with a strong one a stream that is dropped midway would hold its patch until a collection.
+        self._pieces = _run(weakref.proxy(self), ids, codec, scanner, using)
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -406,30 +409,36 @@ class TextStream:
         """Stop early and release the patch."""
         self._pieces.close()
 
-    def _run(
-        self, ids: Iterator[int], codec: TextCodec, scanner: StopScanner, using: AbstractContextManager[None]
-    ) -> Generator[str]:
-        decoder = IncrementalDecoder(codec.decode)
-        start = time.perf_counter()
-        with using:
-            for token in ids:
-                self.seconds = time.perf_counter() - start
-                if self.seconds_to_first_token is None:
-                    self.seconds_to_first_token = self.seconds
-                self.token_ids.append(token)
-                if token in codec.eos_ids:
-                    self.finish_reason = "eos"
-                    break
-                text, stopped = scanner.push(decoder.push(token))
-                if text:
-                    yield text
-                if stopped:
-                    self.finish_reason = "stop"
-                    return
-        text, stopped = scanner.push(decoder.flush())
-        rest = text if stopped else text + scanner.flush()
-        if stopped:
-            self.finish_reason = "stop"
-        self.finish_reason = self.finish_reason or "length"
-        if rest:
-            yield rest
+
+def _run(
+    stream: TextStream,
+    ids: Iterator[int],
+    codec: TextCodec,
+    scanner: StopScanner,
+    using: AbstractContextManager[None],
+) -> Generator[str]:
+    """The pieces of `stream`, whose figures are kept up to date on the way."""
+    decoder = IncrementalDecoder(codec.decode)
+    start = time.perf_counter()
+    with using:
+        for token in ids:
+            stream.seconds = time.perf_counter() - start
+            if stream.seconds_to_first_token is None:
+                stream.seconds_to_first_token = stream.seconds
+            stream.token_ids.append(token)
+            if token in codec.eos_ids:
+                stream.finish_reason = "eos"
+                break
+            text, stopped = scanner.push(decoder.push(token))
+            if text:
+                yield text
+            if stopped:
+                stream.finish_reason = "stop"
+                return
+    text, stopped = scanner.push(decoder.flush())
+    rest = text if stopped else text + scanner.flush()
+    if stopped:
+        stream.finish_reason = "stop"
+    stream.finish_reason = stream.finish_reason or "length"
+    if rest:
+        yield rest

@@ -58,7 +58,7 @@ def test_vector_is_the_mean_difference(model: Any) -> None:
 def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(model: Any, method: str) -> None:
     """Fewer rows than inputs: the regression can interpolate, so every row of the block's output must be hit."""
     block, rows = blocks_of(model)[1], some_rows(model, 20)
-    deltas = FORMS[method](block, rows, Settings(rank=48, ridge=1e-9))
+    deltas = FORMS[method](block, rows, Settings(rank=model.config.hidden_size, ridge=1e-9))
     wanted = block.mlp_half(rows.teacher)
     before = (block.mlp_half(rows.student) - wanted).abs().max()
     with applied(block, deltas):
@@ -72,7 +72,7 @@ def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
     from tp_export.ridge import fit_affine
 
     block, rows = blocks_of(model)[0], some_rows(model, 60)
-    deltas = FORMS["matrix"](block, rows, Settings(rank=48, ridge=0.7))
+    deltas = FORMS["matrix"](block, rows, Settings(rank=model.config.hidden_size, ridge=0.7))
     z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
     m = fit_affine(z_student, z_teacher - z_student, 0.7).matrix
     for site, linear in (("gate", block.gate), ("up", block.up)):

@@ -85,6 +85,7 @@ def test_the_runtime_starts_patched_and_finds_back_to_the_base(
     assert np.array_equal(active, model.logits(IDS, patch))
     assert np.array_equal(model.logits(IDS, None), base)
     assert np.array_equal(model.logits(IDS, patch, 0), base)
+    assert model.graph.bind(0 * patch) is model.graph.base  # nothing is bound anew
     assert furthest(model.logits(IDS, other), wanted["other"]) < TOLERANCE
     model.load_patch(other, "other")
     with model.patched("other"):

@@ -243,6 +243,22 @@ def test_a_stream_whose_patch_was_unloaded_before_it_began_does_not_run(
     model.unload_patch("p")  # and neither counts as a user
 
 
+def test_a_dropped_stream_releases_its_patch_wherever_the_collector_runs(model: PatchedModel, patch: Patch) -> None:
+    model.load_patch(patch, "p")
+
+    def drop() -> None:
+        stream = model.stream("Hi", patch="p", max_new_tokens=200)
+        next(stream)
+        with model._lock:  # as the collector may, in the middle of loading another patch
+            del stream
+
+    thread = threading.Thread(target=drop, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    model.unload_patch("p")
+
+
 def test_a_failed_request_releases_its_patch(model: PatchedModel, patch: Patch, monkeypatch: Any) -> None:
     model.load_patch(patch, "p")
     stream = model.stream("Hi", patch="p")
