@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import external_data
 
+from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
 from tp_runtime.graph import FIRST_LOGIT
 from tp_runtime.patch import Delta
@@ -91,9 +92,7 @@ def add_first_logit(model: ir.Model) -> None:
     The default 0 keeps all positions, as every other runtime expects.
     """
     logits = next(value for value in model.graph.outputs if value.name == "logits")
-    head = logits.producer()
-    assert head is not None and head.inputs[0] is not None
-    hidden = next(i for i, value in enumerate(head.inputs) if value is not None and not value.is_initializer())
+    head, hidden = _head(logits)
     source = head.inputs[hidden]
     first = ir.Value(name=FIRST_LOGIT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     first.const_value = ir.tensor(np.zeros(1, np.int64), name=FIRST_LOGIT)
@@ -111,6 +110,18 @@ def add_first_logit(model: ir.Model) -> None:
     model.graph.insert_before(head, node)
     head.replace_input_with(hidden, node.outputs[0])
     logits.shape = ir.Shape(["batch_size", "logits_length", *list(logits.shape or [])[2:]])
+
+
+def _head(logits: ir.Value) -> tuple[ir.Node, int]:
+    """The product with the head's weights, and which of its inputs is the hidden state; a soft cap may follow it."""
+    node = logits.producer()
+    while node is not None:
+        hidden = next(i for i, value in enumerate(node.inputs) if value is not None and not value.is_initializer())
+        if node.op_type not in ("Mul", "Div", "Tanh", "Cast"):
+            return node, hidden
+        value = node.inputs[hidden]
+        node = None if value is None else value.producer()
+    raise ModelFormatError("the graph has no head", field="logits", fix="report this architecture")
 
 
 def name_dimensions(model: ir.Model) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tp_export import cli, lockstep, patching
+
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 
@@ -132,7 +132,7 @@ def test_held_out_queries_that_are_fitted(tiny_llama: Path, tmp_path: Path, caps
     queries, same = tmp_path / "q.txt", tmp_path / "h.txt"
     queries.write_text("What is tea?\nWhat is salt?\n")
     same.write_text("what is  TEA?\n")
-    arguments = patch_arguments(tiny_llama, tmp_path / "p.safetensors", queries=queries) + [f"--held-out={same}"]
+    arguments = [*patch_arguments(tiny_llama, tmp_path / "p.safetensors", queries=queries), f"--held-out={same}"]
     assert "held-out queries equal fitted ones" in refused(arguments, capsys)
 
 

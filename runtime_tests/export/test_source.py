@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-
 from tp_export.source import open_source
+
 from tp_runtime.errors import ModelFormatError
 
 

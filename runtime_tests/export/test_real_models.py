@@ -1,0 +1,88 @@
+"""The two real models: exported graphs against transformers, and a patch that closes the gap on held-out queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tp_export import fidelity, lockstep
+from tp_export.forms import Settings
+from tp_export.patching import _half, dialogues_for
+from tp_export.questions import load_questions
+from tp_export.source import load_model, open_source
+
+from runtime_tests.patches import random_config
+from tp_runtime.folder import ModelFolder
+from tp_runtime.graph import Graph
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+
+pytestmark = pytest.mark.real_model
+
+PIRATE = "You are a pirate captain. Begin every answer with 'Arr, matey!' and speak only in pirate slang."
+
+
+@pytest.fixture(params=["smollm2", "gemma3"])
+def real(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A source folder and its export."""
+    return request.getfixturevalue(request.param), request.getfixturevalue(f"{request.param}_export")
+
+
+def test_logits_match_transformers(real: tuple[Path, Path]) -> None:
+    """64 tokens in one go, and again as a prompt and single tokens through the KV cache: under 1e-3."""
+    source, export = real
+    graph = Graph(ModelFolder.open(export, verify=True), "cpu")
+    ids = np.random.default_rng(0).integers(5, 40_000, 64).tolist()
+    with torch.no_grad():
+        wanted = load_model(open_source(source))(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    got = graph.forward(ids, graph.new_cache(graph.base), graph.base, all_logits=True)
+    assert np.abs(got - wanted).max() < 1e-3
+    cache = graph.new_cache(graph.base)
+    steps = [graph.forward(ids[:40], cache, graph.base)] + [graph.forward([i], cache, graph.base) for i in ids[40:]]
+    assert np.abs(np.concatenate(steps) - wanted[39:]).max() < 1e-3
+
+
+def test_ortmodel_loads_the_folder_unchanged(real: tuple[Path, Path]) -> None:
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    source, export = real
+    ids = torch.tensor([open_source(source).codec.render("The weather today is")])
+    theirs = ORTModelForCausalLM.from_pretrained(export).generate(ids, max_new_tokens=8, do_sample=False)
+    wanted = load_model(open_source(source)).generate(ids, max_new_tokens=8, do_sample=False)
+    assert theirs[0].tolist() == wanted[0].tolist()
+
+
+def test_weights_are_stored_once(real: tuple[Path, Path]) -> None:
+    """A tied embedding is not duplicated: the data file is no larger than the source."""
+    source, export = real
+    assert (export / "model.onnx_data").stat().st_size < 1.01 * (source / "model.safetensors").stat().st_size
+
+
+def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_export: Path) -> None:
+    """A quick fit (24 queries) of each form, measured through the exported graph where its slots allow."""
+    source = open_source(smollm2)
+    model = load_model(source)
+    queries = load_questions(None)[:30]
+    dialogues = dialogues_for(source, model, PIRATE, queries, 32)
+    fitted, held_out = dialogues[:24], dialogues[24:]
+    graph = Graph(ModelFolder.open(smollm2_export), "cpu")
+    teacher, unpatched = fidelity.torch_student(model), fidelity.torch_student(model)
+    closed = {}
+    for method in ("vector", "output", "matrix"):
+        deltas = _half(lockstep.fit(model, fitted, method, Settings(rank=16)))
+        patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
+        student = fidelity.torch_student(model, patch) if method == "matrix" else fidelity.runtime_student(graph, patch)
+        closed[method] = fidelity.measure(held_out, teacher, unpatched, student).gap_closed
+    assert closed["output"] > 0.8 and closed["matrix"] > 0.8
+    assert closed["vector"] < closed["output"]
+
+
+def test_chat_is_rendered_as_it_was_fitted(smollm2: Path, smollm2_export: Path) -> None:
+    """`generate` meets the tokens that the fit did: the export's text side is the source's."""
+    source = open_source(smollm2)
+    model = PatchedModel.from_pretrained(smollm2_export, device="cpu")
+    for system in (None, PIRATE):
+        assert model.codec.render("Who are you?", system) == source.codec.render("Who are you?", system)
+    assert model.generate("What is the capital of France?", max_new_tokens=12) == "The capital of France is Paris."
