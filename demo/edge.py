@@ -34,12 +34,13 @@ QUESTIONS = (
     "What is the moon made of?",
 )
 WAYS = ("no prompt", "prompt", "prompt, prefix cached", "patch")
-TOKENS = 40
+# Without the penalty a model this small soon repeats itself, prompted, patched or neither.
+SAMPLING: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": 1.15}
 
 
 def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
     """Load once, ask, compare."""
-    prompt = Path(prompt_file).read_text(encoding="utf-8").strip()
+    prompt = Path(prompt_file).read_text(encoding="utf-8").rstrip("\r\n")
     start = time.perf_counter()
     model = PatchedModel.from_pretrained(model_dir)
     print(f"\ngraph loaded once in {time.perf_counter() - start:.1f} s on {model.graph.device.provider}")
@@ -62,7 +63,7 @@ def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
     for question in QUESTIONS:
         print(f"Q: {question}")
         for way in WAYS:
-            stream = model.stream(question, max_new_tokens=TOKENS, **options[way])
+            stream = model.stream(question, **SAMPLING, **options[way])
             text = "".join(stream)
             streams[way].append(stream)
             if way != "prompt, prefix cached":  # word for word the same as `prompt`

@@ -59,6 +59,7 @@ class Graph:
         DeviceUnavailableError: see device.py.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
+        RequestError: `threads` is no number of threads.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class Graph:
         self._dtype = _DTYPES[folder.kv.dtype]
         options = self._ort.SessionOptions()
         if threads is not None:
+            if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+                raise RequestError(
+                    "not a number of threads", field="threads", got=repr(threads), wanted="a whole number >= 1, or None"
+                )
             options.intra_op_num_threads = threads
         terms = folder.default_patch.terms if folder.default_patch else ()
         if defaults is not None:

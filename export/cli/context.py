@@ -19,7 +19,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_context(args: argparse.Namespace) -> str:
-    """The context text.
+    """The context text; the newline that ends a file is the editor's, not the prompt's.
 
     Raises:
         CalibrationError: the file is not UTF-8 text.
@@ -28,7 +28,7 @@ def read_context(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8"))
+        return str(args.prompt_file.read_text(encoding="utf-8")).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"cannot be read: {error}", field=str(args.prompt_file), wanted="UTF-8 text") from error
 

@@ -220,3 +220,9 @@ def test_a_patch_that_does_not_fit_opens_no_model(tiny_llama_export: Path, patch
     for given_patch in (foreign, tmp_path / "foreign.safetensors", str(tmp_path / "foreign.safetensors")):
         with pytest.raises(TPError, match="base_digest"):
             PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=given_patch)
+
+
+@pytest.mark.parametrize("threads", [0, -3, True, 1.5])
+def test_a_bad_number_of_threads_is_named(tiny_llama_export: Path, threads: Any) -> None:
+    with pytest.raises(RequestError, match="threads"):
+        PatchedModel.from_pretrained(tiny_llama_export, device="cpu", threads=threads)
