@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, RequestError
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.patch_config import PatchConfig
 from tp_runtime.probe import measure as measure_probe
@@ -38,7 +38,7 @@ def dialogues_for(
 
     Raises:
         CalibrationError: there are no queries, the context is empty, or every completion is empty.
-        RequestError: a query cannot be rendered.
+        RequestError: a query cannot be rendered, or does not fit the context window.
     """
     if not context.strip():
         raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
@@ -46,6 +46,7 @@ def dialogues_for(
         raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
+    _check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
     eos = source.codec.eos_ids
     with bar("teacher completions", len(queries), "query") as shown:
         completions = complete(model, teacher, max_new_tokens, eos, progress=shown.update)
@@ -58,6 +59,17 @@ def dialogues_for(
             fix="look at the prompt: the model ends its turn at once",
         )
     return [Dialogue(tuple(t), tuple(s), c) for t, s, c in zip(teacher, student, completions, strict=True) if c]
+
+
+def _check_length(longest: int, window: int) -> None:
+    if longest > window:
+        raise RequestError(
+            "prompt, query and answer do not fit the context window",
+            field="prompt",
+            got=f"{longest} tokens",
+            wanted=f"at most {window}",
+            fix="shorten the prompt, or lower --max-new-tokens",
+        )
 
 
 def make_patch(

@@ -105,6 +105,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("changes", "field"),
     [
         ({"prompt": "   "}, "prompt"),
+        ({"prompt": "very long " * 200}, "prompt"),
         ({"rank": 0}, "--rank"),
         ({"limit": 0}, "--limit"),
         ({"holdout": -1}, "--holdout"),
