@@ -114,7 +114,13 @@ def test_a_character_that_stdout_lacks_is_spelt_out(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_at_the_prompt_of_a_pipe_ends_it(tiny_llama_export: Path) -> None:
     run = [*COMMAND, "chat", str(tiny_llama_export), "--device", "cpu"]
-    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+
+    def heed_ctrl_c() -> None:
+        # A test run started in the background ignores SIGINT, and a child inherits that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(run, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heed_ctrl_c) as process:
         assert process.stderr
         assert b"/help" in process.stderr.readline()  # it waits for a line now
         time.sleep(0.2)
