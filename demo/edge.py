@@ -5,6 +5,7 @@ python demo/edge.py MODEL_DIR PATCH PROMPT_FILE
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import time
@@ -38,13 +39,22 @@ WAYS = ("no prompt", "prompt", "prompt, prefix cached", "patch")
 SAMPLING: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": 1.15}
 
 
+def importable(name: str) -> bool:
+    """Whether this process can import a package, by trying."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
 def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
     """Load once, ask, compare."""
     prompt = Path(prompt_file).read_text(encoding="utf-8").rstrip("\r\n")
     start = time.perf_counter()
     model = PatchedModel.from_pretrained(model_dir)
     print(f"\ngraph loaded once in {time.perf_counter() - start:.1f} s on {model.graph.device.provider}")
-    print("torch importable here: no")
+    print(f"torch importable here: {'yes' if importable('torch') else 'no'}")
     start = time.perf_counter()
     name = model.load_patch(patch_file, check=True)
     took = (time.perf_counter() - start) * 1e3

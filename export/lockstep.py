@@ -53,7 +53,6 @@ def fit(
     settings: Settings,
     *,
     batch_size: int = 8,
-    project_sink: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, TorchDelta]]:
     """Fit a static patch.
@@ -64,7 +63,6 @@ def fit(
         method: `vector`, `output` or `matrix`.
         settings: rank and ridge.
         batch_size: dialogues per forward pass.
-        project_sink: take the activation of position 0 out of the maps (docs/method.md, sinks).
         progress: called with (blocks done, blocks in all).
 
     Returns:
@@ -86,7 +84,7 @@ def fit(
             rows = Rows(
                 torch.cat([teacher.rows() for teacher, _ in sides]),
                 torch.cat([student.rows() for _, student in sides]),
-                sides[0][1].hidden[:1, 0] if project_sink else None,
+                sides[0][1].hidden[:1, 0],
             )
             deltas[block.index] = form(block, rows, settings)
             for teacher, student in sides:

@@ -148,7 +148,6 @@ def _describe(
     files: dict[str, Any],
 ) -> ModelFolder:
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelFolder(
         path=folder,
         architecture=source.architecture,
@@ -160,7 +159,7 @@ def _describe(
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context_window=config.max_position_embeddings,
-        kv=KV(config.num_key_value_heads, head_dim, "f32"),
+        kv=KV(*onnx_trace.kv_shape(config), "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms),
         files=files,

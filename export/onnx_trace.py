@@ -60,6 +60,12 @@ class _Step(nn.Module):
         return out.logits, cache.present
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """Heads and head size of one layer's keys and values."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head_dim
+
+
 def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     """Trace `model` with `slots` and fuse it for ONNX Runtime.
 
@@ -67,8 +73,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = config.num_hidden_layers
-    kv_heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads, head_dim = kv_shape(config)
     dtype = next(model.parameters()).dtype
     batch, steps, past, rank = 2, 5, 7, 3
     dim = torch.export.Dim.DYNAMIC

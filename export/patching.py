@@ -58,7 +58,7 @@ def dialogues_for(
             wanted="queries that the prompted model answers",
             fix="look at the prompt: the model ends its turn at once",
         )
-    return [Dialogue(tuple(t), tuple(s), c) for t, s, c in zip(teacher, student, completions, strict=True) if c]
+    return [Dialogue(tuple(t), tuple(s), c) for t, s, c in zip(teacher, student, completions, strict=True)]
 
 
 def _check_length(longest: int, window: int) -> None:
@@ -109,9 +109,7 @@ def make_patch(
     settings = settings or Settings()
     check_disjoint(fitted, held_out)
     everything = dialogues_for(source, model, context, [*fitted, *held_out], max_new_tokens)
-    aside = {tuple(source.codec.render(query)) for query in held_out}
-    calibration = [dialogue for dialogue in everything if dialogue.student_prompt not in aside]
-    evaluation = [dialogue for dialogue in everything if dialogue.student_prompt in aside]
+    calibration, evaluation = everything[: len(fitted)], everything[len(fitted) :]
     config = PatchConfig(
         name=name,
         method=method,

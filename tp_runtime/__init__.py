@@ -7,7 +7,8 @@ model.load_patch("pirate.safetensors", "pirate")
 print(model.generate("How do I learn to swim?", patch="pirate"))
 """
 
-from .model import ACTIVE, PatchedModel, TextStream
+from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
+from .stream import TextStream
 
 __all__ = ["ACTIVE", "Delta", "Patch", "PatchedModel", "TextStream"]

@@ -36,10 +36,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures."""
-    from tp_runtime.errors import BaseMismatchError
     from tp_runtime.folder import ModelFolder
     from tp_runtime.graph import Graph
     from tp_runtime.patch import Patch
+    from tp_runtime.slots import check_base
 
     from .. import fidelity
     from ..patching import context_digest, dialogues_for
@@ -51,17 +51,10 @@ def run(args: argparse.Namespace) -> int:
     context, queries = read_context(args), load_questions(args.queries)
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     source = open_source(args.src)
-    if patch.config.base_digest != source.digest:
-        raise BaseMismatchError(
-            "the patch was fitted on another base",
-            field="PATCH",
-            got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
-            wanted=f"{source.digest[:16]} ({source.name})",
-            fix="evaluate it on the model it was fitted on",
-        )
     if patch.config.context_digest not in ("", context_digest(context)):
         print("note: the patch was fitted on another prompt than this one", file=sys.stderr)
     graph = None if args.runtime is None else Graph(ModelFolder.open(args.runtime))
+    check_base(patch, source.name, source.digest, "fp32" if graph is None else graph.folder.precision)
     if graph is not None:
         graph.bind(patch)  # a patch that does not fit is found before the rollout
     with clock("load weights"):

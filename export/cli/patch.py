@@ -62,11 +62,15 @@ def run(args: argparse.Namespace) -> int:
         raise PatchFormatError("the name of a patch file", field="OUT", got=args.out.name, wanted="*.safetensors")
     if not args.out.parent.is_dir():
         raise PatchFormatError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
-    for field, value, least in (("--rank", args.rank, 1), ("--limit", args.limit, 1), ("--holdout", args.holdout, 0)):
+    at_least = (
+        ("--rank", args.rank, 1),
+        ("--limit", args.limit, 1),
+        ("--holdout", args.holdout, 0),
+        ("--max-new-tokens", args.max_new_tokens, 1),
+    )
+    for field, value, least in at_least:
         if value < least:
             raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
-    if args.max_new_tokens < 1:
-        raise CalibrationError("too small", field="--max-new-tokens", got=args.max_new_tokens, wanted="at least 1")
     if not 0 <= args.ridge < float("inf"):
         raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
     context = read_context(args)

@@ -73,16 +73,9 @@ def anchor(folder: Path, pairs: tuple[tuple[str, str], ...], new_tokens: int = 2
 
 
 @pytest.mark.real_model
-def test_smollm2_100_of_100_tokens(smollm2: Path) -> None:
-    tokens = anchor(smollm2, CHAT)
-    assert len(tokens) == 100
-    assert sum(token.teacher == token.student for token in tokens) == 100
-    assert max(token.max_logit_error for token in tokens) < 1e-3
-
-
-@pytest.mark.real_model
-def test_gemma3_100_of_100_tokens(gemma3: Path) -> None:
-    tokens = anchor(gemma3, COMPLETION)
+@pytest.mark.parametrize(("name", "pairs"), [("smollm2", CHAT), ("gemma3", COMPLETION)])
+def test_100_of_100_tokens(name: str, pairs: tuple[tuple[str, str], ...], request: pytest.FixtureRequest) -> None:
+    tokens = anchor(request.getfixturevalue(name), pairs)
     assert len(tokens) == 100
     assert sum(token.teacher == token.student for token in tokens) == 100
     assert max(token.max_logit_error for token in tokens) < 1e-3

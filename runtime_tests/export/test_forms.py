@@ -41,7 +41,7 @@ def some_rows(model: Any, count: int) -> Rows:
     g = torch.Generator().manual_seed(1)
     d = model.config.hidden_size
     student = torch.randn(count, d, generator=g)
-    return Rows(student + 0.3 * torch.randn(count, d, generator=g), student, None)
+    return Rows(student + 0.3 * torch.randn(count, d, generator=g), student, torch.randn(1, d, generator=g))
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
     block, rows = blocks_of(model)[0], some_rows(model, 60)
     deltas = FORMS["matrix"](block, rows, Settings(rank=model.config.hidden_size, ridge=0.7))
     z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
-    m = fit_affine(z_student, z_teacher - z_student, 0.7).matrix
+    m = fit_affine(z_student, z_teacher - z_student, 0.7, block.mlp_norm(rows.sink)[0]).matrix
     for site, linear in (("gate", block.gate), ("up", block.up)):
         delta = deltas[site]
         assert delta.a is not None and delta.b is not None
