@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tp_runtime.errors import ModelFormatError
+
+if TYPE_CHECKING:
+    from .prefix import TorchPrefix
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,12 @@ class _Recorder(nn.Module):
         return (x,) if self.returns_tuple else x
 
 
-def layer_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+def layer_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prefix: TorchPrefix | None = None
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the model gives its layers: the embeddings x [b, T, d] and each layer's keyword arguments.
+
+    With a prefix, those of ids [b, T] that follow it.
 
     The model's own forward runs with every layer replaced by a recorder, so masks, rotary tables and embedding scales
     are transformers' own.
@@ -185,9 +192,10 @@ def layer_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     adapter = adapter_for(inner.config.model_type)
     recorders = [_Recorder(layer, adapter.returns_tuple) for layer in layers]
     inner.layers = nn.ModuleList(recorders)
+    plain = {"attention_mask": attention_mask, "use_cache": False}
     try:
         with torch.no_grad():
-            inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            inner(input_ids=input_ids, **(plain if prefix is None else prefix.model_inputs(attention_mask)))
     finally:
         inner.layers = layers
     assert recorders[0].x is not None

@@ -6,6 +6,7 @@ gap_closed = 1 - KL(patched) / KL(unpatched): 0 is no patch, 1 is the prompt its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
 from .deltas import patched
+from .prefix import torch_prefix
 from .sequences import Dialogue
 
 # (token ids, first) -> logits [len(token ids) - first, vocab] of the positions from `first` on.
@@ -41,15 +43,15 @@ class Fidelity:
 
 
 def torch_student(model: Any, patch: Patch | None = None) -> Student:
-    """A student run by transformers, patched by forward hooks."""
+    """A student run by transformers, patched by forward hooks and with the patch's KV prefix in front."""
+    prefix = None if patch is None else torch_prefix(patch, model.device, model.dtype)
+    replaced = 0 if prefix is None else len(prefix.replaces)
 
     def run(tokens: Sequence[int], first: int) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=model.device)
-        with torch.no_grad():
-            if patch is None:
-                return model(ids, use_cache=False, logits_to_keep=len(tokens) - first).logits[0]
-            with patched(model, patch):
-                return model(ids, use_cache=False, logits_to_keep=len(tokens) - first).logits[0]
+        ids = torch.tensor([list(tokens[replaced:])], device=model.device)
+        inputs = {"use_cache": False} if prefix is None else prefix.model_inputs(torch.ones_like(ids))
+        with torch.no_grad(), nullcontext() if patch is None else patched(model, patch):
+            return model(ids, **inputs, logits_to_keep=len(tokens) - first).logits[0]
 
     return run
 
@@ -60,8 +62,9 @@ def runtime_student(graph: Graph, patch: Patch | None = None) -> Student:
 
     def run(tokens: Sequence[int], first: int) -> Tensor:
         cache = graph.new_cache(bound)
-        if first:
-            graph.forward(tokens[:first], cache, bound)
+        cache.require_start(tokens)
+        if first > len(cache):
+            graph.forward(tokens[len(cache) : first], cache, bound)
         return torch.from_numpy(graph.forward(tokens[first:], cache, bound, all_logits=True))
 
     return run

@@ -24,12 +24,13 @@ class Rows:
     Attributes:
         teacher: v_T [N, d].
         student: v_S [N, d], of the student as already patched below.
-        sink: v_S [1, d] at position 0, the attention sink, whose direction is projected out of the maps.
+        sink: v_S [1, d] at position 0, the attention sink, whose direction is projected out of the maps; None where
+            the student never runs that position, because a KV prefix stands in its place.
     """
 
     teacher: Tensor
     student: Tensor
-    sink: Tensor
+    sink: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor.
     """
     z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
-    sink = block.mlp_norm(rows.sink)[0]
+    sink = None if rows.sink is None else block.mlp_norm(rows.sink)[0]
     fit = fit_affine(z_student, z_teacher - z_student, settings.ridge, sink)
     weights = {"gate": block.gate.weight.double(), "up": block.up.weight.double()}
     both = torch.cat(list(weights.values()))  # W [2f, d]
@@ -87,7 +88,7 @@ def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, To
     with applied(block, below):
         target = o_teacher - block.mlp_half(rows.student)
         hidden = block.hidden(rows.student)
-        sink = block.hidden(rows.sink)[0]
+        sink = None if rows.sink is None else block.hidden(rows.sink)[0]
     fit = fit_affine(hidden, target, settings.ridge, sink)
     directions = top_directions(fit.energy, settings.rank)
     return {"mlp_out": _delta(fit, directions.T @ fit.matrix, directions, fit.mean_out, hidden.dtype)}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .adapters import Block, blocks_of, layer_inputs
 from .deltas import TorchDelta, applied
 from .forms import FORMS, Rows, Settings
+from .prefix import TorchPrefix
 from .sequences import Batch, Dialogue, batches
 
 
@@ -32,8 +33,8 @@ class _Side:
     layer_kwargs: list[dict[str, Any]]
 
     @classmethod
-    def start(cls, model: nn.Module, batch: Batch) -> _Side:
-        hidden, kwargs = layer_inputs(model, batch.input_ids, batch.attention_mask)
+    def start(cls, model: nn.Module, batch: Batch, prefix: TorchPrefix | None = None) -> _Side:
+        hidden, kwargs = layer_inputs(model, batch.input_ids, batch.attention_mask, prefix)
         return cls(batch, hidden, kwargs)
 
     def attend(self, block: Block) -> None:
@@ -52,6 +53,7 @@ def fit(
     method: str,
     settings: Settings,
     *,
+    prefix: TorchPrefix | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, TorchDelta]]:
@@ -62,6 +64,7 @@ def fit(
         dialogues: the calibration sequences; every student prompt starts with the same token.
         method: `vector`, `output` or `matrix`.
         settings: rank and ridge.
+        prefix: key/value entries that the student will have in front.
         batch_size: dialogues per forward pass.
         progress: called with (blocks done, blocks in all).
 
@@ -72,9 +75,10 @@ def fit(
     blocks = blocks_of(model)
     device = next(model.parameters()).device
     with torch.no_grad():
+        replaced = 0 if prefix is None else len(prefix.replaces)
         sides = [
-            (_Side.start(model, teacher), _Side.start(model, student))
-            for teacher, student in batches(dialogues, batch_size, device)
+            (_Side.start(model, teacher), _Side.start(model, student, prefix))
+            for teacher, student in batches(dialogues, batch_size, device, replaced)
         ]
         deltas: dict[int, dict[str, TorchDelta]] = {}
         for block in blocks:
@@ -84,7 +88,7 @@ def fit(
             rows = Rows(
                 torch.cat([teacher.rows() for teacher, _ in sides]),
                 torch.cat([student.rows() for _, student in sides]),
-                sides[0][1].hidden[:1, 0],
+                None if prefix is not None else sides[0][1].hidden[:1, 0],
             )
             deltas[block.index] = form(block, rows, settings)
             for teacher, student in sides:

@@ -19,6 +19,7 @@ from tp_runtime.probe import measure as measure_probe
 from . import fidelity, lockstep
 from .deltas import TorchDelta
 from .forms import Settings
+from .prefix import choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
 from .rollout import complete
@@ -82,6 +83,7 @@ def make_patch(
     name: str,
     method: str = "output",
     settings: Settings | None = None,
+    prefix: int = 0,
     max_new_tokens: int = 48,
     store_context: bool = False,
 ) -> Patch:
@@ -94,8 +96,9 @@ def make_patch(
         fitted: calibration queries.
         held_out: queries kept aside; the figures in the patch come from these alone.
         name: what the patch is called.
-        method: `vector`, `output` or `matrix`.
+        method: `vector`, `output` or `matrix`; or `prefix`, entries alone.
         settings: rank and ridge.
+        prefix: key/value entries of the context to carry, for each head.
         max_new_tokens: length of the teacher's completions.
         store_context: put the text itself into the patch's description.
 
@@ -130,9 +133,17 @@ def make_patch(
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    with bar(f"fit {method}", model.config.num_hidden_layers, "layer") as shown:
-        deltas = lockstep.fit(model, calibration, method, settings, progress=lambda done, _all: shown.update())
-    patch = Patch(_half(deltas), config)
+    kept = None
+    if prefix:
+        with bar("attention to the context", len(calibration), "query") as shown:
+            kept = choose(model, calibration, prefix, shown.update)
+    deltas: Mapping[int, Mapping[str, TorchDelta]] = {}
+    if method != "prefix":
+        with bar(f"fit {method}", model.config.num_hidden_layers, "layer") as shown:
+            deltas = lockstep.fit(
+                model, calibration, method, settings, prefix=kept, progress=lambda done, _all: shown.update()
+            )
+    patch = Patch(_half(deltas), config, None if kept is None else kept.numpy())
     figures: dict[str, float] | None = None
     if evaluation:
         with bar("held-out fidelity", len(evaluation), "query") as shown:
@@ -145,7 +156,7 @@ def make_patch(
             )
         figures = measured.to_dict()
     probe = _probe(model, patch, (evaluation or calibration)[0])
-    return Patch(patch.deltas, replace(config, fidelity=figures, probe=probe))
+    return Patch(patch.deltas, replace(config, fidelity=figures, probe=probe), patch.prefix)
 
 
 def context_digest(context: str) -> str:
@@ -169,5 +180,6 @@ def _half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str
 def _probe(model: Any, patch: Patch, dialogue: Dialogue) -> dict[str, list[Any]]:
     """A few ids with the patched model's answer to them, which `check` compares on the device."""
     ids = list(dialogue.student())[:_PROBE_TOKENS]
-    logits = fidelity.torch_student(model, patch)(ids, 0)
+    first = 0 if patch.prefix is None else len(patch.prefix.replaces)
+    logits = fidelity.torch_student(model, patch)(ids, first)
     return measure_probe(ids, logits.float().cpu().numpy())

@@ -69,13 +69,19 @@ class Batch:
         return hidden[self.row, self.position]
 
 
-def batches(dialogues: Sequence[Dialogue], size: int, device: torch.device | str) -> list[tuple[Batch, Batch]]:
-    """(teacher, student) batches of at most `size` dialogues of similar length, with aligned rows."""
+def batches(
+    dialogues: Sequence[Dialogue], size: int, device: torch.device | str, replaced: int = 0
+) -> list[tuple[Batch, Batch]]:
+    """(teacher, student) batches of at most `size` dialogues of similar length, with aligned rows.
+
+    The students go without their first `replaced` ids, for which a KV prefix stands.
+    """
     ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
     pairs = []
     for i in range(0, len(ordered), size):
         part = ordered[i : i + size]
         teacher = Batch.of([d.teacher() for d in part], [len(d.teacher_prompt) - 1 for d in part], device)
-        student = Batch.of([d.student() for d in part], [len(d.student_prompt) - 1 for d in part], device)
+        starts = [len(d.student_prompt) - 1 - replaced for d in part]
+        student = Batch.of([d.student()[replaced:] for d in part], starts, device)
         pairs.append((teacher, student))
     return pairs

@@ -6,10 +6,12 @@ carries the key it was made under, and the graph refuses to run it under any oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import StaleCacheError
+from .prefix import KVPrefix
 
 # (graph digest, ordered (patch identity, strength) terms); () is the base.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
@@ -21,20 +23,43 @@ class KVCache:
 
     Attributes:
         key: what the cache was made under.
-        tokens: the ids in it, in order.
-        capacity: tokens its buffers are long.
+        prefix: entries that the patch puts in front, which stand in for the first ids of every prompt.
+        tokens: the ids in it, in order, those that `prefix` stands in for included.
+        capacity: positions its buffers are long.
         buffers: graph input name -> device buffer [1, kv heads, capacity, head dim]; kv_buffers.py says how they grow.
         binding: the ONNX Runtime binding that holds the buffers, kept between steps.
     """
 
     key: CacheKey
+    prefix: KVPrefix | None = None
     capacity: int = 0
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
     binding: Any = None
 
+    def __post_init__(self) -> None:
+        if self.prefix is not None and not self.tokens:
+            self.tokens.extend(self.prefix.replaces)
+
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def filled(self) -> int:
+        """Positions of the buffers in use: one for each id, or for each entry of the prefix and each id after it."""
+        if self.prefix is None:
+            return len(self.tokens)
+        return len(self.prefix) + len(self.tokens) - len(self.prefix.replaces)
+
+    @property
+    def skipped(self) -> int:
+        """How much further the next id's position is than the number of ids before it."""
+        return 0 if self.prefix is None else self.prefix.skipped
+
+    def require_start(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError unless a prompt of `tokens` can follow the prefix."""
+        if self.prefix is not None:
+            self.prefix.require_start(tokens)
 
     def require_key(self, key: CacheKey) -> None:
         """Raise StaleCacheError unless the cache was made under `key`."""
@@ -51,7 +76,11 @@ class KVCache:
         """Forget everything after the longest common prefix with `tokens`; returns its length.
 
         At least the last of `tokens` is left to run, since its logits are what a continuation starts from.
+
+        Raises:
+            RequestError: `tokens` cannot follow the cache's prefix.
         """
+        self.require_start(tokens)
         common = min(len(self.tokens), len(tokens) - 1)
         if self.tokens[:common] != tokens[:common]:  # one comparison in C where nothing differs: every decode step
             pairs = zip(self.tokens, tokens, strict=False)

@@ -60,7 +60,8 @@ def generate(
             cache cost each other a new prefill and nothing else.
 
     Raises:
-        RequestError: an empty prompt, one that leaves no room for a token, or a bad `max_new_tokens`.
+        RequestError: an empty prompt, one that leaves no room for a token or cannot follow the patch's KV prefix, or
+            a bad `max_new_tokens`.
         StaleCacheError: `cache` was made under another patch.
     """
     window = graph.folder.context_window
@@ -70,17 +71,18 @@ def generate(
         )
     if not prompt:
         raise RequestError("the prompt is empty", field="prompt", got="0 tokens", wanted="at least one token")
-    if len(prompt) >= window:
+    if cache is None:
+        cache = graph.new_cache(bound)
+    cache.require_key(bound.key)  # before anything in it is given up
+    cache.require_start(prompt)
+    if len(prompt) + cache.skipped >= window:
         raise RequestError(
             "the prompt leaves no room in the context window",
             field="prompt",
             got=f"{len(prompt)} tokens",
-            wanted=f"at most {window - 1}",
+            wanted=f"at most {window - cache.skipped - 1}",
             fix="shorten the prompt, or put its fixed part into a patch",
         )
-    if cache is None:
-        cache = graph.new_cache(bound)
-    cache.require_key(bound.key)  # before anything in it is given up
     return _loop(graph, list(prompt), bound, Sampler(sampling), max_new_tokens, eos_ids, cache)
 
 
@@ -93,7 +95,7 @@ def _loop(
     eos_ids: frozenset[int],
     cache: KVCache,
 ) -> Iterator[int]:
-    full = min(len(tokens) + max_new_tokens, graph.folder.context_window)
+    full = min(len(tokens) + max_new_tokens, graph.folder.context_window - cache.skipped)
     while True:
         # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
         #    position only.

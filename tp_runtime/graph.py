@@ -21,6 +21,7 @@ from .errors import RequestError
 from .folder import ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import Patch
+from .prefix import KVPrefix
 from .slots import check_base, fit_slots, slot_arrays
 
 FIRST_LOGIT = "tp.first_logit"
@@ -34,10 +35,12 @@ class BoundPatch:
     Attributes:
         values: graph input name -> OrtValue; what is not in it keeps the session's default.
         key: of every cache made under it.
+        prefix: entries put at the front of every cache made under it.
     """
 
     values: dict[str, Any]
     key: CacheKey
+    prefix: KVPrefix | None = None
 
 
 class Graph:
@@ -91,7 +94,7 @@ class Graph:
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
         self._kv = buffers(folder, self.session, self._ort, self.device.kind, self._dtype)
-        self.default = BoundPatch({}, (folder.graph_digest, terms))
+        self.default = BoundPatch({}, (folder.graph_digest, terms), None if defaults is None else defaults.prefix)
         self.base = (
             self.default
             if not terms
@@ -114,10 +117,13 @@ class Graph:
             return self.default
         # With rank-0 defaults, slots the patch leaves alone need no binding.
         only = None if self.default.key[1] else set(deltas)
-        return BoundPatch(self._slot_values(deltas, self.device.kind, only), (self.folder.graph_digest, patch.terms))
+        values = self._slot_values(deltas, self.device.kind, only)
+        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix)
 
     def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
         check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
+        if patch.prefix is not None:
+            patch.prefix.check(self.folder.layers, self.folder.kv.heads, self.folder.kv.head_dim)
         return dict(fit_slots(patch, self.folder.slots))
 
     def _slot_values(
@@ -131,8 +137,18 @@ class Graph:
         return values
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """An empty cache for runs under `bound`."""
-        return KVCache(bound.key)
+        """An empty cache for runs under `bound`; it begins after the patch's prefix, if it has one."""
+        return KVCache(bound.key, bound.prefix)
+
+    def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
+        """Logits [T, vocab] of T ids in a cache of their own; of those after the ids that the patch's prefix replaces.
+
+        Raises:
+            RequestError: as `forward`; or `tokens` cannot follow the prefix.
+        """
+        cache = self.new_cache(bound)
+        cache.require_start(tokens)
+        return self.forward(tokens[len(cache) :], cache, bound, all_logits=True)
 
     def forward(
         self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
@@ -153,15 +169,16 @@ class Graph:
             RequestError: an id outside the vocabulary, or more tokens than the context window holds.
         """
         cache.require_key(bound.key)
-        self._check_tokens(tokens, len(cache))
-        steps, past = len(tokens), len(cache)
+        position = len(cache) + cache.skipped
+        self._check_tokens(tokens, position)
+        steps, past = len(tokens), cache.filled
         self._kv.prepare(cache, past + steps, bound.values)
         io = cache.binding
         ids = np.array([tokens], np.int64)
         feeds = {
             "input_ids": ids,
             "attention_mask": np.ones((1, past + steps), np.int64),
-            "position_ids": np.arange(past, past + steps)[None],
+            "position_ids": np.arange(position, position + steps)[None],
         }
         for name, array in feeds.items():
             io.bind_cpu_input(name, array)
@@ -174,7 +191,7 @@ class Graph:
         logits = last.numpy()[0]
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
-    def _check_tokens(self, tokens: Sequence[int], past: int) -> None:
+    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
         if not tokens:
             raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
         for token in tokens:
@@ -188,11 +205,11 @@ class Graph:
                 got=lowest if lowest < 0 else highest,
                 wanted=f"0..{self.folder.vocab_size - 1}",
             )
-        if past + len(tokens) > self.folder.context_window:
+        if position + len(tokens) > self.folder.context_window:
             raise RequestError(
                 "more tokens than the context window holds",
                 field="tokens",
-                got=past + len(tokens),
+                got=position + len(tokens),
                 wanted=f"at most {self.folder.context_window}",
                 fix="shorten the prompt or the conversation",
             )

@@ -15,6 +15,7 @@ import numpy as np
 
 from .cache import KVCache
 from .folder import ModelFolder
+from .prefix import PARTS
 
 _FIRST_CAPACITY = 256
 
@@ -34,8 +35,9 @@ class _KVBuffers:
         self._kv, self._window = folder.kv, folder.context_window
         self._session, self._device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
-        parts = [f"{layer}.{part}" for layer in range(folder.layers) for part in ("key", "value")]
-        self._names = [(f"past_key_values.{part}", f"present.{part}") for part in parts]
+        parts = [(layer, part) for layer in range(folder.layers) for part in PARTS]
+        self._names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
+        self._entry = {past: part for part, (past, _present) in zip(parts, self._names, strict=True)}
 
     def _value(self, length: int, content: Any = None) -> Any:
         """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
@@ -43,6 +45,12 @@ class _KVBuffers:
         if content is not None:
             array[:, :, : content.shape[2]] = content
         return self._from_numpy(array, self._device, 0)
+
+    def _content(self, cache: KVCache, past: str) -> Any:
+        """What a new buffer starts with, [1, heads, kept, head dim] or None: the old one's, or the patch's prefix."""
+        if past in cache.buffers:
+            return cache.buffers[past].numpy()[:, :, : cache.filled]
+        return None if cache.prefix is None else cache.prefix.entries[self._entry[past]].transpose(1, 0, 2)[None]
 
     def _new_binding(self, patch: dict[str, Any]) -> Any:
         binding = self._session.io_binding()
@@ -55,7 +63,7 @@ class InPlace(_KVBuffers):
     """One buffer a tensor, read as past and written as present; doubled when it is full."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
-        """Bind buffers with room for `length` tokens, and `patch`, to `cache.binding`."""
+        """Bind buffers with room for `length` positions, and `patch`, to `cache.binding`."""
         if length <= cache.capacity:
             return
         capacity = max(_FIRST_CAPACITY, cache.capacity)
@@ -64,8 +72,7 @@ class InPlace(_KVBuffers):
         capacity = min(capacity, self._window)
         binding, grown = self._new_binding(patch), {}
         for past, present in self._names:
-            old = cache.buffers.get(past)
-            grown[past] = self._value(capacity, None if old is None else old.numpy()[:, :, : len(cache)])
+            grown[past] = self._value(capacity, self._content(cache, past))
             binding.bind_ortvalue_input(past, grown[past])
             binding.bind_ortvalue_output(present, grown[past])
         cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
@@ -78,19 +85,15 @@ class Fresh(_KVBuffers):
     """Each step's present becomes the next step's past."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
-        """Bind a past of exactly the tokens of `cache`, outputs to be allocated, and `patch`, to `cache.binding`."""
+        """Bind a past of exactly what `cache` holds, outputs to be allocated, and `patch`, to `cache.binding`."""
         if cache.binding is None:
             cache.binding = self._new_binding(patch)
         for past, present in self._names:
-            value = cache.buffers.get(past)
-            if value is None:
-                value = self._value(0)
-            elif cache.capacity != len(cache):  # rewound
-                value = self._value(len(cache), value.numpy()[:, :, : len(cache)])
-            cache.buffers[past] = value
-            cache.binding.bind_ortvalue_input(past, value)
+            if past not in cache.buffers or cache.capacity != cache.filled:  # new, or rewound
+                cache.buffers[past] = self._value(cache.filled, self._content(cache, past))
+            cache.binding.bind_ortvalue_input(past, cache.buffers[past])
             cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
-        cache.capacity = len(cache)
+        cache.capacity = cache.filled
 
     def adopt(self, cache: KVCache, presents: list[Any]) -> None:
         """Keep what a run returned, in the order of the outputs bound."""

@@ -354,17 +354,16 @@ class PatchedModel:
     def logits(
         self, token_ids: Sequence[int], patch: PatchChoice = ACTIVE, strength: float = 1.0
     ) -> NDArray[np.float32]:
-        """Logits [T, vocab] of T token ids, float32.
+        """Logits [T, vocab] of T token ids, float32; under a patch with a KV prefix, of those it does not replace.
 
         Raises:
-            RequestError: no ids, ids outside the vocabulary, or more than the context window.
+            RequestError: no ids, ids outside the vocabulary, more than the context window, or a start that the
+                patch's KV prefix cannot stand in for.
             PatchError: the patch is not loaded or does not fit.
         """
         choice = self._resolve(patch, strength)
         with self._using(choice.loaded):
-            return self.graph.forward(
-                list(token_ids), self.graph.new_cache(choice.bound), choice.bound, all_logits=True
-            )
+            return self.graph.run(list(token_ids), choice.bound)
 
 
 def _not_a_patch(got: object, wanted: str) -> PatchTargetError:

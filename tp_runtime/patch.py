@@ -1,4 +1,4 @@
-"""The patch: low-rank deltas beside a base model's layers, and their algebra.
+"""The patch: low-rank deltas beside a base model's layers, perhaps a short KV prefix, and their algebra.
 
 A patch is immutable. Scaling and adding are exact and cheap (arrays are shared where they do not change), and
 every result remembers which loaded patches it is made of, at what strengths, so that a KV cache can be keyed
@@ -21,7 +21,8 @@ import numpy as np
 from tp_runtime.delta import Delta, Slot, check_slot
 from tp_runtime.errors import BaseMismatchError, PatchTargetError, PatchValueError
 from tp_runtime.patch_config import PatchConfig
-from tp_runtime.patch_file import read_patch, slot_name, write_patch
+from tp_runtime.patch_file import entry_name, read_patch, slot_name, write_patch
+from tp_runtime.prefix import KVPrefix, prefix_from
 
 Terms = tuple[tuple[str, float], ...]
 
@@ -36,6 +37,7 @@ class Patch:
     Attributes:
         deltas: (layer, site) to `Delta`, read-only, in order of layer and then site name.
         config: the description.
+        prefix: key/value entries of the context, put in front of the text; None for a pure patch.
 
     Raises:
         PatchTargetError: an unknown site, half of a pair, a mean without a pair, an empty delta.
@@ -45,6 +47,7 @@ class Patch:
 
     deltas: Mapping[Slot, Delta]
     config: PatchConfig
+    prefix: KVPrefix | None = None
 
     # numpy would otherwise treat `np.float32(2) * patch` as an array operation.
     __array_ufunc__ = None
@@ -76,7 +79,18 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """Bytes of the float32 arrays in memory."""
-        return sum(values.nbytes for delta in self.deltas.values() for values in delta.parts().values())
+        return sum(values.nbytes for values in self._tensors().values())
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """Every array by its name in the file."""
+        tensors = {
+            slot_name(*slot, part): values
+            for slot, delta in self.deltas.items()
+            for part, values in delta.parts().items()
+        }
+        if self.prefix is not None:
+            tensors |= {entry_name(*entry): values for entry, values in self.prefix.entries.items()}
+        return tensors
 
     @cached_property
     def identity(self) -> str:
@@ -84,12 +98,10 @@ class Patch:
 
         The file, its dtype and its description do not enter: the same values are the same patch.
         """
-        tensors = {
-            slot_name(*slot, part): values
-            for slot, delta in self.deltas.items()
-            for part, values in delta.parts().items()
-        }
+        tensors = self._tensors()
         digest = hashlib.sha256(b"tp-patch identity 1\n")
+        if self.prefix is not None:  # the ids and the position belong to what the entries do
+            digest.update(f"prefix {list(self.prefix.replaces)} {self.prefix.position}\n".encode())
         for name in sorted(tensors):
             digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
             digest.update(np.ascontiguousarray(tensors[name], "<f4").data)
@@ -101,11 +113,18 @@ class Patch:
 
         A loaded, fitted or truncated patch is one term of strength 1. Strength 0 leaves no term: the base.
         """
-        return ((self.identity, 1.0),) if self.deltas else ()
+        return () if self.is_base else ((self.identity, 1.0),)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it changes nothing: no delta and no prefix."""
+        return not self.deltas and self.prefix is None
 
     def __repr__(self) -> str:
         kib = self.nbytes / 1024
         size = f"{len(self.deltas)} slots, rank {self.rank}, {kib:.0f} KiB"
+        if self.prefix is not None:
+            size = f"{len(self.prefix)} KV entries, {size}"
         return f"<Patch {self.name!r}: {self.config.method}, {size}>"
 
     # -- algebra ---------------------------------------------------------------------------------------------
@@ -116,6 +135,14 @@ class Patch:
             return self
         terms = tuple((identity, _strength(strength * old)) for identity, old in self.terms)
         terms = tuple(term for term in terms if term[1] != 0.0)
+        if terms and self.prefix is not None:
+            raise PatchValueError(
+                "a patch with a KV prefix has no strength but 1 and 0: entries of a cache cannot be scaled",
+                field=self.name,
+                got=f"strength {strength:g}",
+                wanted="1 or 0",
+                fix="scale a patch fitted without --prefix",
+            )
         deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
         # The probe and the held-out figures were measured at strength 1.
         return _made_of(deltas, replace(self.config, probe=None, fidelity=None), terms)
@@ -163,7 +190,7 @@ class Patch:
         if rank >= self.rank:
             return self
         deltas = {slot: delta.truncated(int(rank), slot) for slot, delta in self.deltas.items()}
-        return Patch(deltas, replace(self.config, probe=None, fidelity=None))
+        return Patch(deltas, replace(self.config, probe=None, fidelity=None), self.prefix)
 
     # -- files -----------------------------------------------------------------------------------------------
 
@@ -181,7 +208,7 @@ class Patch:
             PatchFormatError: an unknown dtype, or another suffix.
             OSError: the operating system's error; no file is left behind.
         """
-        if not self.deltas:
+        if self.is_base:
             raise PatchTargetError(
                 "the patch holds no delta",
                 field=self.name,
@@ -189,8 +216,10 @@ class Patch:
                 wanted="at least one",
                 fix="strength 0 needs no file: unload the patch",
             )
-        slots = {slot: delta.parts() for slot, delta in self.deltas.items()}
-        write_patch(path, slots, self.config.to_dict(), dtype)
+        config = self.config.to_dict()
+        if self.prefix is not None:
+            config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
+        write_patch(path, self._tensors(), config, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
@@ -203,13 +232,15 @@ class Patch:
             PatchShapeError: arrays of one slot that do not fit each other.
             PatchValueError: NaN or infinity.
         """
-        slots, config = read_patch(path)
-        return cls({slot: Delta(**parts) for slot, parts in slots.items()}, PatchConfig.from_dict(config))
+        slots, entries, config = read_patch(path)
+        prefix = prefix_from(entries, config.pop("prefix", None))
+        deltas = {slot: Delta(**parts) for slot, parts in slots.items()}
+        return cls(deltas, PatchConfig.from_dict(config), prefix)
 
 
-def _made_of(deltas: Mapping[Slot, Delta], config: PatchConfig, terms: Terms) -> Patch:
+def _made_of(deltas: Mapping[Slot, Delta], config: PatchConfig, terms: Terms, prefix: KVPrefix | None = None) -> Patch:
     """A patch whose terms are known: set before anyone asks, so that no digest is computed for them."""
-    patch = Patch(deltas, config)
+    patch = Patch(deltas, config, prefix)
     patch.__dict__["terms"] = terms
     return patch
 
@@ -247,14 +278,22 @@ def _sum(p: Patch, q: Patch, sign: str) -> Patch:
             fix="add patches of one base model",
         )
     config = _sum_config(p.config, q.config, sign)
-    if not q.deltas:  # adding no patch makes no sum: what is left can still be truncated and checked
+    if q.is_base:  # adding no patch makes no sum: what is left can still be truncated and checked
         return p
-    if not p.deltas:
+    if p.is_base:
         return q
+    if p.prefix is not None and q.prefix is not None:
+        raise PatchValueError(
+            "both patches carry a KV prefix, and only one can stand at the front",
+            field=q.name,
+            got="a KV prefix",
+            wanted=f"none beside that of {p.name!r}",
+            fix="fit one of them without --prefix",
+        )
     deltas = dict(p.deltas)
     for slot, delta in q.deltas.items():
         deltas[slot] = deltas[slot].joined(delta, slot) if slot in deltas else delta
-    return _made_of(deltas, config, p.terms + q.terms)
+    return _made_of(deltas, config, p.terms + q.terms, p.prefix or q.prefix)
 
 
 def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tp_runtime.errors import PatchFormatError, PatchVersionError
 
-METHODS = ("vector", "output", "matrix", "composed")
+METHODS = ("vector", "output", "matrix", "prefix", "composed")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
@@ -44,7 +44,7 @@ class PatchConfig:
         fidelity: held-out figures, name to number.
         licence: of the patch, an SPDX expression.
         created: ISO 8601 time in UTC.
-        probe: `token_ids` and, for each of their positions under the patch at strength 1, `top1` token id,
+        probe: `token_ids` and, for each of the last of their positions under the patch at strength 1, `top1` token id,
             `top1_logits` and `logsumexp` of the logits (nats).
     """
 
@@ -209,5 +209,6 @@ def _check_probe(probe: Any) -> None:
             else:
                 _number(f"probe.{key}", value)
     lengths = [len(probe[key]) for key in PROBE_KEYS]
-    if lengths[0] == 0 or len(set(lengths)) != 1:
+    # Ids that a KV prefix stands in for have no logits.
+    if not 0 < lengths[1] <= lengths[0] or len(set(lengths[1:])) != 1:
         raise _bad("probe", f"lists of {lengths} entries", "one entry per position in every list, at least one")

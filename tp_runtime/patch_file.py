@@ -26,10 +26,14 @@ from tp_runtime.errors import PatchFormatError, PatchTargetError, PatchValueErro
 
 Slots = dict[tuple[int, str], dict[str, NDArray[np.float32]]]
 """(layer, site) to part ("a" | "b" | "bias" | "mean") to array."""
+Entries = dict[tuple[int, str], NDArray[np.float32]]
+"""(layer, "key" | "value") to array: the KV prefix."""
 
 SITES = ("mlp_out", "gate", "up", "q", "k", "v", "o", "down")
 PARTS = ("a", "b", "bias", "mean")
-FORMAT, VERSION = "tp-patch", "1"
+FORMAT = "tp-patch"
+# 1: deltas. 2: also a KV prefix; written only where there is one, so that older readers go on reading the rest.
+VERSIONS = ("1", "2")
 METADATA_KEYS = ("format", "version", "config")
 DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
 
@@ -40,6 +44,7 @@ MAX_LAYER = 99_999
 _LARGEST = {"f16": "65504", "bf16": "3.38953e38", "f32": "3.40282e38"}
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(a|b|bias|mean)")
+_ENTRY = re.compile(r"prefix\.(0|[1-9][0-9]{0,4})\.(key|value)")
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
 # Nothing at the path, or (ENXIO, ENODEV) a socket or dead device; any other error is the system's to explain.
@@ -52,24 +57,30 @@ def slot_name(layer: int, site: str, part: str) -> str:
     return f"layers.{layer}.{site}.{part}"
 
 
+def entry_name(layer: int, part: str) -> str:
+    """The tensor name of one layer's keys or values in the KV prefix, e.g. "prefix.3.key"."""
+    return f"prefix.{layer}.{part}"
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, dict[str, Any]]:
-    """Read a patch file of any version up to `VERSION`.
+def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, Any]]:
+    """Read a patch file of any of the `VERSIONS`.
 
     Args:
         path: a regular file, or a symlink to one.
 
     Returns:
-        The tensors as float32, [in, rank] | [rank, out] | [out] | [in] as stored, and the parsed config
-        object. Neither shapes nor values nor the config's keys have been checked against each other:
-        `Patch.load` does that.
+        The tensors as float32, [in, rank] | [rank, out] | [out] | [in] as stored, those of the KV prefix
+        [entries, heads, head dim], and the parsed config object. Neither shapes nor values nor the config's keys
+        have been checked against each other: `Patch.load` does that.
 
     Raises:
         PatchFormatError: not a well-formed safetensors patch file; see the module's own checks.
         PatchVersionError: a version or metadata key that this reader does not know.
-        PatchTargetError: a tensor's name is not `layers.<i>.<site>.a|b|bias|mean`, or there is no tensor.
+        PatchTargetError: a tensor's name is neither `layers.<i>.<site>.a|b|bias|mean` nor `prefix.<i>.key|value`,
+            or there is no tensor.
         OSError: the operating system's own error on an existing file, such as missing permission.
     """
     where = Path(path)
@@ -84,10 +95,15 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, dict[str, Any]]:
     except safetensors.SafetensorError as error:
         _malformed(where, "the safetensors library refuses the file", str(error), "a valid safetensors file")
     slots: Slots = {}
+    entries: Entries = {}
     for name, tensor in tensors:
-        layer, site, part = _parse_name(name)
-        slots.setdefault((layer, site), {})[part] = _decode(tensor["data"], tensor["dtype"], tensor["shape"])
-    if not slots:
+        values = _decode(tensor["data"], tensor["dtype"], tensor["shape"])
+        if entry := _ENTRY.fullmatch(name):
+            entries[int(entry[1]), entry[2]] = values
+        else:
+            layer, site, part = _parse_name(name)
+            slots.setdefault((layer, site), {})[part] = values
+    if not slots and not entries:
         raise PatchTargetError(
             "the patch holds no delta",
             field=str(where),
@@ -95,7 +111,7 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, dict[str, Any]]:
             wanted="at least one layers.<i>.<site>.a|b|bias",
             fix="export the patch again",
         )
-    return slots, config
+    return slots, entries, config
 
 
 def _read_once(where: Path) -> bytes:
@@ -173,8 +189,8 @@ def _checked_entry(name: str, entry: Any, where: Path) -> tuple[int, int]:
             " | ".join(_ITEM_BYTES),
             "convert the tensors to one of these",
         )
-    if not _whole_numbers(shape) or len(shape) > 2 or any(d < 0 for d in shape):
-        _malformed(where, f"tensor {name!r} has a bad shape", shape, "one or two dimensions, none negative")
+    if not _whole_numbers(shape) or len(shape) > 3 or any(d < 0 for d in shape):
+        _malformed(where, f"tensor {name!r} has a bad shape", shape, "one to three dimensions, none negative")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         _malformed(where, f"tensor {name!r} has bad offsets", offsets, "[begin, end] with 0 <= begin <= end")
     size = _ITEM_BYTES[dtype]
@@ -199,12 +215,12 @@ def _checked_metadata(metadata: Any, where: Path) -> dict[str, Any]:
             f"format {FORMAT!r}",
             "make a patch with tp-export",
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS:
         raise PatchVersionError(
             "unknown version of the patch file",
             field=str(where),
             got=repr(metadata.get("version")),
-            wanted=repr(VERSION),
+            wanted=" | ".join(map(repr, VERSIONS)),
             fix="update tp-runtime",
         )
     unknown = sorted(set(metadata) - set(METADATA_KEYS))
@@ -258,7 +274,7 @@ def _parse_name(name: str) -> tuple[int, str, str]:
             "a tensor addresses no slot that exists",
             field=ascii(name),
             got="an unknown name" if match is None else f"site {match[2]!r}",
-            wanted=f"layers.<i>.<site>.a|b|bias|mean with site {' | '.join(SITES)}",
+            wanted=f"layers.<i>.<site>.a|b|bias|mean with site {' | '.join(SITES)}, or prefix.<i>.key|value",
             fix="export the patch with tp-export, or rename the tensor",
         )
     return int(match[1]), match[2], match[3]
@@ -319,7 +335,7 @@ def _encode(values: NDArray[np.float32], dtype: str, name: str) -> bytes:
 
 def write_patch(
     path: str | os.PathLike[str],
-    slots: Mapping[tuple[int, str], Mapping[str, NDArray[np.float32]]],
+    tensors: Mapping[str, NDArray[np.float32]],
     config: Mapping[str, Any],
     dtype: str,
 ) -> None:
@@ -330,7 +346,7 @@ def write_patch(
 
     Args:
         path: ends in .safetensors; a file there is replaced.
-        slots: (layer, site) to part to float32 array.
+        tensors: float32 arrays by the names of `slot_name` and `entry_name`.
         config: the JSON object of the metadata.
         dtype: "f16", "bf16" or "f32", for every tensor.
 
@@ -345,9 +361,9 @@ def write_patch(
         _malformed(where, "not a patch file's name", repr(where.suffix), "suffix .safetensors", fix)
     if dtype not in DTYPES:
         _malformed(where, "unknown dtype", repr(dtype), " | ".join(DTYPES), "choose one of these")
-    tensors = {slot_name(*slot, part): values for slot, parts in slots.items() for part, values in parts.items()}
+    version = VERSIONS["prefix" in config]
     header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": VERSION, "config": json.dumps(config, allow_nan=False)}
+        "__metadata__": {"format": FORMAT, "version": version, "config": json.dumps(config, allow_nan=False)}
     }
     blobs, position = [], 0
     for name in sorted(tensors):

@@ -44,7 +44,7 @@ class Check:
 
 
 def measure(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
-    """The probe of a patch file: logits [T, vocab] of `token_ids` under the patch, in a few numbers a position."""
+    """The probe of a patch file: logits [n, vocab] of the last n of `token_ids` under the patch, in a few numbers."""
     top1 = logits.argmax(1)
     peak = logits.max(1, keepdims=True).astype(np.float64)
     logsumexp = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
@@ -87,10 +87,9 @@ def check(graph: Graph, patch: Patch) -> Check:
     host = np.array(probe["top1_logits"], np.float64), np.array(probe["logsumexp"], np.float64)
 
     def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
-        bound = graph.bind(chosen)
-        logits = graph.forward(token_ids, graph.new_cache(bound), bound, all_logits=True)
+        logits = graph.run(token_ids, graph.bind(chosen))[-len(probe["top1"]) :]
         here = measure(token_ids, logits)
-        at_host_top1 = logits[np.arange(len(token_ids)), probe["top1"]]
+        at_host_top1 = logits[np.arange(len(logits)), probe["top1"]]
         return logits, float(max(np.abs(at_host_top1 - host[0]).max(), np.abs(here["logsumexp"] - host[1]).max()))
 
     patched, error = run(patch)

@@ -38,10 +38,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
     )
-    parser.add_argument("--method", choices=("vector", "output", "matrix"), default="output", help="default: output")
+    parser.add_argument(
+        "--method", choices=("vector", "output", "matrix", "prefix"), default="output", help="default: output"
+    )
     parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
     parser.add_argument(
         "--ridge", type=float, default=1.0, help="relative to the mean diagonal of the Gram (default 1)"
+    )
+    parser.add_argument(
+        "--prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="carry N key/value entries a head of the prompt itself, those attended to most (default 0: weights alone)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
     parser.add_argument("--name", help="what the patch is called (default: the file's name)")
@@ -66,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         ("--rank", args.rank, 1),
         ("--limit", args.limit, 1),
         ("--holdout", args.holdout, 0),
+        ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
@@ -92,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name or args.out.stem,
         method=args.method,
         settings=Settings(args.rank, args.ridge),
+        prefix=args.prefix,
         max_new_tokens=args.max_new_tokens,
         store_context=args.store_prompt,
     )

@@ -146,7 +146,7 @@ def test_negative_dimension(tmp_path, shape):
     malformed(tmp_path, tensors(bias=entry(shape=shape)), "bad shape.*none negative")
 
 
-@pytest.mark.parametrize("shape", [[1, 1, 2], [2.0], [True, 2], "2", {"0": 2}, None])
+@pytest.mark.parametrize("shape", [[1, 1, 1, 2], [2.0], [True, 2], "2", {"0": 2}, None])
 def test_bad_shape_description(tmp_path, shape):
     malformed(tmp_path, tensors(bias={**entry(), "shape": shape}), "bad shape")
 

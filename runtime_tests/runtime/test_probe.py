@@ -47,11 +47,7 @@ class FakeGraph:
     def bind(self, patch: Patch | None) -> BoundPatch:
         return BoundPatch({}, ("graph", ()) if patch is None else ("graph", patch.terms))
 
-    def new_cache(self, bound: BoundPatch) -> None:
-        return None
-
-    def forward(self, _tokens: Any, _cache: Any, bound: BoundPatch, *, all_logits: bool) -> Any:
-        assert all_logits
+    def run(self, _tokens: Any, bound: BoundPatch) -> Any:
         return self.logits["patch" if bound.key[1] else "base"]
 
 

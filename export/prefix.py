@@ -1,0 +1,169 @@
+"""The KV prefix of a patch: which key/value entries of the context to keep, and running a torch model behind them.
+
+Every layer and key/value head keeps the n entries of the context that completions attend to most (attention mass of
+the completion rows of the calibration dialogues, summed over the query heads that share the head). All of them is the
+cached prompt and exact; fewer leave something for the weights to make up, which are fitted with the prefix in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tp_runtime.errors import CalibrationError
+from tp_runtime.patch import Patch
+from tp_runtime.prefix import KVPrefix
+
+from .adapters import Block, blocks_of
+from .sequences import Dialogue
+
+
+@dataclass(frozen=True)
+class TorchPrefix:
+    """`KVPrefix` as tensors on the model's device: of every layer, keys and values [1, kv heads, n, head dim]."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    replaces: tuple[int, ...]
+    position: int
+
+    def __len__(self) -> int:
+        return int(self.keys[0].shape[2])
+
+    def model_inputs(self, attention_mask: Tensor) -> dict[str, Any]:
+        """What a transformers model is called with besides the ids, for ids with `attention_mask` [b, T] behind it."""
+        rows, steps = attention_mask.shape
+        kept = attention_mask.new_ones(rows, len(self))
+        where = torch.arange(steps, device=attention_mask.device)
+        return {
+            "attention_mask": torch.cat([kept, attention_mask], 1),
+            "position_ids": (self.position + where)[None].expand(rows, -1),
+            "cache_position": len(self) + where,
+            "past_key_values": _Frozen(self, rows),
+            "use_cache": True,
+        }
+
+    def numpy(self) -> KVPrefix:
+        """For the patch, rounded to the half precision it will be stored in."""
+        entries = {}
+        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for part, kept in zip(("key", "value"), pair, strict=True):
+                entries[layer, part] = kept[0].transpose(0, 1).to(torch.float16).float().cpu().numpy()
+        return KVPrefix(entries, self.replaces, self.position)
+
+
+class _Frozen(DynamicCache):
+    """A cache that shows every layer the prefix and what it is given, and keeps nothing: layers run more than once."""
+
+    def __init__(self, prefix: TorchPrefix, rows: int) -> None:
+        super().__init__()
+        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            super().update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
+        """Past and present joined."""
+        kept: Any = self.layers[layer_idx]
+        return torch.cat([kept.keys, key_states], 2), torch.cat([kept.values, value_states], 2)
+
+
+def torch_prefix(patch: Patch, device: torch.device | str, dtype: torch.dtype) -> TorchPrefix | None:
+    """The prefix of a patch, if it has one."""
+    prefix = patch.prefix
+    if prefix is None:
+        return None
+
+    def part(name: str) -> list[Tensor]:
+        arrays = [prefix.entries[layer, name] for layer in range(prefix.layers)]
+        return [torch.tensor(array, device=device, dtype=dtype).transpose(0, 1)[None] for array in arrays]
+
+    return TorchPrefix(part("key"), part("value"), prefix.replaces, prefix.position)
+
+
+def choose(
+    model: Any,
+    dialogues: Sequence[Dialogue],
+    entries: int,
+    progress: Callable[[], None] = lambda: None,
+) -> TorchPrefix:
+    """Keep `entries` entries a head of what the teacher's prompts begin with before the query.
+
+    Args:
+        model: a transformers causal language model with an adapter.
+        dialogues: the calibration sequences.
+        entries: at least 1; as many as there are, or more, keep all.
+        progress: called after each dialogue.
+
+    Raises:
+        CalibrationError: teacher's and student's prompts differ in more than one fixed beginning.
+    """
+    lead, replaces = _leads(dialogues)
+    ids = torch.tensor([lead], device=model.device)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers: list[Any] = cache.layers
+    keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    if entries < len(lead):
+        masses = _attention_masses(model, dialogues, len(lead), keys[0].shape[1], progress)
+        for layer, mass in enumerate(masses):
+            kept = mass.topk(entries, -1).indices.sort(-1).values  # [kv heads, entries], in order of position
+            index = kept[None, :, :, None].expand(-1, -1, -1, keys[layer].shape[3])
+            keys[layer], values[layer] = keys[layer].gather(2, index), values[layer].gather(2, index)
+    return TorchPrefix(keys, values, replaces, len(lead))
+
+
+def _leads(dialogues: Sequence[Dialogue]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What teacher and student prompts begin with, up to where all that follows is the same."""
+    leads = set()
+    for dialogue in dialogues:
+        teacher, student = dialogue.teacher_prompt, dialogue.student_prompt
+        same = zip(reversed(teacher), reversed(student), strict=False)
+        tail = next((i for i, (one, other) in enumerate(same) if one != other), min(len(teacher), len(student)))
+        leads.add((teacher[: len(teacher) - tail], student[: len(student) - tail]))
+    if len(leads) != 1 or not next(iter(leads))[0]:
+        raise CalibrationError(
+            "the prompts with and without the context do not differ in one fixed beginning",
+            field="--prefix",
+            got=f"{len(leads)} different beginnings",
+            wanted="a chat template (or a completion style) that puts the context in front of the query",
+            fix="fit a patch without a prefix",
+        )
+    return leads.pop()
+
+
+def _attention_masses(
+    model: Any, dialogues: Sequence[Dialogue], lead: int, heads: int, progress: Callable[[], None]
+) -> list[Tensor]:
+    """For every layer [kv heads, lead]: attention of the completion rows to the positions of the context."""
+    blocks = blocks_of(model)
+    masses = [torch.zeros(heads, lead, device=model.device) for _ in blocks]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns its weights
+    try:
+        for dialogue in dialogues:
+            first = len(dialogue.teacher_prompt) - 1
+            with ExitStack() as stack, torch.no_grad():
+                for block in blocks:
+                    _watch(block, stack, masses[block.index], first)
+                model(torch.tensor([dialogue.teacher()], device=model.device), use_cache=False, logits_to_keep=1)
+            progress()
+    finally:
+        model.set_attn_implementation(before)
+    return masses
+
+
+def _watch(block: Block, stack: ExitStack, mass: Tensor, first: int) -> None:
+    """Add the block's attention weights of the rows from `first` on to `mass` whenever it runs."""
+
+    def add(_module: Any, _args: Any, outputs: Any) -> None:
+        weights = outputs[1][0, :, first:, : mass.shape[1]].float()  # [query heads, rows, lead]
+        mass.add_(weights.sum(1).view(mass.shape[0], -1, mass.shape[1]).sum(1))
+
+    attention = block.layer.get_submodule(block.adapter.attention)
+    stack.callback(attention.register_forward_hook(add).remove)

@@ -1,0 +1,207 @@
+"""KV prefixes: all entries are the cached prompt and exact, a file keeps them, misfits and misuse are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tp_export import fidelity, patching
+from tp_export.prefix import choose, torch_prefix
+from tp_export.sequences import Dialogue
+from tp_export.source import load_model, open_source
+
+from runtime_tests.logits import furthest, token_ids, torch_logits
+from runtime_tests.patches import patch_for
+from tp_runtime.errors import (
+    CalibrationError,
+    PatchFormatError,
+    PatchShapeError,
+    PatchValueError,
+    RequestError,
+    StaleCacheError,
+)
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+from tp_runtime.prefix import KVPrefix, prefix_from
+
+CONTEXT = "Always talk like a pirate, and mention the sea in every single answer."
+QUERIES = ("Is tea better than coffee?", "How far is the moon?", "Why?")
+TOLERANCE = 2e-2  # entries are stored in half precision
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def pair(request: pytest.FixtureRequest) -> tuple[Any, PatchedModel]:
+    """A torch model and the runtime over its export."""
+    source, export = (request.getfixturevalue(f"tiny_{request.param}{end}") for end in ("", "_export"))
+    return load_model(open_source(source)), PatchedModel.from_pretrained(export, device="cpu")
+
+
+def dialogues(model: PatchedModel) -> list[Dialogue]:
+    render = model.codec.render
+    return [Dialogue(tuple(render(q, CONTEXT)), tuple(render(q)), tuple(token_ids(9, seed=7))) for q in QUERIES]
+
+
+def prefixed(torch_model: Any, model: PatchedModel, entries: int, patch: Patch | None = None) -> Patch:
+    patch = patch or replace_deltas(patch_for(model.graph.folder, seed=1))
+    return Patch(patch.deltas, patch.config, choose(torch_model, dialogues(model), entries).numpy())
+
+
+def replace_deltas(patch: Patch) -> Patch:
+    return Patch({}, patch.config)
+
+
+def test_all_entries_are_the_cached_prompt(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    whole = prefixed(torch_model, model, 10_000)
+    assert whole.prefix is not None
+    for dialogue in dialogues(model):
+        wanted = torch_logits(torch_model, dialogue.teacher())[whole.prefix.position :]
+        got = model.logits(dialogue.student(), patch=whole)
+        assert furthest(got, wanted) < TOLERANCE
+        without = model.logits(dialogue.student(), patch=None)
+        assert furthest(without[-len(wanted) :], wanted) > 10 * TOLERANCE  # or the context does nothing
+
+
+@pytest.mark.parametrize("entries", [1, 5])
+def test_some_entries_and_deltas_are_what_torch_computes(pair: tuple[Any, PatchedModel], entries: int) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, entries, patch_for(model.graph.folder, seed=2, scale=0.2))
+    assert patch.prefix is not None and len(patch.prefix) == entries
+    ids = list(dialogues(model)[0].student())
+    lead = len(patch.prefix.replaces)
+    wanted = fidelity.torch_student(torch_model, patch)(ids, lead).numpy()
+    assert furthest(model.logits(ids, patch=patch), wanted) < 1e-3
+    # the same over a growing cache, and again after it was wound back
+    bound = model.graph.bind(patch)
+    cache = model.graph.new_cache(bound)
+    for _ in range(2):
+        kept = cache.keep_prefix(ids)
+        rows = [model.graph.forward([token], cache, bound)[0] for token in ids[kept:]]
+        assert furthest(np.stack(rows), wanted[-len(rows) :]) < 1e-3
+        del cache.tokens[lead + 3 :]
+
+
+def test_the_entries_attended_to_most_are_kept(pair: tuple[Any, PatchedModel]) -> None:
+    """The one kept entry of a head is at the position to which the completion rows attend most."""
+    torch_model, model = pair
+    found = dialogues(model)
+    whole, one = choose(torch_model, found, 10_000), choose(torch_model, found, 1)
+    torch_model.set_attn_implementation("eager")
+    masses = 0
+    for dialogue in found:
+        ids = torch_model.dummy_inputs["input_ids"].new_tensor([dialogue.teacher()])
+        attentions = torch_model(ids, output_attentions=True, use_cache=False).attentions
+        rows = attentions[0][0, :, len(dialogue.teacher_prompt) - 1 :, : whole.position].detach()
+        masses = masses + rows.sum(1).view(whole.keys[0].shape[1], -1, whole.position).sum(1)
+    for head, position in enumerate(masses.argmax(-1).tolist()):
+        assert np.array_equal(one.keys[0][0, head, 0], whole.keys[0][0, head, position])
+
+
+def test_generation_follows_the_prefix_and_a_cache_goes_on(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 10_000)
+    prompted = list(model.stream("Hello", system=CONTEXT, patch=None, max_new_tokens=6))
+    cache = model.new_cache(patch=patch)
+    assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
+    assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted  # wound back
+    with pytest.raises(StaleCacheError):
+        model.generate("Hello", patch=None, cache=cache)
+
+
+def test_a_prompt_that_does_not_start_as_it_must_is_refused(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 3)
+    assert patch.prefix is not None
+    if model.codec.style == "chat":
+        with pytest.raises(RequestError, match="without a system prompt"):
+            model.generate("Hello", system="Be brief.", patch=patch)
+    with pytest.raises(RequestError, match="at least one more"):
+        model.logits(patch.prefix.replaces, patch=patch)
+    room = model.graph.folder.context_window - patch.prefix.position
+    ids = [*patch.prefix.replaces, *token_ids(room + 1)]
+    with pytest.raises(RequestError, match="context window"):
+        model.logits(ids, patch=patch)
+
+
+def test_a_file_keeps_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 4, patch_for(model.graph.folder, seed=3))
+    patch.save(tmp_path / "p.safetensors", "f32")
+    again = Patch.load(tmp_path / "p.safetensors")
+    assert again.identity == patch.identity and again.prefix is not None and patch.prefix is not None
+    assert (again.prefix.replaces, again.prefix.position) == (patch.prefix.replaces, patch.prefix.position)
+    alone = Patch({}, patch.config, patch.prefix)
+    alone.save(tmp_path / "alone.safetensors")
+    assert Patch.load(tmp_path / "alone.safetensors").deltas == {}
+    moved = Patch(patch.deltas, patch.config, replace(patch.prefix, position=patch.prefix.position + 1))
+    assert moved.identity != patch.identity  # the same tensors at another place are another patch
+
+
+def test_its_algebra(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    pure = patch_for(model.graph.folder, seed=4)
+    patch = prefixed(torch_model, model, 4, pure)
+    assert (pure + patch).prefix is patch.prefix and (patch + pure).prefix is patch.prefix
+    assert 1 * patch is patch and (0 * patch).terms == () and patch.truncate(1).prefix is patch.prefix
+    with pytest.raises(PatchValueError, match="no strength but 1 and 0"):
+        0.5 * patch
+    with pytest.raises(PatchValueError, match="only one can stand at the front"):
+        patch + patch
+
+
+def arrays(entries: int = 3, layers: int = 2, heads: int = 2, head_dim: int = 4) -> dict[tuple[int, str], Any]:
+    rng = np.random.default_rng(0)
+    names = [(layer, part) for layer in range(layers) for part in ("key", "value")]
+    return {name: rng.normal(size=(entries, heads, head_dim)).astype(np.float32) for name in names}
+
+
+def test_misfits_are_refused(pair: tuple[Any, PatchedModel]) -> None:
+    with pytest.raises(PatchShapeError, match=r"does not fit the model's cache.*2 heads of 4"):
+        pair[1].logits([1, 2], patch=Patch({}, patch_for(pair[1].graph.folder).config, KVPrefix(arrays(), (1,), 5)))
+    with pytest.raises(PatchShapeError, match="lacks a layer"):
+        KVPrefix({key: value for key, value in arrays().items() if key != (0, "value")}, (1,), 5)
+    with pytest.raises(PatchShapeError, match=r"prefix\.1\.key"):
+        KVPrefix({**arrays(), (1, "key"): np.zeros((2, 2, 4))}, (1,), 5)
+    with pytest.raises(PatchValueError, match="NaN"):
+        KVPrefix({**arrays(), (1, "key"): np.full((3, 2, 4), np.nan)}, (1,), 5)
+    with pytest.raises(PatchValueError, match="position"):
+        KVPrefix(arrays(), (1,), 2)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [None, {}, {"replaces": [1]}, {"replaces": [1.5], "position": 4}, {"replaces": [1], "position": -1}, [1], "x"],
+)
+def test_a_description_that_is_not_whole(description: Any) -> None:
+    with pytest.raises(PatchFormatError, match=r"config\.prefix"):
+        prefix_from(arrays(), description)
+
+
+def test_a_description_without_tensors() -> None:
+    assert prefix_from({}, None) is None
+    with pytest.raises(PatchFormatError, match="0 tensors"):
+        prefix_from({}, {"replaces": [1], "position": 4})
+
+
+def test_prompts_that_differ_elsewhere_take_no_prefix(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    one, other, *_ = dialogues(model)
+    with pytest.raises(CalibrationError, match="one fixed beginning"):
+        choose(torch_model, [one, replace(other, teacher_prompt=other.teacher_prompt[1:])], 3)
+
+
+def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+    model = load_model(source)
+    held = ["Is the sea deep?", "Who are you?"]
+    options: dict[str, Any] = {"name": "p", "max_new_tokens": 6}
+    gaps = {}
+    for entries, method in ((0, "output"), (8, "prefix"), (8, "output"), (10_000, "prefix")):
+        patch = patching.make_patch(source, model, CONTEXT, QUERIES, held, prefix=entries, method=method, **options)
+        assert patch.config.fidelity is not None and patch.config.probe is not None
+        gaps[entries, method] = patch.config.fidelity["gap_closed"]
+        assert torch_prefix(patch, "cpu", model.dtype) is None if not entries else patch.prefix is not None
+    assert gaps[10_000, "prefix"] > 0.99
