@@ -27,15 +27,19 @@ from .sequences import Dialogue
 from .source import Source
 
 _PROBE_TOKENS = 48
+_SAMPLE_TEMPERATURE = 0.7
 
 
 def dialogues_for(
-    source: Source, model: Any, context: str, queries: Sequence[str], max_new_tokens: int
+    source: Source, model: Any, context: str, queries: Sequence[str], max_new_tokens: int, *, samples: int = 1
 ) -> list[Dialogue]:
     """Have the teacher answer `queries` with the context in front.
 
     Both prompts come from the model's own chat template, with the context as the system message and without any; a
     completion-style model gets context and query, or the bare query, after BOS.
+
+    Returns:
+        The greedy answer to every query, then `samples` - 1 further rounds of sampled ones, each in the queries' order.
 
     Raises:
         CalibrationError: there are no queries, the context is empty, or every completion is empty.
@@ -49,8 +53,13 @@ def dialogues_for(
     student = [source.codec.render(query) for query in queries]
     _check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
     eos = source.codec.eos_ids
-    with bar("teacher completions", len(queries), "query") as shown:
-        completions = complete(model, teacher, max_new_tokens, eos, progress=shown.update)
+    completions = []
+    with bar("teacher completions", samples * len(queries), "answer") as shown:
+        for turn in range(samples):
+            temperature = _SAMPLE_TEMPERATURE if turn else 0.0
+            completions += complete(
+                model, teacher, max_new_tokens, eos, temperature=temperature, seed=turn, progress=shown.update
+            )
     if all(set(completion) <= eos for completion in completions):
         raise CalibrationError(
             "every completion is empty",
@@ -59,7 +68,8 @@ def dialogues_for(
             wanted="queries that the prompted model answers",
             fix="look at the prompt: the model ends its turn at once",
         )
-    return [Dialogue(tuple(t), tuple(s), c) for t, s, c in zip(teacher, student, completions, strict=True)]
+    prompts = [(tuple(t), tuple(s)) for t, s in zip(teacher, student, strict=True)]
+    return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
 
 
 def _check_length(longest: int, window: int) -> None:
@@ -84,6 +94,7 @@ def make_patch(
     method: str = "output",
     settings: Settings | None = None,
     prefix: int = 0,
+    samples: int = 2,
     max_new_tokens: int = 48,
     store_context: bool = False,
 ) -> Patch:
@@ -99,6 +110,7 @@ def make_patch(
         method: `vector`, `output` or `matrix`; or `prefix`, entries alone.
         settings: rank and ridge.
         prefix: key/value entries of the context to carry, for each head.
+        samples: answers to fit on for each query, the first greedy and the rest sampled.
         max_new_tokens: length of the teacher's completions.
         store_context: put the text itself into the patch's description.
 
@@ -111,8 +123,8 @@ def make_patch(
     """
     settings = settings or Settings()
     check_disjoint(fitted, held_out)
-    everything = dialogues_for(source, model, context, [*fitted, *held_out], max_new_tokens)
-    calibration, evaluation = everything[: len(fitted)], everything[len(fitted) :]
+    calibration = dialogues_for(source, model, context, fitted, max_new_tokens, samples=samples)
+    evaluation = dialogues_for(source, model, context, held_out, max_new_tokens) if held_out else []
     config = PatchConfig(
         name=name,
         method=method,
@@ -124,7 +136,8 @@ def make_patch(
         context=context if store_context else None,
         ridge=settings.ridge,
         calibration={
-            "queries": len(calibration),
+            "queries": len(fitted),
+            "samples": samples,
             "rows": sum(len(dialogue.completion) for dialogue in calibration),
             "max_new_tokens": max_new_tokens,
             "holdout": len(evaluation),

@@ -46,7 +46,7 @@ def load_questions(path: Path | None) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(query, str) for query in found):
         raise CalibrationError("holds something else than text", field=where, wanted="a list of strings")
     # The first of each repetition: a query twice in the list could land on both sides of the split.
-    queries = list({_key(query): query.strip() for query in reversed(found) if query.strip()}.values())[::-1]
+    queries = list({query_key(query): query.strip() for query in reversed(found) if query.strip()}.values())[::-1]
     if not queries:
         raise CalibrationError("holds no query", field=where, fix="write one query a line")
     return queries
@@ -76,7 +76,7 @@ def split_holdout(queries: Sequence[str], holdout: int, seed: int) -> tuple[list
             got=holdout,
             wanted=f"0 to {len(queries) - 1}",
         )
-    ranked = sorted(queries, key=lambda query: hashlib.sha256(f"{seed}\n{_key(query)}".encode()).digest())
+    ranked = sorted(queries, key=lambda query: hashlib.sha256(f"{seed}\n{query_key(query)}".encode()).digest())
     chosen = set(ranked[:holdout])
     held = [query for query in queries if query in chosen]
     fit = [query for query in queries if query not in chosen]
@@ -94,8 +94,8 @@ def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
     Raises:
         CalibrationError: naming the queries in both, compared without regard to case and spacing.
     """
-    fitted = {_key(query) for query in fit}
-    both = [query for query in held if _key(query) in fitted]
+    fitted = {query_key(query) for query in fit}
+    both = [query for query in held if query_key(query) in fitted]
     if both:
         named = ", ".join(repr(query) for query in both[:_SHOWN])
         more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
@@ -109,7 +109,7 @@ def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
 
 def query_digest(query: str) -> str:
     """Eight hex digits of a query, without regard to case and spacing: what a patch remembers of each fitted one."""
-    return hashlib.sha256(_key(query).encode()).hexdigest()[:8]
+    return hashlib.sha256(query_key(query).encode()).hexdigest()[:8]
 
 
 def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> None:
@@ -122,5 +122,6 @@ def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> Non
     check_disjoint([query for query in queries if query_digest(query) in digests], queries)
 
 
-def _key(query: str) -> str:
+def query_key(query: str) -> str:
+    """A query without regard to case and spacing: two with one key are the same query."""
     return " ".join(query.casefold().split())

@@ -1,4 +1,4 @@
-"""Teacher completions: greedy, batched, by transformers' own generate."""
+"""Completions by transformers' own generate, batched: greedy, or sampled."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ def complete(
     max_new_tokens: int,
     eos_ids: frozenset[int],
     *,
+    temperature: float = 0.0,
+    seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
-    """Greedy completions of `prompts`, each up to and with its end-of-sequence token.
+    """Completions of `prompts`, each up to and with its end-of-sequence token.
 
     Args:
         model: a transformers causal language model.
         prompts: token ids; prompts of similar length share a batch, padded on the left.
         max_new_tokens: at most this many tokens each.
         eos_ids: ids that end a completion.
+        temperature: 0.0 is greedy; else ids are sampled from the whole distribution.
+        seed: another seed, other samples; the caller's random state is left as it was.
         batch_size: prompts a batch.
         progress: called with the number of prompts just finished.
     """
     completions: list[tuple[int, ...]] = [()] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     pad = min(eos_ids)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in part)
@@ -38,12 +45,13 @@ def complete(
         for row, i in enumerate(part):
             ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, longest - len(prompts[i]) :] = 1
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed + start)
             out = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **sampling,
                 eos_token_id=sorted(eos_ids),
                 pad_token_id=pad,
             )

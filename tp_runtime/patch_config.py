@@ -40,7 +40,8 @@ class PatchConfig:
         context: the text itself, only if the exporter was asked to store it.
         ridge: relative ridge of the fit.
         calibration: counts `queries`, `rows` (token positions fitted), `max_new_tokens`, `holdout` (queries), and
-            optionally `query_digests`, eight hex digits of each fitted query, so that none is measured on later.
+            optionally `samples`, answers fitted for each query, and `query_digests`, eight hex digits of each fitted
+            query, so that none is measured on later.
         fidelity: held-out figures, name to number.
         licence: of the patch, an SPDX expression.
         created: ISO 8601 time in UTC.
@@ -89,9 +90,9 @@ class PatchConfig:
         if self.created is not None:
             _utc("created", self.created)
         if self.calibration is not None:
-            _keys("calibration", self.calibration, (*CALIBRATION_KEYS, "query_digests"), CALIBRATION_KEYS)
+            _keys("calibration", self.calibration, (*CALIBRATION_KEYS, "samples", "query_digests"), CALIBRATION_KEYS)
             _check_query_digests(self.calibration.get("query_digests", []))
-            for key in CALIBRATION_KEYS:
+            for key in self.calibration.keys() - {"query_digests"}:
                 _count(f"calibration.{key}", self.calibration[key])
         if self.fidelity is not None:
             for key, value in _mapping("fidelity", self.fidelity).items():

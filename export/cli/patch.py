@@ -52,6 +52,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="carry N key/value entries a head of the prompt itself, those attended to most (default 0: weights alone)",
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2,
+        metavar="N",
+        help="answers to fit on for each query, one greedy and the rest sampled (default 2)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
     parser.add_argument("--name", help="what the patch is called (default: the file's name)")
     parser.add_argument("--store-prompt", action="store_true", help="put the prompt's text into the file")
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         ("--limit", args.limit, 1),
         ("--holdout", args.holdout, 0),
         ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
+        ("--samples", args.samples, 1),
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
@@ -103,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         settings=Settings(args.rank, args.ridge),
         prefix=args.prefix,
+        samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         store_context=args.store_prompt,
     )
