@@ -2,8 +2,8 @@
 
     min_M |M a_t - d_t|^2 + l |M|^2,   l = ridge * mean(diag G),   G = sum_t a_t a_t^T   (a, d centred)
 
-The solve is a Cholesky of G + l I (n x n) or, where there are fewer rows than inputs, of its N x N dual. All of it in
-float64: a Gram squares the condition number.
+The solve is a Cholesky of G + l I (n x n) or, where there are no more rows than inputs, of its N x N dual. All of it
+in float64: a Gram squares the condition number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_TINY = torch.finfo(torch.float64).tiny  # rows that are all equal have a Gram of zero, and the map is zero
 
 
 @dataclass(frozen=True)
@@ -31,35 +33,87 @@ class AffineMap:
     mean_out: Tensor
 
 
-def fit_affine(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None) -> AffineMap:
-    """Centred ridge regression of `targets` on `inputs`.
+class Moments:
+    """What a ridge needs of its rows, gathered a batch at a time.
+
+    The rows themselves are kept while there are fewer of them than inputs, for the dual; from then on they are folded
+    into the n x n Gram, so that memory does not grow with rows.
 
     Args:
-        inputs: a [N, n], one row a completion position.
-        targets: d [N, m].
-        ridge: relative to the mean diagonal of the Gram.
         sink: activation of the attention sink at this site [n]; its direction is taken out of the inputs first, so
             that the map is exactly zero on it (M s = 0) and optimal among such maps.
     """
-    a, d = inputs.double(), targets.double()
-    mean_in, mean_out = a.mean(0), d.mean(0)
-    a = a - mean_in
-    if sink is not None:
-        s = sink.double() / sink.double().norm()
-        a = a - torch.outer(a @ s, s)
-    d = d - mean_out
-    n_rows, n = a.shape
-    penalty = ridge * a.square().sum() / n
-    if n_rows < n:
+
+    def __init__(self, sink: Tensor | None = None) -> None:
+        self._sink = None if sink is None else sink.double() / sink.double().norm()
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._held = 0
+        self._count = 0
+        # Of the folded rows: sums of a and d, and the raw second moments a^T a and a^T d.
+        self._folded: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take rows a [k, n] and their targets d [k, m]."""
+        a, d = inputs.double(), targets.double()
+        self._rows.append((a, d))
+        self._held += len(a)
+        self._count += len(a)
+        if self._held > a.shape[1]:
+            self._fold()
+
+    def _projected(self, a: Tensor) -> Tensor:
+        return a if self._sink is None else a - torch.outer(a @ self._sink, self._sink)
+
+    def _fold(self) -> None:
+        for a, d in self._rows:
+            p = self._projected(a)
+            new = (a.sum(0), d.sum(0), p.T @ p, p.T @ d)
+            if self._folded is not None:
+                new = tuple(x + y for x, y in zip(self._folded, new, strict=True))  # type: ignore[assignment]
+            self._folded = new
+        self._rows, self._held = [], 0
+
+    def solve(self, ridge: float) -> AffineMap:
+        """Centred ridge regression of the targets on the inputs.
+
+        Args:
+            ridge: relative to the mean diagonal of the Gram.
+        """
+        if self._folded is not None:
+            self._fold()
+            return self._primal(ridge)
+        a, d = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        mean_in, mean_out = a.mean(0), d.mean(0)
+        a, d = self._projected(a - mean_in), d - mean_out
         gram = a @ a.T
-        matrix = torch.linalg.solve_ex(gram + penalty * torch.eye(n_rows, dtype=a.dtype, device=a.device), d)[0].T @ a
-    else:
-        gram = a.T @ a
-        factor = torch.linalg.cholesky(gram + penalty * torch.eye(n, dtype=a.dtype, device=a.device))
-        matrix = torch.cholesky_solve(a.T @ d, factor).T
-    # M (G + l I) = D^T A, hence M (G + l I) M^T = D^T (A M^T): no n x n product needed.
-    energy = d.T @ (a @ matrix.T)
-    return AffineMap(matrix, (energy + energy.T) / 2, mean_in, mean_out)
+        penalty = (ridge * gram.trace() / a.shape[1]).clamp(min=_TINY)
+        x = torch.linalg.solve_ex(gram + penalty * torch.eye(len(a), dtype=a.dtype, device=a.device), d)[0]
+        # M = X^T A, so the energy M (G + l I) M^T = D^T A M^T is D^T (A A^T) X.
+        return AffineMap(x.T @ a, _symmetric(d.T @ (gram @ x)), mean_in, mean_out)
+
+    def _primal(self, ridge: float) -> AffineMap:
+        assert self._folded is not None
+        sum_in, sum_out, gram, cross = self._folded
+        mean_in, mean_out = sum_in / self._count, sum_out / self._count
+        centre = self._projected(mean_in[None])
+        gram = gram - self._count * centre.T @ centre
+        cross = cross - self._count * centre.T @ mean_out[None]
+        penalty = (ridge * gram.trace() / len(gram)).clamp(min=_TINY)
+        factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        solved = torch.cholesky_solve(cross, factor)  # M^T [n, m]
+        # M (G + l I) = D^T A, hence M (G + l I) M^T = (A^T D)^T M^T: no further n x n product.
+        return AffineMap(solved.T, _symmetric(cross.T @ solved), mean_in, mean_out)
+
+
+def fit_affine(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None) -> AffineMap:
+    """`Moments` of rows that are all there: a [N, n], one row a completion position, and targets d [N, m]."""
+    moments = Moments(sink)
+    moments.add(inputs, targets)
+    return moments.solve(ridge)
+
+
+def _symmetric(energy: Tensor) -> Tensor:
+    return (energy + energy.T) / 2
 
 
 def top_directions(energy: Tensor, rank: int) -> Tensor:

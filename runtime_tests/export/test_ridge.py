@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tp_export.ridge import fit_affine, top_directions
+from tp_export.ridge import Moments, fit_affine, top_directions
 
 
 def rows(seed: int, count: int, inputs: int = 12, outputs: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +35,29 @@ def test_primal_and_dual_are_the_ridge_solution(seed: int, count: int, ridge: fl
     fit = fit_affine(a, d, ridge)
     wanted = definition(a, d, ridge)
     assert torch.allclose(fit.matrix, wanted, rtol=1e-6, atol=1e-8 * wanted.abs().max().item())
+
+
+@given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8), seed=st.integers(0, 1000), with_sink=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_rows_in_batches_give_the_same_fit(cuts: list[int], seed: int, with_sink: bool) -> None:
+    a, d = rows(seed, sum(cuts) + 1)
+    sink = a[0] if with_sink else None
+    whole, moments = fit_affine(a[1:], d[1:], 0.5, sink), Moments(sink)
+    for part_a, part_d in zip(a[1:].split(cuts), d[1:].split(cuts), strict=True):
+        moments.add(part_a, part_d)
+    fit = moments.solve(0.5)
+    for name in ("matrix", "energy", "mean_in", "mean_out"):
+        wanted = getattr(whole, name)
+        assert torch.allclose(getattr(fit, name), wanted, rtol=1e-6, atol=1e-7 * wanted.abs().max().item())
+
+
+def test_memory_does_not_grow_with_rows() -> None:
+    a, d = rows(0, 100)
+    moments = Moments()
+    for _ in range(20):
+        moments.add(a, d)
+        held = sum(x.numel() + y.numel() for x, y in moments._rows)
+        assert held <= 12 * (12 + 7)
 
 
 @pytest.mark.parametrize("count", [8, 50])
