@@ -1,7 +1,8 @@
 """The forms of a static patch: closed-form regressions of one block's student onto its teacher.
 
-Each form takes the completion rows of both sides at v (teacher v_T, student v_S, row t of one aligned with row t of
-the other) and returns the deltas of this block. Letters as in docs/method.md.
+Each form takes the completion rows of both sides at the cut between the block's halves (v_T and v_S, in parallel blocks
+with the MLP's input beside them; row t of one aligned with row t of the other) and returns the deltas of this block.
+Letters as in docs/method.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapters import Block
+from tp_runtime.errors import CalibrationError
+
+from .adapters import Block, Mlp, weight_of
 from .deltas import TorchDelta, applied
 from .ridge import AffineMap, fit_affine, top_directions
 
@@ -22,9 +25,9 @@ class Rows:
     """What a form is fitted on at one block.
 
     Attributes:
-        teacher: v_T [N, d].
-        student: v_S [N, d], of the student as already patched below.
-        sink: v_S [1, d] at position 0, the attention sink, whose direction is projected out of the maps.
+        teacher: the teacher's cut, v_T [N, d] (v and u [N, 2d] in parallel blocks, adapters.py).
+        student: the same of the student as already patched below.
+        sink: the student's at position 0, the attention sink, whose direction is projected out of the maps.
     """
 
     teacher: Tensor
@@ -55,16 +58,16 @@ def fit_output(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 
 
 def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`matrix`: thought matrices W M on gate and up with one shared M, then `output` on what is left.
+    """`matrix`: thought matrices W M on the linears that read z, one M for all, then `output` on what is left.
 
     M is the ridge of z_T - z_S on z_S. The pair is truncated in the metric of what gate and up output together,
-    W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor.
+    W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
     """
-    z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
-    sink = block.mlp_norm(rows.sink)[0]
+    z_teacher, z_student = block.normed(rows.teacher), block.normed(rows.student)
+    sink = block.normed(rows.sink)[0]
     fit = fit_affine(z_student, z_teacher - z_student, settings.ridge, sink)
-    weights = {"gate": block.gate.weight.double(), "up": block.up.weight.double()}
-    both = torch.cat(list(weights.values()))  # W [2f, d]
+    weights = {site: weight_of(linear).double() for site, linear in _only_mlp(block).reads_z.items()}
+    both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
     # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
     values, vectors = torch.linalg.eigh(fit.energy)
     root = vectors * values.clamp(min=0).sqrt()
@@ -79,6 +82,23 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
         deltas[site] = _delta(fit, first, directions[part], target[part], z_student.dtype)
         start = part.stop
     return deltas | _output(block, rows, settings, below=deltas)
+
+
+def _only_mlp(block: Block) -> Mlp:
+    """The MLP of a block that has one.
+
+    Raises:
+        CalibrationError: the block is a mixture of experts: a token meets few of them, and their linears have no slots.
+    """
+    if block.router is not None:
+        raise CalibrationError(
+            "no thought matrix for a mixture of experts",
+            field="method",
+            got=f"{len(block.mlps)} experts in layer {block.index}",
+            wanted="one MLP",
+            fix="use --method output or vector",
+        )
+    return block.mlps[0]
 
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:

@@ -27,7 +27,7 @@ from tp_runtime.errors import PatchFormatError, PatchTargetError, PatchValueErro
 Slots = dict[tuple[int, str], dict[str, NDArray[np.float32]]]
 """(layer, site) to part ("a" | "b" | "bias" | "mean") to array."""
 
-SITES = ("mlp_out", "gate", "up", "q", "k", "v", "o", "down")
+SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 PARTS = ("a", "b", "bias", "mean")
 FORMAT, VERSION = "tp-patch", "1"
 METADATA_KEYS = ("format", "version", "config")
