@@ -39,7 +39,7 @@ class Token:
     """One verified token.
 
     Attributes:
-        teacher, student: the greedy choice of each.
+        teacher, student, unpatched: the greedy choice of the teacher, and of the student with and without the patch.
         max_logit_error: largest absolute difference of their logits.
         unpatched_logit_error: the same without the patch: what the context did. Where it is small, nothing is shown.
         residual_errors: per layer, max |o_S - o_T| / rms(o_T) at the last position, o the layer's output.
@@ -47,6 +47,7 @@ class Token:
 
     teacher: int
     student: int
+    unpatched: int
     max_logit_error: float
     unpatched_logit_error: float
     residual_errors: tuple[float, ...]
@@ -96,6 +97,7 @@ def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], s
     return Token(
         int(wanted.argmax()),
         int(got.argmax()),
+        int(bare.argmax()),
         float((wanted - got).abs().max()),
         float((wanted - bare).abs().max()),
         tuple(float((s - t).abs().max() / t.square().mean().sqrt()) for s, t in zip(student, teacher, strict=True)),

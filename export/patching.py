@@ -46,7 +46,7 @@ def dialogues_for(
         raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
-    _check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
+    check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
     eos = source.codec.eos_ids
     with bar("teacher completions", len(queries), "query") as shown:
         completions = complete(model, teacher, max_new_tokens, eos, progress=shown.update)
@@ -61,7 +61,12 @@ def dialogues_for(
     return [Dialogue(tuple(t), tuple(s), c) for t, s, c in zip(teacher, student, completions, strict=True)]
 
 
-def _check_length(longest: int, window: int) -> None:
+def check_length(longest: int, window: int) -> None:
+    """Refuses tokens past the context window, which some models would answer with noise and GPT-2 with a crash.
+
+    Raises:
+        RequestError: `longest` tokens do not fit into `window`.
+    """
     if longest > window:
         raise RequestError(
             "prompt, query and answer do not fit the context window",

@@ -111,7 +111,7 @@ def test_other_block_designs(design: str, tmp_path: Path) -> None:
 def test_what_optimum_has_no_configuration_for(tmp_path: Path) -> None:
     """Mixtral goes through the fused route only, and the refusal says so in one line."""
     source = open_source(tiny_model(tmp_path / "source", "mixtral"))
-    with pytest.raises(ModelFormatError, match="got mixtral; .*--route fused"):
+    with pytest.raises(ModelFormatError, match=r"got mixtral; .*--route fused"):
         export_model(source, tmp_path / "export", route="optimum")
     assert not (tmp_path / "export").exists()
 
