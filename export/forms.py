@@ -7,7 +7,7 @@ Letters as in docs/method.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tp_runtime.errors import CalibrationError
 
-from .adapters import Block, Mlp, weight_of
+from .adapters import Block, weight_of
 from .deltas import TorchDelta, applied
 from .ridge import AffineMap, fit_affine, top_directions
 
@@ -46,6 +46,24 @@ class Settings:
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]
 
 
+def check_method(method: str, blocks: Sequence[Block]) -> None:
+    """Check that a form applies to a model.
+
+    Raises:
+        CalibrationError: `matrix`, and a block is a mixture of experts: a row meets few of them, and each would need
+            slots of its own.
+    """
+    for block in blocks:
+        if method == "matrix" and block.router is not None:
+            raise CalibrationError(
+                "no thought matrix for a mixture of experts",
+                field="method",
+                got=f"{len(block.mlps)} experts in layer {block.index}",
+                wanted="one MLP",
+                fix="use --method output or vector",
+            )
+
+
 def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """Thought vector: the mean of o_T - o_S over the rows, a bias on the block's output."""
     difference = block.mlp_half(rows.teacher) - block.mlp_half(rows.student)
@@ -63,10 +81,11 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     M is the ridge of z_T - z_S on z_S. The pair is truncated in the metric of what gate and up output together,
     W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
     """
+    check_method("matrix", [block])
     z_teacher, z_student = block.normed(rows.teacher), block.normed(rows.student)
     sink = block.normed(rows.sink)[0]
     fit = fit_affine(z_student, z_teacher - z_student, settings.ridge, sink)
-    weights = {site: weight_of(linear).double() for site, linear in _only_mlp(block).reads_z.items()}
+    weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
     both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
     # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
     values, vectors = torch.linalg.eigh(fit.energy)
@@ -82,23 +101,6 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
         deltas[site] = _delta(fit, first, directions[part], target[part], z_student.dtype)
         start = part.stop
     return deltas | _output(block, rows, settings, below=deltas)
-
-
-def _only_mlp(block: Block) -> Mlp:
-    """The MLP of a block that has one.
-
-    Raises:
-        CalibrationError: the block is a mixture of experts: a token meets few of them, and their linears have no slots.
-    """
-    if block.router is not None:
-        raise CalibrationError(
-            "no thought matrix for a mixture of experts",
-            field="method",
-            got=f"{len(block.mlps)} experts in layer {block.index}",
-            wanted="one MLP",
-            fix="use --method output or vector",
-        )
-    return block.mlps[0]
 
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:

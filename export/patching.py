@@ -17,8 +17,9 @@ from tp_runtime.patch_config import PatchConfig
 from tp_runtime.probe import measure as measure_probe
 
 from . import fidelity, lockstep
+from .adapters import blocks_of
 from .deltas import TorchDelta
-from .forms import Settings
+from .forms import Settings, check_method
 from .progress import bar
 from .questions import check_disjoint, query_digest
 from .rollout import complete
@@ -108,11 +109,13 @@ def make_patch(
         The patch, its tensors rounded to half precision as they will be stored.
 
     Raises:
-        CalibrationError: see `dialogues_for` and `fidelity.measure`; or a held-out query is also fitted.
+        CalibrationError: see `dialogues_for` and `fidelity.measure`; a held-out query is also fitted; or the method
+            does not apply to the architecture.
         PatchValueError: a tensor does not fit half precision.
     """
     settings = settings or Settings()
     check_disjoint(fitted, held_out)
+    check_method(method, blocks_of(model))  # before the minutes of rollout
     everything = dialogues_for(source, model, context, [*fitted, *held_out], max_new_tokens)
     calibration, evaluation = everything[: len(fitted)], everything[len(fitted) :]
     config = PatchConfig(
