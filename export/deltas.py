@@ -1,7 +1,7 @@
 """A patch applied to a transformers model, by forward hooks: the torch twin of the slots of the exported graph.
 
-gate, up, q, k, v, o, down    y + (input a) b + bias        on that linear layer's output
-mlp_out                       y + (h a) b + bias            on the MLP branch, after any post-norm
+gate, up, q, k, v, o, down, ...   y + (input a) b + bias    on that linear layer's output
+mlp_out                           y + (h a) b + bias        on the MLP branch, after any post-norm; z for h of experts
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ class TorchDelta:
 def applied(block: Block, deltas: Mapping[str, TorchDelta]) -> Iterator[None]:
     """Within the context the block's modules compute with `deltas` (site -> delta) added."""
     with ExitStack() as stack:
-        linears = block.adapter.linears()
         for site, delta in deltas.items():
             if site == "mlp_out":
                 _apply_after_branch(block, delta, stack)
             else:
-                linear = block.layer.get_submodule(linears[site])
+                linear = block.layer.get_submodule(block.linears[site])
                 handle = linear.register_forward_hook(lambda _m, args, out, d=delta: out + d(args[0]))
                 stack.callback(handle.remove)
         yield
 
 
 def _apply_after_branch(block: Block, delta: TorchDelta, stack: ExitStack) -> None:
-    """`mlp_out` reads the input of `down` and adds to the output of the block's tail."""
+    """`mlp_out` reads the input of the block's reader and adds to the output of its tail."""
     hidden: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden[:] = args
 
-    def add(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    def add(_module: nn.Module, _args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):  # experts hand their routing back beside it
+            return (out[0] + delta(hidden.pop()), *out[1:])
         return out + delta(hidden.pop())
 
-    stack.callback(block.down.register_forward_pre_hook(keep).remove)
-    stack.callback(block.tail.register_forward_hook(add).remove)
+    stack.callback(block.layer.get_submodule(block.reader).register_forward_pre_hook(keep).remove)
+    stack.callback(block.layer.get_submodule(block.tail).register_forward_hook(add).remove)
 
 
 def torch_deltas(patch: Patch, device: torch.device | str, dtype: torch.dtype) -> dict[int, dict[str, TorchDelta]]:

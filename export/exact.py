@@ -1,28 +1,34 @@
 """Exact token-dependent patches: the theorem, used as the correctness anchor of the architecture adapters.
 
 For one token, block by block, each block solved on the student as already patched below it (Dherin et al. 2025;
-Goldwaser et al. 2025 for gated and post-norm blocks):
+Goldwaser et al. 2025 for gated, post-norm and expert blocks):
 
-    dW_gate = W_gate (z_T - z_S) z_S^T / |z_S|^2        dW_up likewise, so the student's h becomes h_T
-    no post-norm:   dW_down = (v_T - v_S) h_T^T / |h_T|^2
+    dW = W (z_T - z_S) z_S^T / |z_S|^2      for every linear that reads z (gate and up, or a plain MLP's first; the
+                                            router), so the student's h and choice of experts become the teacher's
+    no post-norm:   dW_down h_T = v_T - v_S, by  db_down = v_T - v_S  where `down` has a bias,
+                    else by  dW_down = (v_T - v_S) h_T^T / |h_T|^2
+    experts:        the same in every expert chosen, with (v_T - v_S) / (sum of their routing weights)
     post-norm of scale m:   tau = v_T + m y_T - v_S,   u = r (tau / m) / rms(tau / m),   r = rms(W_down h_T)
                             dW_down = (u - W_down h_T) h_T^T / |h_T|^2,   m' = tau / y(u)
 
 with y the unscaled norm. The student then equals the teacher at that position. Every token is run afresh through the
 unmodified transformers modules with its patch written into their weights, so a mistake in our own hooks cannot hide.
+
+The post-norm form is the stable one: u points along tau / m, so m' is m times a number, and neither it nor the change
+of W_down asks for precision that bfloat16 weights do not have. All is solved in float64 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import Block, blocks_of, layer_inputs
+from .adapters import Block, Mlp, blocks_of, layer_inputs, weight_of
 
 # A post-norm scale smaller than this is taken as this where tau is divided by it.
 _SMALL_SCALE = 1e-6
@@ -30,11 +36,21 @@ _SMALL_SCALE = 1e-6
 
 @dataclass(frozen=True)
 class Token:
-    """One verified token: the teacher's greedy choice, the student's, and the largest logit difference."""
+    """One verified token.
+
+    Attributes:
+        teacher, student, unpatched: the greedy choice of the teacher, and of the student with and without the patch.
+        max_logit_error: largest absolute difference of their logits.
+        unpatched_logit_error: the same without the patch: what the context did. Where it is small, nothing is shown.
+        residual_errors: per layer, max |o_S - o_T| / rms(o_T) at the last position, o the layer's output.
+    """
 
     teacher: int
     student: int
+    unpatched: int
     max_logit_error: float
+    unpatched_logit_error: float
+    residual_errors: tuple[float, ...]
 
 
 def verify(
@@ -49,7 +65,8 @@ def verify(
     """Generate `new_tokens` greedily with the teacher, and each with a freshly patched student.
 
     Args:
-        model: a transformers causal language model; its weights are changed for each token and put back.
+        model: a transformers causal language model, float32 or bfloat16; its weights are changed for each token and
+            put back.
         teacher_prompt: ids of [I ; q].
         student_prompt: ids of [q].
         new_tokens: tokens to verify; the completion does not stop at an end-of-sequence token.
@@ -61,93 +78,146 @@ def verify(
     completion: list[int] = []
     with torch.no_grad():
         for _ in range(new_tokens):
-            wanted, at_v = _teacher(model, blocks, [*teacher_prompt, *completion])
-            student = torch.tensor([[*student_prompt, *completion]], device=model.device)
-            with _written(blocks):
-                _patch_all(model, blocks, student, at_v)
-                got = model(student, use_cache=False, logits_to_keep=1).logits[0, -1]
-            tokens.append(Token(int(wanted.argmax()), int(got.argmax()), float((wanted - got).abs().max())))
+            tokens.append(_verify_token(model, blocks, [*teacher_prompt, *completion], [*student_prompt, *completion]))
             completion.append(tokens[-1].teacher)
             progress()
     return tokens
 
 
-def _teacher(model: Any, blocks: Sequence[Block], ids: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's logits [vocab] and its v [d] at every block, at the last position, from one unmodified pass."""
-    seen: list[Tensor] = []
-    handles = [
-        block.mlp_norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, -1])) for block in blocks
-    ]
+def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], student_ids: list[int]) -> Token:
+    cuts: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.at_cut(lambda cut: cuts.append(cut[0, -1])))
+        wanted, teacher = _run(model, blocks, teacher_ids)
+    bare, _ = _run(model, blocks, student_ids)
+    with _Edits() as edits:
+        _patch_all(model, blocks, student_ids, cuts, edits)
+        got, student = _run(model, blocks, student_ids)
+    return Token(
+        int(wanted.argmax()),
+        int(got.argmax()),
+        int(bare.argmax()),
+        float((wanted - got).abs().max()),
+        float((wanted - bare).abs().max()),
+        tuple(float((s - t).abs().max() / t.square().mean().sqrt()) for s, t in zip(student, teacher, strict=True)),
+    )
+
+
+def _run(model: Any, blocks: Sequence[Block], ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [vocab] and every block's output o [d] at the last position, float32, from one pass of the model."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, out: Any) -> None:
+        outputs.append((out[0] if isinstance(out, tuple) else out)[0, -1].float())
+
+    handles = [block.layer.register_forward_hook(keep) for block in blocks]
     try:
-        logits = model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits[0, -1]
+        out = model(torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    return logits, seen
+    return out.logits[0, -1].float(), outputs
 
 
-def _patch_all(model: Any, blocks: Sequence[Block], ids: Tensor, at_v: list[Tensor]) -> None:
-    """Write this token's patch into every block, bottom up."""
-    hidden, kwargs = layer_inputs(model, ids, torch.ones_like(ids))
-    for block, v_teacher in zip(blocks, at_v, strict=True):
-        v = block.attention_half(hidden, kwargs[block.index])
-        _write(block, v_teacher, v[0, -1])
-        hidden = block.mlp_half(v)
+def _patch_all(
+    model: Any, blocks: Sequence[Block], ids: Sequence[int], teacher: Sequence[Tensor], edits: _Edits
+) -> None:
+    """Write this token's patch into every block, bottom up; `teacher` are its cuts [d or 2d], a block each."""
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    hidden, kwargs = layer_inputs(model, input_ids, torch.ones_like(input_ids))
+    for block, wanted in zip(blocks, teacher, strict=True):
+        cut = block.attention_half(hidden, kwargs[block.index])
+        _write(block, wanted, cut[0, -1], edits)
+        hidden = block.mlp_half(cut)
 
 
-def _write(block: Block, v_teacher: Tensor, v_student: Tensor) -> None:
-    """Solve one block in float64 and write the result into its weights."""
-    z_teacher, z_student = block.mlp_norm(v_teacher).double(), block.mlp_norm(v_student).double()
-    h = block.hidden(v_teacher).double()  # before gate and up change: what they will give the student
-    down_h = block.down.weight.double() @ h
-    for linear in (block.gate, block.up):
-        _add_rank_one(linear.weight, linear.weight.double() @ (z_teacher - z_student), z_student)
-    if block.post_norm is None:
-        change = v_teacher.double() - v_student.double()
-    else:
-        change = _write_post_norm(block, v_teacher.double() - v_student.double(), down_h)
-    _add_rank_one(block.down.weight, change, h)
+def _write(block: Block, teacher: Tensor, student: Tensor, edits: _Edits) -> None:
+    """Solve one block in float64 for the two cuts [d or 2d] and write the result into its weights."""
+    z_teacher, z_student = block.normed(teacher).double(), block.normed(student).double()
+    v_difference = block.residual(teacher).double() - block.residual(student).double()
+    chosen = _chosen(block, teacher)  # before any weight changes: what the student will have
+    change, share = v_difference, 1.0
+    if block.post_norm is not None:
+        [(mlp, h)] = chosen  # no architecture has both experts and a post-norm
+        change = _write_post_norm(block.post_norm, v_difference, weight_of(mlp.down).double() @ h, edits)
+    if block.router is not None:
+        share = _routing_sum(block, teacher)
+    readers = [linear for mlp, _ in chosen for linear in mlp.reads_z.values()]
+    for linear in readers if block.router is None else [block.router, *readers]:
+        weight = weight_of(linear)
+        _add_rank_one(weight, weight.double() @ (z_teacher - z_student), z_student, edits)
+    for mlp, h in chosen:
+        bias: Tensor | None = mlp.down.bias  # type: ignore[assignment]
+        if bias is not None and block.post_norm is None:
+            edits.set(bias, bias.double() + change / share)
+        else:
+            _add_rank_one(weight_of(mlp.down), change / share, h, edits)
 
 
-def _add_rank_one(weight: Tensor, output: Tensor, inputs: Tensor) -> None:
-    """weight += output inputs^T / |inputs|^2, so that the linear gives `output` more for `inputs`."""
-    weight += torch.outer(output, inputs / inputs.square().sum()).to(weight.dtype)
+def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
+    """The MLP, or the experts that the block's own router chooses at `cut`, each with its h [f], float64."""
+    chosen: list[tuple[Mlp, Tensor]] = []
+    handles = [
+        mlp.down.register_forward_pre_hook(lambda _m, args, mlp=mlp: chosen.append((mlp, args[0].flatten().double())))
+        for mlp in block.mlps
+    ]
+    try:
+        block.branch(cut)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return chosen
 
 
-def _write_post_norm(block: Block, v_difference: Tensor, down_h: Tensor) -> Tensor:
+def _routing_sum(block: Block, cut: Tensor) -> float:
+    """Sum of the routing weights at `cut`: what the experts together return when each of them returns ones."""
+    handles = [mlp.down.register_forward_hook(lambda _m, _args, out: torch.ones_like(out)) for mlp in block.mlps]
+    try:
+        return float(block.branch(cut).flatten()[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_rank_one(weight: Tensor, output: Tensor, inputs: Tensor, edits: _Edits) -> None:
+    """weight [out, in] += output inputs^T / |inputs|^2, so that the linear gives `output` more for `inputs`."""
+    edits.set(weight, weight.double() + torch.outer(output, inputs / inputs.square().sum()))
+
+
+def _write_post_norm(norm: Any, v_difference: Tensor, down_h: Tensor, edits: _Edits) -> Tensor:
     """Set the post-norm's scale for the target tau, and return the change wanted of W_down h.
 
     transformers stores a Gemma scale as m - 1.
     """
-    assert block.post_norm is not None
-    weight: Tensor = block.post_norm.weight  # type: ignore[assignment]
-    eps: float = block.post_norm.eps  # type: ignore[assignment]
 
     def unscaled(x: Tensor) -> Tensor:
-        return x / (x.square().mean() + eps).sqrt()
+        return x / (x.square().mean() + norm.eps).sqrt()
 
-    scale = 1 + weight.double()
+    scale = 1 + norm.weight.double()
     tau = v_difference + scale * unscaled(down_h)
     guarded = torch.where(scale.abs() < _SMALL_SCALE, torch.full_like(scale, _SMALL_SCALE), scale)
     direction = tau / guarded
     u = direction * (down_h.square().mean() / direction.square().mean()).sqrt()
     y = unscaled(u)
-    weight.copy_((torch.where(y == 0, scale, tau / y) - 1).to(weight.dtype))
+    edits.set(norm.weight, torch.where(y == 0, scale, tau / y) - 1)
     return u - down_h
 
 
-@contextmanager
-def _written(blocks: Sequence[Block]) -> Iterator[None]:
-    """Put every weight back on leaving."""
-    modules = [
-        module
-        for block in blocks
-        for module in (block.gate, block.up, block.down, block.post_norm)
-        if module is not None
-    ]
-    kept = [module.weight.clone() for module in modules]  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        for module, weight in zip(modules, kept, strict=True):
-            module.weight.copy_(weight)  # type: ignore[operator]
+class _Edits:
+    """Weights changed within the context, put back on leaving it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> _Edits:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for weight, before in reversed(self._kept):
+            weight.copy_(before)
+
+    def set(self, weight: Tensor, value: Tensor) -> None:
+        """weight <- value, rounded to the weight's precision."""
+        self._kept.append((weight, weight.clone()))
+        weight.copy_(value)

@@ -1,18 +1,21 @@
 """The forms of a static patch: closed-form regressions of one block's student onto its teacher.
 
-Each form takes the completion rows of both sides at v (teacher v_T, student v_S, row t of one aligned with row t of
-the other) and returns the deltas of this block. Letters as in docs/method.md.
+Each form takes the completion rows of both sides at the cut between the block's halves (v_T and v_S, in parallel blocks
+with the MLP's input beside them; row t of one aligned with row t of the other) and returns the deltas of this block.
+Letters as in docs/method.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .adapters import Block
+from tp_runtime.errors import CalibrationError
+
+from .adapters import Block, weight_of
 from .deltas import TorchDelta, applied
 from .ridge import AffineMap, fit_affine, top_directions
 
@@ -22,9 +25,9 @@ class Rows:
     """What a form is fitted on at one block.
 
     Attributes:
-        teacher: v_T [N, d].
-        student: v_S [N, d], of the student as already patched below.
-        sink: v_S [1, d] at position 0, the attention sink, whose direction is projected out of the maps; None where
+        teacher: the teacher's cut, v_T [N, d] (v and u [N, 2d] in parallel blocks, adapters.py).
+        student: the same of the student as already patched below.
+        sink: the student's at position 0, the attention sink, whose direction is projected out of the maps; None where
             the student never runs that position, because a KV prefix stands in its place.
     """
 
@@ -44,6 +47,24 @@ class Settings:
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]
 
 
+def check_method(method: str, blocks: Sequence[Block]) -> None:
+    """Check that a form applies to a model.
+
+    Raises:
+        CalibrationError: `matrix`, and a block is a mixture of experts: a row meets few of them, and each would need
+            slots of its own.
+    """
+    for block in blocks:
+        if method == "matrix" and block.router is not None:
+            raise CalibrationError(
+                "no thought matrix for a mixture of experts",
+                field="method",
+                got=f"{len(block.mlps)} experts in layer {block.index}",
+                wanted="one MLP",
+                fix="use --method output or vector",
+            )
+
+
 def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """Thought vector: the mean of o_T - o_S over the rows, a bias on the block's output."""
     difference = block.mlp_half(rows.teacher) - block.mlp_half(rows.student)
@@ -56,16 +77,17 @@ def fit_output(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 
 
 def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`matrix`: thought matrices W M on gate and up with one shared M, then `output` on what is left.
+    """`matrix`: thought matrices W M on the linears that read z, one M for all, then `output` on what is left.
 
     M is the ridge of z_T - z_S on z_S. The pair is truncated in the metric of what gate and up output together,
-    W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor.
+    W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
     """
-    z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
-    sink = None if rows.sink is None else block.mlp_norm(rows.sink)[0]
+    check_method("matrix", [block])
+    z_teacher, z_student = block.normed(rows.teacher), block.normed(rows.student)
+    sink = None if rows.sink is None else block.normed(rows.sink)[0]
     fit = fit_affine(z_student, z_teacher - z_student, settings.ridge, sink)
-    weights = {"gate": block.gate.weight.double(), "up": block.up.weight.double()}
-    both = torch.cat(list(weights.values()))  # W [2f, d]
+    weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
+    both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
     # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
     values, vectors = torch.linalg.eigh(fit.energy)
     root = vectors * values.clamp(min=0).sqrt()

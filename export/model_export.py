@@ -119,6 +119,8 @@ def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
         from . import onnx_optimum  # seconds of imports that the usual route does not need
 
         return onnx_optimum.trace(model, slots), "optimum"
+    except ModelFormatError:
+        raise
     except Exception as error:
         raise ModelFormatError(f"optimum cannot export it: {_reason(error)}", field="route", got=route) from error
 
@@ -158,7 +160,7 @@ def _describe(
         route=route,
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
-        context_window=config.max_position_embeddings,
+        context_window=onnx_trace.context_window(config),
         kv=KV(*onnx_trace.kv_shape(config), "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms),

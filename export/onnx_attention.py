@@ -79,7 +79,7 @@ def _attention(
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
-        "scale": float(head_dim**-0.5 if scaling is None else scaling),
+        "scale": float(_own_scale(module, head_dim) if scaling is None else scaling),
         "do_rotary": 0,
     }
     if sliding_window is not None:
@@ -98,6 +98,12 @@ def _attention(
     )
     recording.present.append((present_key, present_value))
     return out.reshape(batch, steps, heads, head_dim), None
+
+
+def _own_scale(module: Any, head_dim: int) -> float:
+    """The scale of GPT-2's attention, which does not pass one on."""
+    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -80,7 +80,7 @@ def _export_config(model: Any) -> Any:
             field="config.model_type",
             got=model.config.model_type,
             wanted="one optimum has an ONNX configuration for",
-            fix=str(error).partition("\n")[0],
+            fix="use --route fused, if this architecture goes through it",
         ) from error
     config = constructor(model.config, use_past=True, use_past_in_inputs=True)
     if "position_ids" not in config.inputs and "position_ids" in inspect.signature(model.forward).parameters:

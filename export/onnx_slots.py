@@ -21,6 +21,7 @@ from tp_runtime.patch import Delta
 from tp_runtime.slots import slot_arrays
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # what slot_modules puts around a linear
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -38,7 +39,7 @@ def name_weights(model: ir.Model) -> None:
         paths = [p for p in re.findall(r"'([^']*)'", scopes) if p.startswith("model.")]
         if not paths:
             continue
-        module = paths[-1].removeprefix("model.").removesuffix(".linear")
+        module = _WRAPPERS.sub("", paths[-1].removeprefix("model."))
         for value in node.inputs:
             if value is None or value.name is None or not value.is_initializer() or value.const_value is None:
                 continue

@@ -22,6 +22,7 @@ from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
 
 from .onnx_attention import PassThroughCache, fused_attention, recording
+from .onnx_experts import traceable_experts
 from .slot_modules import SlotTensors, slotted
 
 OPSET = 20
@@ -63,7 +64,33 @@ class _Step(nn.Module):
 def kv_shape(config: Any) -> tuple[int, int]:
     """Heads and head size of one layer's keys and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, head_dim
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
+
+
+def context_window(config: Any) -> int:
+    """Tokens that the exported graph serves.
+
+    Rotary tables that change with the length of the text (`longrope`, as in Phi-3's long-context models) keep the form
+    they have up to the length of pretraining; the graph ends there.
+    """
+    rope = getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        return int(getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    return int(config.max_position_embeddings)
+
+
+@contextlib.contextmanager
+def _fixed_rotary_tables(model: nn.Module) -> Iterator[None]:
+    """Within the context rotary tables do not look at the length of the text: see context_window."""
+    tables: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    before = [table.rope_type for table in tables]
+    for table in tables:
+        table.rope_type = "default"  # how it is updated; frequencies and scale are the module's already
+    try:
+        yield
+    finally:
+        for table, rope_type in zip(tables, before, strict=True):
+            table.rope_type = rope_type
 
 
 def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
@@ -103,7 +130,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     slot_names = [f"{slot.name}.{part}" for slot in slots for part in ("a", "b", "bias")]
     present_names = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-    with fused_attention(model), quiet(), torch.no_grad():
+    with fused_attention(model), traceable_experts(model), _fixed_rotary_tables(model), quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Step(model, slots),
             kwargs=arguments,

@@ -17,8 +17,9 @@ from tp_runtime.patch_config import PatchConfig
 from tp_runtime.probe import measure as measure_probe
 
 from . import fidelity, lockstep
+from .adapters import blocks_of
 from .deltas import TorchDelta
-from .forms import Settings
+from .forms import Settings, check_method
 from .prefix import choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
@@ -51,7 +52,7 @@ def dialogues_for(
         raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
-    _check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
+    check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
     eos = source.codec.eos_ids
     completions = []
     with bar("teacher completions", samples * len(queries), "answer") as shown:
@@ -72,7 +73,12 @@ def dialogues_for(
     return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
 
 
-def _check_length(longest: int, window: int) -> None:
+def check_length(longest: int, window: int) -> None:
+    """Refuses tokens past the context window, which some models would answer with noise and GPT-2 with a crash.
+
+    Raises:
+        RequestError: `longest` tokens do not fit into `window`.
+    """
     if longest > window:
         raise RequestError(
             "prompt, query and answer do not fit the context window",
@@ -118,11 +124,13 @@ def make_patch(
         The patch, its tensors rounded to half precision as they will be stored.
 
     Raises:
-        CalibrationError: see `dialogues_for` and `fidelity.measure`; or a held-out query is also fitted.
+        CalibrationError: see `dialogues_for` and `fidelity.measure`; a held-out query is also fitted; or the method
+            does not apply to the architecture.
         PatchValueError: a tensor does not fit half precision.
     """
     settings = settings or Settings()
     check_disjoint(fitted, held_out)
+    check_method(method, blocks_of(model))  # before the minutes of rollout
     calibration = dialogues_for(source, model, context, fitted, max_new_tokens, samples=samples)
     evaluation = dialogues_for(source, model, context, held_out, max_new_tokens) if held_out else []
     config = PatchConfig(

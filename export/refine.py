@@ -85,8 +85,8 @@ def _row_logits(model: Any, batch: Any, prefix: TorchPrefix | None) -> Tensor:
     inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
     if prefix is not None:
         inputs = prefix.model_inputs(batch.attention_mask)
-    hidden = model.model(input_ids=batch.input_ids, **inputs).last_hidden_state
-    logits = model.lm_head(batch.rows(hidden))
+    hidden = model.base_model(input_ids=batch.input_ids, **inputs).last_hidden_state
+    logits = model.get_output_embeddings()(batch.rows(hidden))
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()
 

@@ -6,20 +6,22 @@ so that they leave torch as named graph inputs with a symbolic rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from tp_runtime.folder import Slot
 
-from .adapters import Block, blocks_of
+from .adapters import Block, blocks_of, weight_of
 
-SLOT_SETS: Mapping[str, tuple[str, ...]] = {
-    "output": ("mlp_out",),
-    "mlp": ("gate", "up", "mlp_out"),
-    "all": ("q", "k", "v", "o", "gate", "up", "down", "mlp_out"),
+# Which of a block's sites get a slot; what they are called depends on the architecture (phi3 has one `gate_up`).
+SLOT_SETS: Mapping[str, Callable[[Block], tuple[str, ...]]] = {
+    "output": lambda block: ("mlp_out",),
+    "mlp": lambda block: (*(site for site in block.adapter.reads_z if site in block.linears), "mlp_out"),
+    "all": lambda block: (*block.linears, "mlp_out"),
 }
 
 
@@ -48,43 +50,51 @@ class _Slotted(nn.Module):
 
 
 class _Reader(nn.Module):
-    """Wraps `down` and keeps its input h for the slot after the branch."""
+    """Wraps the block's reader (`down`, or a mixture of experts) and keeps its input for the slot after the branch."""
 
-    def __init__(self, down: nn.Module) -> None:
+    def __init__(self, reader: nn.Module) -> None:
         super().__init__()
-        self.down = down
+        self.reader = reader
         self.hidden: Tensor | None = None
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor) -> Any:
         self.hidden = h
-        return self.down(h)
+        return self.reader(h)
 
 
 class _BranchEnd(nn.Module):
-    """Wraps the last module of the MLP branch and adds the `mlp_out` slot, which reads h, to what it returns."""
+    """Wraps the last module of the MLP branch and adds the `mlp_out` slot to what it returns."""
 
     def __init__(self, tail: nn.Module, reader: _Reader, slot: SlotTensors) -> None:
         super().__init__()
         self.tail, self.slot = tail, slot
         self.reader = [reader]  # in a list: the reader is already a submodule elsewhere
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         out = self.tail(x)
         hidden = self.reader[0].hidden
         assert hidden is not None
+        if isinstance(out, tuple):  # experts hand their routing back beside it
+            return (self.slot.add(out[0], hidden), *out[1:])
         return self.slot.add(out, hidden)
 
 
 def slots_of(model: nn.Module, slot_set: str) -> list[Slot]:
     """The slots of `model`, layer by layer, for one of SLOT_SETS."""
-    slots = []
-    for block in blocks_of(model):
-        linears = block.adapter.linears()
-        for site in SLOT_SETS[slot_set]:
-            linear = block.down if site == "mlp_out" else block.layer.get_submodule(linears[site])
-            outputs, inputs = linear.weight.shape  # type: ignore[union-attr, misc]
-            slots.append(Slot(block.index, site, int(inputs), int(outputs)))
-    return slots
+    return [
+        Slot(block.index, site, *_sizes(block, site))
+        for block in blocks_of(model)
+        for site in SLOT_SETS[slot_set](block)
+    ]
+
+
+def _sizes(block: Block, site: str) -> tuple[int, int]:
+    """Inputs and outputs of a slot."""
+    if site != "mlp_out":
+        outputs, inputs = weight_of(block.layer.get_submodule(block.linears[site])).shape
+        return inputs, outputs
+    width, inner = weight_of(block.mlps[0].down).shape
+    return (width if block.router is not None else inner), width
 
 
 @contextmanager
@@ -99,25 +109,20 @@ def slotted(model: nn.Module, tensors: Mapping[tuple[int, str], SlotTensors]) ->
     blocks = blocks_of(model)
     try:
         for (layer, site), slot in tensors.items():
-            block = blocks[layer]
-            adapter = block.adapter
-            if site == "mlp_out":
-                continue
-            name = adapter.linears()[site]
-            replace(block, name, _Slotted(block.layer.get_submodule(name), slot))
+            if site != "mlp_out":
+                name = blocks[layer].linears[site]
+                replace(blocks[layer], name, _Slotted(blocks[layer].layer.get_submodule(name), slot))
         for (layer, site), slot in tensors.items():
             if site != "mlp_out":
                 continue
             block = blocks[layer]
-            adapter = block.adapter
-            reader = _Reader(block.layer.get_submodule(adapter.down))
-            if adapter.post_norm is None:
-                replace(block, adapter.down, _BranchEnd(reader, reader, slot))
+            reader = _Reader(block.layer.get_submodule(block.reader))
+            if block.tail == block.reader:
+                replace(block, block.reader, _BranchEnd(reader, reader, slot))
             else:
-                replace(block, adapter.down, reader)
-                replace(
-                    block, adapter.post_norm, _BranchEnd(block.layer.get_submodule(adapter.post_norm), reader, slot)
-                )
+                tail = block.layer.get_submodule(block.tail)
+                replace(block, block.reader, reader)
+                replace(block, block.tail, _BranchEnd(tail, reader, slot))
         yield
     finally:
         for layer_module, name, original in reversed(undo):

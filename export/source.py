@@ -98,8 +98,8 @@ def open_source(src: str | Path) -> Source:
     return Source(path, str(record.get("name") or path.resolve().name), config, codec)
 
 
-def load_model(source: Source, device: str = "cpu") -> Any:
-    """The transformers model of a source, float32, in eval mode.
+def load_model(source: Source, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The transformers model of a source in eval mode, its weights in `dtype`, a torch dtype by name.
 
     Raises:
         ModelFormatError: the weights are missing or damaged.
@@ -111,11 +111,13 @@ def load_model(source: Source, device: str = "cpu") -> Any:
     next(_tensors(source.path))  # names a missing file before transformers does, in one line
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # sdpa leaves out the soft caps of Gemma 2 without a word; None is transformers' own choice.
-    attention = "eager" if source.config.get("attn_logit_softcapping") else None
+    # sdpa leaves out Gemma 2's soft caps and GPT-2's unusual scales without a word; None is transformers' own choice.
+    config = source.config
+    unusual = config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)
+    attention = "eager" if config.get("attn_logit_softcapping") or unusual else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            source.path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFormatError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -45,13 +46,45 @@ _OWN = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "mistral": {"sliding_window": 8},
+    "phi3": {"hidden_size": 64, "partial_rotary_factor": 0.5, "sliding_window": 8},
+    "gpt2": {"hidden_size": 64, "num_key_value_heads": 4, "n_inner": 80},
+    "gpt_neox": {"hidden_size": 64, "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {  # the middle layer has an ordinary MLP; routing weights are not normalised
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+}
+# Block designs that share a model type with another: name -> model type and what sets them apart.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4},
+        },
+    ),
+    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "qwen3_moe normalised": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": []}),
 }
 
 
-def tiny_model(folder: Path, model_type: str, *, chat: bool = True, seed: int = 0) -> Path:
-    """Write a random model of `model_type` to `folder`; weights large enough for every branch to matter."""
+def tiny_model(folder: Path, design: str, *, chat: bool = True, seed: int = 0, **options: Any) -> Path:
+    """Write a random model to `folder`; weights large enough for every branch to matter.
+
+    Args:
+        folder: where to.
+        design: a model type, or one of VARIANTS.
+        chat: with a chat template.
+        seed: equal seeds give equal models.
+        options: of the architecture's config.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**_SHAPE, **_OWN.get(model_type, {})})
+    model_type, own = VARIANTS.get(design, (design, {}))
+    config = AutoConfig.for_model(model_type, **{**_SHAPE, **_OWN.get(model_type, {}), **own, **options})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

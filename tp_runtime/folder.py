@@ -17,12 +17,12 @@ from typing import Any
 
 from tp_runtime.atomic import atomic_file
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.patch_file import SITES
 from tp_runtime.safe_path import REEXPORT, check_name, checked_file
 
 SLOTS_FILE = "patch_slots.json"
 FORMAT = "tp-slots"
 VERSION = 1
-SITES = ("mlp_out", "gate", "up", "q", "k", "v", "o", "down")
 
 # Larger files (the weights) are hashed only on demand: reading them twice would double a cold start.
 ALWAYS_HASHED = 64 * 2**20

@@ -29,7 +29,7 @@ Slots = dict[tuple[int, str], dict[str, NDArray[np.float32]]]
 Entries = dict[tuple[int, str], NDArray[np.float32]]
 """(layer, "key" | "value") to array: the KV prefix."""
 
-SITES = ("mlp_out", "gate", "up", "q", "k", "v", "o", "down")
+SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 PARTS = ("a", "b", "bias", "mean")
 FORMAT = "tp-patch"
 # 1: deltas. 2: also a KV prefix; written only where there is one, so that older readers go on reading the rest.

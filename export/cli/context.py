@@ -1,4 +1,4 @@
-"""Options that `patch` and `evaluate` share: the text to absorb, and the device."""
+"""Options that `patch`, `evaluate` and `verify` share: the text to absorb, and the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from tp_runtime.errors import CalibrationError, DeviceUnavailableError
 
 
-def add_context_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompt, --prompt-file and --device."""
-    text = parser.add_mutually_exclusive_group(required=True)
+def add_context_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds --prompt, --prompt-file and --device; `required`: one of the first two must be given."""
+    text = parser.add_mutually_exclusive_group(required=required)
     text.add_argument("--prompt", metavar="TEXT", help="the system prompt or context")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
     parser.add_argument(

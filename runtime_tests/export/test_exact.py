@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tp_export.adapters import ADAPTERS, adapter_for, blocks_of
 from tp_export.exact import Token, verify
 from tp_export.source import Source, load_model, open_source
 
-from runtime_tests.tiny import tiny_model
+from runtime_tests.tiny import VARIANTS, tiny_model
 
+WINDOW = 32  # of sliding layers: wide enough for the context to reach the last token
 CHAT = (
     ("You are a pirate.", "Tell me about bees."),
     ("Answer in French.", "What is the capital of Italy?"),
@@ -33,12 +35,15 @@ def prompts(source: Source, context: str, query: str) -> tuple[list[int], list[i
     return source.codec.render(query, context), source.codec.render(query)
 
 
-@pytest.mark.parametrize("model_type", sorted(ADAPTERS))
-def test_every_adapter_is_exact_on_a_tiny_model(model_type: str, tmp_path: Path) -> None:
-    source = open_source(tiny_model(tmp_path, model_type))
+@pytest.mark.parametrize("design", [*ADAPTERS, *VARIANTS])
+def test_every_adapter_is_exact_on_a_tiny_model(design: str, tmp_path: Path) -> None:
+    source = open_source(tiny_model(tmp_path, design, sliding_window=WINDOW))
     tokens = verify(load_model(source), *prompts(source, "Be brief.", "Why?"), 6)
+    assert min(token.unpatched_logit_error for token in tokens) > 1e-2
     assert all(token.teacher == token.student for token in tokens)
     assert max(token.max_logit_error for token in tokens) < 1e-3
+    assert len(tokens[0].residual_errors) == 3
+    assert max(max(token.residual_errors) for token in tokens) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -48,10 +53,18 @@ def test_every_adapter_is_exact_on_a_tiny_model(model_type: str, tmp_path: Path)
         ("gemma3_text", {"mlp_norm": "input_layernorm"}),
         ("gemma3_text", {"mlp_norm": "post_attention_layernorm"}),
         ("gemma3_text", {"post_norm": None}),
+        ("phi3", {"reads_z": {}}),
+        ("gpt2", {"mlp_norm": "ln_1"}),
+        ("gpt2", {"reads_z": {}}),
+        ("gpt_neox", {"parallel": None}),
+        ("gpt_neox", {"attention": "input_layernorm"}),
+        ("mixtral", {"router": "experts.0.w1"}),
+        ("mixtral", {"reads_z": {"gate": "w1"}}),
+        ("qwen3_moe", {"mlp_norm": "input_layernorm"}),
     ],
 )
-def test_a_wrong_site_is_found_out(model_type: str, wrong: dict[str, str | None], tmp_path: Path) -> None:
-    source = open_source(tiny_model(tmp_path, model_type))
+def test_a_wrong_site_is_found_out(model_type: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+    source = open_source(tiny_model(tmp_path, model_type, sliding_window=WINDOW))
     model = load_model(source)
     blocks = blocks_of(model, replace(adapter_for(model_type), **wrong))
     tokens = verify(model, *prompts(source, "Be brief.", "Why?"), 3, blocks=blocks)

@@ -27,6 +27,7 @@ from tp_runtime.patch import Patch
 from tp_runtime.text import TextCodec
 
 TOLERANCE = 1e-4
+DESIGNS = [*ADAPTERS, "phi3 longrope", "gpt2 scaled by layer", "gpt_neox sequential"]
 IDS = token_ids(64)
 STEPS = (40, *(1,) * 24)
 
@@ -45,8 +46,12 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 found[architecture] = request.getfixturevalue(shared), request.getfixturevalue(f"{shared}_export")
             else:
                 root = tmp_path_factory.mktemp(architecture)
-                source = tiny_model(root / "source", architecture)
-                found[architecture] = source, export_model(open_source(source), root / "export", route="fused")
+                layers = 3 if architecture == "gemma2" else 2  # Gemma's alternate, 2 are enough elsewhere
+                source = tiny_model(root / "source", architecture, num_hidden_layers=layers)
+                found[architecture] = (
+                    source,
+                    export_model(open_source(source), root / "export", route="fused", slot_set="all"),
+                )
         return found[architecture]
 
     return make
@@ -55,12 +60,12 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # -- architectures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ADAPTERS)
+@pytest.mark.parametrize("architecture", DESIGNS)
 def test_logits_are_those_of_eager_attention(made: Callable[[str], Made], architecture: str) -> None:
     source, export = made(architecture)
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     graph = Graph(ModelFolder.open(export), "cpu")
-    assert graph.folder.architecture == architecture and graph.folder.route == "fused"
+    assert graph.folder.architecture == architecture.partition(" ")[0] and graph.folder.route == "fused"
     wanted = torch_logits(model, IDS)
     assert furthest(graph_logits(graph, IDS), wanted) < TOLERANCE
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), wanted) < TOLERANCE
@@ -82,8 +87,20 @@ def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], 
         assert furthest(torch_logits(other, IDS), wanted) > 30 * TOLERANCE, change
 
 
-def test_the_model_is_left_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
-    source = open_source(tiny_llama)
+def test_a_rotary_table_that_depends_on_the_length_ends_the_window(made: Callable[[str], Made]) -> None:
+    """longrope: the graph has the frequencies of short texts and serves no others; transformers changes them."""
+    source, export = made("phi3 longrope")
+    folder = ModelFolder.open(export)
+    assert folder.context_window == 256
+    model = load_model(open_source(source))
+    ids = token_ids(257)
+    assert furthest(graph_logits(Graph(folder, "cpu"), ids[:256]), torch_logits(model, ids[:256])) < TOLERANCE
+    assert furthest(torch_logits(model, ids)[:256], torch_logits(model, ids[:256])) > 30 * TOLERANCE
+
+
+@pytest.mark.parametrize("design", ["llama", "mixtral", "phi3 longrope"])
+def test_the_model_is_left_as_it_was(design: str, tmp_path: Path) -> None:
+    source = open_source(tiny_model(tmp_path, design))
     model = load_model(source)
     before = torch_logits(model, IDS)
     modules, attention = [name for name, _ in model.named_modules()], model.config._attn_implementation
@@ -97,6 +114,7 @@ def test_the_model_is_left_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
             model_export.onnx_trace.trace(model, model_export.slots_of(model, "all"))
     assert [name for name, _ in model.named_modules()] == modules
     assert model.config._attn_implementation == attention
+    assert not any("forward" in vars(module) for module in model.modules())
     assert np.array_equal(torch_logits(model, IDS), before)
 
 

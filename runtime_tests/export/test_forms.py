@@ -75,7 +75,7 @@ def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
     deltas = FORMS["matrix"](block, rows, Settings(rank=model.config.hidden_size, ridge=0.7))
     z_teacher, z_student = block.mlp_norm(rows.teacher), block.mlp_norm(rows.student)
     m = fit_affine(z_student, z_teacher - z_student, 0.7, block.mlp_norm(rows.sink)[0]).matrix
-    for site, linear in (("gate", block.gate), ("up", block.up)):
+    for site, linear in block.mlps[0].reads_z.items():
         delta = deltas[site]
         assert delta.a is not None and delta.b is not None
         assert torch.allclose((delta.a @ delta.b).double(), (linear.weight.double() @ m).T, atol=2e-4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tp_export import model_export, onnx_optimum, onnx_slots, onnx_trace
+from tp_export.adapters import ADAPTERS
 from tp_export.deltas import patched
 from tp_export.model_export import export_model
 from tp_export.onnx_optimum import trace
@@ -18,6 +19,7 @@ from tp_export.slot_modules import SLOT_SETS, slots_of
 from tp_export.source import load_model, open_source
 
 from runtime_tests.patches import random_config, random_patch
+from runtime_tests.tiny import VARIANTS, tiny_model
 from tp_runtime.errors import ModelFormatError, StaleCacheError
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
@@ -89,6 +91,29 @@ def test_a_patched_graph_is_the_hooked_model(model: Any, graph: Graph, sizes: li
         wanted = _torch_logits(model, IDS)
     assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.5  # the patch matters
     assert np.abs(got - wanted).max() < 2e-4
+
+
+@pytest.mark.parametrize("design", sorted({*ADAPTERS, *VARIANTS} - {"llama", "gemma3_text", "mixtral"}))
+def test_other_block_designs(design: str, tmp_path: Path) -> None:
+    source = open_source(tiny_model(tmp_path / "source", design))
+    model = load_model(source)
+    folder = ModelFolder.open(export_model(source, tmp_path / "export", slot_set="all", route="optimum"))
+    graph = Graph(folder, device="cpu")
+    sizes = [40, *[1] * 24]
+    assert np.abs(_in_chunks(graph, graph.base, sizes) - _torch_logits(model, IDS)).max() < 1e-4
+    patch = _patch(graph)
+    with patched(model, patch):
+        wanted = _torch_logits(model, IDS)
+    assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.3  # the patch matters
+    assert np.abs(_in_chunks(graph, graph.bind(patch), sizes) - wanted).max() < 2e-4
+
+
+def test_what_optimum_has_no_configuration_for(tmp_path: Path) -> None:
+    """Mixtral goes through the fused route only, and the refusal says so in one line."""
+    source = open_source(tiny_model(tmp_path / "source", "mixtral"))
+    with pytest.raises(ModelFormatError, match=r"got mixtral; .*--route fused"):
+        export_model(source, tmp_path / "export", route="optimum")
+    assert not (tmp_path / "export").exists()
 
 
 def test_unbound_slots_are_exactly_the_base(model: Any, graph: Graph, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""`tp-export verify`: the theorem on a model. Exact patches, one for each token, make the student the teacher."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.errors import CalibrationError
+
+from .context import add_context_options, read_context, torch_device
+
+# What is verified where nothing else is asked for: a prompt and queries for each style of model.
+_CONTEXTS: Mapping[str, str] = {
+    "chat": "You are a pirate captain. Speak only in pirate slang.",
+    "completion": "dog: chien\ncat: chat\nhouse: maison\n",
+}
+_QUERIES: Mapping[str, tuple[str, ...]] = {
+    "chat": (
+        "Tell me about bees.",
+        "What is the capital of Italy?",
+        "How do I boil an egg?",
+        "Why is the sky blue?",
+        "Write a short poem about rain.",
+    ),
+    "completion": ("tree:", "bread:", "water:", "red:", "book:"),
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="show that exact token-dependent patches reproduce a prompt",
+        description="For every token of the prompted model's greedy answers, solve the exact patch of that token, "
+        "write it into the weights, run the query without the prompt, and compare. Prints the tokens that agree, the "
+        "largest logit error, and for each layer the largest error of the residual stream o that leaves it, at the "
+        "last position: max |o_student - o_teacher| / rms(o_teacher). In float32 all of it is rounding.",
+    )
+    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
+    add_context_options(parser, required=False)
+    parser.add_argument("--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl")
+    parser.add_argument("--tokens", type=int, default=20, metavar="N", help="tokens of each answer (default 20)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights and the whole pass",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies and prints."""
+    from ..exact import verify
+    from ..patching import check_length
+    from ..progress import bar, clock
+    from ..questions import load_questions
+    from ..source import load_model, open_source
+
+    if args.tokens < 1:
+        raise CalibrationError("too small", field="--tokens", got=args.tokens, wanted="at least 1")
+    source = open_source(args.src)
+    asked = args.prompt is not None or args.prompt_file is not None
+    context = read_context(args) if asked else _CONTEXTS[source.style]
+    if not context.strip():
+        raise CalibrationError("the prompt is empty", field="--prompt", got=repr(context), wanted="text")
+    queries = load_questions(args.queries) if args.queries else _QUERIES[source.style]
+    prompts = [(source.codec.render(query, context), source.codec.render(query)) for query in queries]
+    device = torch_device(args.device)
+    with clock("load weights"):
+        model = load_model(source, device, args.dtype)
+    check_length(max(len(teacher) for teacher, _ in prompts) + args.tokens, model.config.max_position_embeddings)
+    tokens = []
+    with bar("exact patches", len(queries) * args.tokens, "token") as shown:
+        for teacher, student in prompts:
+            tokens += verify(model, teacher, student, args.tokens, progress=shown.update)
+    report = {
+        "base_model": source.name,
+        "architecture": source.architecture,
+        "dtype": args.dtype,
+        "queries": len(queries),
+        "tokens": len(tokens),
+        "agreed": sum(token.student == token.teacher for token in tokens),
+        "agreed_unpatched": sum(token.unpatched == token.teacher for token in tokens),
+        "max_logit_error": max(token.max_logit_error for token in tokens),
+        "max_logit_error_unpatched": max(token.unpatched_logit_error for token in tokens),
+        "max_residual_error": [max(errors) for errors in zip(*(t.residual_errors for t in tokens), strict=True)],
+    }
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(f"{source.name} ({source.architecture}), {args.dtype}: {len(queries)} queries, {args.tokens} tokens each")
+    print(f"tokens agreed    {report['agreed']} of {report['tokens']} (without a patch {report['agreed_unpatched']})")
+    print(
+        f"max logit error  {report['max_logit_error']:.2g} (without a patch {report['max_logit_error_unpatched']:.2g})"
+    )
+    print("max error of the residual stream, relative to its rms, after layer")
+    for layer, error in enumerate(report["max_residual_error"]):
+        print(f"{layer:>5}  {error:.2g}")
+    return 0
