@@ -236,14 +236,18 @@ class Block:
 
     def hidden(self, cut: Tensor) -> Tensor:
         """cut -> what `mlp_out` reads, [..., f] (h) or, of a mixture of experts, [..., d] (z)."""
+        return self.mlp_half_and_hidden(cut)[1]
+
+    def mlp_half_and_hidden(self, cut: Tensor) -> tuple[Tensor, Tensor]:
+        """Both `mlp_half` and `hidden`, in one pass."""
         seen: list[Tensor] = []
         reader = self.layer.get_submodule(self.reader)
         handle = reader.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
-            self.branch(cut)
+            out = self.mlp_half(cut)
         finally:
             handle.remove()
-        return seen[0].reshape(*cut.shape[:-1], -1)
+        return out, seen[0].reshape(*cut.shape[:-1], -1)
 
     def branch(self, cut: Tensor) -> Tensor:
         """cut -> the output of the MLP, before any post-norm, as [b, T, d]: experts take and give nothing less."""

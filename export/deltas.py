@@ -65,27 +65,28 @@ def _apply_after_branch(block: Block, delta: TorchDelta, stack: ExitStack) -> No
     stack.callback(block.layer.get_submodule(block.tail).register_forward_hook(add).remove)
 
 
-def torch_deltas(patch: Patch, device: torch.device | str, dtype: torch.dtype) -> dict[int, dict[str, TorchDelta]]:
-    """The tensors of a patch file, layer -> site -> delta."""
+def torch_deltas(patch: Patch, layer: int, device: torch.device | str, dtype: torch.dtype) -> dict[str, TorchDelta]:
+    """The tensors of a patch file for one layer, site -> delta."""
 
-    def tensor(array: Any) -> Tensor | None:
+    def tensor(array: Any) -> Any:
         return None if array is None else torch.tensor(array, device=device, dtype=dtype)
 
-    layers: dict[int, dict[str, TorchDelta]] = {}
-    for (layer, site), delta in patch.deltas.items():
-        bias = tensor(delta.bias)
-        layers.setdefault(layer, {})[site] = TorchDelta(
-            torch.zeros((), device=device, dtype=dtype) if bias is None else bias, tensor(delta.a), tensor(delta.b)
-        )
-    return layers
+    none = torch.zeros((), device=device, dtype=dtype)
+    return {
+        site: TorchDelta(none if delta.bias is None else tensor(delta.bias), tensor(delta.a), tensor(delta.b))
+        for (index, site), delta in patch.deltas.items()
+        if index == layer
+    }
 
 
 @contextmanager
 def patched(model: nn.Module, patch: Patch) -> Iterator[None]:
     """Within the context `model` runs with `patch` applied."""
     weight = next(model.parameters())
-    blocks = blocks_of(model)
     with ExitStack() as stack:
-        for layer, deltas in torch_deltas(patch, weight.device, weight.dtype).items():
-            stack.enter_context(applied(blocks[layer], deltas))
+        for block in blocks_of(model):
+            # A device map may have put layers elsewhere; the weights of an offloaded layer are nowhere right now.
+            own = next(block.layer.parameters()).device
+            device = weight.device if own.type == "meta" else own
+            stack.enter_context(applied(block, torch_deltas(patch, block.index, device, weight.dtype)))
         yield

@@ -7,7 +7,7 @@ Letters as in docs/method.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ from tp_runtime.errors import CalibrationError
 
 from .adapters import Block, weight_of
 from .deltas import TorchDelta, applied
-from .ridge import AffineMap, fit_affine, top_directions
+from .ridge import AffineMap, Moments, top_directions
+
+_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Rows:
     teacher: Tensor
     student: Tensor
     sink: Tensor | None
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(teacher, student) a few rows at a time: what a block computes from a row is several times as wide."""
+        yield from zip(self.teacher.split(_ROWS), self.student.split(_ROWS), strict=True)
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ def check_method(method: str, blocks: Sequence[Block]) -> None:
 
 def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """Thought vector: the mean of o_T - o_S over the rows, a bias on the block's output."""
-    difference = block.mlp_half(rows.teacher) - block.mlp_half(rows.student)
-    return {"mlp_out": TorchDelta(bias=difference.mean(0))}
+    sums = [(block.mlp_half(teacher) - block.mlp_half(student)).sum(0) for teacher, student in rows.parts()]
+    return {"mlp_out": TorchDelta(bias=torch.stack(sums).sum(0) / len(rows.student))}
 
 
 def fit_output(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
@@ -83,9 +89,11 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
     """
     check_method("matrix", [block])
-    z_teacher, z_student = block.normed(rows.teacher), block.normed(rows.student)
-    sink = None if rows.sink is None else block.normed(rows.sink)[0]
-    fit = fit_affine(z_student, z_teacher - z_student, settings.ridge, sink)
+    moments = Moments(None if rows.sink is None else block.normed(rows.sink)[0])
+    for teacher, student in rows.parts():
+        z_student = block.normed(student)
+        moments.add(z_student, block.normed(teacher) - z_student)
+    fit = moments.solve(settings.ridge)
     weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
     both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
     # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
@@ -99,21 +107,23 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     start = 0
     for site, weight in weights.items():
         part = slice(start, start + weight.shape[0])
-        deltas[site] = _delta(fit, first, directions[part], target[part], z_student.dtype)
+        deltas[site] = _delta(fit, first, directions[part], target[part], rows.student.dtype)
         start = part.stop
     return deltas | _output(block, rows, settings, below=deltas)
 
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
     """`mlp_out` for a student whose gate and up already carry `below`."""
-    o_teacher = block.mlp_half(rows.teacher)
     with applied(block, below):
-        target = o_teacher - block.mlp_half(rows.student)
-        hidden = block.hidden(rows.student)
-        sink = None if rows.sink is None else block.hidden(rows.sink)[0]
-    fit = fit_affine(hidden, target, settings.ridge, sink)
+        moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0])
+    for teacher, student in rows.parts():
+        o_teacher = block.mlp_half(teacher)
+        with applied(block, below):
+            o_student, hidden = block.mlp_half_and_hidden(student)
+        moments.add(hidden, o_teacher - o_student)
+    fit = moments.solve(settings.ridge)
     directions = top_directions(fit.energy, settings.rank)
-    return {"mlp_out": _delta(fit, directions.T @ fit.matrix, directions, fit.mean_out, hidden.dtype)}
+    return {"mlp_out": _delta(fit, directions.T @ fit.matrix, directions, fit.mean_out, rows.student.dtype)}
 
 
 def _delta(fit: AffineMap, first: Tensor, directions: Tensor, target: Tensor, dtype: torch.dtype) -> TorchDelta:

@@ -5,7 +5,8 @@ runs with the fit applied at EVERY position, the first included, as the runtime 
 corrected above. Fitting all blocks in parallel from one unpatched student would correct the same error at every one.
 
 Cost: one teacher and one student pass over the tokens, plus the MLP halves of the completion rows and the solves. Only
-one block's weights and the two sets of hidden states are in use at a time.
+one block's weights and the two sets of hidden states are in use at a time, so a model bigger than memory is fitted from
+disk (offload.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .adapters import Block, blocks_of, layer_inputs
 from .deltas import TorchDelta, applied
 from .forms import FORMS, Rows, Settings
+from .offload import resident
 from .prefix import TorchPrefix
 from .sequences import Batch, Dialogue, batches
 
@@ -82,18 +84,19 @@ def fit(
         ]
         deltas: dict[int, dict[str, TorchDelta]] = {}
         for block in blocks:
-            for teacher, student in sides:
-                teacher.attend(block)
-                student.attend(block)
-            rows = Rows(
-                torch.cat([teacher.rows() for teacher, _ in sides]),
-                torch.cat([student.rows() for _, student in sides]),
-                None if prefix is not None else sides[0][1].hidden[:1, 0],
-            )
-            deltas[block.index] = form(block, rows, settings)
-            for teacher, student in sides:
-                teacher.feed_forward(block)
-                with applied(block, deltas[block.index]):
-                    student.feed_forward(block)
+            with resident(block.layer):
+                for teacher, student in sides:
+                    teacher.attend(block)
+                    student.attend(block)
+                rows = Rows(
+                    torch.cat([teacher.rows() for teacher, _ in sides]),
+                    torch.cat([student.rows() for _, student in sides]),
+                    None if prefix is not None else sides[0][1].hidden[:1, 0],
+                )
+                deltas[block.index] = form(block, rows, settings)
+                for teacher, student in sides:
+                    teacher.feed_forward(block)
+                    with applied(block, deltas[block.index]):
+                        student.feed_forward(block)
             progress(block.index + 1, len(blocks))
     return deltas

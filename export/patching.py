@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,10 +20,12 @@ from . import fidelity, lockstep
 from .adapters import blocks_of
 from .deltas import TorchDelta
 from .forms import Settings, check_method
-from .prefix import choose
+from .prefix import TorchPrefix, choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
+from .refine import refine
 from .rollout import complete
+from .rollout_store import RolloutStore
 from .sequences import Dialogue
 from .source import Source
 
@@ -32,7 +34,14 @@ _SAMPLE_TEMPERATURE = 0.7
 
 
 def dialogues_for(
-    source: Source, model: Any, context: str, queries: Sequence[str], max_new_tokens: int, *, samples: int = 1
+    source: Source,
+    model: Any,
+    context: str,
+    queries: Sequence[str],
+    max_new_tokens: int,
+    *,
+    samples: int = 1,
+    store: RolloutStore | None = None,
 ) -> list[Dialogue]:
     """Have the teacher answer `queries` with the context in front.
 
@@ -59,7 +68,14 @@ def dialogues_for(
         for turn in range(samples):
             temperature = _SAMPLE_TEMPERATURE if turn else 0.0
             completions += complete(
-                model, teacher, max_new_tokens, eos, temperature=temperature, seed=turn, progress=shown.update
+                model,
+                teacher,
+                max_new_tokens,
+                eos,
+                temperature=temperature,
+                seed=turn,
+                store=store,
+                progress=shown.update,
             )
     if all(set(completion) <= eos for completion in completions):
         raise CalibrationError(
@@ -89,20 +105,38 @@ def check_length(longest: int, window: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a patch is made.
+
+    Attributes:
+        method: `vector`, `output` or `matrix`; or `prefix`, key/value entries alone.
+        settings: rank and ridge.
+        prefix: key/value entries of the context to carry, for each head.
+        samples: answers to fit on for each query, the first greedy and the rest sampled.
+        max_new_tokens: length of the teacher's completions.
+        refine_steps: steps of gradient descent from the closed form; 0 leaves it as it is.
+    """
+
+    method: str = "output"
+    settings: Settings = field(default_factory=Settings)
+    prefix: int = 0
+    samples: int = 2
+    max_new_tokens: int = 48
+    refine_steps: int = 0
+
+
 def make_patch(
     source: Source,
     model: Any,
     context: str,
     fitted: Sequence[str],
     held_out: Sequence[str],
+    recipe: Recipe,
     *,
     name: str,
-    method: str = "output",
-    settings: Settings | None = None,
-    prefix: int = 0,
-    samples: int = 2,
-    max_new_tokens: int = 48,
     store_context: bool = False,
+    store: RolloutStore | None = None,
 ) -> Patch:
     """Compute a patch that stands in for `context`.
 
@@ -112,72 +146,91 @@ def make_patch(
         context: the system prompt or context to absorb.
         fitted: calibration queries.
         held_out: queries kept aside; the figures in the patch come from these alone.
+        recipe: how.
         name: what the patch is called.
-        method: `vector`, `output` or `matrix`; or `prefix`, entries alone.
-        settings: rank and ridge.
-        prefix: key/value entries of the context to carry, for each head.
-        samples: answers to fit on for each query, the first greedy and the rest sampled.
-        max_new_tokens: length of the teacher's completions.
         store_context: put the text itself into the patch's description.
+        store: where the teacher's answers are kept, to go on after an interruption.
 
     Returns:
-        The patch, its tensors rounded to half precision as they will be stored.
+        The patch, its tensors rounded to half precision as they will be stored. Where it was refined, its figures also
+        say what the closed form alone reached (`gap_closed_closed_form`).
 
     Raises:
-        CalibrationError: see `dialogues_for` and `fidelity.measure`; a held-out query is also fitted; or the method
-            does not apply to the architecture.
+        CalibrationError: see `dialogues_for`, `prefix.choose` and `fidelity.measure`; or a held-out query is also
+            fitted, or the form does not apply to the model.
         PatchValueError: a tensor does not fit half precision.
     """
-    settings = settings or Settings()
     check_disjoint(fitted, held_out)
-    check_method(method, blocks_of(model))  # before the minutes of rollout
-    calibration = dialogues_for(source, model, context, fitted, max_new_tokens, samples=samples)
-    evaluation = dialogues_for(source, model, context, held_out, max_new_tokens) if held_out else []
+    check_method(recipe.method, blocks_of(model))  # before the minutes of rollout
+    new_tokens, samples = recipe.max_new_tokens, recipe.samples
+    calibration = dialogues_for(source, model, context, fitted, new_tokens, samples=samples, store=store)
+    evaluation = dialogues_for(source, model, context, held_out, new_tokens, store=store) if held_out else []
     config = PatchConfig(
         name=name,
-        method=method,
+        method=recipe.method,
         base_model=source.name,
         base_digest=source.digest,
         architecture=source.architecture,
         precision="fp32",
         context_digest=context_digest(context),
         context=context if store_context else None,
-        ridge=settings.ridge,
+        ridge=recipe.settings.ridge,
         calibration={
             "queries": len(fitted),
             "samples": samples,
             "rows": sum(len(dialogue.completion) for dialogue in calibration),
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": new_tokens,
             "holdout": len(evaluation),
             "query_digests": sorted(query_digest(query) for query in fitted),
         },
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    kept = None
-    if prefix:
+    prefix = None
+    if recipe.prefix:
         with bar("attention to the context", len(calibration), "query") as shown:
-            kept = choose(model, calibration, prefix, shown.update)
-    deltas: Mapping[int, Mapping[str, TorchDelta]] = {}
-    if method != "prefix":
-        with bar(f"fit {method}", model.config.num_hidden_layers, "layer") as shown:
-            deltas = lockstep.fit(
-                model, calibration, method, settings, prefix=kept, progress=lambda done, _all: shown.update()
+            prefix = choose(model, calibration, recipe.prefix, shown.update)
+    deltas = _closed_form(model, calibration, recipe, prefix)
+    patch = Patch(_half(deltas), config, None if prefix is None else prefix.numpy())
+    figures = _held_out(model, patch, evaluation) if evaluation else {}
+    if recipe.refine_steps and deltas:
+        with bar("refine", recipe.refine_steps, "step") as shown:
+            deltas = refine(
+                model, calibration, deltas, recipe.refine_steps, prefix=prefix, progress=lambda _loss: shown.update()
             )
-    patch = Patch(_half(deltas), config, None if kept is None else kept.numpy())
-    figures: dict[str, float] | None = None
-    if evaluation:
-        with bar("held-out fidelity", len(evaluation), "query") as shown:
-            measured = fidelity.measure(
-                evaluation,
-                fidelity.torch_student(model),
-                fidelity.torch_student(model),
-                fidelity.torch_student(model, patch),
-                progress=shown.update,
-            )
-        figures = measured.to_dict()
+        patch = Patch(_half(deltas), config, patch.prefix)
+        if evaluation:
+            figures = {"gap_closed_closed_form": figures["gap_closed"], **_held_out(model, patch, evaluation)}
     probe = _probe(model, patch, (evaluation or calibration)[0])
-    return Patch(patch.deltas, replace(config, fidelity=figures, probe=probe), patch.prefix)
+    return Patch(patch.deltas, replace(config, fidelity=figures or None, probe=probe), patch.prefix)
+
+
+def _closed_form(
+    model: Any, calibration: Sequence[Dialogue], recipe: Recipe, prefix: TorchPrefix | None
+) -> Mapping[int, Mapping[str, TorchDelta]]:
+    if recipe.method == "prefix":
+        return {}
+    with bar(f"fit {recipe.method}", model.config.num_hidden_layers, "layer") as shown:
+        return lockstep.fit(
+            model,
+            calibration,
+            recipe.method,
+            recipe.settings,
+            prefix=prefix,
+            progress=lambda _done, _all: shown.update(),
+        )
+
+
+def _held_out(model: Any, patch: Patch, evaluation: Sequence[Dialogue]) -> dict[str, float]:
+    with bar("held-out fidelity", len(evaluation), "query") as shown:
+        measured = fidelity.measure(
+            evaluation,
+            fidelity.torch_student(model),
+            fidelity.torch_student(model),
+            fidelity.torch_student(model, patch),
+            progress=shown.update,
+        )
+    return measured.to_dict()
 
 
 def context_digest(context: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .rollout_store import RolloutStore
+
 
 def complete(
     model: Any,
@@ -16,7 +18,8 @@ def complete(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 32,
+    store: RolloutStore | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
     """Completions of `prompts`, each up to and with its end-of-sequence token.
@@ -29,10 +32,17 @@ def complete(
         temperature: 0.0 is greedy; else ids are sampled from the whole distribution.
         seed: another seed, other samples; the caller's random state is left as it was.
         batch_size: prompts a batch.
+        store: answers it has are taken from it, new ones are put into it batch by batch.
         progress: called with the number of prompts just finished.
     """
     completions: list[tuple[int, ...]] = [()] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    keys: list[str] = []
+    if store is not None:
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        keys = [store.key(prompt, settings) for prompt in prompts]
+        completions = [store.get(key) or () for key in keys]
+        progress(sum(map(bool, completions)))
+    order = sorted((i for i, c in enumerate(completions) if not c), key=lambda i: len(prompts[i]))
     pad = min(eos_ids)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -57,6 +67,8 @@ def complete(
             )
         for row, i in enumerate(part):
             completions[i] = _until_eos(out[row, longest:].tolist(), eos_ids)
+        if store is not None:
+            store.put({keys[i]: completions[i] for i in part})
         progress(len(part))
     return completions
 

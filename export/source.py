@@ -98,8 +98,14 @@ def open_source(src: str | Path) -> Source:
     return Source(path, str(record.get("name") or path.resolve().name), config, codec)
 
 
-def load_model(source: Source, device: str = "cpu", dtype: str = "float32") -> Any:
-    """The transformers model of a source in eval mode, its weights in `dtype`, a torch dtype by name.
+def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, offload: bool = False) -> Any:
+    """The transformers model of a source in eval mode.
+
+    Args:
+        source: the base model.
+        device: a torch device, or `map`: layers spread over the GPUs there are (accelerate's device map).
+        dtype: of the weights, a torch dtype by name.
+        offload: leave the layers' weights on disk and load each, in float32, while it runs (offload.py).
 
     Raises:
         ModelFormatError: the weights are missing or damaged.
@@ -115,9 +121,14 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32") -> A
     config = source.config
     unusual = config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)
     attention = "eager" if config.get("attn_logit_softcapping") or unusual else None
+    if offload:
+        from .offload import load_offloaded
+
+        return load_offloaded(source.path, device, attention)
+    spread = {"device_map": "auto"} if device == "map" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
+            source.path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True, **spread
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFormatError(
@@ -125,7 +136,8 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32") -> A
             field=str(source.path),
             fix="fetch or save the model again",
         ) from error
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False)
+    return model if spread else model.to(device)
 
 
 def _from_hub(name: str) -> Path:

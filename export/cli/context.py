@@ -14,7 +14,12 @@ def add_context_options(parser: argparse.ArgumentParser, required: bool = True) 
     text.add_argument("--prompt", metavar="TEXT", help="the system prompt or context")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
     parser.add_argument(
-        "--device", default="auto", help="for torch: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+        "--device",
+        default="auto",
+        help="for torch: auto (a GPU if there is one), cpu, cuda, cuda:1, ..., or map (spread over all GPUs)",
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="leave the layers on disk and load one at a time: for models over memory"
     )
 
 
@@ -43,6 +48,8 @@ def torch_device(requested: str) -> str:
 
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if requested == "map":
+        return requested
     try:
         torch.empty(1, device=requested)
     except (RuntimeError, AssertionError) as error:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if graph is not None:
         graph.bind(patch)  # a patch that does not fit is found before the rollout
     with clock("load weights"):
-        model = load_model(source, torch_device(args.device))
+        model = load_model(source, torch_device(args.device), offload=args.offload)
     dialogues = dialogues_for(source, model, context, queries, args.max_new_tokens)
     if graph is None:
         students = fidelity.torch_student(model), fidelity.torch_student(model, patch)

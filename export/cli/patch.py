@@ -60,6 +60,19 @@ def add_parser(subparsers: Any) -> None:
         help="answers to fit on for each query, one greedy and the rest sampled (default 2)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
+    parser.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="keep the teacher's answers here, and go on from those in it",
+    )
+    parser.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="improve the closed form by gradient steps on the same parameters (default 0: off)",
+    )
     parser.add_argument("--name", help="what the patch is called (default: the file's name)")
     parser.add_argument("--store-prompt", action="store_true", help="put the prompt's text into the file")
     parser.set_defaults(run=run)
@@ -68,9 +81,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Computes and writes the patch; its figures go to stderr."""
     from ..forms import Settings
-    from ..patching import make_patch
+    from ..patching import Recipe, make_patch
     from ..progress import clock
     from ..questions import load_questions, split_holdout
+    from ..rollout_store import RolloutStore
     from ..source import load_model, open_source
 
     # Everything that can be wrong with the arguments is found before the minutes of work.
@@ -84,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         ("--holdout", args.holdout, 0),
         ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
         ("--samples", args.samples, 1),
+        ("--refine", args.refine, 0),
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
@@ -91,6 +106,10 @@ def run(args: argparse.Namespace) -> int:
             raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
     if not 0 <= args.ridge < float("inf"):
         raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+    if args.refine and args.offload:
+        raise CalibrationError(
+            "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
+        )
     context = read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
@@ -100,20 +119,25 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.src)
     device = torch_device(args.device)
     with clock("load weights"):
-        model = load_model(source, device)
+        model = load_model(source, device, offload=args.offload)
+    recipe = Recipe(
+        method=args.method,
+        settings=Settings(args.rank, args.ridge),
+        prefix=args.prefix,
+        samples=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        refine_steps=args.refine,
+    )
     patch = make_patch(
         source,
         model,
         context,
         fitted,
         held_out,
+        recipe,
         name=args.name or args.out.stem,
-        method=args.method,
-        settings=Settings(args.rank, args.ridge),
-        prefix=args.prefix,
-        samples=args.samples,
-        max_new_tokens=args.max_new_tokens,
         store_context=args.store_prompt,
+        store=None if args.rollouts is None else RolloutStore(args.rollouts, source.digest),
     )
     patch.save(args.out)
     if patch.config.fidelity:

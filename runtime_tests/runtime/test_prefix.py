@@ -197,10 +197,10 @@ def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) 
     source = open_source(tiny_llama)
     model = load_model(source)
     held = ["Is the sea deep?", "Who are you?"]
-    options: dict[str, Any] = {"name": "p", "max_new_tokens": 6}
     gaps = {}
     for entries, method in ((0, "output"), (8, "prefix"), (8, "output"), (10_000, "prefix")):
-        patch = patching.make_patch(source, model, CONTEXT, QUERIES, held, prefix=entries, method=method, **options)
+        recipe = patching.Recipe(method=method, prefix=entries, max_new_tokens=6)
+        patch = patching.make_patch(source, model, CONTEXT, QUERIES, held, recipe, name="p")
         assert patch.config.fidelity is not None and patch.config.probe is not None
         gaps[entries, method] = patch.config.fidelity["gap_closed"]
         assert torch_prefix(patch, "cpu", model.dtype) is None if not entries else patch.prefix is not None
