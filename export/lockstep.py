@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Block, blocks_of, layer_inputs
+from .baselines import fit_isotropic
 from .deltas import TorchDelta, applied
 from .forms import FORMS, Rows, Settings
 from .sequences import Batch, Dialogue, batches
@@ -60,7 +61,7 @@ def fit(
     Args:
         model: a transformers causal language model with an adapter, in eval mode.
         dialogues: the calibration sequences; every student prompt starts with the same token.
-        method: `vector`, `output` or `matrix`.
+        method: one of `FORMS`, or `isotropic`.
         settings: rank and ridge.
         batch_size: dialogues per forward pass.
         progress: called with (blocks done, blocks in all).
@@ -68,7 +69,7 @@ def fit(
     Returns:
         layer -> site -> delta, on the model's device and dtype.
     """
-    form = FORMS[method]
+    form = {**FORMS, "isotropic": fit_isotropic}[method]
     blocks = blocks_of(model)
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -117,8 +117,8 @@ class Patch:
         terms = tuple((identity, _strength(strength * old)) for identity, old in self.terms)
         terms = tuple(term for term in terms if term[1] != 0.0)
         deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
-        # The probe and the held-out figures were measured at strength 1.
-        return _made_of(deltas, replace(self.config, probe=None, fidelity=None), terms)
+        # The probe and the figures were measured at strength 1.
+        return _made_of(deltas, replace(self.config, probe=None, fidelity=None, report=None), terms)
 
     __rmul__ = __mul__
 
@@ -163,7 +163,7 @@ class Patch:
         if rank >= self.rank:
             return self
         deltas = {slot: delta.truncated(int(rank), slot) for slot, delta in self.deltas.items()}
-        return Patch(deltas, replace(self.config, probe=None, fidelity=None))
+        return Patch(deltas, replace(self.config, probe=None, fidelity=None, report=None))
 
     # -- files -----------------------------------------------------------------------------------------------
 

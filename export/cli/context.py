@@ -25,12 +25,15 @@ def read_context(args: argparse.Namespace) -> str:
         CalibrationError: the file is not UTF-8 text.
         OSError: it cannot be read.
     """
-    if args.prompt is not None:
-        return str(args.prompt)
+    return read_prompt_file(args.prompt_file) if args.prompt is None else str(args.prompt)
+
+
+def read_prompt_file(path: Path) -> str:
+    """The text of a prompt file, without the newline that ends it; errors as of `read_context`."""
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8")).rstrip("\r\n")
+        return path.read_text(encoding="utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"cannot be read: {error}", field=str(args.prompt_file), wanted="UTF-8 text") from error
+        raise CalibrationError(f"cannot be read: {error}", field=str(path), wanted="UTF-8 text") from error
 
 
 def torch_device(requested: str) -> str:
