@@ -26,7 +26,7 @@ from .running import gap_closed
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 # What takes many passes, strengths and layers, is measured on few held-out answers; layers on their beginnings.
 _SUBSET, _SUBSET_TOKENS = 4, 32
-_LONG, _DIALOGUES, _TURN_TOKENS = 4, 4, 64
+_LONG, _DIALOGUES = 4, 4
 _SHOWN, _WORST = 3, 3
 _TIMED = 8
 
@@ -79,7 +79,7 @@ def measure_patch(bench: Bench, subject: Subject) -> PatchReport:
     long = running.measure_long(source, model, patch, held[:_LONG], bench.long) if bench.long else None
     ways, base, own = _ways(bench, subject, held)
     openings, follow_ups = subject.queries[:_DIALOGUES], locality.built_in("follow-ups")
-    turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, _TURN_TOKENS)
+    turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, bench.max_new_tokens)
     some = held[:_SUBSET]
     short = [replace(d, completion=d.completion[:_SUBSET_TOKENS]) for d in some]
     fits, retained = _fits(bench, subject, held, base.mean)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from tp_runtime.atomic import atomic_file
 
@@ -14,6 +15,7 @@ from . import plots
 from .figures import PatchReport, Report
 
 _TEMPLATE = "page.html.j2"
+_SPACE = "\N{NO-BREAK SPACE}"
 
 
 def write(report: Report, path: Path) -> None:
@@ -48,24 +50,25 @@ def _plots(patch: PatchReport) -> dict[str, Any]:
         "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
         "methods": plots.methods(patch.fits.methods, patch.way("patch").gap_closed) if patch.fits.methods else None,
     }
-    return {name: None if text is None else jinja2.utils.markupsafe.Markup(text) for name, text in svg.items()}
+    return {name: None if text is None else Markup(text) for name, text in svg.items()}
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}{_SPACE}%"
 
 
 def _kl(value: float | None) -> str:
-    return (
-        "–" if value is None else f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 100 else f"{value:.3g}"
-    )
+    if value is None:
+        return "–"
+    value = max(value, 0.0)  # rounding can leave a KL of zero a little below it
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 100 else f"{value:.3g}"
 
 
 def _ms(value: float | None) -> str:
-    return "needs --runtime" if value is None else f"{value:.1f} ms"
+    return "needs --runtime" if value is None else f"{value:.1f}{_SPACE}ms"
 
 
 def _size(value: int) -> str:
     if value == 0:
         return "0"
-    return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+    return f"{value / 1e6:.2f}{_SPACE}MB" if value >= 1e5 else f"{value / 1e3:.1f}{_SPACE}kB"
