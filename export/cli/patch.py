@@ -38,7 +38,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
     )
-    parser.add_argument("--method", choices=("vector", "output", "matrix"), default="output", help="default: output")
+    parser.add_argument(
+        "--method",
+        choices=("vector", "output", "matrix", "isotropic"),
+        default="output",
+        help="default: output; isotropic is a baseline, for comparison",
+    )
     parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
     parser.add_argument(
         "--ridge", type=float, default=1.0, help="relative to the mean diagonal of the Gram (default 1)"
