@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     with clock("load weights"):
         model = load_model(source, torch_device(args.device))
     bench = measure.Bench(source, model, graph, args.max_new_tokens, args.long, methods)
+    for subject in subjects:
+        measure.check_long(bench, subject)
     reports = [measure.measure_patch(bench, subject) for subject in subjects]
     composition = measure.measure_composition(bench, subjects) if count > 1 else []
     report = about.describe(bench, reports, composition)

@@ -9,7 +9,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, RequestError
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
@@ -67,17 +67,35 @@ class Bench:
     methods: tuple[str, ...]
 
 
+def check_long(bench: Bench, subject: Subject) -> None:
+    """Find before the minutes of work that the long completions do not fit.
+
+    Raises:
+        RequestError: prompt, query and completion are longer than the context window.
+    """
+    longest = max(len(bench.source.codec.render(query, subject.context)) for query in subject.queries[:_LONG])
+    window = bench.model.config.max_position_embeddings
+    if longest + bench.long > window:
+        raise RequestError(
+            "a long completion does not fit the context window",
+            field="--long",
+            got=f"{longest + bench.long} tokens with the prompt",
+            wanted=f"at most {window}",
+            fix="pass a smaller --long, or 0 to leave it out",
+        )
+
+
 def measure_patch(bench: Bench, subject: Subject) -> PatchReport:
     """Everything that is reported of one patch.
 
     Raises:
         CalibrationError: no queries, empty completions, or a prompt without effect.
-        RequestError: a query or the long completions do not fit the context window.
+        RequestError: a query does not fit the context window.
     """
     source, model, patch = bench.source, bench.model, subject.patch
     held = dialogues_for(source, model, subject.context, subject.queries, bench.max_new_tokens)
-    long = running.measure_long(source, model, patch, held[:_LONG], bench.long) if bench.long else None
     ways, base, own = _ways(bench, subject, held)
+    long = running.measure_long(source, model, patch, held[:_LONG], bench.long) if bench.long else None
     openings, follow_ups = subject.queries[:_DIALOGUES], locality.built_in("follow-ups")
     turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, bench.max_new_tokens)
     some = held[:_SUBSET]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.errors import RequestError
 from tp_runtime.patch import Patch
 
 from ..deltas import patched
@@ -65,20 +64,7 @@ def curve(unpatched: Divergence, patched: Divergence, width: int) -> Curve:
 
 
 def measure_long(source: Source, model: Any, patch: Patch, dialogues: Sequence[Dialogue], limit: int) -> Long:
-    """Completions of up to `limit` tokens to the prompts of `dialogues`.
-
-    Raises:
-        RequestError: prompt and completion do not fit the context window.
-    """
-    longest = max(len(dialogue.teacher_prompt) for dialogue in dialogues) + limit
-    if longest > model.config.max_position_embeddings:
-        raise RequestError(
-            "a long completion does not fit the context window",
-            field="--long",
-            got=f"{longest} tokens with the prompt",
-            wanted=f"at most {model.config.max_position_embeddings}",
-            fix="pass a smaller --long, or 0 to leave it out",
-        )
+    """Completions of up to `limit` tokens to the prompts of `dialogues`."""
     prompts = {
         "no prompt": (None, [d.student_prompt for d in dialogues]),
         "prompt": (None, [d.teacher_prompt for d in dialogues]),
