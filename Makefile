@@ -26,7 +26,7 @@ clean:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export,report,test]'
 	touch $@
 
 # `fetch` prints the folder; what it made once it finds again.

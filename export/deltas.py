@@ -21,12 +21,16 @@ from .adapters import Block, blocks_of
 
 @dataclass(frozen=True)
 class TorchDelta:
-    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; a pair may be absent."""
+    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; a pair may be absent.
+
+    `retained` is known of a fitted pair: the share of the map's energy tr M (G + l I) M^T that its rank keeps.
+    """
 
     bias: Tensor
     a: Tensor | None = None
     b: Tensor | None = None
     mean: Tensor | None = None
+    retained: float | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """What the slot adds, for inputs [..., in]."""

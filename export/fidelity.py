@@ -48,6 +48,8 @@ def torch_student(model: Any, patch: Patch | None = None) -> Student:
     replaced = 0 if prefix is None else len(prefix.replaces)
 
     def run(tokens: Sequence[int], first: int) -> Tensor:
+        if patch is not None and patch.prefix is not None:
+            patch.prefix.require_start(tokens)
         ids = torch.tensor([list(tokens[replaced:])], device=model.device)
         inputs = {"use_cache": False} if prefix is None else prefix.model_inputs(torch.ones_like(ids))
         with torch.no_grad(), nullcontext() if patch is None else patched(model, patch):

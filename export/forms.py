@@ -17,7 +17,7 @@ from tp_runtime.errors import CalibrationError
 
 from .adapters import Block, weight_of
 from .deltas import TorchDelta, applied
-from .ridge import AffineMap, Moments, top_directions
+from .ridge import AffineMap, Moments, share_kept, top_directions
 
 _ROWS = 2048
 
@@ -101,13 +101,14 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     root = vectors * values.clamp(min=0).sqrt()
     twin = top_directions(root.T @ (both.T @ both) @ root, settings.rank)
     directions = torch.linalg.qr(both @ root @ twin)[0]  # U [2f, r]
+    retained = share_kept(root.T @ (both.T @ both) @ root, twin)
     first = directions.T @ both @ fit.matrix  # [r, d]
     target = both @ fit.mean_out
     deltas: dict[str, TorchDelta] = {}
     start = 0
     for site, weight in weights.items():
         part = slice(start, start + weight.shape[0])
-        deltas[site] = _delta(fit, first, directions[part], target[part], rows.student.dtype)
+        deltas[site] = low_rank(fit, first, directions[part], target[part], rows.student.dtype, retained)
         start = part.stop
     return deltas | _output(block, rows, settings, below=deltas)
 
@@ -123,17 +124,20 @@ def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, To
         moments.add(hidden, o_teacher - o_student)
     fit = moments.solve(settings.ridge)
     directions = top_directions(fit.energy, settings.rank)
-    return {"mlp_out": _delta(fit, directions.T @ fit.matrix, directions, fit.mean_out, rows.student.dtype)}
+    retained = share_kept(fit.energy, directions)
+    return {"mlp_out": low_rank(fit, directions.T @ fit.matrix, directions, fit.mean_out, rows.student.dtype, retained)}
 
 
-def _delta(fit: AffineMap, first: Tensor, directions: Tensor, target: Tensor, dtype: torch.dtype) -> TorchDelta:
+def low_rank(
+    fit: AffineMap, first: Tensor, directions: Tensor, target: Tensor, dtype: torch.dtype, retained: float
+) -> TorchDelta:
     """The pair a = first^T, b = directions^T, split evenly in scale, and the bias mean(target) - M_r mean(a)."""
     a, b = first.T, directions.T
     # Both factors of a direction get the same length: neither under- nor overflows when stored in half precision.
     scale = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-30)).sqrt()
     a, b = a * scale, b / scale[:, None]
     bias = target - (fit.mean_in @ a) @ b
-    return TorchDelta(bias=bias.to(dtype), a=a.to(dtype), b=b.to(dtype), mean=fit.mean_in.to(dtype))
+    return TorchDelta(bias.to(dtype), a.to(dtype), b.to(dtype), fit.mean_in.to(dtype), retained)
 
 
 FORMS: Mapping[str, Form] = {"vector": fit_vector, "output": fit_output, "matrix": fit_matrix}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Block, blocks_of, layer_inputs
+from .baselines import fit_isotropic
 from .deltas import TorchDelta, applied
 from .forms import FORMS, Rows, Settings
 from .offload import resident
@@ -64,7 +65,7 @@ def fit(
     Args:
         model: a transformers causal language model with an adapter, in eval mode.
         dialogues: the calibration sequences; every student prompt starts with the same token.
-        method: `vector`, `output` or `matrix`.
+        method: one of `FORMS`, or `isotropic`.
         settings: rank and ridge.
         prefix: key/value entries that the student will have in front.
         batch_size: dialogues per forward pass.
@@ -73,7 +74,7 @@ def fit(
     Returns:
         layer -> site -> delta, on the model's device and dtype.
     """
-    form = FORMS[method]
+    form = {**FORMS, "isotropic": fit_isotropic}[method]
     blocks = blocks_of(model)
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -191,14 +191,14 @@ def make_patch(
         with bar("attention to the context", len(calibration), "query") as shown:
             prefix = choose(model, calibration, recipe.prefix, shown.update)
     deltas = _closed_form(model, calibration, recipe, prefix)
-    patch = Patch(_half(deltas), config, None if prefix is None else prefix.numpy())
+    patch = Patch(to_half(deltas), config, None if prefix is None else prefix.numpy())
     figures = _held_out(model, patch, evaluation) if evaluation else {}
     if recipe.refine_steps and deltas:
         with bar("refine", recipe.refine_steps, "step") as shown:
             deltas = refine(
                 model, calibration, deltas, recipe.refine_steps, prefix=prefix, progress=lambda _loss: shown.update()
             )
-        patch = Patch(_half(deltas), config, patch.prefix)
+        patch = Patch(to_half(deltas), config, patch.prefix)
         if evaluation:
             figures = {"gap_closed_closed_form": figures["gap_closed"], **_held_out(model, patch, evaluation)}
     probe = _probe(model, patch, (evaluation or calibration)[0])
@@ -238,7 +238,7 @@ def context_digest(context: str) -> str:
     return hashlib.sha256(context.encode()).hexdigest()
 
 
-def _half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str], Delta]:
+def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str], Delta]:
     """To numpy, rounded to what the file will hold, so that everything measured is measured on the shipped values."""
 
     def array(tensor: torch.Tensor | None) -> np.ndarray | None:

@@ -49,6 +49,13 @@ class TorchPrefix:
             "use_cache": True,
         }
 
+    def cache(self) -> DynamicCache:
+        """A cache of one row that starts with the entries, and grows."""
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(key, value, layer)
+        return cache
+
     def numpy(self) -> KVPrefix:
         """For the patch, rounded to the half precision it will be stored in."""
         entries = {}

@@ -120,3 +120,9 @@ def top_directions(energy: Tensor, rank: int) -> Tensor:
     """Orthonormal columns U [m, rank]: the directions of largest energy, first the largest."""
     values, vectors = torch.linalg.eigh(energy)
     return vectors[:, values.argsort(descending=True)[:rank]]
+
+
+def share_kept(energy: Tensor, directions: Tensor) -> float:
+    """tr(U^T E U) / tr(E) for orthonormal columns U [m, r] and E [m, m]: 1 keeps everything, also where E is zero."""
+    total = energy.trace()
+    return float((directions * (energy @ directions)).sum() / total) if total > 0 else 1.0

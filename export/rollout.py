@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .prefix import TorchPrefix
 from .rollout_store import RolloutStore
 
 
@@ -20,6 +21,7 @@ def complete(
     seed: int = 0,
     batch_size: int = 32,
     store: RolloutStore | None = None,
+    prefix: TorchPrefix | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
     """Completions of `prompts`, each up to and with its end-of-sequence token.
@@ -33,8 +35,16 @@ def complete(
         seed: another seed, other samples; the caller's random state is left as it was.
         batch_size: prompts a batch.
         store: answers it has are taken from it, new ones are put into it batch by batch.
+        prefix: key/value entries in front, which stand in for the first ids of every prompt; greedy, a prompt at a
+            time, since transformers' generate cannot place text at a position of its own.
         progress: called with the number of prompts just finished.
     """
+    if prefix is not None:
+        found = []
+        for prompt in prompts:
+            found.append(_after_prefix(model, prefix, prompt, max_new_tokens, eos_ids))
+            progress(1)
+        return found
     completions: list[tuple[int, ...]] = [()] * len(prompts)
     keys: list[str] = []
     if store is not None:
@@ -78,3 +88,27 @@ def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> tuple[int, ...]:
         if token in eos_ids:
             return tuple(tokens[: i + 1])
     return tuple(tokens)
+
+
+def _after_prefix(
+    model: Any, prefix: TorchPrefix, prompt: Sequence[int], max_new_tokens: int, eos_ids: frozenset[int]
+) -> tuple[int, ...]:
+    cache = prefix.cache()
+    ids = torch.tensor([list(prompt[len(prefix.replaces) :])], device=model.device)
+    answer: list[int] = []
+    position = prefix.position
+    while len(answer) < max_new_tokens and not (answer and answer[-1] in eos_ids):
+        where = torch.arange(ids.shape[1], device=model.device)
+        with torch.no_grad():
+            out = model(
+                ids,
+                position_ids=position + where[None],
+                cache_position=cache.get_seq_length() + where,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        position += ids.shape[1]
+        answer.append(int(out.logits[0, -1].argmax()))
+        ids = torch.tensor([answer[-1:]], device=model.device)
+    return tuple(answer)

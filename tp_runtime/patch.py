@@ -144,8 +144,8 @@ class Patch:
                 fix="scale a patch fitted without --prefix",
             )
         deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
-        # The probe and the held-out figures were measured at strength 1.
-        return _made_of(deltas, replace(self.config, probe=None, fidelity=None), terms)
+        # The probe and the figures were measured at strength 1.
+        return _made_of(deltas, replace(self.config, probe=None, fidelity=None, report=None), terms)
 
     __rmul__ = __mul__
 
@@ -190,7 +190,7 @@ class Patch:
         if rank >= self.rank:
             return self
         deltas = {slot: delta.truncated(int(rank), slot) for slot, delta in self.deltas.items()}
-        return Patch(deltas, replace(self.config, probe=None, fidelity=None), self.prefix)
+        return Patch(deltas, replace(self.config, probe=None, fidelity=None, report=None), self.prefix)
 
     # -- files -----------------------------------------------------------------------------------------------
 

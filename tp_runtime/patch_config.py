@@ -16,8 +16,9 @@ from typing import Any
 
 from tp_runtime.errors import PatchFormatError, PatchVersionError
 
-METHODS = ("vector", "output", "matrix", "prefix", "composed")
+METHODS = ("vector", "output", "matrix", "prefix", "isotropic", "steering", "composed")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
+MAX_REPORT = 64
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -47,6 +48,7 @@ class PatchConfig:
         created: ISO 8601 time in UTC.
         probe: `token_ids` and, for each of the last of their positions under the patch at strength 1, `top1` token id,
             `top1_logits` and `logsumexp` of the logits (nats).
+        report: summary of the last report on it, name to number, at most `MAX_REPORT` of them.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PatchConfig:
     licence: str | None = None
     created: str | None = None
     probe: dict[str, list[Any]] | None = None
+    report: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for key in ("name", "base_model", "architecture", "precision"):
@@ -94,12 +97,15 @@ class PatchConfig:
             _check_query_digests(self.calibration.get("query_digests", []))
             for key in self.calibration.keys() - {"query_digests"}:
                 _count(f"calibration.{key}", self.calibration[key])
-        if self.fidelity is not None:
-            for key, value in _mapping("fidelity", self.fidelity).items():
-                _number(f"fidelity.{_text('fidelity', key)}", value)
+        for figures in ("fidelity", "report"):
+            if getattr(self, figures) is not None:
+                for key, value in _mapping(figures, getattr(self, figures)).items():
+                    _number(f"{figures}.{_text(figures, key)}", value)
+        if self.report is not None and len(self.report) > MAX_REPORT:
+            raise _bad("report", f"{len(self.report)} figures", f"at most {MAX_REPORT}")
         if self.probe is not None:
             _check_probe(self.probe)
-        for key in ("calibration", "fidelity", "probe"):  # ours alone from here on: the caller's may change
+        for key in ("calibration", "fidelity", "probe", "report"):  # ours alone from here on: the caller's may change
             object.__setattr__(self, key, copy.deepcopy(getattr(self, key)))
 
     @classmethod

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from tp_runtime.errors import TPError
 
-from . import check, evaluate, fetch, model, patch, verify
+from . import check, evaluate, fetch, model, patch, questions, report, verify
 
 # A command is a module with add_parser(subparsers), which sets `run` as a default; run(args) returns the exit
 # code. None of them imports torch before run(): `--help` stays instant.
-_COMMANDS = (fetch, model, patch, evaluate, verify, check)
-# Packages of the export extra; another missing module is a defect and keeps its traceback.
-_EXTRA = {"torch", "transformers", "onnx", "onnxscript", "optimum", "gguf", "accelerate", "tqdm"}
+_COMMANDS = (fetch, model, questions, patch, evaluate, report, verify, check)
+# Packages of the extras; another missing module is a defect and keeps its traceback.
+_EXPORT = ("torch", "transformers", "onnx", "onnxscript", "optimum", "gguf", "accelerate", "tqdm")
+_EXTRA = {**dict.fromkeys(_EXPORT, "export"), "matplotlib": "export,report"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _fail(f"{error.name} is not installed; run: pip install 'tp-runtime[export]'", 1)
+        return _fail(f"{error.name} is not installed; run: pip install 'tp-runtime[{extra}]'", 1)
 
 
 def _fail(message: str, code: int) -> int:

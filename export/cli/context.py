@@ -9,15 +9,24 @@ from tp_runtime.errors import CalibrationError, DeviceUnavailableError
 
 
 def add_context_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds --prompt, --prompt-file and --device; `required`: one of the first two must be given."""
+    """Adds --prompt and --prompt-file; `required`: one of them must be given."""
     text = parser.add_mutually_exclusive_group(required=required)
     text.add_argument("--prompt", metavar="TEXT", help="the system prompt or context")
     text.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
     parser.add_argument(
         "--device",
         default="auto",
         help="for torch: auto (a GPU if there is one), cpu, cuda, cuda:1, ..., or map (spread over all GPUs)",
     )
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --device and --offload."""
+    add_device_option(parser)
     parser.add_argument(
         "--offload", action="store_true", help="leave the layers on disk and load one at a time: for models over memory"
     )
@@ -30,12 +39,15 @@ def read_context(args: argparse.Namespace) -> str:
         CalibrationError: the file is not UTF-8 text.
         OSError: it cannot be read.
     """
-    if args.prompt is not None:
-        return str(args.prompt)
+    return read_prompt_file(args.prompt_file) if args.prompt is None else str(args.prompt)
+
+
+def read_prompt_file(path: Path) -> str:
+    """The text of a prompt file, without the newline that ends it; errors as of `read_context`."""
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8")).rstrip("\r\n")
+        return path.read_text(encoding="utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"cannot be read: {error}", field=str(args.prompt_file), wanted="UTF-8 text") from error
+        raise CalibrationError(f"cannot be read: {error}", field=str(path), wanted="UTF-8 text") from error
 
 
 def torch_device(requested: str) -> str:

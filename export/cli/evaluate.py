@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .context import add_context_options, read_context, torch_device
+from .context import add_context_options, add_device_options, read_context, torch_device
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
     add_context_options(parser)
+    add_device_options(parser)
     parser.add_argument("--queries", type=Path, required=True, metavar="HELDOUT", help="queries the patch never saw")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
     parser.add_argument(

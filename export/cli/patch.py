@@ -9,7 +9,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError, PatchFormatError
 
-from .context import add_context_options, read_context, torch_device
+from .context import add_context_options, add_device_options, read_context, torch_device
 
 _CALIBRATION_QUERIES = 64
 _SEED = 0
@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
     add_context_options(parser)
+    add_device_options(parser)
     parser.add_argument(
         "--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl (default: built in)"
     )
@@ -39,7 +40,10 @@ def add_parser(subparsers: Any) -> None:
         help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
     )
     parser.add_argument(
-        "--method", choices=("vector", "output", "matrix", "prefix"), default="output", help="default: output"
+        "--method",
+        choices=("vector", "output", "matrix", "prefix", "isotropic"),
+        default="output",
+        help="default: output; prefix: no weights, see --prefix; isotropic is a baseline, for comparison",
     )
     parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
     parser.add_argument(

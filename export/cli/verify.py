@@ -10,7 +10,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
-from .context import add_context_options, read_context, torch_device
+from .context import add_context_options, add_device_option, read_context, torch_device
 
 # What is verified where nothing else is asked for: a prompt and queries for each style of model.
 _CONTEXTS: Mapping[str, str] = {
@@ -41,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     add_context_options(parser, required=False)
+    add_device_option(parser)
     parser.add_argument("--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl")
     parser.add_argument("--tokens", type=int, default=20, metavar="N", help="tokens of each answer (default 20)")
     parser.add_argument(

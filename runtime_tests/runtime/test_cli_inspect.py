@@ -43,6 +43,7 @@ def test_a_patch_for_people(cli: Cli, tmp_path: Path) -> None:
         "ridge": "1",
         "calibration": "queries 44, rows 1200, max_new_tokens 40, holdout 16",
         "held out": "kl_unpatched 0.657, kl 0.03, top1 0.9",
+        "report": "none: tp-export report --store makes one",
         "context": "the text is not in the file; SHA-256 " + "ab" * 32,
         "probe": "2 positions",
         "licence": "Apache-2.0",

@@ -68,6 +68,7 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
         "ridge": config.ridge,
         "calibration": config.calibration,
         "fidelity": config.fidelity,
+        "report": config.report,
         "probe_positions": len(config.probe["token_ids"]) if config.probe else 0,
         "licence": config.licence,
         "created": config.created,
@@ -131,6 +132,7 @@ def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("ridge", _or_unknown(report["ridge"])),
         ("calibration", _pairs(report["calibration"])),
         ("held out", _pairs(report["fidelity"])),
+        ("report", _pairs(report["report"], "none: tp-export report --store makes one")),
         ("context", _context(report)),
         ("probe", plural(positions, "position") if positions else "none: `check` has nothing to compare"),
         ("licence", _or_unknown(report["licence"])),
@@ -194,9 +196,9 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-def _pairs(values: dict[str, Any] | None) -> str:
+def _pairs(values: dict[str, Any] | None, nothing: str = "unknown") -> str:
     if not values:
-        return "unknown"
+        return nothing
     return ", ".join(f"{printable(key)} {_number(value)}" for key, value in values.items())
 
 

@@ -1,0 +1,1 @@
+"""The report on a patch: measured into plain dataclasses (measure.py), drawn (plots.py), set as one page (page.py)."""

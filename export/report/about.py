@@ -1,0 +1,34 @@
+"""The frame of a report: which base, graph, device and versions its figures belong to."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from .figures import Composed, PatchReport, Report
+from .measure import Bench
+
+
+def describe(bench: Bench, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:
+    """Put the measured parts together with where they were measured."""
+    names = ["tp-runtime", "torch", "transformers"]
+    runtime = None
+    if bench.graph is not None:
+        folder = bench.graph.folder
+        runtime = f"{folder.path.name}, {folder.precision}, on {bench.graph.device.provider}"
+        names.append("onnxruntime-gpu" if bench.graph.device.kind == "cuda" else "onnxruntime")
+    return Report(
+        base_model=bench.source.name,
+        architecture=bench.source.architecture,
+        runtime=runtime,
+        device=str(bench.model.device),
+        versions={name: version(name) for name in names},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        patches=list(patches),
+        composition=list(composition),
+    )

@@ -1,0 +1,129 @@
+"""The methods beside each other, fitted in one run on the rows that the patch was fitted on.
+
+A patch remembers a digest of each query it was fitted on, so its calibration is found again among the built-in
+questions or in the file it came from. Heuristics get their best setting on the fitted queries, as their users would
+give it to them; closed forms get the patch's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tp_runtime.errors import PatchValueError
+from tp_runtime.patch import Delta, Patch
+
+from .. import baselines, lockstep
+from ..deltas import TorchDelta
+from ..fidelity import torch_student
+from ..forms import Settings
+from ..patching import to_half
+from ..progress import bar
+from ..questions import query_digest
+from ..sequences import Dialogue
+from .divergence import diverge, with_prompt, without_prompt
+
+METHODS = ("steering", "isotropic", "vector", "output", "matrix")
+_ISOTROPIC_RIDGES = (1.0, 10.0, 100.0)
+_TUNED_ON = 4  # fitted queries on which a heuristic's setting is chosen
+# What half precision leaves of a value, twice: the file's own rounding and float noise of another machine.
+_SAME = 4e-3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitted method: its patch, the setting that was used, seconds, and the energy its rank keeps."""
+
+    patch: Patch
+    setting: str
+    seconds: float
+    retained: dict[int, dict[str, float]]
+
+
+def fitted_queries(patch: Patch, queries: Sequence[str]) -> list[str]:
+    """Those of `queries` that the patch was fitted on; empty unless all that it remembers are there."""
+    digests = set((patch.config.calibration or {}).get("query_digests", ()))
+    found = [query for query in queries if query_digest(query) in digests]
+    return found if len(found) == len(digests) else []
+
+
+def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:
+    """Fit one method with the rank and ridge of `like`; heuristics are tuned on the first fitted queries.
+
+    Returns:
+        The fit; None where no setting tried gives finite tensors, as an isotropic Gram may not.
+    """
+    start = time.perf_counter()
+    settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
+    tried = []
+    for deltas, setting in _candidates(model, calibration, method, settings):
+        with suppress(PatchValueError):
+            tried.append((_patch(deltas, method, like), setting, deltas))
+    if not tried:
+        return None
+    chosen = 0
+    if len(tried) > 1:
+        arms = {str(i): without_prompt(torch_student(model, patch)) for i, (patch, _, _) in enumerate(tried)}
+        some = calibration[:_TUNED_ON]
+        with bar(f"choose {method}", len(some), "query") as shown:
+            found = diverge(some, with_prompt(torch_student(model)), arms, shown.update)
+        chosen = min(range(len(tried)), key=lambda i: np.nan_to_num(found[str(i)].mean, nan=np.inf))
+    patch, setting, deltas = tried[chosen]
+    retained = {
+        layer: {site: delta.retained for site, delta in sites.items() if delta.retained is not None}
+        for layer, sites in deltas.items()
+    }
+    return Fit(patch, setting, time.perf_counter() - start, retained)
+
+
+def same_tensors(one: Patch, other: Patch) -> bool:
+    """Whether two patches add the same in every slot, up to half precision."""
+    if set(one.deltas) != set(other.deltas):
+        return False
+    return all(_close(one.deltas[slot], other.deltas[slot]) for slot in one.deltas)
+
+
+def _close(one: Delta, other: Delta) -> bool:
+    if one.rank != other.rank or (one.bias is None) != (other.bias is None):
+        return False
+
+    def near(x: Any, y: Any) -> bool:
+        return bool(np.linalg.norm(x - y) <= _SAME * np.linalg.norm(y))
+
+    # a and b are unique up to signs and rotations among equal energies; their product is unique.
+    if one.a is not None and one.b is not None and other.a is not None and other.b is not None:
+        same_pair = near(one.a @ one.b, other.a @ other.b)
+    else:
+        same_pair = True
+    return same_pair and (one.bias is None or near(one.bias, other.bias))
+
+
+def _candidates(
+    model: Any, calibration: Sequence[Dialogue], method: str, settings: Settings
+) -> Iterator[tuple[dict[int, dict[str, TorchDelta]], str]]:
+    """(deltas, setting in words) of everything a method's user would try."""
+    layers = model.config.num_hidden_layers
+    if method == "steering":
+        with bar("fit steering", layers, "layer") as shown:
+            vectors = baselines.fit_steering(model, calibration, progress=lambda *_: shown.update())
+        for chosen, strength in baselines.steering_candidates(layers):
+            where = f"layer {chosen[0]}" if len(chosen) == 1 else "all layers"
+            scaled = {i: {"mlp_out": TorchDelta(strength * vectors[i]["mlp_out"].bias)} for i in chosen}
+            yield scaled, f"{where}, strength {strength:g}"
+        return
+    ridges = _ISOTROPIC_RIDGES if method == "isotropic" else (settings.ridge,)
+    for ridge in ridges:
+        one = replace(settings, ridge=ridge)
+        with bar(f"fit {method}", layers, "layer") as shown:
+            deltas = lockstep.fit(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
+        yield deltas, "" if method == "vector" else f"rank {one.rank}, ridge {ridge:g}"
+
+
+def _patch(deltas: dict[int, dict[str, TorchDelta]], method: str, like: Patch) -> Patch:
+    config = replace(like.config, name=method, method=method, probe=None, fidelity=None, report=None)
+    return Patch(to_half(deltas), config)

@@ -1,0 +1,72 @@
+"""Fidelity against bytes: from the pure patch over patches that carry a KV prefix to the cached prompt.
+
+Every point is fitted in the same run on the same rows and measured on the same held-out queries: the weights alone,
+entries alone, and both together, for growing numbers of entries. All entries are the cached prompt, and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tp_runtime.patch import Patch
+
+from .. import lockstep
+from ..fidelity import torch_student
+from ..forms import Settings
+from ..patching import to_half
+from ..prefix import TorchPrefix, choose
+from ..progress import bar
+from ..sequences import Dialogue
+from .divergence import Arm, diverge, with_prompt, without_prompt
+from .figures import Point
+
+_ALL = 1 << 20
+
+
+def measure_frontier(
+    model: Any, calibration: Sequence[Dialogue], held: Sequence[Dialogue], like: Patch, entries: Sequence[int]
+) -> list[Point]:
+    """Points for the weights alone, for each number of `entries` with and without weights, and for the whole prompt.
+
+    Args:
+        model: a transformers causal language model with an adapter.
+        calibration: what is fitted on.
+        held: what is measured on.
+        like: gives rank and ridge of the weights, form `output`.
+        entries: numbers of key/value entries a head, ascending.
+    """
+    settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
+    arms: dict[str, Arm] = {"none": without_prompt(torch_student(model))}
+    sizes: dict[str, tuple[int, int, bool]] = {}  # entries, bytes, weights
+    for count in (0, *entries, _ALL):
+        prefix = None
+        if count:
+            with bar(f"{'all' if count == _ALL else count} entries", len(calibration), "query") as shown:
+                prefix = choose(model, calibration, count, shown.update)
+        weights = (False, True) if prefix is not None and count != _ALL else (prefix is None,)
+        for fitted in weights:
+            patch = _patch(model, calibration, like, settings, prefix, fitted)
+            name = f"{count} {fitted}"
+            arms[name] = without_prompt(torch_student(model, patch))
+            sizes[name] = (0 if prefix is None else len(prefix), patch.nbytes // 2, fitted)
+    with bar("fidelity against bytes", len(held), "query") as shown:
+        found = diverge(held, with_prompt(torch_student(model)), arms, shown.update)
+    base = found["none"].mean
+    return [Point(*sizes[name], gap_closed=1 - found[name].mean / base) for name in sizes]
+
+
+def _patch(
+    model: Any,
+    calibration: Sequence[Dialogue],
+    like: Patch,
+    settings: Settings,
+    prefix: TorchPrefix | None,
+    weights: bool,
+) -> Patch:
+    kept = None if prefix is None else prefix.numpy()
+    if not weights:
+        return Patch({}, like.config, kept)
+    with bar("fit output", model.config.num_hidden_layers, "layer") as shown:
+        deltas = lockstep.fit(model, calibration, "output", settings, prefix=prefix, progress=lambda *_: shown.update())
+    return Patch(to_half(deltas), like.config, kept)

@@ -1,0 +1,75 @@
+"""The report as one HTML page that needs nothing from outside itself: style, plots and text are in it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tp_runtime.atomic import atomic_file
+
+from . import plots
+from .figures import PatchReport, Report
+
+_TEMPLATE = "page.html.j2"
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        OSError: the operating system's error; a page that was there is still there.
+    """
+    text = render(report)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def render(report: Report) -> str:
+    """The page's HTML. What models and users wrote is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "size": _size, "ms": _ms, "kl": _kl}
+    template = environment.from_string((files(__package__) / _TEMPLATE).read_text(encoding="utf-8"))
+    drawn = [(patch, _plots(patch)) for patch in report.patches]
+    return template.render(report=report, patches=drawn)
+
+
+def _plots(patch: PatchReport) -> dict[str, Any]:
+    """Each plot as safe SVG by its name; None where there is nothing to draw."""
+    svg: dict[str, str | None] = {
+        "positions": plots.positions(patch.positions),
+        "layers": plots.layers(patch.layers) if patch.layers else "",
+        "frontier": plots.frontier(patch.frontier) if patch.frontier else "",
+        "strengths": "" if patch.sweep is None else plots.strengths(patch.sweep),
+        "long": plots.long_gap(patch.long.forced, patch.long.own) if patch.long else None,
+        "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
+        "methods": plots.methods(patch.fits.methods, patch.way("patch").gap_closed) if patch.fits.methods else None,
+    }
+    return {name: None if text is None else Markup(text) for name, text in svg.items()}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}{_SPACE}%"
+
+
+def _kl(value: float | None) -> str:
+    if value is None:
+        return "–"
+    value = max(value, 0.0)  # rounding can leave a KL of zero a little below it
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
+def _ms(value: float | None) -> str:
+    return "needs --runtime" if value is None else f"{value:.1f}{_SPACE}ms"
+
+
+def _size(value: int) -> str:
+    if value == 0:
+        return "0"
+    return f"{value / 1e6:.2f}{_SPACE}MB" if value >= 1e5 else f"{value / 1e3:.1f}{_SPACE}kB"

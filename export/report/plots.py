@@ -1,0 +1,179 @@
+"""The plots of a report as SVG text to stand inside an HTML page. Measures nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .figures import Baseline, Curve, Layer, Point, Sweep, Turn
+
+BASE, PROMPT, PATCH, PALE = "#868e96", "#1c6ba0", "#c4512d", "#e6b8a8"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#868e96",
+    "axes.labelcolor": "#343a40",
+    "xtick.color": "#495057",
+    "ytick.color": "#495057",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e9ecef",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # letters as shapes: the page needs no font
+}
+
+
+def positions(curve: Curve, unit: str = "position in the answer") -> str:
+    """KL by completion position, unpatched and patched, and the tokens that each bin rests on."""
+    with _drawn(f"positions {unit}", (7.6, 2.7)) as (figure, svg):
+        axes: Axes = figure.subplots()
+        at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
+        axes.plot(at, curve.unpatched, color=BASE, marker="o", markersize=3, label="no prompt")
+        axes.plot(at, curve.patched, color=PATCH, marker="o", markersize=3, label="patch")
+        axes.set(xlabel=unit, ylabel="KL, nats per token", ylim=(0, None))
+        _tokens(axes, at, curve)
+        axes.legend(loc="upper right")
+    return svg[0]
+
+
+def long_gap(forced: Curve, own: Curve) -> str:
+    """Gap closed by position: along the prompted model's text and along the patched model's own."""
+    with _drawn("long", (7.6, 2.7)) as (figure, svg):
+        axes: Axes = figure.subplots()
+        for curve, colour, label in (
+            (forced, PROMPT, "along the prompted model's text"),
+            (own, PATCH, "along the patch's own text"),
+        ):
+            at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
+            gaps = [1 - p / u if u > 0 else 0.0 for p, u in zip(curve.patched, curve.unpatched, strict=True)]
+            axes.plot(at, gaps, color=colour, marker="o", markersize=3, label=label)
+        axes.axhline(0, color=BASE, linewidth=0.8)
+        low = axes.get_ylim()[0]
+        axes.set(xlabel="position in the answer", ylabel="gap closed", ylim=(max(min(low, -0.05), -1.5), 1.03))
+        axes.legend(loc="lower left")
+    return svg[0]
+
+
+def turns(measured: Sequence[Turn]) -> str:
+    """Gap closed by turn, both ways."""
+    with _drawn("turns", (3.6, 2.5)) as (figure, svg):
+        axes: Axes = figure.subplots()
+        at = [turn.turn for turn in measured]
+        axes.bar(
+            [x - 0.19 for x in at], [t.forced_gap for t in measured], 0.36, color=PROMPT, label="prompt's dialogue"
+        )
+        axes.bar([x + 0.19 for x in at], [t.own_gap for t in measured], 0.36, color=PATCH, label="patch's own")
+        axes.axhline(0, color=BASE, linewidth=0.8)
+        axes.set(xlabel="turn", ylabel="gap closed", xticks=at)
+        axes.set_ylim(top=1.35)  # room for the legend above the bars
+        axes.legend(loc="upper right", ncols=2, fontsize=7.5, columnspacing=1)
+    return svg[0]
+
+
+def layers(measured: Sequence[Layer]) -> str:
+    """Share of the gap lost with one layer off; above it, where known, the energy that the rank keeps."""
+    sites = sorted({site for layer in measured for site in layer.retained})
+    rows = 2 if sites else 1
+    with _drawn("layers", (7.6, 1.9 * rows + 0.5)) as (figure, svg):
+        grid = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        at = [layer.layer for layer in measured]
+        if sites:
+            for site, colour in zip(sites, (PROMPT, PATCH, BASE), strict=False):
+                kept = [layer.retained.get(site, float("nan")) for layer in measured]
+                grid[0].plot(at, kept, marker="o", markersize=3, color=colour, label=site)
+            grid[0].set(ylabel="energy kept", ylim=(0, 1.05))
+            if len(sites) > 1:
+                grid[0].legend(loc="lower right", ncols=3)
+        grid[-1].bar(at, [layer.share for layer in measured], color=PATCH)
+        grid[-1].axhline(0, color=BASE, linewidth=0.8)
+        grid[-1].set(xlabel="layer", ylabel="share of the effect")
+        grid[-1].xaxis.get_major_locator().set_params(integer=True)
+    return svg[0]
+
+
+def strengths(sweep: Sweep) -> str:
+    """KL against strength, and how far the text falls into loops."""
+    with _drawn("strengths", (7.6, 2.7)) as (figure, svg):
+        left, right = figure.subplots(1, 2)
+        at = [s.strength for s in sweep.strengths]
+        left.plot(at, [s.kl for s in sweep.strengths], color=PATCH, marker="o", markersize=3)
+        left.set(xlabel="strength", ylabel="KL to the prompt, nats", ylim=(0, None))
+        right.plot(at, [s.distinct for s in sweep.strengths], color=PATCH, marker="o", markersize=3, label="patch")
+        right.axhline(sweep.prompted_distinct, color=PROMPT, linewidth=1, linestyle="--", label="prompt")
+        right.set(xlabel="strength", ylabel="distinct 3-grams", ylim=(0, 1.05))
+        right.legend(loc="lower left")
+        for axes in (left, right):
+            for mark in (0, 1):
+                axes.axvline(mark, color="#ced4da", linewidth=0.8, zorder=0)
+    return svg[0]
+
+
+def methods(measured: Sequence[Baseline], patch_gap: float) -> str:
+    """Gap closed by method. What makes things worse than no patch ends in an arrow at the edge."""
+    known = [(m.method, m.gap_closed) for m in measured if m.gap_closed is not None]
+    with _drawn("methods", (7.6, 0.36 * (len(known) + 1) + 0.7)) as (figure, svg):
+        axes: Axes = figure.subplots()
+        names = [*(name for name, _ in known), "this patch"]
+        gaps = [*(gap for _, gap in known), patch_gap]
+        colours = [*(BASE if n in ("steering", "isotropic") else PALE for n in names[:-1]), PATCH]
+        floor = -0.35
+        axes.barh(names, [max(gap, floor) for gap in gaps], color=colours, height=0.7)
+        for row, gap in enumerate(gaps):
+            text = f"{gap:.3f}" if gap >= floor else f"← {gap:.3g}"
+            axes.text(max(gap, 0) + 0.01, row, text, va="center", fontsize=8.5)
+        axes.axvline(0, color=BASE, linewidth=0.8)
+        axes.set(xlabel="share of the prompt's effect, held out", xlim=(min(0, *gaps, 0) and floor, 1.12))
+        axes.grid(axis="x")
+        axes.grid(axis="y", visible=False)
+        axes.invert_yaxis()
+    return svg[0]
+
+
+def frontier(points: Sequence[Point]) -> str:
+    """Gap closed against bytes, entries alone and with weights."""
+    with _drawn("frontier", (7.6, 2.9)) as (figure, svg):
+        axes: Axes = figure.subplots()
+        for weights, colour, label in ((False, PROMPT, "entries alone"), (True, PATCH, "entries and weights")):
+            chosen = sorted((p.bytes / 1e6, p.gap_closed, p.entries) for p in points if p.weights == weights)
+            axes.plot([x for x, _, _ in chosen], [y for _, y, _ in chosen], color=colour, marker="o", label=label)
+            for x, y, entries in chosen:
+                axes.annotate(str(entries), (x, y), xytext=(4, -11), textcoords="offset points", color=colour)
+        low = min(point.gap_closed for point in points)
+        axes.set(xlabel="MB", ylabel="gap closed", xlim=(0, None), ylim=(max(min(low - 0.1, 0.5), -0.1), 1.03))
+        axes.legend(loc="lower right")
+    return svg[0]
+
+
+def _tokens(axes: Axes, at: Sequence[float], curve: Curve) -> None:
+    """The number of tokens behind each bin, faintly: the last bins rest on few."""
+    twin = axes.twinx()
+    twin.bar(at, curve.tokens, width=0.9 * curve.width, color="#f1f3f5", zorder=0)
+    twin.set_ylabel("tokens", color="#adb5bd")
+    twin.tick_params(colors="#adb5bd")
+    twin.grid(visible=False)
+    twin.set_ylim(0, 3 * max(curve.tokens))
+    axes.set_zorder(twin.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+@contextmanager
+def _drawn(name: str, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw on; its SVG, without XML prologue and metadata, is in the list afterwards."""
+    svg: list[str] = []
+    # The salt makes the ids of one plot differ from those of the others on the page, and the same every time.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure, svg
+        text = io.StringIO()
+        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=empty)
+    drawn = text.getvalue()
+    svg.append(drawn[drawn.index("<svg") :])
