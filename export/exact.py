@@ -5,17 +5,19 @@ Goldwaser et al. 2025 for gated, post-norm and expert blocks):
 
     dW = W (z_T - z_S) z_S^T / |z_S|^2      for every linear that reads z (gate and up, or a plain MLP's first; the
                                             router), so the student's h and choice of experts become the teacher's
-    no post-norm:   dW_down h_T = v_T - v_S, by  db_down = v_T - v_S  where `down` has a bias,
-                    else by  dW_down = (v_T - v_S) h_T^T / |h_T|^2
-    experts:        the same in every expert chosen, with (v_T - v_S) / (sum of their routing weights)
-    post-norm of scale m:   tau = v_T + m y_T - v_S,   u = r (tau / m) / rms(tau / m),   r = rms(W_down h_T)
-                            dW_down = (u - W_down h_T) h_T^T / |h_T|^2,   m' = tau / y(u)
+    tau = o_T - v_S                         what the student's branch has to give, e.g. W_down h_T + (v_T - v_S)
+    no post-norm:   u = tau
+    post-norm:      s = sign(tau) sqrt|tau|,   u = r s / rms(s),   r = rms(W_down h_T),   m' = tau / y(u)
+    dW_down = (u - W_down h_T) h_T^T / |h_T|^2, or, where `down` has a bias, db_down = u - W_down h_T
+    experts: the same in every expert chosen, the last line divided by the sum of their routing weights
 
-with y the unscaled norm. The student then equals the teacher at that position. Every token is run afresh through the
-unmodified transformers modules with its patch written into their weights, so a mistake in our own hooks cannot hide.
+with m the scale of the post-norm and y the norm without it. The student then equals the teacher at that position.
+Every token is run afresh through the unmodified transformers modules with its patch written into their weights, so a
+mistake in our own hooks cannot hide.
 
-The post-norm form is the stable one: u points along tau / m, so m' is m times a number, and neither it nor the change
-of W_down asks for precision that bfloat16 weights do not have. All is solved in float64 and rounded once.
+Any u without zeros would do behind a post-norm, but not in a few bits: an error e_i of y_i becomes e_i tau_i / y_i.
+With the length of y given, the sum of squares of these is least for y_i^2 proportional to |tau_i|, which is s. (u along
+tau / m, which changes m by a factor only, lets the few coordinates with m near 0 swallow y: bfloat16 goes astray.)
 """
 
 from __future__ import annotations
@@ -29,9 +31,6 @@ import torch
 from torch import Tensor
 
 from .adapters import Block, Mlp, blocks_of, layer_inputs, weight_of
-
-# A post-norm scale smaller than this is taken as this where tau is divided by it.
-_SMALL_SCALE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], s
         wanted, teacher = _run(model, blocks, teacher_ids)
     bare, _ = _run(model, blocks, student_ids)
     with _Edits() as edits:
-        _patch_all(model, blocks, student_ids, cuts, edits)
+        _patch_all(model, blocks, student_ids, cuts, teacher, edits)
         got, student = _run(model, blocks, student_ids)
     return Token(
         int(wanted.argmax()),
@@ -121,38 +120,48 @@ def _run(model: Any, blocks: Sequence[Block], ids: Sequence[int]) -> tuple[Tenso
 
 
 def _patch_all(
-    model: Any, blocks: Sequence[Block], ids: Sequence[int], teacher: Sequence[Tensor], edits: _Edits
+    model: Any,
+    blocks: Sequence[Block],
+    ids: Sequence[int],
+    cuts: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    edits: _Edits,
 ) -> None:
-    """Write this token's patch into every block, bottom up; `teacher` are its cuts [d or 2d], a block each."""
+    """Write this token's patch into every block, bottom up, from the teacher's cut and output of each."""
     input_ids = torch.tensor([list(ids)], device=model.device)
     hidden, kwargs = layer_inputs(model, input_ids, torch.ones_like(input_ids))
-    for block, wanted in zip(blocks, teacher, strict=True):
+    for block, teacher, wanted in zip(blocks, cuts, outputs, strict=True):
         cut = block.attention_half(hidden, kwargs[block.index])
-        _write(block, wanted, cut[0, -1], edits)
+        _write(block, teacher, wanted.double(), cut[:, -1:], edits)
         hidden = block.mlp_half(cut)
 
 
-def _write(block: Block, teacher: Tensor, student: Tensor, edits: _Edits) -> None:
-    """Solve one block in float64 for the two cuts [d or 2d] and write the result into its weights."""
-    z_teacher, z_student = block.normed(teacher).double(), block.normed(student).double()
-    v_difference = block.residual(teacher).double() - block.residual(student).double()
+def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits: _Edits) -> None:
+    """Solve one block and write the result into its weights.
+
+    Args:
+        block: the block.
+        teacher: the teacher's cut [d or 2d].
+        wanted: the teacher's output o [d], float64.
+        student: the student's cut [1, 1, d or 2d].
+        edits: records the change.
+    """
+    z_teacher, z_student = block.normed(teacher).double(), block.normed(student).flatten().double()
     chosen = _chosen(block, teacher)  # before any weight changes: what the student will have
-    change, share = v_difference, 1.0
-    if block.post_norm is not None:
-        [(mlp, h)] = chosen  # no architecture has both experts and a post-norm
-        change = _write_post_norm(block.post_norm, v_difference, weight_of(mlp.down).double() @ h, edits)
-    if block.router is not None:
-        share = _routing_sum(block, teacher)
+    share = 1.0 if block.router is None else _routing_sum(block, teacher)
+    branch = block.branch(teacher).flatten().double()
+    tau = wanted - block.residual(student).double().flatten()
+    u = tau if block.post_norm is None else _write_post_norm(block.post_norm, tau, branch, edits)
     readers = [linear for mlp, _ in chosen for linear in mlp.reads_z.values()]
     for linear in readers if block.router is None else [block.router, *readers]:
         weight = weight_of(linear)
         _add_rank_one(weight, weight.double() @ (z_teacher - z_student), z_student, edits)
     for mlp, h in chosen:
         bias: Tensor | None = mlp.down.bias  # type: ignore[assignment]
-        if bias is not None and block.post_norm is None:
-            edits.set(bias, bias.double() + change / share)
+        if bias is not None:
+            edits.set(bias, bias.double() + (u - branch) / share)
         else:
-            _add_rank_one(weight_of(mlp.down), change / share, h, edits)
+            _add_rank_one(weight_of(mlp.down), (u - branch) / share, h, edits)
 
 
 def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
@@ -185,8 +194,8 @@ def _add_rank_one(weight: Tensor, output: Tensor, inputs: Tensor, edits: _Edits)
     edits.set(weight, weight.double() + torch.outer(output, inputs / inputs.square().sum()))
 
 
-def _write_post_norm(norm: Any, v_difference: Tensor, down_h: Tensor, edits: _Edits) -> Tensor:
-    """Set the post-norm's scale for the target tau, and return the change wanted of W_down h.
+def _write_post_norm(norm: Any, tau: Tensor, branch: Tensor, edits: _Edits) -> Tensor:
+    """Set the post-norm's scale so that it makes tau [d] of u [d], and return u, as large as `branch` [d].
 
     transformers stores a Gemma scale as m - 1.
     """
@@ -194,14 +203,11 @@ def _write_post_norm(norm: Any, v_difference: Tensor, down_h: Tensor, edits: _Ed
     def unscaled(x: Tensor) -> Tensor:
         return x / (x.square().mean() + norm.eps).sqrt()
 
-    scale = 1 + norm.weight.double()
-    tau = v_difference + scale * unscaled(down_h)
-    guarded = torch.where(scale.abs() < _SMALL_SCALE, torch.full_like(scale, _SMALL_SCALE), scale)
-    direction = tau / guarded
-    u = direction * (down_h.square().mean() / direction.square().mean()).sqrt()
+    direction = tau.sign() * tau.abs().sqrt()
+    u = direction * (branch.square().mean() / direction.square().mean()).sqrt()
     y = unscaled(u)
-    edits.set(norm.weight, torch.where(y == 0, scale, tau / y) - 1)
-    return u - down_h
+    edits.set(norm.weight, torch.where(y == 0, torch.ones_like(y), tau / y) - 1)
+    return u
 
 
 class _Edits:

@@ -71,6 +71,21 @@ def test_a_wrong_site_is_found_out(model_type: str, wrong: dict[str, Any], tmp_p
     assert max(token.max_logit_error for token in tokens) > 1e-2
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.2)])
+def test_post_norm_scales_near_zero_do_no_harm(dtype: str, bound: float, tiny_gemma: Path) -> None:
+    """Real Gemmas have coordinates that their post-norm all but switches off; the patch must not hang on them."""
+    source = open_source(tiny_gemma)
+    model = load_model(source, dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in blocks_of(model):
+            scale = torch.randn(model.config.hidden_size, generator=g)
+            scale[:4] *= 1e-3
+            block.post_norm.weight.copy_(scale - 1)
+    tokens = verify(model, *prompts(source, "1+1=2", "2+3="), 4)
+    assert max(max(token.residual_errors) for token in tokens) < bound
+
+
 def test_the_weights_are_put_back(tiny_gemma: Path) -> None:
     source = open_source(tiny_gemma)
     model = load_model(source)
