@@ -73,20 +73,12 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, dict[str, Any]]:
         OSError: the operating system's own error on an existing file, such as missing permission.
     """
     where = Path(path)
-    if where.suffix.lower() in _UNSAFE_SUFFIXES:
-        _refuse_unsafe(where, f"a {where.suffix} file")
-    raw = _read_once(where)
-    _refuse_other_kinds(raw, where)
-    header = _checked_header(raw, where)
+    raw, header = _checked_container(where)
     config = _checked_metadata(header.get("__metadata__"), where)
-    try:
-        tensors = safetensors.deserialize(raw)
-    except safetensors.SafetensorError as error:
-        _malformed(where, "the safetensors library refuses the file", str(error), "a valid safetensors file")
     slots: Slots = {}
-    for name, tensor in tensors:
+    for name, values in _decoded(raw, where).items():
         layer, site, part = _parse_name(name)
-        slots.setdefault((layer, site), {})[part] = _decode(tensor["data"], tensor["dtype"], tensor["shape"])
+        slots.setdefault((layer, site), {})[part] = values
     if not slots:
         raise PatchTargetError(
             "the patch holds no delta",
@@ -96,6 +88,42 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, dict[str, Any]]:
             fix="export the patch again",
         )
     return slots, config
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:
+    """Read another tool's safetensors file, such as a LoRA adapter's, with the same suspicion.
+
+    Args:
+        path: a regular file, or a symlink to one.
+
+    Returns:
+        Name to float32 array of one or two dimensions.
+
+    Raises:
+        PatchFormatError: not a well-formed safetensors file, a kind of file that is never opened, or a tensor that is
+            not f16, bf16 or f32.
+        OSError: the operating system's own error on an existing file, such as missing permission.
+    """
+    where = Path(path)
+    raw, _header = _checked_container(where)
+    return _decoded(raw, where)
+
+
+def _checked_container(where: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the file and its header, once each tensor is known to lie in the file."""
+    if where.suffix.lower() in _UNSAFE_SUFFIXES:
+        _refuse_unsafe(where, f"a {where.suffix} file")
+    raw = _read_once(where)
+    _refuse_other_kinds(raw, where)
+    return raw, _checked_header(raw, where)
+
+
+def _decoded(raw: bytes, where: Path) -> dict[str, NDArray[np.float32]]:
+    try:
+        tensors = safetensors.deserialize(raw)
+    except safetensors.SafetensorError as error:
+        _malformed(where, "the safetensors library refuses the file", str(error), "a valid safetensors file")
+    return {name: _decode(tensor["data"], tensor["dtype"], tensor["shape"]) for name, tensor in tensors}
 
 
 def _read_once(where: Path) -> bytes:
