@@ -7,7 +7,7 @@ post-norm alike. llama.cpp has no direction for block 0 (its reader refuses a fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,52 @@ _ARCHITECTURE = "controlvector"
 _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 
 
-def carried(patch: Patch) -> tuple[dict[int, NDArray[np.float32]], list[str]]:
-    """What a control vector can carry of a patch: layer to direction [d], and what it cannot, in words."""
-    directions = {}
-    lost = []
+def carried(
+    patch: Patch, sites: Collection[str] = ("mlp_out",)
+) -> tuple[dict[int, NDArray[np.float32]], list[str], list[str]]:
+    """What a control vector can carry of a patch, and what not.
+
+    Args:
+        patch: the patch.
+        sites: whose bias is added to the block's output: `mlp_out`, and without a post-norm `down` too.
+
+    Returns:
+        Layer to direction [d]; names of the biases that it cannot carry; names of the pairs, which it never can.
+    """
+    directions: dict[int, NDArray[np.float32]] = {}
+    biases, pairs = [], []
     for (layer, site), delta in patch.deltas.items():
         if delta.a is not None:
-            lost.append(f"the pair of layers.{layer}.{site}")
+            pairs.append(f"the pair of layers.{layer}.{site}")
         if delta.bias is None:
             continue
-        if site == "mlp_out" and layer > 0:
-            directions[layer] = delta.bias
+        if site in sites and layer > 0:
+            directions[layer] = directions[layer] + delta.bias if layer in directions else delta.bias
         else:
-            lost.append(f"the bias of layers.{layer}.{site}")
-    return directions, lost
+            biases.append(f"the bias of layers.{layer}.{site}")
+    return directions, biases, pairs
 
 
-def check_lossless(patch: Patch, lost: list[str], form: str) -> None:
-    """Refuse to leave a part of a patch out.
+def check_lossless(patch: Patch, lost: Sequence[str], form: str, fix: str) -> None:
+    """Refuse to leave parts of a patch out.
+
+    Args:
+        patch: the patch.
+        lost: names of the parts that `form` cannot carry.
+        form: what is being written.
+        fix: how to get a patch that it can carry.
 
     Raises:
         PatchTargetError: `lost` is not empty.
     """
-    if not lost:
-        return
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    raise PatchTargetError(
-        f"{form} cannot carry all of the patch {patch.name!r}",
-        field="PATCH",
-        got=", ".join(lost[:3]) + more,
-        wanted="biases of mlp_out on blocks 1 and up" if form == "a control vector" else "pairs, and no such biases",
-        fix="fit the patch with --first-layer 1"
-        + (" --method vector" if form == "a control vector" else " or --no-bias")
-        + ", or pass --lossy to leave this out",
-    )
+    if lost:
+        raise PatchTargetError(
+            f"{form} cannot carry all of the patch {patch.name!r}",
+            field="PATCH",
+            got=", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""),
+            wanted="parts that it can carry, and no others",
+            fix=f"{fix}, or pass --lossy to leave these out",
+        )
 
 
 def write_control_vector(directions: Mapping[int, NDArray[np.float32]], architecture: str, out: Path) -> None:

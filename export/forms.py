@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adapters import Block
 from .deltas import TorchDelta, applied
+from .lora_form import pre_norm_target
 from .ridge import AffineMap, fit_affine, top_directions
 
 
@@ -34,10 +35,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chooses: rank of each pair and the relative ridge."""
+    """What the user chooses: rank of each pair, the relative ridge, and the first block that is patched."""
 
     rank: int = 16
     ridge: float = 1.0
+    first_layer: int = 0
 
 
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]
@@ -81,6 +83,20 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     return deltas | _output(block, rows, settings, below=deltas)
 
 
+def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
+    """`lora`: one pair and a bias beside `down`, so that a LoRA can carry it behind a post-norm too (lora_form)."""
+    target = block.mlp_half(rows.teacher) - block.mlp_half(rows.student)
+    hidden = block.hidden(rows.student)
+    sink = block.hidden(rows.sink)[0]
+    metric = torch.ones(target.shape[-1], dtype=torch.float64, device=target.device)
+    if block.post_norm is not None:
+        target, metric = pre_norm_target(block, hidden, target)
+    fit = fit_affine(hidden, target * metric, settings.ridge, sink)
+    directions = top_directions(fit.energy, settings.rank)
+    delta = _delta(fit, directions.T @ fit.matrix, directions / metric[:, None], fit.mean_out / metric, hidden.dtype)
+    return {"down": delta}
+
+
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
     """`mlp_out` for a student whose gate and up already carry `below`."""
     o_teacher = block.mlp_half(rows.teacher)
@@ -103,4 +119,4 @@ def _delta(fit: AffineMap, first: Tensor, directions: Tensor, target: Tensor, dt
     return TorchDelta(bias=bias.to(dtype), a=a.to(dtype), b=b.to(dtype), mean=fit.mean_in.to(dtype))
 
 
-FORMS: Mapping[str, Form] = {"vector": fit_vector, "output": fit_output, "matrix": fit_matrix}
+FORMS: Mapping[str, Form] = {"vector": fit_vector, "output": fit_output, "matrix": fit_matrix, "lora": fit_lora}

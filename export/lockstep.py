@@ -60,8 +60,8 @@ def fit(
     Args:
         model: a transformers causal language model with an adapter, in eval mode.
         dialogues: the calibration sequences; every student prompt starts with the same token.
-        method: `vector`, `output` or `matrix`.
-        settings: rank and ridge.
+        method: `vector`, `output`, `matrix` or `lora`.
+        settings: rank, ridge and the first block to patch.
         batch_size: dialogues per forward pass.
         progress: called with (blocks done, blocks in all).
 
@@ -86,7 +86,7 @@ def fit(
                 torch.cat([student.rows() for _, student in sides]),
                 sides[0][1].hidden[:1, 0],
             )
-            deltas[block.index] = form(block, rows, settings)
+            deltas[block.index] = {} if block.index < settings.first_layer else form(block, rows, settings)
             for teacher, student in sides:
                 teacher.feed_forward(block)
                 with applied(block, deltas[block.index]):

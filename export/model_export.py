@@ -24,6 +24,7 @@ from tp_runtime.patch import Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
 from . import onnx_slots, onnx_trace
+from .genai import write_genai_config
 from .progress import clock
 from .slot_modules import SLOT_SETS, slots_of
 from .source import Source, load_model
@@ -94,6 +95,7 @@ def export_model(
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             written = onnx_slots.save(graph, folder, carrying)
+            written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
             files = describe_files(folder, written + _copy_companions(source.path, folder))
             write_slots_file(_describe(source, model, folder, slots, route, precision, patch, files))
         with clock("check the export against torch"):

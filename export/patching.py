@@ -94,8 +94,8 @@ def make_patch(
         fitted: calibration queries.
         held_out: queries kept aside; the figures in the patch come from these alone.
         name: what the patch is called.
-        method: `vector`, `output` or `matrix`.
-        settings: rank and ridge.
+        method: `vector`, `output`, `matrix` or `lora`.
+        settings: rank, ridge and the first block to patch.
         max_new_tokens: length of the teacher's completions.
         store_context: put the text itself into the patch's description.
 
@@ -107,6 +107,11 @@ def make_patch(
         PatchValueError: a tensor does not fit half precision.
     """
     settings = settings or Settings()
+    layers = model.config.num_hidden_layers
+    if not 0 <= settings.first_layer < layers:
+        raise CalibrationError(
+            "no such block", field="first_layer", got=settings.first_layer, wanted=f"0..{layers - 1}"
+        )
     check_disjoint(fitted, held_out)
     everything = dialogues_for(source, model, context, [*fitted, *held_out], max_new_tokens)
     calibration, evaluation = everything[: len(fitted)], everything[len(fitted) :]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from tp_runtime.errors import TPError
 
-from . import check, control_vector, evaluate, fetch, import_, lora, model, patch
+from . import adapter, check, control_vector, evaluate, fetch, import_, lora, model, patch
 
 # A command is a module with add_parser(subparsers), which sets `run` as a default; run(args) returns the exit
 # code. None of them imports torch before run(): `--help` stays instant.
-_COMMANDS = (fetch, model, patch, evaluate, check, lora, control_vector, import_)
+_COMMANDS = (fetch, model, patch, evaluate, check, lora, control_vector, adapter, import_)
 # Packages of the export extra; another missing module is a defect and keeps its traceback.
 _EXTRA = {"torch", "transformers", "onnx", "onnxscript", "optimum", "gguf", "accelerate", "tqdm"}
 

@@ -29,11 +29,12 @@ def run(args: argparse.Namespace) -> int:
     from ..control_vector import carried, check_lossless, write_control_vector
 
     patch = Patch.load(args.patch)
-    directions, lost = carried(patch)
+    directions, biases, pairs = carried(patch)
     if not args.lossy:
-        check_lossless(patch, lost, "a control vector")
+        fix = "fit it with tp-export patch --method vector --first-layer 1"
+        check_lossless(patch, pairs + biases, "a control vector", fix)
     write_control_vector(directions, patch.config.architecture, args.out)
-    for part in lost:
+    for part in pairs + biases:
         print(f"left out: {part}", file=sys.stderr)
     print(args.out)
     return 0

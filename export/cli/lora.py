@@ -1,10 +1,16 @@
-"""`tp-export lora`: a patch as a LoRA folder for PEFT."""
+"""`tp-export lora`: a patch as a LoRA adapter, for PEFT or for llama.cpp."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tp_runtime.patch import Patch
+
+    from ..module_names import Beside
 
 
 def add_parser(subparsers: Any) -> None:
@@ -12,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "lora",
         help="write a patch as a LoRA adapter",
-        description="Write a patch as a LoRA folder that peft and transformers load, with the same logits. "
-        "Prints the folder.",
+        description="Write a patch as a LoRA folder that peft and transformers load, with the same logits; or, with "
+        "--gguf, as the files that llama.cpp loads. Prints the folder.",
     )
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
@@ -23,6 +29,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="SRC",
         help="the base model, a Hugging Face folder or a hub id: checked, and named in the adapter",
     )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write lora.gguf, and control-vector.gguf for the biases that llama.cpp's LoRA does not have",
+    )
+    parser.add_argument("--lossy", action="store_true", help="with --gguf: leave out biases that neither can carry")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
     parser.set_defaults(run=run)
 
@@ -39,6 +51,33 @@ def run(args: argparse.Namespace) -> int:
     patch = Patch.load(args.patch)
     source = open_source(args.base)
     check_base(patch, source.name, source.digest, "fp32")
-    write_peft(patch, beside(from_config(source.config)), args.out, args.base, args.overwrite)
+    layers = beside(from_config(source.config))
+    if args.gguf:
+        _write_gguf(patch, layers, args)
+    else:
+        write_peft(patch, layers, args.out, args.base, args.overwrite)
     print(args.out)
     return 0
+
+
+def _write_gguf(patch: Patch, layers: dict[tuple[int, str], Beside], args: argparse.Namespace) -> None:
+    from tp_runtime.atomic import atomic_folder
+
+    from ..control_vector import carried, check_lossless, write_control_vector
+    from ..gguf_lora import write_gguf_lora
+    from ..peft_out import pairs
+
+    found = pairs(patch, layers)
+    # Without a post-norm the bias of `down` is added to the block's output like that of `mlp_out`.
+    sites = {"mlp_out", "down"} if (0, "mlp_out") in layers else {"mlp_out"}
+    directions, lost, _ = carried(patch, sites)
+    if not args.lossy:
+        fix = "fit it with tp-export patch --method output --first-layer 1"
+        check_lossless(patch, lost, "llama.cpp", fix)
+    count = 1 + max(layer for layer, _ in layers)
+    with atomic_folder(args.out, overwrite=args.overwrite) as folder:
+        write_gguf_lora(found, patch.config.architecture, count, folder / "lora.gguf")
+        if directions:
+            write_control_vector(directions, patch.config.architecture, folder / "control-vector.gguf")
+    for part in lost:
+        print(f"left out: {part}", file=sys.stderr)

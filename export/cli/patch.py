@@ -38,7 +38,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
     )
-    parser.add_argument("--method", choices=("vector", "output", "matrix"), default="output", help="default: output")
+    parser.add_argument(
+        "--method",
+        choices=("vector", "output", "matrix", "lora"),
+        default="output",
+        help="default: output; lora = beside the MLP's last linear layer, for LoRA export of Gemma-like models",
+    )
+    parser.add_argument(
+        "--first-layer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the blocks below N as they are (default 0); llama.cpp's control vectors begin at 1",
+    )
     parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
     parser.add_argument(
         "--ridge", type=float, default=1.0, help="relative to the mean diagonal of the Gram (default 1)"
@@ -66,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         ("--rank", args.rank, 1),
         ("--limit", args.limit, 1),
         ("--holdout", args.holdout, 0),
+        ("--first-layer", args.first_layer, 0),
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
@@ -91,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         held_out,
         name=args.name or args.out.stem,
         method=args.method,
-        settings=Settings(args.rank, args.ridge),
+        settings=Settings(args.rank, args.ridge, args.first_layer),
         max_new_tokens=args.max_new_tokens,
         store_context=args.store_prompt,
     )
