@@ -21,18 +21,19 @@ from .adapters import Block, blocks_of
 
 @dataclass(frozen=True)
 class TorchDelta:
-    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; a pair may be absent."""
+    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; some may be absent."""
 
-    bias: Tensor
+    bias: Tensor | None
     a: Tensor | None = None
     b: Tensor | None = None
     mean: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """What the slot adds, for inputs [..., in]."""
+        bias = inputs.new_zeros(()) if self.bias is None else self.bias
         if self.a is None or self.b is None:
-            return self.bias
-        return (inputs @ self.a) @ self.b + self.bias
+            return bias
+        return (inputs @ self.a) @ self.b + bias
 
 
 @contextmanager
@@ -72,10 +73,7 @@ def torch_deltas(patch: Patch, device: torch.device | str, dtype: torch.dtype) -
 
     layers: dict[int, dict[str, TorchDelta]] = {}
     for (layer, site), delta in patch.deltas.items():
-        bias = tensor(delta.bias)
-        layers.setdefault(layer, {})[site] = TorchDelta(
-            torch.zeros((), device=device, dtype=dtype) if bias is None else bias, tensor(delta.a), tensor(delta.b)
-        )
+        layers.setdefault(layer, {})[site] = TorchDelta(tensor(delta.bias), tensor(delta.a), tensor(delta.b))
     return layers
 
 

@@ -7,7 +7,7 @@ the other) and returns the deltas of this block. Letters as in docs/method.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,11 +35,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chooses: rank of each pair, the relative ridge, and the first block that is patched."""
+    """What the user chooses: rank of each pair, the relative ridge, the first block that is patched, and whether the
+    `lora` form has a bias beside its pair.
+    """
 
     rank: int = 16
     ridge: float = 1.0
     first_layer: int = 0
+    bias: bool = True
 
 
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]
@@ -91,10 +94,10 @@ def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDel
     metric = torch.ones(target.shape[-1], dtype=torch.float64, device=target.device)
     if block.post_norm is not None:
         target, metric = pre_norm_target(block, hidden, target)
-    fit = fit_affine(hidden, target * metric, settings.ridge, sink)
+    fit = fit_affine(hidden, target * metric, settings.ridge, sink, settings.bias)
     directions = top_directions(fit.energy, settings.rank)
     delta = _delta(fit, directions.T @ fit.matrix, directions / metric[:, None], fit.mean_out / metric, hidden.dtype)
-    return {"down": delta}
+    return {"down": delta if settings.bias else replace(delta, bias=None)}
 
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:

@@ -31,8 +31,10 @@ class AffineMap:
     mean_out: Tensor
 
 
-def fit_affine(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None) -> AffineMap:
-    """Centred ridge regression of `targets` on `inputs`.
+def fit_affine(
+    inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None, bias: bool = True
+) -> AffineMap:
+    """Ridge regression of `targets` on `inputs`, centred where a bias takes the means.
 
     Args:
         inputs: a [N, n], one row a completion position.
@@ -40,9 +42,12 @@ def fit_affine(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | Non
         ridge: relative to the mean diagonal of the Gram.
         sink: activation of the attention sink at this site [n]; its direction is taken out of the inputs first, so
             that the map is exactly zero on it (M s = 0) and optimal among such maps.
+        bias: with False the rows are not centred, both means are reported as zero, and M a is the whole fit.
     """
     a, d = inputs.double(), targets.double()
     mean_in, mean_out = a.mean(0), d.mean(0)
+    if not bias:
+        mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
     a = a - mean_in
     if sink is not None:
         s = sink.double() / sink.double().norm()

@@ -72,7 +72,7 @@ def _write_gguf(patch: Patch, layers: dict[tuple[int, str], Beside], args: argpa
     sites = {"mlp_out", "down"} if (0, "mlp_out") in layers else {"mlp_out"}
     directions, lost, _ = carried(patch, sites)
     if not args.lossy:
-        fix = "fit it with tp-export patch --method output --first-layer 1"
+        fix = "fit it with tp-export patch --method output --first-layer 1, or --method lora --no-bias"
         check_lossless(patch, lost, "llama.cpp", fix)
     count = 1 + max(layer for layer, _ in layers)
     with atomic_folder(args.out, overwrite=args.overwrite) as folder:

@@ -45,6 +45,11 @@ def add_parser(subparsers: Any) -> None:
         help="default: output; lora = beside the MLP's last linear layer, for LoRA export of Gemma-like models",
     )
     parser.add_argument(
+        "--no-bias",
+        action="store_true",
+        help="with --method lora: a pair alone, for engines whose LoRA has no bias (vLLM) and for merging",
+    )
+    parser.add_argument(
         "--first-layer",
         type=int,
         default=0,
@@ -86,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
     if not 0 <= args.ridge < float("inf"):
         raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+    if args.no_bias and args.method != "lora":
+        raise CalibrationError("a form that has a bias", field="--no-bias", got=args.method, wanted="--method lora")
     context = read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
@@ -104,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         held_out,
         name=args.name or args.out.stem,
         method=args.method,
-        settings=Settings(args.rank, args.ridge, args.first_layer),
+        settings=Settings(args.rank, args.ridge, args.first_layer, not args.no_bias),
         max_new_tokens=args.max_new_tokens,
         store_context=args.store_prompt,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,27 @@ def test_a_first_layer_that_is_not_there(tiny_llama: Path, tmp_path: Path, capsy
     arguments = ["patch", str(tiny_llama), str(tmp_path / "p.safetensors"), "--prompt", "Hi.", "--first-layer", "3"]
     assert cli.main(arguments) == 2
     assert "first_layer" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_without_a_bias_every_engine_takes_it(tiny_gemma: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    options = ["--limit=4", "--holdout=2", "--max-new-tokens=4", "--rank=3", "--no-bias", "--prompt=Be a pirate."]
+    assert cli.main(["patch", str(tiny_gemma), str(out), "--method", "lora", *options]) == 0
+    assert {tuple(delta.parts()) for delta in Patch.load(out).deltas.values()} == {("a", "b", "mean")}
+    assert cli.main(["lora", str(out), str(tmp_path / "peft"), "--base", str(tiny_gemma)]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_bias"] is False
+    assert cli.main(["lora", str(out), str(tmp_path / "gguf"), "--base", str(tiny_gemma), "--gguf"]) == 0
+    assert [file.name for file in (tmp_path / "gguf").iterdir()] == ["lora.gguf"]
+
+
+@torch.no_grad()
+def test_without_a_bias_the_pair_is_fitted_to_the_rows_as_they_are(tiny_llama: Path) -> None:
+    """Full rank and no ridge on fewer rows than inputs: the pair alone hits every row."""
+    model = load_model(open_source(tiny_llama))
+    block, rows = blocks_of(model)[1], rows_of(model, 20)
+    wanted = block.mlp_half(rows.teacher)
+    before = (block.mlp_half(rows.student) - wanted).abs().max()
+    delta = FORMS["lora"](block, rows, Settings(rank=64, ridge=1e-9, bias=False))["down"]
+    assert delta.bias is None
+    with applied(block, {"down": delta}):
+        assert (block.mlp_half(rows.student) - wanted).abs().max() < 1e-3 * before
