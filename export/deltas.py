@@ -21,12 +21,12 @@ from .adapters import Block, blocks_of
 
 @dataclass(frozen=True)
 class TorchDelta:
-    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; a pair may be absent.
+    """The update of one slot: a [in, rank], b [rank, out], bias [out], mean fitted input [in]; some may be absent.
 
     `retained` is known of a fitted pair: the share of the map's energy tr M (G + l I) M^T that its rank keeps.
     """
 
-    bias: Tensor
+    bias: Tensor | None
     a: Tensor | None = None
     b: Tensor | None = None
     mean: Tensor | None = None
@@ -34,9 +34,10 @@ class TorchDelta:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """What the slot adds, for inputs [..., in]."""
+        bias = inputs.new_zeros(()) if self.bias is None else self.bias
         if self.a is None or self.b is None:
-            return self.bias
-        return (inputs @ self.a) @ self.b + self.bias
+            return bias
+        return (inputs @ self.a) @ self.b + bias
 
 
 @contextmanager
@@ -75,9 +76,8 @@ def torch_deltas(patch: Patch, layer: int, device: torch.device | str, dtype: to
     def tensor(array: Any) -> Any:
         return None if array is None else torch.tensor(array, device=device, dtype=dtype)
 
-    none = torch.zeros((), device=device, dtype=dtype)
     return {
-        site: TorchDelta(none if delta.bias is None else tensor(delta.bias), tensor(delta.a), tensor(delta.b))
+        site: TorchDelta(tensor(delta.bias), tensor(delta.a), tensor(delta.b))
         for (index, site), delta in patch.deltas.items()
         if index == layer
     }

@@ -8,7 +8,7 @@ Letters as in docs/method.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tp_runtime.errors import CalibrationError
 
 from .adapters import Block, weight_of
 from .deltas import TorchDelta, applied
+from .lora_form import pre_norm_target
 from .ridge import AffineMap, Moments, share_kept, top_directions
 
 _ROWS = 2048
@@ -44,10 +45,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chooses: rank of each pair and the relative ridge."""
+    """What the user chooses: rank of each pair, the relative ridge, the first block that is patched, and whether the
+    `lora` form has a bias beside its pair.
+    """
 
     rank: int = 16
     ridge: float = 1.0
+    first_layer: int = 0
+    bias: bool = True
 
 
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]
@@ -57,13 +62,13 @@ def check_method(method: str, blocks: Sequence[Block]) -> None:
     """Check that a form applies to a model.
 
     Raises:
-        CalibrationError: `matrix`, and a block is a mixture of experts: a row meets few of them, and each would need
-            slots of its own.
+        CalibrationError: `matrix` or `lora`, and a block is a mixture of experts: a row meets few of them, and each
+            would need slots of its own.
     """
     for block in blocks:
-        if method == "matrix" and block.router is not None:
+        if method in ("matrix", "lora") and block.router is not None:
             raise CalibrationError(
-                "no thought matrix for a mixture of experts",
+                f"no {method} form for a mixture of experts",
                 field="method",
                 got=f"{len(block.mlps)} experts in layer {block.index}",
                 wanted="one MLP",
@@ -113,6 +118,23 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     return deltas | _output(block, rows, settings, below=deltas)
 
 
+def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
+    """`lora`: one pair and a bias beside `down`, so that a LoRA can carry it behind a post-norm too (lora_form)."""
+    moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0], settings.bias)
+    metric = torch.ones((), dtype=torch.float64)
+    for teacher, student in rows.parts():
+        o_student, hidden = block.mlp_half_and_hidden(student)
+        target = block.mlp_half(teacher) - o_student
+        if block.post_norm is not None:
+            target, metric = pre_norm_target(block, hidden, target)
+        moments.add(hidden, target * metric)
+    fit = moments.solve(settings.ridge)
+    directions = top_directions(fit.energy, settings.rank)
+    first, outputs, target = directions.T @ fit.matrix, directions / metric.view(-1, 1), fit.mean_out / metric
+    delta = low_rank(fit, first, outputs, target, rows.student.dtype, share_kept(fit.energy, directions))
+    return {"down": delta if settings.bias else replace(delta, bias=None)}
+
+
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
     """`mlp_out` for a student whose gate and up already carry `below`."""
     with applied(block, below):
@@ -140,4 +162,4 @@ def low_rank(
     return TorchDelta(bias.to(dtype), a.to(dtype), b.to(dtype), fit.mean_in.to(dtype), retained)
 
 
-FORMS: Mapping[str, Form] = {"vector": fit_vector, "output": fit_output, "matrix": fit_matrix}
+FORMS: Mapping[str, Form] = {"vector": fit_vector, "output": fit_output, "matrix": fit_matrix, "lora": fit_lora}

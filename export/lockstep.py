@@ -66,7 +66,7 @@ def fit(
         model: a transformers causal language model with an adapter, in eval mode.
         dialogues: the calibration sequences; every student prompt starts with the same token.
         method: one of `FORMS`, or `isotropic`.
-        settings: rank and ridge.
+        settings: rank, ridge and the first block to patch.
         prefix: key/value entries that the student will have in front.
         batch_size: dialogues per forward pass.
         progress: called with (blocks done, blocks in all).
@@ -94,7 +94,7 @@ def fit(
                     torch.cat([student.rows() for _, student in sides]),
                     None if prefix is not None else sides[0][1].hidden[:1, 0],
                 )
-                deltas[block.index] = form(block, rows, settings)
+                deltas[block.index] = {} if block.index < settings.first_layer else form(block, rows, settings)
                 for teacher, student in sides:
                     teacher.feed_forward(block)
                     with applied(block, deltas[block.index]):

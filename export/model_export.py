@@ -24,9 +24,11 @@ from tp_runtime.patch import Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
 from . import onnx_slots, onnx_trace
+from .genai import write_genai_config
 from .progress import clock
 from .slot_modules import SLOT_SETS, slots_of
 from .source import Source, load_model
+from .weights_only import refuse_prefix
 
 PRECISIONS = ("fp32",)
 ROUTES = ("auto", "fused", "optimum")
@@ -79,6 +81,7 @@ def export_model(
         raise ModelFormatError("unknown slot set", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
     if patch is not None:
         check_base(patch, source.name, source.digest, precision)
+        refuse_prefix(patch, "graph")
     with clock("load weights"):
         model = load_model(source)
     slots = slots_of(model, slot_set)
@@ -94,6 +97,7 @@ def export_model(
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             written = onnx_slots.save(graph, folder, carrying)
+            written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
             files = describe_files(folder, written + _copy_companions(source.path, folder))
             write_slots_file(_describe(source, model, folder, slots, route, precision, patch, files))
         with clock("check the export against torch"):

@@ -110,8 +110,8 @@ class Recipe:
     """How a patch is made.
 
     Attributes:
-        method: `vector`, `output` or `matrix`; or `prefix`, key/value entries alone.
-        settings: rank and ridge.
+        method: `vector`, `output`, `matrix` or `lora`; or `prefix`, key/value entries alone.
+        settings: rank, ridge and the first block to patch.
         prefix: key/value entries of the context to carry, for each head.
         samples: answers to fit on for each query, the first greedy and the rest sampled.
         max_new_tokens: length of the teacher's completions.
@@ -160,6 +160,11 @@ def make_patch(
             fitted, or the form does not apply to the model.
         PatchValueError: a tensor does not fit half precision.
     """
+    layers = model.config.num_hidden_layers
+    if not 0 <= recipe.settings.first_layer < layers:
+        raise CalibrationError(
+            "no such block", field="first_layer", got=recipe.settings.first_layer, wanted=f"0..{layers - 1}"
+        )
     check_disjoint(fitted, held_out)
     check_method(recipe.method, blocks_of(model))  # before the minutes of rollout
     new_tokens, samples = recipe.max_new_tokens, recipe.samples

@@ -95,9 +95,7 @@ def _trainable(delta: TorchDelta) -> TorchDelta:
     def copy(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().clone().requires_grad_()
 
-    bias = copy(delta.bias)
-    assert bias is not None
-    return TorchDelta(bias, copy(delta.a), copy(delta.b), delta.mean)
+    return TorchDelta(copy(delta.bias), copy(delta.a), copy(delta.b))
 
 
 def _detached(delta: TorchDelta) -> TorchDelta:
@@ -106,4 +104,4 @@ def _detached(delta: TorchDelta) -> TorchDelta:
     def plain(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach()
 
-    return TorchDelta(delta.bias.detach(), plain(delta.a), plain(delta.b))
+    return TorchDelta(plain(delta.bias), plain(delta.a), plain(delta.b))

@@ -42,9 +42,11 @@ class Moments:
     Args:
         sink: activation of the attention sink at this site [n]; its direction is taken out of the inputs first, so
             that the map is exactly zero on it (M s = 0) and optimal among such maps.
+        bias: with False the rows are not centred, both means are reported as zero, and M a is the whole fit.
     """
 
-    def __init__(self, sink: Tensor | None = None) -> None:
+    def __init__(self, sink: Tensor | None = None, bias: bool = True) -> None:
+        self._bias = bias
         self._sink = None if sink is None else sink.double() / sink.double().norm()
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._held = 0
@@ -74,7 +76,7 @@ class Moments:
         self._rows, self._held = [], 0
 
     def solve(self, ridge: float) -> AffineMap:
-        """Centred ridge regression of the targets on the inputs.
+        """Ridge regression of the targets on the inputs, centred where a bias takes the means.
 
         Args:
             ridge: relative to the mean diagonal of the Gram.
@@ -83,7 +85,7 @@ class Moments:
             self._fold()
             return self._primal(ridge)
         a, d = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-        mean_in, mean_out = a.mean(0), d.mean(0)
+        mean_in, mean_out = self._bias * a.mean(0), self._bias * d.mean(0)
         a, d = self._projected(a - mean_in), d - mean_out
         gram = a @ a.T
         penalty = (ridge * gram.trace() / a.shape[1]).clamp(min=_TINY)
@@ -94,7 +96,7 @@ class Moments:
     def _primal(self, ridge: float) -> AffineMap:
         assert self._folded is not None
         sum_in, sum_out, gram, cross = self._folded
-        mean_in, mean_out = sum_in / self._count, sum_out / self._count
+        mean_in, mean_out = self._bias * sum_in / self._count, self._bias * sum_out / self._count
         centre = self._projected(mean_in[None])
         gram = gram - self._count * centre.T @ centre
         cross = cross - self._count * centre.T @ mean_out[None]
@@ -105,9 +107,11 @@ class Moments:
         return AffineMap(solved.T, _symmetric(cross.T @ solved), mean_in, mean_out)
 
 
-def fit_affine(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None) -> AffineMap:
+def fit_affine(
+    inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None, bias: bool = True
+) -> AffineMap:
     """`Moments` of rows that are all there: a [N, n], one row a completion position, and targets d [N, m]."""
-    moments = Moments(sink)
+    moments = Moments(sink, bias)
     moments.add(inputs, targets)
     return moments.solve(ridge)
 

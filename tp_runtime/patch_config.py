@@ -16,7 +16,7 @@ from typing import Any
 
 from tp_runtime.errors import PatchFormatError, PatchVersionError
 
-METHODS = ("vector", "output", "matrix", "prefix", "isotropic", "steering", "composed")
+METHODS = ("vector", "output", "matrix", "lora", "prefix", "isotropic", "steering", "imported", "composed")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 MAX_REPORT = 64
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
@@ -32,7 +32,7 @@ class PatchConfig:
 
     Attributes:
         name: printable, for people; never a key of anything.
-        method: one of `METHODS`; "composed" for a sum of patches.
+        method: one of `METHODS`; "composed" for a sum of patches, "imported" for another tool's adapter.
         base_model: the base model's public name.
         base_digest: SHA-256 of the base model (64 hex digits); a patch acts on no other base.
         architecture: the base's model type, e.g. "llama", as in `patch_slots.json`.

@@ -84,20 +84,11 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, 
         OSError: the operating system's own error on an existing file, such as missing permission.
     """
     where = Path(path)
-    if where.suffix.lower() in _UNSAFE_SUFFIXES:
-        _refuse_unsafe(where, f"a {where.suffix} file")
-    raw = _read_once(where)
-    _refuse_other_kinds(raw, where)
-    header = _checked_header(raw, where)
+    raw, header = _checked_container(where)
     config = _checked_metadata(header.get("__metadata__"), where)
-    try:
-        tensors = safetensors.deserialize(raw)
-    except safetensors.SafetensorError as error:
-        _malformed(where, "the safetensors library refuses the file", str(error), "a valid safetensors file")
     slots: Slots = {}
     entries: Entries = {}
-    for name, tensor in tensors:
-        values = _decode(tensor["data"], tensor["dtype"], tensor["shape"])
+    for name, values in _decoded(raw, where).items():
         if entry := _ENTRY.fullmatch(name):
             entries[int(entry[1]), entry[2]] = values
         else:
@@ -112,6 +103,42 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, 
             fix="export the patch again",
         )
     return slots, entries, config
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:
+    """Read another tool's safetensors file, such as a LoRA adapter's, with the same suspicion.
+
+    Args:
+        path: a regular file, or a symlink to one.
+
+    Returns:
+        Name to float32 array of one or two dimensions.
+
+    Raises:
+        PatchFormatError: not a well-formed safetensors file, a kind of file that is never opened, or a tensor that is
+            not f16, bf16 or f32.
+        OSError: the operating system's own error on an existing file, such as missing permission.
+    """
+    where = Path(path)
+    raw, _header = _checked_container(where)
+    return _decoded(raw, where)
+
+
+def _checked_container(where: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the file and its header, once each tensor is known to lie in the file."""
+    if where.suffix.lower() in _UNSAFE_SUFFIXES:
+        _refuse_unsafe(where, f"a {where.suffix} file")
+    raw = _read_once(where)
+    _refuse_other_kinds(raw, where)
+    return raw, _checked_header(raw, where)
+
+
+def _decoded(raw: bytes, where: Path) -> dict[str, NDArray[np.float32]]:
+    try:
+        tensors = safetensors.deserialize(raw)
+    except safetensors.SafetensorError as error:
+        _malformed(where, "the safetensors library refuses the file", str(error), "a valid safetensors file")
+    return {name: _decode(tensor["data"], tensor["dtype"], tensor["shape"]) for name, tensor in tensors}
 
 
 def _read_once(where: Path) -> bytes:

@@ -8,11 +8,24 @@ from collections.abc import Sequence
 
 from tp_runtime.errors import TPError
 
-from . import check, evaluate, fetch, model, patch, questions, report, verify
+from . import (
+    adapter,
+    check,
+    control_vector,
+    evaluate,
+    fetch,
+    import_,
+    lora,
+    model,
+    patch,
+    questions,
+    report,
+    verify,
+)
 
 # A command is a module with add_parser(subparsers), which sets `run` as a default; run(args) returns the exit
 # code. None of them imports torch before run(): `--help` stays instant.
-_COMMANDS = (fetch, model, questions, patch, evaluate, report, verify, check)
+_COMMANDS = (fetch, model, questions, patch, evaluate, report, verify, check, lora, control_vector, adapter, import_)
 # Packages of the extras; another missing module is a defect and keeps its traceback.
 _EXPORT = ("torch", "transformers", "onnx", "onnxscript", "optimum", "gguf", "accelerate", "tqdm")
 _EXTRA = {**dict.fromkeys(_EXPORT, "export"), "matplotlib": "export,report"}

@@ -41,9 +41,22 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("vector", "output", "matrix", "prefix", "isotropic"),
+        choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
         default="output",
-        help="default: output; prefix: no weights, see --prefix; isotropic is a baseline, for comparison",
+        help="default: output; lora: beside the MLP's last linear layer, for LoRA export of Gemma-like models; prefix: "
+        "no weights, see --prefix; isotropic: a baseline, for comparison",
+    )
+    parser.add_argument(
+        "--no-bias",
+        action="store_true",
+        help="with --method lora: a pair alone, for engines whose LoRA has no bias (vLLM) and for merging",
+    )
+    parser.add_argument(
+        "--first-layer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the blocks below N as they are (default 0); llama.cpp's control vectors begin at 1",
     )
     parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
     parser.add_argument(
@@ -103,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
         ("--samples", args.samples, 1),
         ("--refine", args.refine, 0),
+        ("--first-layer", args.first_layer, 0),
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
@@ -114,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(
             "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
         )
+    if args.no_bias and args.method != "lora":
+        raise CalibrationError("a form that has a bias", field="--no-bias", got=args.method, wanted="--method lora")
     context = read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
@@ -126,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(source, device, offload=args.offload)
     recipe = Recipe(
         method=args.method,
-        settings=Settings(args.rank, args.ridge),
+        settings=Settings(args.rank, args.ridge, args.first_layer, not args.no_bias),
         prefix=args.prefix,
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,

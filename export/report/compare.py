@@ -113,8 +113,10 @@ def _candidates(
             vectors = baselines.fit_steering(model, calibration, progress=lambda *_: shown.update())
         for chosen, strength in baselines.steering_candidates(layers):
             where = f"layer {chosen[0]}" if len(chosen) == 1 else "all layers"
-            scaled = {i: {"mlp_out": TorchDelta(strength * vectors[i]["mlp_out"].bias)} for i in chosen}
-            yield scaled, f"{where}, strength {strength:g}"
+            yield (
+                {i: {"mlp_out": _scaled(vectors[i]["mlp_out"], strength)} for i in chosen},
+                f"{where}, strength {strength:g}",
+            )
         return
     ridges = _ISOTROPIC_RIDGES if method == "isotropic" else (settings.ridge,)
     for ridge in ridges:
@@ -122,6 +124,11 @@ def _candidates(
         with bar(f"fit {method}", layers, "layer") as shown:
             deltas = lockstep.fit(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
         yield deltas, "" if method == "vector" else f"rank {one.rank}, ridge {ridge:g}"
+
+
+def _scaled(vector: TorchDelta, strength: float) -> TorchDelta:
+    assert vector.bias is not None
+    return TorchDelta(strength * vector.bias)
 
 
 def _patch(deltas: dict[int, dict[str, TorchDelta]], method: str, like: Patch) -> Patch:

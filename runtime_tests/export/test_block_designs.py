@@ -11,7 +11,7 @@ from tp_export import lockstep
 from tp_export.adapters import ADAPTERS, Block, adapter_for, blocks_of, layer_inputs, weight_of
 from tp_export.deltas import TorchDelta, applied, patched
 from tp_export.forms import FORMS, Rows, Settings
-from tp_export.patching import _half
+from tp_export.patching import to_half
 from tp_export.ridge import fit_affine
 from tp_export.slot_modules import SLOT_SETS, slots_of
 from tp_export.source import load_model, open_source
@@ -100,7 +100,7 @@ def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], metho
         for block in blocks_of(model):
             with applied(block, deltas[block.index]):
                 hidden = block.mlp_half(block.attention_half(hidden, kwargs[block.index]))
-        with patched(model, Patch(_half(deltas), random_config())):
+        with patched(model, Patch(to_half(deltas), random_config())):
             wanted = outputs_of(model, ids)[-1]
         assert (wanted - outputs_of(model, ids)[-1]).abs().max() > 0.02 * wanted.abs().max(), method
         assert (hidden - wanted).abs().max() < 5e-3 * wanted.abs().max(), method

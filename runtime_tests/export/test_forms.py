@@ -11,7 +11,7 @@ from tp_export import lockstep
 from tp_export.adapters import blocks_of, layer_inputs
 from tp_export.deltas import applied, patched
 from tp_export.forms import FORMS, Rows, Settings
-from tp_export.patching import _half
+from tp_export.patching import to_half
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
@@ -97,7 +97,7 @@ def test_the_bias_keeps_the_mean_whatever_the_rank(model: Any, method: str) -> N
 def test_a_truncated_file_is_the_fit_of_that_rank(model: Any) -> None:
     block, rows = blocks_of(model)[0], some_rows(model, 60)
     big, small = (FORMS["output"](block, rows, Settings(rank=rank))["mlp_out"] for rank in (12, 3))
-    patch = Patch(_half({0: {"mlp_out": big}}), random_config()).truncate(3)
+    patch = Patch(to_half({0: {"mlp_out": big}}), random_config()).truncate(3)
     ours = patch.deltas[0, "mlp_out"]
     hidden = block.hidden(rows.student)
     wanted = small(hidden)
@@ -111,7 +111,7 @@ def test_the_fit_is_what_the_patched_model_computes(model: Any, method: str) -> 
     """Lock-step and the hooks on the whole model agree: v at the last block is the same both ways."""
     data = dialogues()
     deltas = lockstep.fit(model, data, method, Settings(rank=3), batch_size=2)
-    patch = Patch(_half(deltas), random_config())
+    patch = Patch(to_half(deltas), random_config())
     with_big_batches = lockstep.fit(model, data, method, Settings(rank=3), batch_size=6)
     ids = torch.tensor([data[0].student()])
     hidden, kwargs = layer_inputs(model, ids, torch.ones_like(ids))

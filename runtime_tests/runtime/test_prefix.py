@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tp_export import fidelity, patching
+from tp_export import control_vector, fidelity, genai, patching, peft_out
 from tp_export.prefix import choose, torch_prefix
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
@@ -19,6 +19,7 @@ from tp_runtime.errors import (
     CalibrationError,
     PatchFormatError,
     PatchShapeError,
+    PatchTargetError,
     PatchValueError,
     RequestError,
     StaleCacheError,
@@ -184,6 +185,19 @@ def test_a_description_without_tensors() -> None:
     assert prefix_from({}, None) is None
     with pytest.raises(PatchFormatError, match="0 tensors"):
         prefix_from({}, {"replaces": [1], "position": 4})
+
+
+def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 4, patch_for(model.graph.folder, seed=3))
+    for write in (
+        lambda: peft_out.pairs(patch, {}),
+        lambda: control_vector.carried(patch),
+        lambda: genai.write_adapter(patch, model.graph.folder, tmp_path / "p.onnx_adapter"),
+    ):
+        with pytest.raises(PatchTargetError, match="no place for a KV prefix"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_that_differ_elsewhere_take_no_prefix(pair: tuple[Any, PatchedModel]) -> None:

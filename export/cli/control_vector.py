@@ -1,0 +1,40 @@
+"""`tp-export control-vector`: a thought vector as a GGUF control vector."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "control-vector",
+        help="write a patch of biases as a GGUF control vector",
+        description="Write the biases of a patch as the control vector that llama.cpp and repeng read. A patch that "
+        "holds more, or acts on block 0, where llama.cpp has no direction, is refused. Prints the file.",
+    )
+    parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
+    parser.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
+    parser.add_argument("--lossy", action="store_true", help="leave out what cannot be carried, and say what")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file."""
+    from tp_runtime.patch import Patch
+
+    from ..control_vector import carried, check_lossless, write_control_vector
+
+    patch = Patch.load(args.patch)
+    directions, biases, pairs = carried(patch)
+    if not args.lossy:
+        fix = "fit it with tp-export patch --method vector --first-layer 1"
+        check_lossless(patch, pairs + biases, "a control vector", fix)
+    write_control_vector(directions, patch.config.architecture, args.out)
+    for part in pairs + biases:
+        print(f"left out: {part}", file=sys.stderr)
+    print(args.out)
+    return 0

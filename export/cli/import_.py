@@ -1,0 +1,62 @@
+"""`tp-export import`: another tool's adapter as a patch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.errors import PatchFormatError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "import",
+        help="make a patch of a LoRA folder or a GGUF control vector",
+        description="Make a patch of an adapter that another tool made: a LoRA folder as peft saves it (for a model "
+        "exported with --slots all), or a control vector in GGUF form. Prints the file.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="a LoRA folder, or a .gguf control vector")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
+    parser.add_argument("--base", required=True, metavar="SRC", help="the adapter's base: a folder or a hub id")
+    parser.add_argument("--name", help="what the patch is called (default: the adapter's name)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads the adapter, measures its probe and writes the patch."""
+    from ..control_vector import read_control_vector
+    from ..imported import imported_patch
+    from ..module_names import beside, from_config
+    from ..peft_in import is_adapter, read_peft
+    from ..progress import clock
+    from ..source import load_model, open_source
+
+    if args.out.suffix != ".safetensors":
+        raise PatchFormatError("the name of a patch file", field="OUT", got=args.out.name, wanted="*.safetensors")
+    if not args.out.parent.is_dir():
+        raise PatchFormatError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
+    source = open_source(args.base)
+    if args.adapter.suffix == ".gguf":
+        deltas, base = read_control_vector(args.adapter, source.config), ""
+    elif is_adapter(args.adapter):
+        deltas, base = read_peft(args.adapter, beside(from_config(source.config)))
+    else:
+        raise PatchFormatError(
+            "neither a LoRA folder nor a control vector",
+            field="ADAPTER",
+            got=str(args.adapter),
+            wanted="a folder with adapter_config.json and adapter_model.safetensors, or a .gguf file",
+            fix="pickled adapters (.bin, .pt) are never opened: save them as safetensors",
+        )
+    if base and Path(base).name.lower() != Path(source.name).name.lower():
+        print(f"note: the adapter names its base {base!r}; it becomes a patch of {source.name!r}", file=sys.stderr)
+    with clock("load weights"):
+        model = load_model(source)
+    with clock("measure the probe"):
+        patch = imported_patch(source, model, deltas, args.name or args.adapter.stem)
+    patch.save(args.out, dtype="f32")
+    print(args.out)
+    return 0

@@ -1,0 +1,83 @@
+"""`tp-export lora`: a patch as a LoRA adapter, for PEFT or for llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tp_runtime.patch import Patch
+
+    from ..module_names import Beside
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to the parser."""
+    parser = subparsers.add_parser(
+        "lora",
+        help="write a patch as a LoRA adapter",
+        description="Write a patch as a LoRA folder that peft and transformers load, with the same logits; or, with "
+        "--gguf, as the files that llama.cpp loads. Prints the folder.",
+    )
+    parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="SRC",
+        help="the base model, a Hugging Face folder or a hub id: checked, and named in the adapter",
+    )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write lora.gguf, and control-vector.gguf for the biases that llama.cpp's LoRA does not have",
+    )
+    parser.add_argument("--lossy", action="store_true", help="with --gguf: leave out biases that neither can carry")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the folder."""
+    from tp_runtime.patch import Patch
+    from tp_runtime.slots import check_base
+
+    from ..module_names import beside, from_config
+    from ..peft_out import write_peft
+    from ..source import open_source
+
+    patch = Patch.load(args.patch)
+    source = open_source(args.base)
+    check_base(patch, source.name, source.digest, "fp32")
+    layers = beside(from_config(source.config))
+    if args.gguf:
+        _write_gguf(patch, layers, args)
+    else:
+        write_peft(patch, layers, args.out, args.base, args.overwrite)
+    print(args.out)
+    return 0
+
+
+def _write_gguf(patch: Patch, layers: dict[tuple[int, str], Beside], args: argparse.Namespace) -> None:
+    from tp_runtime.atomic import atomic_folder
+
+    from ..control_vector import carried, check_lossless, write_control_vector
+    from ..gguf_lora import write_gguf_lora
+    from ..peft_out import pairs
+
+    found = pairs(patch, layers)
+    # Without a post-norm the bias of `down` is added to the block's output like that of `mlp_out`.
+    sites = {"mlp_out", "down"} if (0, "mlp_out") in layers else {"mlp_out"}
+    directions, lost, _ = carried(patch, sites)
+    if not args.lossy:
+        fix = "fit it with tp-export patch --method output --first-layer 1, or --method lora --no-bias"
+        check_lossless(patch, lost, "llama.cpp", fix)
+    count = 1 + max(layer for layer, _ in layers)
+    with atomic_folder(args.out, overwrite=args.overwrite) as folder:
+        write_gguf_lora(found, patch.config.architecture, count, folder / "lora.gguf")
+        if directions:
+            write_control_vector(directions, patch.config.architecture, folder / "control-vector.gguf")
+    for part in lost:
+        print(f"left out: {part}", file=sys.stderr)
