@@ -136,7 +136,7 @@ def test_a_batch_has_one_patch_or_one_a_row(tiny_llama_export: Path) -> None:
         assert furthest(own[row], graph_logits(graph, rows[row], graph.bind(patches[row]))) < TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
 def test_optimum_loads_the_folder_and_generates_what_transformers_does(
     made: Callable[[str], Made], architecture: str
 ) -> None:
