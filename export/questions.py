@@ -21,7 +21,8 @@ def load_questions(path: Path | None) -> list[str]:
 
     Args:
         path: a text file with one query a line, where a line that starts with `#` is a comment; or a `.json`
-            list of strings; or a `.jsonl` file with one JSON string a line. None for the built-in questions.
+            list of strings; or a `.jsonl` file with one JSON string a line, or {"query": text, ...}. None for the
+            built-in questions.
 
     Returns:
         At least one query.
@@ -38,7 +39,7 @@ def load_questions(path: Path | None) -> list[str]:
         if suffix == ".json":
             found = json.loads(text)
         elif suffix == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [_query(json.loads(line)) for line in text.splitlines() if line.strip()]
         else:
             found = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     except ValueError as error:  # JSON and UTF-8 errors both
@@ -50,6 +51,10 @@ def load_questions(path: Path | None) -> list[str]:
     if not queries:
         raise CalibrationError("holds no query", field=where, fix="write one query a line")
     return queries
+
+
+def _query(entry: object) -> object:
+    return entry.get("query") if isinstance(entry, dict) else entry
 
 
 def split_holdout(queries: Sequence[str], holdout: int, seed: int) -> tuple[list[str], list[str]]:

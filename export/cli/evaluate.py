@@ -23,7 +23,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
     add_context_options(parser)
     add_device_options(parser)
-    parser.add_argument("--queries", type=Path, required=True, metavar="HELDOUT", help="queries the patch never saw")
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        required=True,
+        metavar="HELDOUT",
+        help="queries the patch never saw; with expected answers in a .jsonl file of {query, answer}, accuracy as well",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
     parser.add_argument(
         "--runtime",
@@ -43,13 +49,14 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.slots import check_base
 
     from .. import fidelity
+    from ..accuracy import load_answers, measure_accuracy
     from ..patching import context_digest, dialogues_for
     from ..progress import bar, clock
     from ..questions import check_unfitted, load_questions
     from ..source import load_model, open_source
 
     patch = Patch.load(args.patch)
-    context, queries = read_context(args), load_questions(args.queries)
+    context, queries, answers = read_context(args), load_questions(args.queries), load_answers(args.queries)
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     source = open_source(args.src)
     if patch.config.context_digest not in ("", context_digest(context)):
@@ -67,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, patch)
     with bar("held-out fidelity", len(dialogues), "query") as shown:
         figures = fidelity.measure(dialogues, fidelity.torch_student(model), *students, progress=shown.update).to_dict()
+    if answers:
+        figures |= measure_accuracy(source, model, context, patch, answers, args.max_new_tokens).to_dict()
     if args.json:
         print(json.dumps({"patch": patch.name, "identity": patch.identity, **figures}))
     else:

@@ -1,0 +1,114 @@
+"""How much of a context a patch carries, for every kind of context and form: the table of docs/fidelity.md.
+
+    python benchmarks/fidelity.py SMOLLM2 GEMMA [--only NAME,...] [--out build/fidelity]
+
+SMOLLM2 and GEMMA are the folders that `tp-export fetch` prints. Teacher answers are kept in --out, so an interrupted
+run goes on where it stopped, and every form of one context is fitted on the same rows. One line of JSON a patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tp_export.accuracy import load_answers, measure_accuracy
+from tp_export.forms import Settings
+from tp_export.patching import Recipe, make_patch
+from tp_export.questions import load_questions
+from tp_export.rollout_store import RolloutStore
+from tp_export.source import load_model, open_source
+
+HERE = Path(__file__).parent / "contexts"
+DEMO = Path(__file__).parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A context, what it is fitted on, what it is measured on, and the recipes to try."""
+
+    name: str
+    base: str  # "smollm2" or "gemma"
+    queries: Path | None
+    held_out: Path
+    recipes: tuple[Recipe, ...]
+    limit: int = 64
+
+
+def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: Any) -> Recipe:
+    """A recipe in short."""
+    return Recipe(method=method, settings=Settings(rank), prefix=prefix, **options)
+
+
+CASES = (
+    Case("persona", "smollm2", None, DEMO / "held-out.txt", (
+        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe("matrix", 8), recipe(rank=16, prefix=8),
+        recipe("prefix", prefix=8), recipe(rank=16, prefix=16),
+    )),
+    Case("french", "smollm2", None, DEMO / "held-out.txt", (
+        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe(rank=16, prefix=8), recipe("prefix", prefix=8),
+    )),
+    Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
+        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe(rank=16, prefix=32), recipe("prefix", prefix=32),
+        recipe(rank=16, prefix=64),
+    )),
+    Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
+        recipe("vector", samples=1), recipe(rank=16, samples=1), recipe(rank=16, prefix=32, samples=1),
+        recipe(rank=16, prefix=96, samples=1), recipe("prefix", prefix=96, samples=1),
+    ), 80),
+    Case("translation", "gemma", HERE / "translation-queries.txt", HERE / "translation-held-out.jsonl", (
+        recipe("vector", max_new_tokens=8), recipe(rank=16, max_new_tokens=8), recipe(rank=32, max_new_tokens=8),
+        recipe(rank=16, prefix=8, max_new_tokens=8),
+    )),
+    Case("operators", "gemma", HERE / "operators-queries.txt", HERE / "operators-held-out.jsonl", (
+        recipe("vector", max_new_tokens=8), recipe(rank=16, max_new_tokens=8), recipe(rank=32, max_new_tokens=8),
+        recipe(rank=16, prefix=8, max_new_tokens=8),
+    )),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the cases, printing as they come."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("smollm2")
+    parser.add_argument("gemma")
+    parser.add_argument("--only", default=",".join(case.name for case in CASES))
+    parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    bases: dict[str, Any] = {}
+    for case in CASES:
+        if case.name not in args.only.split(","):
+            continue
+        if case.base not in bases:
+            source = open_source(getattr(args, case.base))
+            bases[case.base] = source, load_model(source)
+        source, model = bases[case.base]
+        context = (HERE / f"{case.name}.txt").read_text(encoding="utf-8").rstrip("\n")
+        fitted, held = load_questions(case.queries)[: case.limit], load_questions(case.held_out)
+        answers = load_answers(case.held_out)
+        store = RolloutStore(args.out / f"{case.name}.jsonl", source.digest)
+        for one in case.recipes:
+            start = time.perf_counter()
+            name = f"{case.name}-{one.method}-r{one.settings.rank}-p{one.prefix}"
+            patch = make_patch(source, model, context, fitted, held, one, name=name, store=store)
+            seconds = time.perf_counter() - start
+            file = args.out / f"{name}.safetensors"
+            patch.save(file)
+            figures = dict(patch.config.fidelity or {})
+            if answers:
+                figures |= measure_accuracy(source, model, context, patch, answers, one.max_new_tokens).to_dict()
+            shown = {
+                "patch": name,
+                "megabytes": round(file.stat().st_size / 1e6, 2),
+                "seconds": round(seconds),
+                **figures,
+            }
+            print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
