@@ -85,7 +85,9 @@ def _row_logits(model: Any, batch: Any, prefix: TorchPrefix | None) -> Tensor:
     inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
     if prefix is not None:
         inputs = prefix.model_inputs(batch.attention_mask)
-    hidden = model.base_model(input_ids=batch.input_ids, **inputs).last_hidden_state
+    # Gemma 3's text model calls itself its base.
+    inner = model.model if model.base_model is model else model.base_model
+    hidden = inner(input_ids=batch.input_ids, **inputs).last_hidden_state
     logits = model.get_output_embeddings()(batch.rows(hidden))
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()
