@@ -43,29 +43,24 @@ def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: A
     return Recipe(method=method, settings=Settings(rank), prefix=prefix, **options)
 
 
+SHORT = {"max_new_tokens": 8}
 CASES = (
-    Case("persona", "smollm2", None, DEMO / "held-out.txt", (
-        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe("matrix", 8), recipe(rank=16, prefix=8),
-        recipe("prefix", prefix=8), recipe(rank=16, prefix=16),
-    )),
-    Case("french", "smollm2", None, DEMO / "held-out.txt", (
-        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe(rank=16, prefix=8), recipe("prefix", prefix=8),
-    )),
-    Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
-        recipe("vector"), recipe(rank=16), recipe(rank=32), recipe(rank=16, prefix=32), recipe("prefix", prefix=32),
-        recipe(rank=16, prefix=64),
-    )),
-    Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
-        recipe("vector", samples=1), recipe(rank=16, samples=1), recipe(rank=16, prefix=32, samples=1),
-        recipe(rank=16, prefix=96, samples=1), recipe("prefix", prefix=96, samples=1),
-    ), 80),
     Case("translation", "gemma", HERE / "translation-queries.txt", HERE / "translation-held-out.jsonl", (
-        recipe("vector", max_new_tokens=8), recipe(rank=16, max_new_tokens=8), recipe(rank=32, max_new_tokens=8),
-        recipe(rank=16, prefix=8, max_new_tokens=8),
+        recipe("vector", **SHORT), recipe(**SHORT), recipe(rank=32, **SHORT), recipe(prefix=8, **SHORT),
     )),
     Case("operators", "gemma", HERE / "operators-queries.txt", HERE / "operators-held-out.jsonl", (
-        recipe("vector", max_new_tokens=8), recipe(rank=16, max_new_tokens=8), recipe(rank=32, max_new_tokens=8),
-        recipe(rank=16, prefix=8, max_new_tokens=8),
+        recipe("vector", **SHORT), recipe(**SHORT), recipe(rank=32, **SHORT), recipe(prefix=8, **SHORT),
+    )),
+    Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
+        recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
+    )),
+    # The model's own questions: tp-export questions SMOLLM2 benchmarks/contexts/policy.txt policy-queries.txt --rounds 4
+    Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
+        recipe(prefix=96, samples=1), recipe(samples=1), recipe("prefix", prefix=96, samples=1),
+    ), 80),
+    Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=16), recipe(), recipe("vector"))),
+    Case("persona", "smollm2", None, DEMO / "held-out.txt", (
+        recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
     )),
 )  # fmt: skip
 

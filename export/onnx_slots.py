@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import external_data
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
@@ -28,16 +29,19 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 def name_weights(model: ir.Model) -> None:
     """Give every folded weight the name of the module that uses it: `model.layers.0.mlp.down_proj.weight`.
 
-    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata.
+    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata,
+    which is dropped here once it has served.
     """
     taken = set(model.graph.initializers)
+    for old, parameter in list(model.graph.initializers.items()):
+        if old.startswith("model.") and old.removeprefix("model.") not in taken:  # the wrapper's own
+            taken.add(old.removeprefix("model."))
+            parameter.name = old.removeprefix("model.")
     for node in model.graph:
-        scopes = node.metadata_props.get(_SCOPES)
-        if not scopes:
-            continue
-        # the last entry that is a module path ('model.model.layers.0.self_attn.q_proj'); the wrapper's own is dropped
-        paths = [p for p in re.findall(r"'([^']*)'", scopes) if p.startswith("model.")]
-        if not paths:
+        # module paths ('model.model.layers.0.self_attn.q_proj'), and last what torch calls the operation
+        *scopes, operation = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "''"))
+        paths = [path for path in scopes if path.startswith("model.")]
+        if not paths or not operation.startswith("linear"):
             continue
         module = _WRAPPERS.sub("", paths[-1].removeprefix("model."))
         for value in node.inputs:
@@ -49,10 +53,7 @@ def name_weights(model: ir.Model) -> None:
             if name not in taken:
                 taken.add(name)
                 value.name = name
-    for name, value in list(model.graph.initializers.items()):
-        if name.startswith("model.") and name.removeprefix("model.") not in taken:
-            taken.add(name.removeprefix("model."))
-            value.name = name.removeprefix("model.")
+    ClearMetadataAndDocStringPass()(model)
 
 
 def make_slots_overridable(

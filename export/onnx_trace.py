@@ -143,7 +143,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
             verbose=False,
         )
         assert program is not None
-        fused, _counts = optimize_for_ort(program.model, clear_metadata=True)
+        fused, _counts = optimize_for_ort(program.model)
     return fused
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from tp_export import model_export
@@ -73,6 +74,19 @@ def test_logits_are_those_of_eager_attention(made: Callable[[str], Made], archit
     patched = torch_logits(model, IDS, patch)
     assert furthest(patched, wanted) > 100 * TOLERANCE
     assert furthest(graph_logits(graph, IDS, graph.bind(patch), STEPS), patched) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_every_matrix_has_the_name_of_its_module(made: Callable[[str], Made], architecture: str) -> None:
+    source, export = made(architecture)
+    graph = onnx.load(export / "model.onnx", load_external_data=False).graph
+    model = AutoModelForCausalLM.from_pretrained(source)
+    known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
+    matrices = {
+        i.name for i in graph.initializer if len(i.dims) > 1 and min(i.dims) >= 16 and not i.name.startswith("tp.")
+    }
+    assert matrices and matrices <= known
+    assert not any(node.metadata_props for node in graph.node)  # which the names were read from
 
 
 def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], Made]) -> None:
