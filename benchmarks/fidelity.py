@@ -54,7 +54,7 @@ CASES = (
     Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
         recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
     )),
-    # The model's own questions: tp-export questions SMOLLM2 benchmarks/contexts/policy.txt policy-queries.txt --rounds 4
+    # The model's own questions: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
     Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
         recipe(prefix=96, samples=1), recipe(samples=1), recipe("prefix", prefix=96, samples=1),
     ), 80),
