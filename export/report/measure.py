@@ -166,7 +166,9 @@ def _ways(bench: Bench, subject: Subject, held: list[Dialogue]) -> tuple[list[Wa
         asked = diverge(unrelated, reference, elsewhere, progress.update)
     times = {} if graph is None else costs.time_ways(graph, patch, held[:_TIMED])
     per_token = costs.kv_token_bytes(graph, model)
-    extra = (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token
+    session = {"prompt": (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token}
+    if patch.prefix is not None:  # every session holds the entries, and not the ids they stand in for
+        session["patch"] = (len(patch.prefix) - len(patch.prefix.replaces)) * per_token
     ways = []
     for name in names:
         kind = name.partition(",")[0]
@@ -180,7 +182,7 @@ def _ways(bench: Bench, subject: Subject, held: list[Dialogue]) -> tuple[list[Wa
                 asked[kind].mean if kind in asked else 0.0,
                 times[name].first_token_ms if name in times else None,
                 times[name].token_ms if name in times else None,
-                extra if kind == "prompt" else 0,
+                session.get(kind, 0),
                 {"prompt, cached prefix": shared * per_token, "patch": subject.file.stat().st_size}.get(name, 0),
             )
         )
