@@ -38,6 +38,7 @@ def test_a_patch_for_people(cli: Cli, tmp_path: Path) -> None:
         "rank": "0, 2, 4",
         "sites": "mlp_out",
         "layers": "0-2 (3 slots)",
+        "KV prefix": "none",
         "file": shown["file"],
         "identity": Patch.load(file).identity,
         "ridge": "1",

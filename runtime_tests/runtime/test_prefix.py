@@ -13,6 +13,7 @@ from tp_export.prefix import choose, torch_prefix
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
+from runtime_tests.cli import Cli
 from runtime_tests.logits import furthest, token_ids, torch_logits
 from runtime_tests.patches import patch_for
 from tp_runtime.errors import (
@@ -185,6 +186,28 @@ def test_a_description_without_tensors() -> None:
     assert prefix_from({}, None) is None
     with pytest.raises(PatchFormatError, match="0 tensors"):
         prefix_from({}, {"replaces": [1], "position": 4})
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_commands_serve_it(weights: bool, pair: tuple[Any, PatchedModel], tmp_path: Path, cli: Cli) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 5, patch_for(model.graph.folder, seed=5) if weights else None)
+    file, folder = tmp_path / "p.safetensors", model.graph.folder.path
+    patch.save(file)
+    shown = cli("inspect", file)
+    assert "5 positions of the context" in shown.out and ("no weights" in shown.out) is not weights
+    assert cli("inspect", file, "--json").json["prefix"]["entries"] == 5
+    stored = Patch.load(file)
+    text = cli("generate", folder, "Hello", "--patch", file, "--max-new-tokens", "4", "--json").json["text"]
+    assert text == model.generate("Hello", patch=stored, max_new_tokens=4)
+    report = cli(
+        "bench", folder, "--patch", file, "--tokens", "2", "--prompt-tokens", "2", "--rounds", "1", "--json"
+    ).json
+    assert report["token_ratio"] > 0 and report["switch_ms"] > 0
+    opened = PatchedModel.from_pretrained(folder, device="cpu", patch=stored)
+    assert opened.generate("Hello", max_new_tokens=4) == text
+    with model.patched(stored):
+        assert model.generate("Hello", max_new_tokens=4) == text
 
 
 def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:

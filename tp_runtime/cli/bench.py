@@ -115,15 +115,18 @@ def _measure(model: PatchedModel, file: Path, args: argparse.Namespace) -> dict[
     graph = model.graph
     patch = Patch.load(file)
     bounds = (graph.base, graph.bind(patch))
-    prompt = np.random.default_rng(0).integers(0, graph.folder.vocab_size, args.prompt_tokens).tolist()
-    if (needed := args.prompt_tokens + args.tokens) >= graph.folder.context_window:
+    lead = [] if patch.prefix is None else list(patch.prefix.replaces)
+    prompt = lead + np.random.default_rng(0).integers(0, graph.folder.vocab_size, args.prompt_tokens).tolist()
+    skipped = 0 if patch.prefix is None else patch.prefix.skipped
+    if (needed := len(prompt) + max(0, skipped) + args.tokens) >= graph.folder.context_window:
         raise RequestError(
             "prompt and completion do not fit the context window",
             field="prompt_tokens + tokens",
             got=needed,
             wanted=f"below {graph.folder.context_window}",
         )
-    if np.array_equal(model.logits(prompt[:1], None), model.logits(prompt[:1], patch)):
+    start = prompt[: len(lead) + 1]
+    if np.array_equal(model.logits(start, None)[-1], model.logits(start, patch)[-1]):
         raise PatchTargetError(
             "the patch changes nothing, so there is nothing to measure", field="patch", got=patch.name
         )
@@ -131,13 +134,13 @@ def _measure(model: PatchedModel, file: Path, args: argparse.Namespace) -> dict[
     rounds, loads, first_steps = [], [], []
     for number in range(args.rounds + 1):
         measured = _round(graph, prompt, bounds, args.tokens, first=number % 2)
-        load, switched = _load_seconds(model, file), _first_step_seconds(graph, prompt[0], bounds)
+        load, switched = _load_seconds(model, file), _first_step_seconds(graph, prompt[-1], bounds)
         if number > 0:  # the first one warms up
             rounds.append(measured)
             loads.append(load)
             first_steps.append(switched)
         progress.step()
-    switches = _switch_seconds(model, patch, prompt[0])
+    switches = _switch_seconds(model, patch, prompt[-1])
     progress.end()
     first = [median(r.first[arm] for r in rounds) for arm in (_UNPATCHED, _PATCHED)]
     pace = [median(r.per_token(arm) for r in rounds) for arm in (_UNPATCHED, _PATCHED)]
@@ -193,17 +196,18 @@ def _switch_seconds(model: PatchedModel, patch: Patch, token: int) -> list[float
     The loop over bind_ortvalue_input is the one that the first step of a new cache goes through.
     """
     graph = model.graph
-    names = (model.load_patch(patch, "bench-1"), model.load_patch(-1.0 * patch, "bench-2"))
-    bounds = (graph.bind(patch), graph.bind(-1.0 * patch))
+    other = -1.0 * patch if patch.prefix is None else 0.0 * patch  # a KV prefix has no other strengths
+    names = (model.load_patch(patch, "bench-1"), model.load_patch(other, "bench-2"))
+    bounds = (graph.bind(patch), graph.bind(other))
     cache = graph.new_cache(bounds[0])
     graph.forward([token], cache, bounds[0])
     seconds = []
     try:
         for turn in range(_SWITCHES):
-            other = (turn + 1) % 2
+            to = (turn + 1) % 2
             start = time.perf_counter()
-            model.new_cache(names[other])
-            for name, value in bounds[other].values.items():
+            model.new_cache(names[to])
+            for name, value in bounds[to].values.items():
                 cache.binding.bind_ortvalue_input(name, value)
             seconds.append(time.perf_counter() - start)
     finally:

@@ -63,6 +63,13 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
         "sites": sorted({site for _, site in ranks}),
         "layers": sorted({layer for layer, _ in ranks}),
         "slots": len(ranks),
+        "prefix": None
+        if patch.prefix is None
+        else {
+            "entries": len(patch.prefix),
+            "replaced_ids": len(patch.prefix.replaces),
+            "position": patch.prefix.position,
+        },
         "context_digest": config.context_digest or None,
         "holds_context": config.context is not None,
         "ridge": config.ridge,
@@ -124,9 +131,10 @@ def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("base digest", report["base_digest"]),
         ("architecture", report["architecture"]),
         ("fitted on", report["precision"]),
-        ("rank", _spans(report["ranks"])),
-        ("sites", ", ".join(report["sites"])),
-        ("layers", f"{_spans(report['layers'])} ({plural(report['slots'], 'slot')})"),
+        ("rank", _spans(report["ranks"]) or "no weights"),
+        ("sites", ", ".join(report["sites"]) or "none"),
+        ("layers", f"{_spans(report['layers']) or 'none'} ({plural(report['slots'], 'slot')})"),
+        ("KV prefix", _prefix(report["prefix"])),
         ("file", size(report["bytes"])),
         ("identity", report["identity"]),
         ("ridge", _or_unknown(report["ridge"])),
@@ -183,6 +191,15 @@ def _context(report: dict[str, Any]) -> str:
     digest = report["context_digest"]
     held = "the text is in the file" if report["holds_context"] else "the text is not in the file"
     return f"{held}; SHA-256 {digest}" if digest else f"{held}; no digest"
+
+
+def _prefix(prefix: dict[str, int] | None) -> str:
+    if prefix is None:
+        return "none"
+    return (
+        f"for each head {plural(prefix['entries'], 'position')} of the context, in place of the prompt's first "
+        f"{plural(prefix['replaced_ids'], 'id')}; the text goes on at position {prefix['position']}"
+    )
 
 
 def _spans(numbers: Sequence[int]) -> str:
