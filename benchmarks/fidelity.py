@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,12 @@ class Case:
     held_out: Path
     recipes: tuple[Recipe, ...]
     limit: int = 64
+    sentences: int | None = None  # of the context; None takes all
+
+    def context(self) -> str:
+        """The text to absorb."""
+        text = (HERE / f"{self.name.partition('-')[0]}.txt").read_text(encoding="utf-8").rstrip("\n")
+        return text if self.sentences is None else " ".join(re.findall(r"[^.]+\.", text)[: self.sentences]).strip()
 
 
 def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: Any) -> Recipe:
@@ -62,6 +69,13 @@ CASES = (
     Case("persona", "smollm2", None, DEMO / "held-out.txt", (
         recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
     )),
+    # How fidelity falls with the number of facts: the first sentences of the fact sheet, the same queries throughout.
+    *(
+        Case(f"facts-{n}", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
+            recipe(samples=1), recipe(prefix=16, samples=1),
+        ), sentences=n)
+        for n in (2, 4, 6, 8, 11)
+    ),
 )  # fmt: skip
 
 
@@ -82,7 +96,7 @@ def main() -> None:
             source = open_source(getattr(args, case.base))
             bases[case.base] = source, load_model(source)
         source, model = bases[case.base]
-        context = (HERE / f"{case.name}.txt").read_text(encoding="utf-8").rstrip("\n")
+        context = case.context()
         fitted, held = load_questions(case.queries)[: case.limit], load_questions(case.held_out)
         answers = load_answers(case.held_out)
         store = RolloutStore(args.out / f"{case.name}.jsonl", source.digest)
@@ -98,6 +112,7 @@ def main() -> None:
                 figures |= measure_accuracy(source, model, context, patch, answers, one.max_new_tokens).to_dict()
             shown = {
                 "patch": name,
+                "context_tokens": len(source.codec.render(context, raw=True)),
                 "megabytes": round(file.stat().st_size / 1e6, 2),
                 "seconds": round(seconds),
                 **figures,
