@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tp_export.accuracy import load_answers, measure_accuracy
+from tp_export.accuracy import load_answers, measure_accuracy, torch_answers
 from tp_export.forms import Settings
 from tp_export.patching import Recipe, make_patch
 from tp_export.questions import load_questions
@@ -42,7 +42,7 @@ class Case:
     def context(self) -> str:
         """The text to absorb."""
         text = (HERE / f"{self.name.partition('-')[0]}.txt").read_text(encoding="utf-8").rstrip("\n")
-        return text if self.sentences is None else " ".join(re.findall(r"[^.]+\.", text)[: self.sentences]).strip()
+        return text if self.sentences is None else "".join(re.findall(r"[^.]+\.", text)[: self.sentences])
 
 
 def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: Any) -> Recipe:
@@ -109,7 +109,8 @@ def main() -> None:
             patch.save(file)
             figures = dict(patch.config.fidelity or {})
             if answers:
-                figures |= measure_accuracy(source, model, context, patch, answers, one.max_new_tokens).to_dict()
+                unpatched, patched = (torch_answers(source, model, p, one.max_new_tokens) for p in (None, patch))
+                figures |= measure_accuracy(source, context, answers, unpatched, unpatched, patched).to_dict()
             shown = {
                 "patch": name,
                 "context_tokens": len(source.codec.render(context, raw=True)),

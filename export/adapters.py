@@ -282,6 +282,12 @@ def blocks_of(model: nn.Module, adapter: Adapter | None = None) -> list[Block]:
     return [Block(layer, adapter, i) for i, layer in enumerate(model.get_submodule(adapter.layers).children())]
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """Heads and head size of one layer's keys and values."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer, hands its input on unchanged and keeps what the layer would have been given."""
 

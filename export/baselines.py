@@ -54,7 +54,7 @@ def isotropic_map(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | 
     if sink is not None:
         s = sink.double() / sink.double().norm()
         a = a - torch.outer(a @ s, s)
-    scale = (1 + ridge) * a.square().sum() / a.shape[1]
+    scale = ((1 + ridge) * a.square().sum() / a.shape[1]).clamp(min=torch.finfo(a.dtype).tiny)
     matrix = d.T @ a / scale
     return AffineMap(matrix, scale * matrix @ matrix.T, mean_in, mean_out)
 

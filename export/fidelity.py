@@ -44,7 +44,7 @@ class Fidelity:
 
 def torch_student(model: Any, patch: Patch | None = None) -> Student:
     """A student run by transformers, patched by forward hooks and with the patch's KV prefix in front."""
-    prefix = None if patch is None else torch_prefix(patch, model.device, model.dtype)
+    prefix = None if patch is None else torch_prefix(patch, model)
     replaced = 0 if prefix is None else len(prefix.replaces)
 
     def run(tokens: Sequence[int], first: int) -> Tensor:

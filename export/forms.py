@@ -120,6 +120,7 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 
 def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """`lora`: one pair and a bias beside `down`, so that a LoRA can carry it behind a post-norm too (lora_form)."""
+    check_method("lora", [block])
     moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0], settings.bias)
     metric = torch.ones((), dtype=torch.float64)
     for teacher, student in rows.parts():

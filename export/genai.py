@@ -20,7 +20,7 @@ from tp_runtime.folder import ModelFolder
 from tp_runtime.patch import Patch
 from tp_runtime.slots import check_base, fit_slots, slot_arrays
 
-from .onnx_trace import kv_shape
+from .adapters import kv_shape
 from .weights_only import refuse_prefix
 
 CONFIG = "genai_config.json"

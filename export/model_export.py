@@ -24,6 +24,7 @@ from tp_runtime.patch import Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
 from . import onnx_slots, onnx_trace
+from .adapters import kv_shape
 from .genai import write_genai_config
 from .progress import clock
 from .slot_modules import SLOT_SETS, slots_of
@@ -92,7 +93,8 @@ def export_model(
         with clock("trace the graph"):
             graph, route = _trace(model, slots, route)
         with clock("write the folder"):
-            onnx_slots.name_weights(graph)
+            if route == "fused":  # optimum's names are put right where it exports
+                onnx_slots.name_weights(graph)
             onnx_slots.name_dimensions(graph)
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
@@ -165,7 +167,7 @@ def _describe(
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context_window=onnx_trace.context_window(config),
-        kv=KV(*onnx_trace.kv_shape(config), "f32"),
+        kv=KV(*kv_shape(config), "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms),
         files=files,

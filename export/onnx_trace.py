@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
 
+from .adapters import kv_shape
 from .onnx_attention import PassThroughCache, fused_attention, recording
 from .onnx_experts import traceable_experts
 from .slot_modules import SlotTensors, slotted
@@ -59,12 +60,6 @@ class _Step(nn.Module):
                 wanted=f"{len(past)}",
             )
         return out.logits, cache.present
-
-
-def kv_shape(config: Any) -> tuple[int, int]:
-    """Heads and head size of one layer's keys and values."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
 
 
 def context_window(config: Any) -> int:

@@ -20,7 +20,7 @@ from . import fidelity, lockstep
 from .adapters import blocks_of
 from .deltas import TorchDelta
 from .forms import Settings, check_method
-from .prefix import TorchPrefix, choose
+from .prefix import TorchPrefix, check_prefix, choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
 from .refine import refine
@@ -166,7 +166,11 @@ def make_patch(
             "no such block", field="first_layer", got=recipe.settings.first_layer, wanted=f"0..{layers - 1}"
         )
     check_disjoint(fitted, held_out)
-    check_method(recipe.method, blocks_of(model))  # before the minutes of rollout
+    # Before the minutes of rollout.
+    check_method(recipe.method, blocks_of(model))
+    if recipe.prefix:
+        pairs = [(source.codec.render(query, context), source.codec.render(query)) for query in [*fitted, *held_out]]
+        check_prefix(pairs, recipe.prefix, source.codec.template_source, model.config, recipe.max_new_tokens)
     new_tokens, samples = recipe.max_new_tokens, recipe.samples
     calibration = dialogues_for(source, model, context, fitted, new_tokens, samples=samples, store=store)
     evaluation = dialogues_for(source, model, context, held_out, new_tokens, store=store) if held_out else []
@@ -258,7 +262,7 @@ def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, s
 
 def _probe(model: Any, patch: Patch, dialogue: Dialogue) -> dict[str, list[Any]]:
     """A few ids with the patched model's answer to them, which `check` compares on the device."""
-    ids = list(dialogue.student())[:_PROBE_TOKENS]
     first = 0 if patch.prefix is None else len(patch.prefix.replaces)
+    ids = list(dialogue.student())[: first + _PROBE_TOKENS]
     logits = fidelity.torch_student(model, patch)(ids, first)
     return measure_probe(ids, logits.float().cpu().numpy())

@@ -20,7 +20,7 @@ from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import Patch
 from tp_runtime.prefix import KVPrefix
 
-from .adapters import Block, blocks_of
+from .adapters import Block, blocks_of, kv_shape
 from .sequences import Dialogue
 
 
@@ -76,14 +76,21 @@ class _Frozen(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
         """Past and present joined."""
         kept: Any = self.layers[layer_idx]
-        return torch.cat([kept.keys, key_states], 2), torch.cat([kept.values, value_states], 2)
+        past = kept.keys.to(key_states.device), kept.values.to(key_states.device)  # a device map moves layers
+        return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
 
 
-def torch_prefix(patch: Patch, device: torch.device | str, dtype: torch.dtype) -> TorchPrefix | None:
-    """The prefix of a patch, if it has one."""
+def torch_prefix(patch: Patch, model: Any) -> TorchPrefix | None:
+    """The prefix of a patch on the device of `model`, if it has one.
+
+    Raises:
+        PatchShapeError, PatchValueError: it does not fit the model.
+    """
     prefix = patch.prefix
     if prefix is None:
         return None
+    config, device, dtype = model.config, model.device, model.dtype
+    prefix.check(config.num_hidden_layers, *kv_shape(config), config.vocab_size, config.max_position_embeddings)
 
     def part(name: str) -> list[Tensor]:
         arrays = [prefix.entries[layer, name] for layer in range(prefix.layers)]
@@ -109,7 +116,7 @@ def choose(
     Raises:
         CalibrationError: teacher's and student's prompts differ in more than one fixed beginning.
     """
-    lead, replaces = _leads(dialogues)
+    lead, replaces = _fixed_leads([(d.teacher_prompt, d.student_prompt) for d in dialogues])
     ids = torch.tensor([lead], device=model.device)
     cache = DynamicCache()
     with torch.no_grad():
@@ -119,20 +126,63 @@ def choose(
     if entries < len(lead):
         masses = _attention_masses(model, dialogues, len(lead), keys[0].shape[1], progress)
         for layer, mass in enumerate(masses):
-            kept = mass.topk(entries, -1).indices.sort(-1).values  # [kv heads, entries], in order of position
+            # [kv heads, entries], in order of position
+            kept = mass.topk(entries, -1).indices.sort(-1).values.to(keys[layer].device)
             index = kept[None, :, :, None].expand(-1, -1, -1, keys[layer].shape[3])
             keys[layer], values[layer] = keys[layer].gather(2, index), values[layer].gather(2, index)
     return TorchPrefix(keys, values, replaces, len(lead))
 
 
-def _leads(dialogues: Sequence[Dialogue]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What teacher and student prompts begin with, up to where all that follows is the same."""
+def check_prefix(
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    entries: int,
+    template: str | None,
+    config: Any,
+    max_new_tokens: int,
+) -> None:
+    """Find out before the rollout that a KV prefix cannot stand in for the beginning of these prompts.
+
+    Args:
+        prompts: of every query, the ids with the context and without it.
+        entries: how many are to be kept.
+        template: the chat template's source, if there is one.
+        config: transformers' config of the model.
+        max_new_tokens: length of the completions.
+
+    Raises:
+        CalibrationError: the prompts differ in more than one fixed beginning; the template writes the date, so that
+            tomorrow's prompts begin otherwise; or layers with a sliding window would forget what the entries keep.
+    """
+    lead, _ = _fixed_leads(prompts)
+    if "strftime_now" in (template or ""):
+        raise CalibrationError(
+            "the chat template writes the date, and tomorrow's prompts would begin otherwise",
+            field="--prefix",
+            got="strftime_now in the template",
+            wanted="a template whose beginning is the same every day",
+            fix="fit a patch without a prefix",
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    longest = max(len(teacher) for teacher, _ in prompts) + max_new_tokens
+    # All entries are at their own places, and any window sees what it should.
+    if window is not None and "sliding_attention" in kinds and longest > window and entries < len(lead):
+        raise CalibrationError(
+            "layers with a sliding window forget the beginning of this context, and kept entries would stay in sight",
+            field="--prefix",
+            got=f"{longest} tokens of context, query and answer",
+            wanted=f"at most the window, {window}",
+            fix="shorten the context, or fit a patch without a prefix",
+        )
+
+
+def _fixed_leads(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What prompts with and without the context begin with, up to where all that follows is the same."""
     leads = set()
-    for dialogue in dialogues:
-        teacher, student = dialogue.teacher_prompt, dialogue.student_prompt
+    for teacher, student in prompts:
         same = zip(reversed(teacher), reversed(student), strict=False)
         tail = next((i for i, (one, other) in enumerate(same) if one != other), min(len(teacher), len(student)))
-        leads.add((teacher[: len(teacher) - tail], student[: len(student) - tail]))
+        leads.add((tuple(teacher[: len(teacher) - tail]), tuple(student[: len(student) - tail])))
     if len(leads) != 1 or not next(iter(leads))[0]:
         raise CalibrationError(
             "the prompts with and without the context do not differ in one fixed beginning",
@@ -170,7 +220,7 @@ def _watch(block: Block, stack: ExitStack, mass: Tensor, first: int) -> None:
 
     def add(_module: Any, _args: Any, outputs: Any) -> None:
         weights = outputs[1][0, :, first:, : mass.shape[1]].float()  # [query heads, rows, lead]
-        mass.add_(weights.sum(1).view(mass.shape[0], -1, mass.shape[1]).sum(1))
+        mass.add_(weights.sum(1).view(mass.shape[0], -1, mass.shape[1]).sum(1).to(mass.device))
 
     attention = block.layer.get_submodule(block.adapter.attention)
     stack.callback(attention.register_forward_hook(add).remove)

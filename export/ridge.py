@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _TINY = torch.finfo(torch.float64).tiny  # rows that are all equal have a Gram of zero, and the map is zero
+_LEAST = 1e-10  # relative ridge: with less, directions that no row has, such as the sink's, make the Gram singular
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Moments:
         mean_in, mean_out = self._bias * a.mean(0), self._bias * d.mean(0)
         a, d = self._projected(a - mean_in), d - mean_out
         gram = a @ a.T
-        penalty = (ridge * gram.trace() / a.shape[1]).clamp(min=_TINY)
+        penalty = (max(ridge, _LEAST) * gram.trace() / a.shape[1]).clamp(min=_TINY)
         x = torch.linalg.solve_ex(gram + penalty * torch.eye(len(a), dtype=a.dtype, device=a.device), d)[0]
         # M = X^T A, so the energy M (G + l I) M^T = D^T A M^T is D^T (A A^T) X.
         return AffineMap(x.T @ a, _symmetric(d.T @ (gram @ x)), mean_in, mean_out)
@@ -100,7 +101,7 @@ class Moments:
         centre = self._projected(mean_in[None])
         gram = gram - self._count * centre.T @ centre
         cross = cross - self._count * centre.T @ mean_out[None]
-        penalty = (ridge * gram.trace() / len(gram)).clamp(min=_TINY)
+        penalty = (max(ridge, _LEAST) * gram.trace() / len(gram)).clamp(min=_TINY)
         factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         solved = torch.cholesky_solve(cross, factor)  # M^T [n, m]
         # M (G + l I) = D^T A, hence M (G + l I) M^T = (A^T D)^T M^T: no further n x n product.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from .prefix import TorchPrefix
 from .rollout_store import RolloutStore
@@ -52,13 +53,19 @@ def complete(
         keys = [store.key(prompt, settings) for prompt in prompts]
         completions = [store.get(key) or () for key in keys]
         progress(sum(map(bool, completions)))
-    order = sorted((i for i, c in enumerate(completions) if not c), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     pad = min(eos_ids)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # A configuration of our own: the model's may hold a repetition penalty or a sampler, and none of it is meant.
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad, bos_token_id=None, **how
+    )
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
+        # Batches are the same in every run, so that a sampled answer does not depend on what was there already.
+        if all(completions[i] for i in part):
+            continue
+        known = sum(bool(completions[i]) for i in part)
         longest = max(len(prompts[i]) for i in part)
         ids = torch.full((len(part), longest), pad)
         mask = torch.zeros_like(ids)
@@ -70,16 +77,14 @@ def complete(
             out = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                **sampling,
-                eos_token_id=sorted(eos_ids),
-                pad_token_id=pad,
+                generation_config=generation,
+                use_model_defaults=False,
             )
         for row, i in enumerate(part):
             completions[i] = _until_eos(out[row, longest:].tolist(), eos_ids)
         if store is not None:
             store.put({keys[i]: completions[i] for i in part})
-        progress(len(part))
+        progress(len(part) - known)
     return completions
 
 

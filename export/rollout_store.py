@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tp_runtime.errors import CalibrationError
 
+_BEGINNING = b'{"asked": "'
+
 
 class RolloutStore:
     """The answers in a file, and a place to put further ones.
@@ -33,7 +35,10 @@ class RolloutStore:
             return
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        half = content[len(whole) :]
+        # Cut off below; anything else than the beginning of a line of ours is refused here instead.
+        lines = [*whole.splitlines(), *([] if _BEGINNING.startswith(half[: len(_BEGINNING)]) else [half])]
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
                 self._answers[entry["asked"]] = tuple(int(token) for token in entry["answer"])
@@ -45,7 +50,7 @@ class RolloutStore:
                     wanted='{"asked": digest, "answer": [ids]}',
                     fix="pass another file to --rollouts",
                 ) from error
-        if len(whole) < len(content):
+        if half:
             with path.open("r+b") as handle:
                 handle.truncate(len(whole))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
+from .patching import check_length
 from .questions import query_key
 from .rollout import complete
 from .source import Source
@@ -66,6 +67,7 @@ def write_questions(
     for turn in range(rounds):
         asked = [_WORDINGS[turn % len(_WORDINGS)].format(line=line) for line in lines]
         prompts = [source.codec.render(text, document) for text in asked]
+        check_length(max(map(len, prompts)) + _LONGEST_QUESTION, model.config.max_position_embeddings)
         answers = complete(
             model,
             prompts,
@@ -102,7 +104,9 @@ def statements(document: str) -> list[str]:
 def question_in(answer: str) -> str | None:
     """The first question of an answer, without quotes, labels and numbering; None if there is none."""
     for line in answer.splitlines():
-        match = re.search(r"[^.!?:\"“]*\?", line)
-        if match and len(match[0].split()) >= 3:
-            return match[0].strip(" \"'*-“”0123456789.)")
+        text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line)
+        # Sentences end, and labels do, where white space follows: 9:30, 3.5 kg and bluewhale42.example stay whole.
+        for piece in re.split(r"(?<=[.!?:])[\"'“”]*\s+[\"'“”]*", text):
+            if piece.rstrip("\"'”*").endswith("?") and len(piece.split()) >= 3:
+                return piece.strip("\"'“”* ")
     return None

@@ -66,7 +66,8 @@ class Batch:
 
     def rows(self, hidden: Tensor) -> Tensor:
         """The completion rows [N, d] of hidden states [b, T, d]."""
-        return hidden[self.row, self.position]
+        # A device map may have taken the hidden states to another device than the ids.
+        return hidden[self.row.to(hidden.device), self.position.to(hidden.device)]
 
 
 def batches(

@@ -123,7 +123,9 @@ class Graph:
     def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
         check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
         if patch.prefix is not None:
-            patch.prefix.check(self.folder.layers, self.folder.kv.heads, self.folder.kv.head_dim)
+            folder, kv = self.folder, self.folder.kv
+            patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
+            patch.prefix.check_dtype(self._dtype)
         return dict(fit_slots(patch, self.folder.slots))
 
     def _slot_values(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import engine, probe
 from .cache import KVCache
 from .detokenize import StopScanner
-from .errors import PatchFormatError, PatchInUseError, PatchTargetError
+from .errors import PatchFormatError, PatchInUseError, PatchTargetError, RequestError
 from .folder import ModelFolder
 from .graph import BoundPatch, Graph
 from .patch import Patch
@@ -331,6 +331,8 @@ class PatchedModel:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         scanner = StopScanner(stop)
         choice = self._resolve(patch, strength)
+        if choice.bound.prefix is not None:
+            _refuse_system(prompt, system)
         tokens = self.codec.render(prompt, system, raw=raw)
         ids = engine.generate(
             self.graph,
@@ -364,6 +366,19 @@ class PatchedModel:
         choice = self._resolve(patch, strength)
         with self._using(choice.loaded):
             return self.graph.run(list(token_ids), choice.bound)
+
+
+def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
+    """A KV prefix holds the place of the system message; the ids alone show one only where templates have a default."""
+    first = prompt[0] if not isinstance(prompt, str) and prompt else {}
+    if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
+        raise RequestError(
+            "the patch's KV prefix stands where a system message would",
+            field="system",
+            got=repr(str(system if system is not None else first.get("content"))[:40]),
+            wanted="user messages without a system prompt",
+            fix="leave it out, or use a patch without a KV prefix",
+        )
 
 
 def _not_a_patch(got: object, wanted: str) -> PatchTargetError:

@@ -32,7 +32,7 @@ Entries = dict[tuple[int, str], NDArray[np.float32]]
 SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 PARTS = ("a", "b", "bias", "mean")
 FORMAT = "tp-patch"
-# 1: deltas. 2: also a KV prefix; written only where there is one, so that older readers go on reading the rest.
+# 1: deltas. 2: also a KV prefix; written only where there is one.
 VERSIONS = ("1", "2")
 METADATA_KEYS = ("format", "version", "config")
 DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32"}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
 
@@ -96,14 +96,19 @@ class KVPrefix:
         if tuple(tokens[:lead]) != self.replaces or len(tokens) <= lead:
             raise RequestError(
                 "the prompt does not start as the patch's KV prefix needs it",
-                field="prompt",
+                field="messages",
                 got=f"ids {list(tokens[:lead])[:12]}",
                 wanted=f"the {lead} ids it stands in for, {list(self.replaces)[:12]}, and at least one more",
                 fix="send user messages without a system prompt of your own, rendered by the model's chat template",
             )
 
-    def check(self, layers: int, heads: int, head_dim: int) -> None:
-        """Raise PatchShapeError unless the entries fit a model's KV cache."""
+    def check(self, layers: int, heads: int, head_dim: int, vocab_size: int, context_window: int) -> None:
+        """Check the entries against a model's KV cache, its vocabulary and its context window.
+
+        Raises:
+            PatchShapeError: another number of layers or heads, another head size, or no room for text.
+            PatchValueError: an id it stands in for is none of the model's.
+        """
         got = (self.layers, *self.entries[0, "key"].shape[1:])
         if got != (layers, heads, head_dim):
             raise PatchShapeError(
@@ -113,6 +118,35 @@ class KVPrefix:
                 wanted=f"{layers} layers of {heads} heads of {head_dim}",
                 fix="use the base model that the patch was fitted on",
             )
+        if max(self.replaces, default=0) >= vocab_size:
+            raise PatchValueError(
+                "the KV prefix stands in for ids that the model does not have",
+                field="config.prefix.replaces",
+                got=max(self.replaces),
+                wanted=f"0..{vocab_size - 1}",
+                fix="use the base model that the patch was fitted on",
+            )
+        if self.position >= context_window:
+            raise PatchShapeError(
+                "the KV prefix leaves no room for text",
+                field="config.prefix.position",
+                got=self.position,
+                wanted=f"below the context window, {context_window}",
+                fix="use the base model that the patch was fitted on",
+            )
+
+    def check_dtype(self, dtype: DTypeLike) -> None:
+        """Raise PatchValueError if an entry does not fit the cache's dtype."""
+        largest = float(np.finfo(dtype).max)
+        for (layer, part), values in self.entries.items():
+            if (found := float(np.abs(values).max())) > largest:
+                raise PatchValueError(
+                    "a value does not fit the cache's precision",
+                    field=f"prefix.{layer}.{part}",
+                    got=found,
+                    wanted=f"at most {largest:g}",
+                    fix="use an fp32 export",
+                )
 
 
 def prefix_from(entries: Mapping[Entry, Array], description: Any) -> KVPrefix | None:

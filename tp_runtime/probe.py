@@ -84,6 +84,11 @@ def check(graph: Graph, patch: Patch) -> Check:
             wanted=f"at most {graph.folder.context_window} ids below {vocabulary}",
             fix="export the patch again",
         )
+    if patch.prefix is not None and tuple(token_ids[: len(patch.prefix.replaces)]) != patch.prefix.replaces:
+        raise _other_probe(patch, "ids that do not start with those that the KV prefix replaces")
+    replaced = 0 if patch.prefix is None else len(patch.prefix.replaces)
+    if len(probe["top1"]) != len(token_ids) - replaced:
+        raise _other_probe(patch, f"{len(probe['top1'])} positions of {len(token_ids) - replaced}")
     host = np.array(probe["top1_logits"], np.float64), np.array(probe["logsumexp"], np.float64)
 
     def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
@@ -99,3 +104,13 @@ def check(graph: Graph, patch: Patch) -> Check:
     tolerance = _TOLERANCE.get(graph.folder.precision)
     as_on_host = error < error_base if tolerance is None else error <= tolerance
     return Check(live, live and as_on_host, agreement, error, error_base)
+
+
+def _other_probe(patch: Patch, got: str) -> PatchFormatError:
+    return PatchFormatError(
+        f"the probe of the patch {patch.name!r} is of another patch",
+        field="config.probe",
+        got=got,
+        wanted="the ids a prompt starts with under this patch, and a position for each that is run",
+        fix="export the patch again",
+    )

@@ -48,15 +48,14 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import Patch
     from tp_runtime.slots import check_base
 
-    from .. import fidelity
-    from ..accuracy import load_answers, measure_accuracy
+    from .. import accuracy, fidelity
     from ..patching import context_digest, dialogues_for
     from ..progress import bar, clock
     from ..questions import check_unfitted, load_questions
     from ..source import load_model, open_source
 
     patch = Patch.load(args.patch)
-    context, queries, answers = read_context(args), load_questions(args.queries), load_answers(args.queries)
+    context, queries, answers = read_context(args), load_questions(args.queries), accuracy.load_answers(args.queries)
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     source = open_source(args.src)
     if patch.config.context_digest not in ("", context_digest(context)):
@@ -75,7 +74,16 @@ def run(args: argparse.Namespace) -> int:
     with bar("held-out fidelity", len(dialogues), "query") as shown:
         figures = fidelity.measure(dialogues, fidelity.torch_student(model), *students, progress=shown.update).to_dict()
     if answers:
-        figures |= measure_accuracy(source, model, context, patch, answers, args.max_new_tokens).to_dict()
+        limit = args.max_new_tokens
+        prompted = accuracy.torch_answers(source, model, None, limit)
+        if graph is None:
+            ways = prompted, accuracy.torch_answers(source, model, patch, limit)
+        else:
+            ways = (
+                accuracy.runtime_answers(source, graph, None, limit),
+                accuracy.runtime_answers(source, graph, patch, limit),
+            )
+        figures |= accuracy.measure_accuracy(source, context, answers, prompted, *ways).to_dict()
     if args.json:
         print(json.dumps({"patch": patch.name, "identity": patch.identity, **figures}))
     else:

@@ -124,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
             raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
     if not 0 <= args.ridge < float("inf"):
         raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+    if args.refine and args.method == "prefix":
+        raise CalibrationError(
+            "there are no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
+        )
+    if args.rollouts is not None and not args.rollouts.resolve().parent.is_dir():
+        raise CalibrationError("no such folder", field="--rollouts", got=str(args.rollouts.parent), fix="make it first")
     if args.refine and args.offload:
         raise CalibrationError(
             "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         raise CalibrationError("too small", field="--rounds", got=args.rounds, wanted="at least 1")
+    if not args.out.resolve().parent.is_dir():
+        raise CalibrationError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
     document = read_prompt_file(args.document)
     source = open_source(args.src)
     with clock("load weights"):

@@ -107,6 +107,14 @@ def run(args: argparse.Namespace) -> int:
         subjects.append(measure.Subject(patch, file, context, held, known))
     if len({subject.patch.identity for subject in subjects}) < count:
         raise PatchFormatError("the same patch twice", field="PATCH", got=", ".join(map(str, args.patches)))
+    if sum(subject.patch.prefix is not None for subject in subjects) > 1:
+        raise CalibrationError(
+            "patches with KV prefixes cannot be added, and this page shows their sum",
+            field="PATCH",
+            got=", ".join(map(str, args.patches)),
+            wanted="at most one patch with a KV prefix",
+            fix="make a page for each",
+        )
     with clock("load weights"):
         model = load_model(source, torch_device(args.device))
     bench = measure.Bench(source, model, graph, args.max_new_tokens, args.long, methods, frontier)

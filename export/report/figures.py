@@ -246,7 +246,7 @@ def summary(report: PatchReport) -> dict[str, float]:
         "queries": report.queries,
         "unrelated_text_kl": patch.text_kl,
         "unrelated_text_kl_prompt": prompt.text_kl,
-        "session_bytes_saved": prompt.session_bytes,
+        "session_bytes_saved": prompt.session_bytes - patch.session_bytes,
         "first_token_ms": patch.first_token_ms,
         "token_ms": patch.token_ms,
     }

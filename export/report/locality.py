@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from typing import Any
 
+from torch import Tensor
+
 from tp_runtime.patch import Patch
 
 from ..fidelity import Student
@@ -42,7 +44,12 @@ def behind_prefix(student: Student, patch: Patch) -> Student:
     if patch.prefix is None:
         return student
     replaced = patch.prefix.replaces
-    return lambda tokens, first: student((*replaced, *tokens), len(replaced) + first)
+
+    def run(tokens: Sequence[int], first: int) -> Tensor:
+        own = 1 if tokens[:1] == replaced[:1] else 0  # what begins every text stands at the front once
+        return student((*replaced, *tokens[own:]), len(replaced) + first - own)
+
+    return run
 
 
 def base_answers(

@@ -33,7 +33,7 @@ def answers(
     source: Source, model: Any, patch: Patch | None, prompts: Sequence[Sequence[int]], limit: int, label: str
 ) -> list[Completion]:
     """Greedy completions of `prompts`, up to `limit` tokens, under a patch or none."""
-    prefix = None if patch is None else torch_prefix(patch, model.device, model.dtype)
+    prefix = None if patch is None else torch_prefix(patch, model)
     with bar(label, len(prompts), "query") as shown, patched(model, patch) if patch else nullcontext():
         return complete(model, prompts, limit, source.codec.eos_ids, prefix=prefix, progress=shown.update)
 

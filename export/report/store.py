@@ -28,4 +28,4 @@ def store(file: Path, patch: Patch, report: PatchReport) -> None:
         found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
     # A file of several dtypes: float32 holds every value of the others.
     dtype = _DTYPES[found.pop()] if len(found) == 1 else "f32"
-    Patch(patch.deltas, replace(patch.config, report=summary(report))).save(file, dtype)
+    replace(patch, config=replace(patch.config, report=summary(report))).save(file, dtype)

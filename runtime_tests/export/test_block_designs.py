@@ -35,7 +35,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def methods(case: tuple[str, Any]) -> list[str]:
     """The forms that apply to the design."""
-    return [method for method in FORMS if method != "matrix" or case[0] not in MIXTURES]
+    return [method for method in FORMS if method not in ("matrix", "lora") or case[0] not in MIXTURES]
 
 
 def some_rows(block: Block, count: int) -> Rows:
@@ -85,6 +85,9 @@ def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
     for method in methods:
         with applied(block, FORMS[method](block, rows, Settings(rank=80, ridge=1e-9))):
             after = block.mlp_half(rows.student) - wanted
+        if method == "lora" and block.post_norm is not None:  # no pair in front of the norm can be exact
+            assert after.square().mean() < before.square()
+            continue
         assert (after.mean(0) if method == "vector" else after).abs().max() < 2e-3 * before, method
 
 
@@ -111,8 +114,9 @@ def test_matrix_is_one_map_for_every_linear_that_reads_z(case: tuple[str, Any], 
     """dW = W M with the ridge map M of z, for gate and up, for Phi-3's one matrix of both, for a plain MLP's first."""
     if "matrix" not in methods:
         block = blocks_of(case[1])[0]
-        with pytest.raises(CalibrationError, match="mixture of experts"):
-            FORMS["matrix"](block, some_rows(block, 8), Settings())
+        for method in ("matrix", "lora"):
+            with pytest.raises(CalibrationError, match="mixture of experts"):
+                FORMS[method](block, some_rows(block, 8), Settings())
         return
     block = blocks_of(case[1])[0]
     rows = some_rows(block, 60)

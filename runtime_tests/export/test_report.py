@@ -186,6 +186,9 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     assert found.sweep is None and found.frontier == [] and found.layers == []
     assert [answer.patch for answer in found.answers] == [answer.prompt for answer in found.answers]
     assert "has no strengths" in page.render(about.describe(bench, [found], []))
+    store.store(file, Patch.load(file), found)
+    stored = Patch.load(file)
+    assert stored.config.report is not None and stored.identity == patch.identity and stored.prefix is not None
 
 
 def test_the_fit_is_repeated_and_says_what_its_rank_keeps(whole: tuple[dict[str, Any], str]) -> None:

@@ -37,27 +37,49 @@ def test_samples_depend_on_the_seed_alone(model: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_settings_of_the_model_are_not_meant(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's generation config may hold a repetition penalty; the method compares distributions, not samplers."""
+    plain = complete(model, PROMPTS, 8, EOS)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    monkeypatch.setattr(model.generation_config, "max_length", 3)
+    assert complete(model, PROMPTS, 8, EOS) == plain
+
+
 class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_rollout_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_interrupted_rollout_goes_on(
+    temperature: float, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "r.jsonl"
-    whole = complete(model, PROMPTS, 5, EOS)
+    whole = complete(model, PROMPTS, 5, EOS, temperature=temperature, batch_size=2)
 
     def stop(_done: int) -> None:
         if len(RolloutStore(file, "base")) >= 4:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        complete(model, PROMPTS, 5, EOS, batch_size=2, store=RolloutStore(file, "base"), progress=stop)
+        complete(
+            model,
+            PROMPTS,
+            5,
+            EOS,
+            temperature=temperature,
+            batch_size=2,
+            store=RolloutStore(file, "base"),
+            progress=stop,
+        )
     with file.open("a") as handle:
         handle.write('{"asked": "half a li')
     asked = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda ids, **options: asked.append(len(ids)) or generate(ids, **options))
-    assert complete(model, PROMPTS, 5, EOS, store=RolloutStore(file, "base")) == whole
-    assert sum(asked) == len(PROMPTS) - 4
+    done: list[int] = []
+    options: dict[str, Any] = {"temperature": temperature, "batch_size": 2, "progress": done.append}
+    assert complete(model, PROMPTS, 5, EOS, store=RolloutStore(file, "base"), **options) == whole
+    assert sum(asked) == len(PROMPTS) - 4 and sum(done) == len(PROMPTS)
     assert len(file.read_text().splitlines()) == len(PROMPTS)
     # other settings, or another base, are other questions
     complete(model, PROMPTS, 6, EOS, store=RolloutStore(file, "base"))
@@ -71,3 +93,9 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, line: str) -> None:
     file.write_text(line + "\n")
     with pytest.raises(CalibrationError, match=r"r\.jsonl, line 1.*--rollouts"):
         RolloutStore(file, "base")
+    if line.startswith('{"asked"'):
+        return
+    file.write_text(line)  # without its end, it is still no beginning of one of our lines
+    with pytest.raises(CalibrationError, match=r"r\.jsonl, line 1.*--rollouts"):
+        RolloutStore(file, "base")
+    assert file.read_text() == line

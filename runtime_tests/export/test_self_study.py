@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from tp_export import cli, self_study
 from tp_export.self_study import question_in, statements, write_questions
 from tp_export.source import load_model, open_source
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, RequestError
 
+MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))  # the rollout is faked
 DOCUMENT = """# The shop
 - We open at nine. We close at six.
 * 1st of May: closed
@@ -38,6 +40,9 @@ def test_every_line_and_sentence_is_asked_about() -> None:
         ("Question: Who leads the shop? Ingrid.", "Who leads the shop?"),
         ("The shop opens at nine.", None),
         ("Why? Because.", None),
+        ("What opens at 9:30 on every Monday?", "What opens at 9:30 on every Monday?"),
+        ("Is it 3.5 kg for a small box?", "Is it 3.5 kg for a small box?"),
+        ("2024 was the year of what?", "2024 was the year of what?"),
     ],
 )
 def test_the_question_is_taken_out_of_an_answer(answer: str, question: str | None) -> None:
@@ -62,7 +67,7 @@ def test_every_round_asks_about_every_line_with_the_document_in_front(
 ) -> None:
     source = open_source(tiny_llama)
     asked = fake_answers(monkeypatch, source, ["When does it open?", "when does  it open?", "Nine.", "Who leads it?"])
-    assert write_questions(source, None, DOCUMENT, 6) == ["When does it open?", "Who leads it?"]
+    assert write_questions(source, MODEL, DOCUMENT, 6) == ["When does it open?", "Who leads it?"]
     assert len(asked) == 6 * 4 and len({(a["prompt"], a["seed"]) for a in asked}) == len(asked)
     assert all("We close at six." in a["prompt"] for a in asked)
     assert asked[0]["temperature"] == 0 < asked[-1]["temperature"]  # greedy once a wording, then sampled
@@ -72,13 +77,15 @@ def test_nothing_to_write_is_refused(tiny_llama: Path, tiny_gemma: Path, monkeyp
     source = open_source(tiny_llama)
     fake_answers(monkeypatch, source, ["No idea."])
     with pytest.raises(CalibrationError, match="wrote no question"):
-        write_questions(source, None, DOCUMENT, 2)
+        write_questions(source, MODEL, DOCUMENT, 2)
     with pytest.raises(CalibrationError, match="the document is empty"):
-        write_questions(source, None, " \n", 2)
+        write_questions(source, MODEL, " \n", 2)
+    with pytest.raises(RequestError, match="context window"):
+        write_questions(source, MODEL, DOCUMENT * 10, 2)
     base = open_source(tiny_gemma)
     if base.codec.style == "completion":
         with pytest.raises(CalibrationError, match="completion-style"):
-            write_questions(base, None, DOCUMENT, 2)
+            write_questions(base, MODEL, DOCUMENT, 2)
 
 
 def test_the_command_writes_the_file_or_nothing(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from tp_export import control_vector, fidelity, genai, patching, peft_out
-from tp_export.prefix import choose, torch_prefix
+from tp_export.prefix import check_prefix, choose, torch_prefix
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
 from runtime_tests.cli import Cli
 from runtime_tests.logits import furthest, token_ids, torch_logits
 from runtime_tests.patches import patch_for
+from tp_runtime import probe
 from tp_runtime.errors import (
     CalibrationError,
     PatchFormatError,
@@ -117,9 +119,13 @@ def test_a_prompt_that_does_not_start_as_it_must_is_refused(pair: tuple[Any, Pat
     torch_model, model = pair
     patch = prefixed(torch_model, model, 3)
     assert patch.prefix is not None
+    with pytest.raises(RequestError, match="where a system message would"):
+        model.generate("Hello", system="Be brief.", patch=patch)
     if model.codec.style == "chat":
-        with pytest.raises(RequestError, match="without a system prompt"):
-            model.generate("Hello", system="Be brief.", patch=patch)
+        with pytest.raises(RequestError, match="where a system message would"):
+            model.generate([{"role": "system", "content": "No."}, {"role": "user", "content": "Hi"}], patch=patch)
+        with pytest.raises(RequestError, match="does not start as the patch"):
+            model.generate("Hello", raw=True, patch=patch)
     with pytest.raises(RequestError, match="at least one more"):
         model.logits(patch.prefix.replaces, patch=patch)
     room = model.graph.folder.context_window - patch.prefix.position
@@ -171,6 +177,53 @@ def test_misfits_are_refused(pair: tuple[Any, PatchedModel]) -> None:
         KVPrefix({**arrays(), (1, "key"): np.full((3, 2, 4), np.nan)}, (1,), 5)
     with pytest.raises(PatchValueError, match="position"):
         KVPrefix(arrays(), (1,), 2)
+
+
+def test_files_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 3)
+    assert patch.prefix is not None
+    far, foreign = replace(patch.prefix, position=10**9), replace(patch.prefix, replaces=(10**6,))
+    for prefix, error in ((far, PatchShapeError), (foreign, PatchValueError)):
+        with pytest.raises(error, match=r"config\.prefix"):
+            model.load_patch(Patch({}, patch.config, prefix))
+        with pytest.raises(error, match=r"config\.prefix"):
+            fidelity.torch_student(torch_model, Patch({}, patch.config, prefix))
+    huge = {entry: np.full_like(values, 1e5) for entry, values in patch.prefix.entries.items()}
+    with pytest.raises(PatchValueError, match="does not fit the cache's precision"):
+        replace(patch.prefix, entries=huge).check_dtype(np.float16)
+
+
+def test_a_probe_of_another_patch_is_refused(pair: tuple[Any, PatchedModel]) -> None:
+    torch_model, model = pair
+    patch = prefixed(torch_model, model, 3)
+    assert patch.prefix is not None
+    ids = list(dialogues(model)[0].student())
+    logits = model.logits(ids, patch=patch)
+    right = replace(patch, config=replace(patch.config, probe=probe.measure(ids, logits)))
+    assert model.check(right).ok
+    for wrong in (
+        probe.measure(ids[1:], logits),
+        {**probe.measure(ids, logits), "token_ids": ids[: len(logits)]},
+        probe.measure(ids, logits[1:]),
+    ):
+        with pytest.raises(PatchFormatError, match=r"config\.probe"):
+            model.check(replace(patch, config=replace(patch.config, probe=wrong)))
+
+
+def test_what_a_prefix_cannot_stand_in_for_is_found_before_the_rollout(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+    config = load_model(source).config
+    prompts = [(source.codec.render(query, CONTEXT), source.codec.render(query)) for query in QUERIES]
+    check_prefix(prompts, 3, source.codec.template_source, config, 8)
+    with pytest.raises(CalibrationError, match="writes the date"):
+        check_prefix(prompts, 3, "{{ strftime_now('%d %b') }}", config, 8)
+    window = SimpleNamespace(sliding_window=64, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(CalibrationError, match="sliding window"):
+        check_prefix(prompts, 3, None, window, 8)
+    check_prefix(prompts, 10_000, None, window, 8)  # every entry at its own place
+    with pytest.raises(CalibrationError, match="one fixed beginning"):
+        check_prefix([*prompts, (prompts[0][0][1:], prompts[0][1])], 3, None, config, 8)
 
 
 @pytest.mark.parametrize(
@@ -240,5 +293,5 @@ def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) 
         patch = patching.make_patch(source, model, CONTEXT, QUERIES, held, recipe, name="p")
         assert patch.config.fidelity is not None and patch.config.probe is not None
         gaps[entries, method] = patch.config.fidelity["gap_closed"]
-        assert torch_prefix(patch, "cpu", model.dtype) is None if not entries else patch.prefix is not None
+        assert torch_prefix(patch, model) is None if not entries else patch.prefix is not None
     assert gaps[10_000, "prefix"] > 0.99
