@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tp_runtime.errors import CalibrationError, DeviceUnavailableError
+from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError
 
 
 def add_context_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -48,6 +48,14 @@ def read_prompt_file(path: Path) -> str:
         return path.read_text(encoding="utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"cannot be read: {error}", field=str(path), wanted="UTF-8 text") from error
+
+
+def check_patch_file(path: Path) -> None:
+    """Raise PatchFormatError unless a patch file can be written there."""
+    if path.suffix != ".safetensors":
+        raise PatchFormatError("the name of a patch file", field="OUT", got=path.name, wanted="*.safetensors")
+    if not path.parent.is_dir():
+        raise PatchFormatError("no such folder", field="OUT", got=str(path.parent), fix="make it first")
 
 
 def torch_device(requested: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tp_runtime.errors import PatchFormatError
 
+from .context import check_patch_file
+
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand to the parser."""
@@ -34,10 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..progress import clock
     from ..source import load_model, open_source
 
-    if args.out.suffix != ".safetensors":
-        raise PatchFormatError("the name of a patch file", field="OUT", got=args.out.name, wanted="*.safetensors")
-    if not args.out.parent.is_dir():
-        raise PatchFormatError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
+    check_patch_file(args.out)
     source = open_source(args.base)
     if args.adapter.suffix == ".gguf":
         deltas, base = read_control_vector(args.adapter, source.config), ""

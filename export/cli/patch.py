@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import CalibrationError, PatchFormatError
+from tp_runtime.errors import CalibrationError
 
-from .context import add_context_options, add_device_options, read_context, torch_device
+from .context import add_context_options, add_device_options, check_patch_file, read_context, torch_device
 
 _CALIBRATION_QUERIES = 64
 _SEED = 0
@@ -104,38 +104,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rollout_store import RolloutStore
     from ..source import load_model, open_source
 
-    # Everything that can be wrong with the arguments is found before the minutes of work.
-    if args.out.suffix != ".safetensors":
-        raise PatchFormatError("the name of a patch file", field="OUT", got=args.out.name, wanted="*.safetensors")
-    if not args.out.parent.is_dir():
-        raise PatchFormatError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
-    at_least = (
-        ("--rank", args.rank, 1),
-        ("--limit", args.limit, 1),
-        ("--holdout", args.holdout, 0),
-        ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
-        ("--samples", args.samples, 1),
-        ("--refine", args.refine, 0),
-        ("--first-layer", args.first_layer, 0),
-        ("--max-new-tokens", args.max_new_tokens, 1),
-    )
-    for field, value, least in at_least:
-        if value < least:
-            raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
-    if not 0 <= args.ridge < float("inf"):
-        raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
-    if args.refine and args.method == "prefix":
-        raise CalibrationError(
-            "there are no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
-        )
-    if args.rollouts is not None and not args.rollouts.resolve().parent.is_dir():
-        raise CalibrationError("no such folder", field="--rollouts", got=str(args.rollouts.parent), fix="make it first")
-    if args.refine and args.offload:
-        raise CalibrationError(
-            "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
-        )
-    if args.no_bias and args.method != "lora":
-        raise CalibrationError("a form that has a bias", field="--no-bias", got=args.method, wanted="--method lora")
+    _check(args)  # everything that can be wrong with the arguments, before the minutes of work
     context = read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
@@ -176,3 +145,34 @@ def run(args: argparse.Namespace) -> int:
         )
     print(args.out)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_patch_file(args.out)
+    at_least = (
+        ("--rank", args.rank, 1),
+        ("--limit", args.limit, 1),
+        ("--holdout", args.holdout, 0),
+        ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
+        ("--samples", args.samples, 1),
+        ("--refine", args.refine, 0),
+        ("--first-layer", args.first_layer, 0),
+        ("--max-new-tokens", args.max_new_tokens, 1),
+    )
+    for field, value, least in at_least:
+        if value < least:
+            raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
+    if not 0 <= args.ridge < float("inf"):
+        raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+    if args.refine and args.method == "prefix":
+        raise CalibrationError(
+            "there are no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
+        )
+    if args.rollouts is not None and not args.rollouts.resolve().parent.is_dir():
+        raise CalibrationError("no such folder", field="--rollouts", got=str(args.rollouts.parent), fix="make it first")
+    if args.refine and args.offload:
+        raise CalibrationError(
+            "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
+        )
+    if args.no_bias and args.method != "lora":
+        raise CalibrationError("a form that has a bias", field="--no-bias", got=args.method, wanted="--method lora")

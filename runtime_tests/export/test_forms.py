@@ -10,12 +10,13 @@ import torch
 from tp_export import lockstep
 from tp_export.adapters import blocks_of, layer_inputs
 from tp_export.deltas import applied, patched
-from tp_export.forms import FORMS, Rows, Settings
+from tp_export.forms import FORMS, Settings
 from tp_export.patching import to_half
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
 from runtime_tests.patches import random_config
+from runtime_tests.rows import some_rows
 from tp_runtime.patch import Patch
 
 
@@ -35,13 +36,6 @@ def dialogues(count: int = 6, completion: int = 5) -> list[Dialogue]:
         query = ids(4 + i % 3)
         out.append(Dialogue((1, *ids(7), *query), (1, *query), ids(completion)))
     return out
-
-
-def some_rows(model: Any, count: int) -> Rows:
-    g = torch.Generator().manual_seed(1)
-    d = model.config.hidden_size
-    student = torch.randn(count, d, generator=g)
-    return Rows(student + 0.3 * torch.randn(count, d, generator=g), student, torch.randn(1, d, generator=g))
 
 
 @torch.no_grad()

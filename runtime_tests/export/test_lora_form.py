@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ from peft import PeftModel
 from tp_export import cli
 from tp_export.adapters import blocks_of
 from tp_export.deltas import applied
-from tp_export.forms import FORMS, Rows, Settings
+from tp_export.forms import FORMS, Settings
 from tp_export.lora_form import pre_norm_target
 from tp_export.source import load_model, open_source
 
 from runtime_tests.logits import furthest, graph_logits, token_ids, torch_logits
+from runtime_tests.rows import some_rows
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
@@ -24,17 +24,10 @@ from tp_runtime.patch import Patch
 IDS = token_ids(30)
 
 
-def rows_of(model: Any, count: int) -> Rows:
-    g = torch.Generator().manual_seed(1)
-    d = model.config.hidden_size
-    student = torch.randn(count, d, generator=g)
-    return Rows(student + 0.3 * torch.randn(count, d, generator=g), student, torch.randn(1, d, generator=g))
-
-
 @torch.no_grad()
 def test_without_a_post_norm_it_is_output_beside_down(tiny_llama: Path) -> None:
     model = load_model(open_source(tiny_llama))
-    block, rows = blocks_of(model)[1], rows_of(model, 40)
+    block, rows = blocks_of(model)[1], some_rows(model, 40)
     lora, output = (FORMS[method](block, rows, Settings(rank=5)) for method in ("lora", "output"))
     with applied(block, lora):
         one = block.mlp_half(rows.student)
@@ -46,7 +39,7 @@ def test_without_a_post_norm_it_is_output_beside_down(tiny_llama: Path) -> None:
 @torch.no_grad()
 def test_the_target_is_on_the_sphere_of_the_norm_and_nearer_the_teacher(tiny_gemma: Path) -> None:
     model = load_model(open_source(tiny_gemma))
-    block, rows = blocks_of(model)[1], rows_of(model, 40)
+    block, rows = blocks_of(model)[1], some_rows(model, 40)
     wanted, before = block.mlp_half(rows.teacher), block.mlp_half(rows.student)
     hidden = block.hidden(rows.student)
     u = block.mlps[0].down(hidden).double()
@@ -61,7 +54,7 @@ def test_the_target_is_on_the_sphere_of_the_norm_and_nearer_the_teacher(tiny_gem
 @torch.no_grad()
 def test_without_ridge_and_at_full_rank_the_target_is_met(tiny_gemma: Path) -> None:
     model = load_model(open_source(tiny_gemma))
-    block, rows = blocks_of(model)[2], rows_of(model, 20)
+    block, rows = blocks_of(model)[2], some_rows(model, 20)
     hidden = block.hidden(rows.student)
     difference = block.mlp_half(rows.teacher) - block.mlp_half(rows.student)
     target, _ = pre_norm_target(block, hidden, difference)
@@ -122,7 +115,7 @@ def test_without_a_bias_every_engine_takes_it(tiny_gemma: Path, tmp_path: Path) 
 def test_without_a_bias_the_pair_is_fitted_to_the_rows_as_they_are(tiny_llama: Path) -> None:
     """Full rank and no ridge on fewer rows than inputs: the pair alone hits every row."""
     model = load_model(open_source(tiny_llama))
-    block, rows = blocks_of(model)[1], rows_of(model, 20)
+    block, rows = blocks_of(model)[1], some_rows(model, 20)
     wanted = block.mlp_half(rows.teacher)
     before = (block.mlp_half(rows.student) - wanted).abs().max()
     delta = FORMS["lora"](block, rows, Settings(rank=64, ridge=1e-9, bias=False))["down"]
