@@ -118,11 +118,16 @@ class Long:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the dialogues; the gap closed on the prompted model's dialogues and on the patched model's own."""
+    """One turn of the dialogues, on the prompted model's text (`forced`) and on the patched model's own.
+
+    The gap that there is to close shrinks where the history itself shows what the prompt asks for.
+    """
 
     turn: int
+    forced_kl_unpatched: float
     forced_kl: float
     forced_gap: float
+    own_kl_unpatched: float
     own_kl: float
     own_gap: float
     endings: list[Ending]
@@ -164,7 +169,11 @@ class Fits:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Everything measured of one patch."""
+    """Everything measured of one patch.
+
+    `prompt_tokens` are those of its text; a session carries `added_tokens` of them more than one without a prompt,
+    fewer where the chat template has a default system text that the prompt replaces.
+    """
 
     name: str
     identity: str
@@ -176,6 +185,7 @@ class PatchReport:
     created: str | None
     prompt: str
     prompt_tokens: int
+    added_tokens: int
     queries: int
     completion_tokens: int
     ways: list[Way]

@@ -46,7 +46,7 @@ def _plots(patch: PatchReport) -> dict[str, Any]:
         "positions": plots.positions(patch.positions),
         "layers": plots.layers(patch.layers),
         "strengths": plots.strengths(patch.sweep),
-        "long": plots.long_gap(patch.long.forced, patch.long.own) if patch.long else None,
+        "long": plots.long_answers(patch.long.forced, patch.long.own) if patch.long else None,
         "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
         "methods": plots.methods(patch.fits.methods, patch.way("patch").gap_closed) if patch.fits.methods else None,
     }
@@ -65,7 +65,7 @@ def _kl(value: float | None) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "needs --runtime" if value is None else f"{value:.1f}{_SPACE}ms"
+    return "–" if value is None else f"{value:.1f}{_SPACE}ms"
 
 
 def _size(value: int) -> str:

@@ -31,34 +31,37 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def positions(curve: Curve, unit: str = "position in the answer") -> str:
+def positions(curve: Curve) -> str:
     """KL by completion position, unpatched and patched, and the tokens that each bin rests on."""
-    with _drawn(f"positions {unit}", (7.6, 2.7)) as (figure, svg):
+    with _drawn("positions", (7.6, 2.7)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
         axes.plot(at, curve.unpatched, color=BASE, marker="o", markersize=3, label="no prompt")
         axes.plot(at, curve.patched, color=PATCH, marker="o", markersize=3, label="patch")
-        axes.set(xlabel=unit, ylabel="KL, nats per token", ylim=(0, None))
+        top = 1.3 * max(*curve.unpatched, *curve.patched)  # room for the legend
+        axes.set(xlabel="position in the answer", ylabel="KL, nats per token", ylim=(0, top))
         _tokens(axes, at, curve)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", ncols=2)
     return svg[0]
 
 
-def long_gap(forced: Curve, own: Curve) -> str:
-    """Gap closed by position: along the prompted model's text and along the patched model's own."""
+def long_answers(forced: Curve, own: Curve) -> str:
+    """By position: KL along the patched model's own text, and the gap closed along either model's text."""
     with _drawn("long", (7.6, 2.7)) as (figure, svg):
-        axes: Axes = figure.subplots()
-        for curve, colour, label in (
-            (forced, PROMPT, "along the prompted model's text"),
-            (own, PATCH, "along the patch's own text"),
-        ):
+        left, right = figure.subplots(1, 2)
+        at = [(i + 0.5) * own.width - 0.5 for i in range(len(own.patched))]
+        left.plot(at, own.unpatched, color=BASE, marker="o", markersize=3, label="no prompt")
+        left.plot(at, own.patched, color=PATCH, marker="o", markersize=3, label="patch")
+        left.set(xlabel="position in the patch's answer", ylabel="KL, nats per token", ylim=(0, None))
+        left.legend(loc="upper right")
+        for curve, colour, label in ((forced, PROMPT, "prompt's text"), (own, PATCH, "patch's own text")):
             at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
             gaps = [1 - p / u if u > 0 else 0.0 for p, u in zip(curve.patched, curve.unpatched, strict=True)]
-            axes.plot(at, gaps, color=colour, marker="o", markersize=3, label=label)
-        axes.axhline(0, color=BASE, linewidth=0.8)
-        low = axes.get_ylim()[0]
-        axes.set(xlabel="position in the answer", ylabel="gap closed", ylim=(max(min(low, -0.05), -1.5), 1.03))
-        axes.legend(loc="lower left")
+            right.plot(at, gaps, color=colour, marker="o", markersize=3, label=label)
+        right.axhline(0, color=BASE, linewidth=0.8)
+        low = right.get_ylim()[0]
+        right.set(xlabel="position in the answer", ylabel="gap closed", ylim=(max(min(low, -0.05), -1.5), 1.03))
+        right.legend(loc="lower left")
     return svg[0]
 
 

@@ -134,8 +134,10 @@ def measure_turns(
         measured.append(
             Turn(
                 turn + 1,
+                forced_base.mean,
                 forced.mean,
                 gap_closed(forced_base.mean, forced.mean),
+                own_base.mean,
                 own.mean,
                 gap_closed(own_base.mean, own.mean),
                 endings(source, found),

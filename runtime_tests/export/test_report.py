@@ -300,7 +300,7 @@ def test_what_was_not_measured_says_so(report: Report) -> None:
     layers = [replace(layer, retained={}) for layer in one.layers]
     less = replace(one, ways=ways, fits=fits, turns=turns, layers=layers, long=None)
     text = page.render(replace(report, patches=[less], composition=[], runtime=None))
-    for said in ("needs --runtime", "--baselines none", "it has no turns", "Energy kept is not known"):
+    for said in ("--runtime)", "--baselines none", "it has no turns", "Energy kept is not known"):
         assert said in text
     assert "Long answers" not in text and "Their sum" not in text
 
@@ -338,7 +338,7 @@ def test_the_command_writes_prints_and_stores(
     more = ("--baselines", "none", "--long", "0", "--store", "--json")
     assert tp_export_main(arguments(tiny_llama, [file], held_out, out, *more)) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert "needs --runtime" in out.read_text() and figures["runtime"] is None
+    assert "--runtime)" in out.read_text() and figures["runtime"] is None
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == figures["patches"][0]["identity"]
     assert stored.config.report["gap_closed"] == pytest.approx(figures["patches"][0]["ways"][3]["gap_closed"], abs=1e-5)
