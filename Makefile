@@ -38,4 +38,4 @@ $(BUILD)/model/patch_slots.json: | $(BUILD)/source
 	$(BIN)/tp-export model "$$(cat $(BUILD)/source)" $(BUILD)/model --overwrite
 
 $(BUILD)/pirate.safetensors: demo/pirate.txt demo/held-out.txt | $(BUILD)/source
-	$(BIN)/tp-export patch "$$(cat $(BUILD)/source)" $@ --prompt-file demo/pirate.txt --held-out demo/held-out.txt
+	$(BIN)/tp-export patch "$$(cat $(BUILD)/source)" $@ --prompt-file demo/pirate.txt --held-out demo/held-out.txt --limit 48
