@@ -57,6 +57,7 @@ CASES = (
     )),
     Case("operators", "gemma", HERE / "operators-queries.txt", HERE / "operators-held-out.jsonl", (
         recipe("vector", **SHORT), recipe(**SHORT), recipe(rank=32, **SHORT), recipe(prefix=8, **SHORT),
+        recipe(prefix=24, **SHORT),
     )),
     Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
         recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
@@ -65,7 +66,7 @@ CASES = (
     Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
         recipe(prefix=96, samples=1), recipe(samples=1), recipe("prefix", prefix=96, samples=1),
     ), 80),
-    Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=16), recipe(), recipe("vector"))),
+    Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=4), recipe(), recipe("vector"))),
     Case("persona", "smollm2", None, DEMO / "held-out.txt", (
         recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
     )),
