@@ -30,9 +30,11 @@ _ALL_LAYERS_STRENGTHS = (0.03, 0.1, 0.3, 1.0)
 
 def fit_isotropic(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """`output` with an isotropic Gram: one low-rank pair and a bias after the MLP branch."""
-    o_student, hidden = block.mlp_half_and_hidden(rows.student)
-    target = block.mlp_half(rows.teacher) - o_student
-    sink = None if rows.sink is None else block.hidden(rows.sink)[0]
+    o_teacher = block.mlp_half(rows.teacher)
+    with rows.as_student():
+        o_student, hidden = block.mlp_half_and_hidden(rows.student)
+        sink = None if rows.sink is None else block.hidden(rows.sink)[0]
+    target = o_teacher - o_student
     fit = isotropic_map(hidden, target, settings.ridge, sink)
     directions = top_directions(fit.energy, settings.rank)
     first, retained = directions.T @ fit.matrix, share_kept(fit.energy, directions)

@@ -20,6 +20,7 @@ from tp_runtime.patch import Patch
 from .deltas import patched
 from .prefix import torch_prefix
 from .sequences import Dialogue
+from .student import QuantisedStudent, as_student
 
 # (token ids, first) -> logits [len(token ids) - first, vocab] of the positions from `first` on.
 Student = Callable[[Sequence[int], int], Tensor]
@@ -42,8 +43,11 @@ class Fidelity:
         return {key: round(value, 6) for key, value in asdict(self).items()}
 
 
-def torch_student(model: Any, patch: Patch | None = None) -> Student:
-    """A student run by transformers, patched by forward hooks and with the patch's KV prefix in front."""
+def torch_student(model: Any, patch: Patch | None = None, student: QuantisedStudent | None = None) -> Student:
+    """A student run by transformers, patched by forward hooks, with the patch's KV prefix in front.
+
+    `student` has the weights it runs with, where they are not the model's own.
+    """
     prefix = None if patch is None else torch_prefix(patch, model)
     replaced = 0 if prefix is None else len(prefix.replaces)
 
@@ -52,7 +56,7 @@ def torch_student(model: Any, patch: Patch | None = None) -> Student:
             patch.prefix.require_start(tokens)
         ids = torch.tensor([list(tokens[replaced:])], device=model.device)
         inputs = {"use_cache": False} if prefix is None else prefix.model_inputs(torch.ones_like(ids))
-        with torch.no_grad(), nullcontext() if patch is None else patched(model, patch):
+        with torch.no_grad(), as_student(student), nullcontext() if patch is None else patched(model, patch):
             return model(ids, **inputs, logits_to_keep=len(tokens) - first).logits[0]
 
     return run

@@ -8,6 +8,7 @@ Letters as in docs/method.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,11 +33,13 @@ class Rows:
         student: the same of the student as already patched below.
         sink: the student's at position 0, the attention sink, whose direction is projected out of the maps; None where
             the student never runs that position, because a KV prefix stands in its place.
+        as_student: a context within which the block has the student's weights, where they are not the teacher's.
     """
 
     teacher: Tensor
     student: Tensor
     sink: Tensor | None
+    as_student: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(teacher, student) a few rows at a time: what a block computes from a row is several times as wide."""
@@ -78,7 +81,11 @@ def check_method(method: str, blocks: Sequence[Block]) -> None:
 
 def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """Thought vector: the mean of o_T - o_S over the rows, a bias on the block's output."""
-    sums = [(block.mlp_half(teacher) - block.mlp_half(student)).sum(0) for teacher, student in rows.parts()]
+    sums = []
+    for teacher, student in rows.parts():
+        o_teacher = block.mlp_half(teacher)
+        with rows.as_student():
+            sums.append((o_teacher - block.mlp_half(student)).sum(0))
     return {"mlp_out": TorchDelta(bias=torch.stack(sums).sum(0) / len(rows.student))}
 
 
@@ -94,12 +101,13 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
     W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
     """
     check_method("matrix", [block])
-    moments = Moments(None if rows.sink is None else block.normed(rows.sink)[0])
+    moments = Moments(None if rows.sink is None else block.normed(rows.sink)[0])  # norms are the same on both sides
     for teacher, student in rows.parts():
         z_student = block.normed(student)
         moments.add(z_student, block.normed(teacher) - z_student)
     fit = moments.solve(settings.ridge)
-    weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
+    with rows.as_student():
+        weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
     both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
     # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
     values, vectors = torch.linalg.eigh(fit.energy)
@@ -121,13 +129,16 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
     """`lora`: one pair and a bias beside `down`, so that a LoRA can carry it behind a post-norm too (lora_form)."""
     check_method("lora", [block])
-    moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0], settings.bias)
+    with rows.as_student():
+        moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0], settings.bias)
     metric = torch.ones((), dtype=torch.float64)
     for teacher, student in rows.parts():
-        o_student, hidden = block.mlp_half_and_hidden(student)
-        target = block.mlp_half(teacher) - o_student
-        if block.post_norm is not None:
-            target, metric = pre_norm_target(block, hidden, target)
+        o_teacher = block.mlp_half(teacher)
+        with rows.as_student():
+            o_student, hidden = block.mlp_half_and_hidden(student)
+            target = o_teacher - o_student
+            if block.post_norm is not None:
+                target, metric = pre_norm_target(block, hidden, target)
         moments.add(hidden, target * metric)
     fit = moments.solve(settings.ridge)
     directions = top_directions(fit.energy, settings.rank)
@@ -138,11 +149,11 @@ def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDel
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
     """`mlp_out` for a student whose gate and up already carry `below`."""
-    with applied(block, below):
+    with rows.as_student(), applied(block, below):
         moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0])
     for teacher, student in rows.parts():
         o_teacher = block.mlp_half(teacher)
-        with applied(block, below):
+        with rows.as_student(), applied(block, below):
             o_student, hidden = block.mlp_half_and_hidden(student)
         moments.add(hidden, o_teacher - o_student)
     fit = moments.solve(settings.ridge)

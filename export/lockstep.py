@@ -12,7 +12,9 @@ disk (offload.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .forms import FORMS, Rows, Settings
 from .offload import resident
 from .prefix import TorchPrefix
 from .sequences import Batch, Dialogue, batches
+from .student import QuantisedStudent, as_student
 
 
 @dataclass
@@ -57,6 +60,7 @@ def fit(
     settings: Settings,
     *,
     prefix: TorchPrefix | None = None,
+    student: QuantisedStudent | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, TorchDelta]]:
@@ -68,6 +72,7 @@ def fit(
         method: one of `FORMS`, or `isotropic`.
         settings: rank, ridge and the first block to patch.
         prefix: key/value entries that the student will have in front.
+        student: the weights that the student will have, if they are not the teacher's.
         batch_size: dialogues per forward pass.
         progress: called with (blocks done, blocks in all).
 
@@ -79,25 +84,30 @@ def fit(
     device = next(model.parameters()).device
     with torch.no_grad():
         replaced = 0 if prefix is None else len(prefix.replaces)
-        sides = [
-            (_Side.start(model, teacher), _Side.start(model, student, prefix))
-            for teacher, student in batches(dialogues, batch_size, device, replaced)
-        ]
+        pairs = list(batches(dialogues, batch_size, device, replaced))
+        teachers = [_Side.start(model, batch) for batch, _own in pairs]
+        with as_student(student):  # the table of tokens is quantised too
+            students = [_Side.start(model, batch, prefix) for _teacher, batch in pairs]
         deltas: dict[int, dict[str, TorchDelta]] = {}
         for block in blocks:
+            weights = partial(student.layer, block) if student is not None else nullcontext
             with resident(block.layer):
-                for teacher, student in sides:
+                for teacher in teachers:
                     teacher.attend(block)
-                    student.attend(block)
+                with weights():
+                    for side in students:
+                        side.attend(block)
                 rows = Rows(
-                    torch.cat([teacher.rows() for teacher, _ in sides]),
-                    torch.cat([student.rows() for _, student in sides]),
-                    None if prefix is not None else sides[0][1].hidden[:1, 0],
+                    torch.cat([side.rows() for side in teachers]),
+                    torch.cat([side.rows() for side in students]),
+                    None if prefix is not None else students[0].hidden[:1, 0],
+                    weights,
                 )
                 deltas[block.index] = {} if block.index < settings.first_layer else form(block, rows, settings)
-                for teacher, student in sides:
+                for teacher in teachers:
                     teacher.feed_forward(block)
-                    with applied(block, deltas[block.index]):
-                        student.feed_forward(block)
+                with weights(), applied(block, deltas[block.index]):
+                    for side in students:
+                        side.feed_forward(block)
             progress(block.index + 1, len(blocks))
     return deltas

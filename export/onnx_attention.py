@@ -4,6 +4,9 @@ While the model is traced its attention function emits `com.microsoft::GroupQuer
 operator appends the new keys and values to the past ones, masks causally (and to a window on sliding layers) and
 returns the present cache, so that no pattern has to be found in a decomposed graph afterwards. Any model that goes
 through transformers' attention interface comes out the same way.
+
+Rotary embeddings of the whole head are turned in the operator too (onnx_rotary.py); others, such as GPT-NeoX's of a
+quarter of it, stay in front of it.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ class Recording:
         seqlens: [batch] int32, tokens in the cache and the input together, minus one.
         total: scalar int32, the longest of them plus one.
         present: per layer, what the operator returned.
+        positions: [batch, T] of the tokens, for the tables below.
+        rotary: tables of cosines and sines [window, head dim / 2] that the next attention turns queries and keys by;
+            None where that was done before it.
     """
 
     past: list[tuple[Tensor, Tensor]]
     seqlens: Tensor
     total: Tensor
     present: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    positions: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 _recording: list[Recording] = []
@@ -80,8 +88,12 @@ def _attention(
         "num_heads": heads,
         "kv_num_heads": kv_heads,
         "scale": float(_own_scale(module, head_dim) if scaling is None else scaling),
-        "do_rotary": 0,
+        "do_rotary": 0 if recording.rotary is None else 1,
     }
+    turned: list[Tensor] = []
+    if recording.rotary is not None:
+        assert recording.positions is not None
+        turned = [*recording.rotary, recording.positions]
     if sliding_window is not None:
         attributes["local_window_size"] = int(sliding_window)
     if softcap is not None:
@@ -90,7 +102,7 @@ def _attention(
     cache_shape = [batch, kv_heads, total, head_dim]
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [*rows, past_key, past_value, recording.seqlens, recording.total],
+        [*rows, past_key, past_value, recording.seqlens, recording.total, *turned],
         attributes,
         dtypes=[query.dtype] * 3,
         shapes=[[batch, steps, heads * head_dim], cache_shape, cache_shape],
@@ -98,6 +110,11 @@ def _attention(
     )
     recording.present.append((present_key, present_value))
     return out.reshape(batch, steps, heads, head_dim), None
+
+
+def current_recording() -> Recording:
+    """The recording in progress."""
+    return _recording[-1]
 
 
 def _own_scale(module: Any, head_dim: int) -> float:
@@ -125,16 +142,19 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recording(past: list[tuple[Tensor, Tensor]], attention_mask: Tensor) -> Iterator[Recording]:
+def recording(
+    past: list[tuple[Tensor, Tensor]], attention_mask: Tensor, positions: Tensor | None = None
+) -> Iterator[Recording]:
     """Within the context attention reads `past`, and its present caches are collected.
 
     Args:
         past: per layer, key and value [batch, kv heads, past, head dim].
         attention_mask: [batch, past + T], 1 on tokens; padding, if any, on the right.
+        positions: [batch, T], where rotary tables are looked up.
     """
     seqlens = (attention_mask.sum(1) - 1).to(torch.int32)
     total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
-    current = Recording(past, seqlens, total)
+    current = Recording(past, seqlens, total, positions=positions)
     _recording.append(current)
     try:
         yield current

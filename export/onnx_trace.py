@@ -24,6 +24,7 @@ from tp_runtime.folder import Slot
 from .adapters import kv_shape
 from .onnx_attention import PassThroughCache, fused_attention, recording
 from .onnx_experts import traceable_experts
+from .onnx_rotary import Rotary, compute_tables, empty_tables, rotaries_of, rotary_in_attention
 from .slot_modules import SlotTensors, slotted
 
 OPSET = 20
@@ -32,9 +33,9 @@ OPSET = 20
 class _Step(nn.Module):
     """One forward step as a function of tensors only: what is traced."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], rotaries: list[Rotary]) -> None:
         super().__init__()
-        self.model, self.slots = model, slots
+        self.model, self.slots, self.rotaries = model, slots, rotaries
 
     def forward(
         self,
@@ -43,12 +44,17 @@ class _Step(nn.Module):
         position_ids: Tensor,
         past: list[tuple[Tensor, Tensor]],
         slot_tensors: list[tuple[Tensor, Tensor, Tensor]],
+        tables: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         slots = {
             (slot.layer, slot.site): SlotTensors(*tensors)
             for slot, tensors in zip(self.slots, slot_tensors, strict=True)
         }
-        with slotted(self.model, slots), recording(past, attention_mask) as cache:
+        with (
+            slotted(self.model, slots),
+            recording(past, attention_mask, position_ids) as cache,
+            rotary_in_attention(self.model, self.rotaries, tables),
+        ):
             out = self.model(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=PassThroughCache(), use_cache=True
             )
@@ -99,6 +105,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     dtype = next(model.parameters()).dtype
     batch, steps, past, rank = 2, 5, 7, 3
     dim = torch.export.Dim.DYNAMIC
+    rotaries, window = rotaries_of(model), context_window(config)
     arguments = {
         "input_ids": torch.ones(batch, steps, dtype=torch.long),
         "attention_mask": torch.ones(batch, past + steps, dtype=torch.long),
@@ -114,6 +121,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
             )
             for slot in slots
         ],
+        "tables": empty_tables(rotaries, window, dtype),
     }
     shapes = {
         "input_ids": {0: dim, 1: dim},
@@ -121,16 +129,18 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
         "position_ids": {0: dim, 1: dim},
         "past": [({0: dim, 2: dim}, {0: dim, 2: dim})] * layers,
         "slot_tensors": [({2: dim}, {1: dim}, {})] * len(slots),
+        "tables": [({}, {})] * len(rotaries),
     }
     past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    table_names = [name for rotary in rotaries for name in rotary.inputs()]
     slot_names = [f"{slot.name}.{part}" for slot in slots for part in ("a", "b", "bias")]
     present_names = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     with fused_attention(model), traceable_experts(model), _fixed_rotary_tables(model), quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Step(model, slots),
+            _Step(model, slots, rotaries),
             kwargs=arguments,
             dynamic_shapes=shapes,
-            input_names=["input_ids", "attention_mask", "position_ids", *past_names, *slot_names],
+            input_names=["input_ids", "attention_mask", "position_ids", *past_names, *slot_names, *table_names],
             output_names=["logits", *present_names],
             opset_version=OPSET,
             dynamo=True,
@@ -139,6 +149,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
         )
         assert program is not None
         fused, _counts = optimize_for_ort(program.model)
+    compute_tables(fused, rotaries, window)
     return fused
 
 

@@ -20,6 +20,7 @@ from . import fidelity, lockstep
 from .adapters import blocks_of
 from .deltas import TorchDelta
 from .forms import Settings, check_method
+from .precision import FLOATS
 from .prefix import TorchPrefix, check_prefix, choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
@@ -28,6 +29,7 @@ from .rollout import complete
 from .rollout_store import RolloutStore
 from .sequences import Dialogue
 from .source import Source
+from .student import QuantisedStudent, as_student, student_of
 
 _PROBE_TOKENS = 48
 _SAMPLE_TEMPERATURE = 0.7
@@ -36,7 +38,7 @@ _SAMPLE_TEMPERATURE = 0.7
 def dialogues_for(
     source: Source,
     model: Any,
-    context: str,
+    context: str | None,
     queries: Sequence[str],
     max_new_tokens: int,
     *,
@@ -46,7 +48,8 @@ def dialogues_for(
     """Have the teacher answer `queries` with the context in front.
 
     Both prompts come from the model's own chat template, with the context as the system message and without any; a
-    completion-style model gets context and query, or the bare query, after BOS.
+    completion-style model gets context and query, or the bare query, after BOS. Without a context (None) both sides get
+    the same prompts: what then tells them apart is the student's precision.
 
     Returns:
         The greedy answer to every query, then `samples` - 1 further rounds of sampled ones, each in the queries' order.
@@ -55,7 +58,7 @@ def dialogues_for(
         CalibrationError: there are no queries, the context is empty, or every completion is empty.
         RequestError: a query cannot be rendered, or does not fit the context window.
     """
-    if not context.strip():
+    if context is not None and not context.strip():
         raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
     if not queries:
         raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
@@ -116,6 +119,8 @@ class Recipe:
         samples: answers to fit on for each query, the first greedy and the rest sampled.
         max_new_tokens: length of the teacher's completions.
         refine_steps: steps of gradient descent from the closed form; 0 leaves it as it is.
+        student_precision: the precision the patch will run on, where it shall repair what that costs (student.py); with
+            `fp32` it is fitted for every precision.
     """
 
     method: str = "output"
@@ -124,12 +129,13 @@ class Recipe:
     samples: int = 2
     max_new_tokens: int = 48
     refine_steps: int = 0
+    student_precision: str = "fp32"
 
 
 def make_patch(
     source: Source,
     model: Any,
-    context: str,
+    context: str | None,
     fitted: Sequence[str],
     held_out: Sequence[str],
     recipe: Recipe,
@@ -143,7 +149,7 @@ def make_patch(
     Args:
         source: the base model.
         model: the same, loaded.
-        context: the system prompt or context to absorb.
+        context: the system prompt or context to absorb; None: nothing but a repair of `recipe.student_precision`.
         fitted: calibration queries.
         held_out: queries kept aside; the figures in the patch come from these alone.
         recipe: how.
@@ -168,7 +174,19 @@ def make_patch(
     check_disjoint(fitted, held_out)
     # Before the minutes of rollout.
     check_method(recipe.method, blocks_of(model))
+    student = None
+    if recipe.student_precision not in FLOATS:
+        student = student_of(source, model, recipe.student_precision)
+    elif context is None:
+        raise CalibrationError(
+            "neither a prompt to absorb nor a precision to repair",
+            field="prompt",
+            got="none",
+            wanted="text, or --student-precision int4 or int8",
+        )
     if recipe.prefix:
+        if context is None:
+            raise CalibrationError("no prompt to take entries from", field="prefix", got=recipe.prefix, wanted="0")
         pairs = [(source.codec.render(query, context), source.codec.render(query)) for query in [*fitted, *held_out]]
         check_prefix(pairs, recipe.prefix, source.codec.template_source, model.config, recipe.max_new_tokens)
     new_tokens, samples = recipe.max_new_tokens, recipe.samples
@@ -180,8 +198,8 @@ def make_patch(
         base_model=source.name,
         base_digest=source.digest,
         architecture=source.architecture,
-        precision="fp32",
-        context_digest=context_digest(context),
+        precision="fp32" if student is None else student.precision,
+        context_digest="" if context is None else context_digest(context),
         context=context if store_context else None,
         ridge=recipe.settings.ridge,
         calibration={
@@ -199,23 +217,34 @@ def make_patch(
     if recipe.prefix:
         with bar("attention to the context", len(calibration), "query") as shown:
             prefix = choose(model, calibration, recipe.prefix, shown.update)
-    deltas = _closed_form(model, calibration, recipe, prefix)
+    deltas = _closed_form(model, calibration, recipe, prefix, student)
     patch = Patch(to_half(deltas), config, None if prefix is None else prefix.numpy())
-    figures = _held_out(model, patch, evaluation) if evaluation else {}
+    figures = _held_out(model, patch, evaluation, student) if evaluation else {}
     if recipe.refine_steps and deltas:
         with bar("refine", recipe.refine_steps, "step") as shown:
             deltas = refine(
-                model, calibration, deltas, recipe.refine_steps, prefix=prefix, progress=lambda _loss: shown.update()
+                model,
+                calibration,
+                deltas,
+                recipe.refine_steps,
+                prefix=prefix,
+                student=student,
+                progress=lambda _loss: shown.update(),
             )
         patch = Patch(to_half(deltas), config, patch.prefix)
         if evaluation:
-            figures = {"gap_closed_closed_form": figures["gap_closed"], **_held_out(model, patch, evaluation)}
-    probe = _probe(model, patch, (evaluation or calibration)[0])
+            figures = {"gap_closed_closed_form": figures["gap_closed"], **_held_out(model, patch, evaluation, student)}
+    with as_student(student):
+        probe = _probe(model, patch, (evaluation or calibration)[0])
     return Patch(patch.deltas, replace(config, fidelity=figures or None, probe=probe), patch.prefix)
 
 
 def _closed_form(
-    model: Any, calibration: Sequence[Dialogue], recipe: Recipe, prefix: TorchPrefix | None
+    model: Any,
+    calibration: Sequence[Dialogue],
+    recipe: Recipe,
+    prefix: TorchPrefix | None,
+    student: QuantisedStudent | None,
 ) -> Mapping[int, Mapping[str, TorchDelta]]:
     if recipe.method == "prefix":
         return {}
@@ -226,17 +255,20 @@ def _closed_form(
             recipe.method,
             recipe.settings,
             prefix=prefix,
+            student=student,
             progress=lambda _done, _all: shown.update(),
         )
 
 
-def _held_out(model: Any, patch: Patch, evaluation: Sequence[Dialogue]) -> dict[str, float]:
+def _held_out(
+    model: Any, patch: Patch, evaluation: Sequence[Dialogue], student: QuantisedStudent | None
+) -> dict[str, float]:
     with bar("held-out fidelity", len(evaluation), "query") as shown:
         measured = fidelity.measure(
             evaluation,
             fidelity.torch_student(model),
-            fidelity.torch_student(model),
-            fidelity.torch_student(model, patch),
+            fidelity.torch_student(model, student=student),
+            fidelity.torch_student(model, patch, student),
             progress=shown.update,
         )
     return measured.to_dict()

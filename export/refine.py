@@ -19,6 +19,7 @@ from .adapters import blocks_of
 from .deltas import TorchDelta, applied
 from .prefix import TorchPrefix
 from .sequences import Dialogue, batches
+from .student import QuantisedStudent, as_student
 
 _BATCH = 8
 # Adam's steps, as a share of each tensor's root mean square: factors of every layer and site then move alike.
@@ -32,6 +33,7 @@ def refine(
     steps: int,
     *,
     prefix: TorchPrefix | None = None,
+    student: QuantisedStudent | None = None,
     seed: int = 0,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> dict[int, dict[str, TorchDelta]]:
@@ -43,6 +45,7 @@ def refine(
         deltas: layer -> site -> delta of the closed form.
         steps: at least 1.
         prefix: key/value entries that the student has in front.
+        student: the weights that the student has, if they are not the teacher's.
         seed: of the order of the batches.
         progress: called after each step with its loss, nats per token.
     """
@@ -65,12 +68,13 @@ def refine(
     with ExitStack() as stack:
         for _ in range(steps):
             order = order or torch.randperm(len(pairs), generator=generator).tolist()
-            teacher, student = pairs[order.pop()]
+            teacher, own = pairs[order.pop()]
             with torch.no_grad():
                 wanted = _row_logits(model, teacher, None).log_softmax(-1)
+            stack.enter_context(as_student(student))  # until the gradients are there
             for layer, sites in trained.items():
                 stack.enter_context(applied(blocks[layer], sites))
-            loss = (wanted.exp() * (wanted - _row_logits(model, student, prefix).log_softmax(-1))).sum(-1).mean()
+            loss = (wanted.exp() * (wanted - _row_logits(model, own, prefix).log_softmax(-1))).sum(-1).mean()
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -20,6 +20,8 @@ from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch_file import SITES
 from tp_runtime.safe_path import REEXPORT, check_name, checked_file
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant")
+REPAIR_FILE = "repair.safetensors"  # the default patch of a quantised folder, if it is one that repairs it
 SLOTS_FILE = "patch_slots.json"
 FORMAT = "tp-slots"
 VERSION = 1
@@ -255,7 +257,7 @@ def _parse(root: Path, raw: bytes) -> ModelFolder:
         architecture=_text(data["architecture"], "architecture"),
         base_model=_text(data["base_model"], "base_model"),
         base_digest=_digest(data["base_digest"], "base_digest"),
-        precision=_text(data["precision"], "precision", ("fp32", "fp16", "int8", "int4")),
+        precision=_text(data["precision"], "precision", PRECISIONS),
         style=_text(data["style"], "style", ("chat", "completion")),
         route=_text(data["route"], "route", ("fused", "optimum")),
         layers=layers,

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from .cache import CacheKey, KVCache
 from .delta import Delta
 from .device import create_session, require_onnxruntime, select_device
-from .errors import RequestError
-from .folder import ModelFolder
+from .errors import ModelFormatError, RequestError
+from .folder import REPAIR_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
-from .patch import Patch
+from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import KVPrefix
+from .safe_path import REEXPORT
 from .slots import check_base, fit_slots, slot_arrays
 
 FIRST_LOGIT = "tp.first_logit"
@@ -57,6 +58,7 @@ class Graph:
         folder, device: the folder, and the device the session is really on.
         base: the base model, bound.
         default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
+        repair: of a quantised folder that has one: the patch that makes up for the quantisation, part of the base.
 
     Raises:
         DeviceUnavailableError: see device.py.
@@ -82,11 +84,14 @@ class Graph:
                     "not a number of threads", field="threads", got=repr(threads), wanted="a whole number >= 1, or None"
                 )
             options.intra_op_num_threads = threads
+        self.repair = self._read_repair(folder)
         terms = folder.default_patch.terms if folder.default_patch else ()
         if defaults is not None:
+            self._check(defaults)
+            defaults = self._repaired(defaults)
             terms = defaults.terms
             # The session reads these where they are: they must outlive it.
-            self._baked = self._slot_values(self._checked(defaults), "cpu")
+            self._baked = self._slot_values(dict(defaults.deltas), "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
         self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
@@ -95,14 +100,21 @@ class Graph:
         buffers = InPlace if folder.route == "fused" else Fresh
         self._kv = buffers(folder, self.session, self._ort, self.device.kind, self._dtype)
         self.default = BoundPatch({}, (folder.graph_digest, terms), None if defaults is None else defaults.prefix)
+        base = self.repair.terms if self.repair else ()
         self.base = (
             self.default
-            if not terms
-            else BoundPatch(self._slot_values({}, self.device.kind), (folder.graph_digest, ()))
+            if terms == base
+            else BoundPatch(
+                self._slot_values(dict(self.repair.deltas) if self.repair else {}, self.device.kind),
+                (folder.graph_digest, base),
+            )
         )
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.
+
+        On a repaired folder the base is the repaired one, and a patch that was not fitted for this precision acts
+        beside the repair; one that was takes its place, for it makes up for the same loss.
 
         Raises:
             BaseMismatchError: the patch was fitted on another base, or on a quantised one of another precision.
@@ -110,9 +122,11 @@ class Graph:
         """
         if patch is None:
             return self.base
-        deltas = self._checked(patch)  # first: whether it fits does not depend on its strength or on the defaults
+        self._check(patch)  # first: whether it fits does not depend on its strength or on the defaults
         if not patch.terms:
             return self.base
+        patch = self._repaired(patch)
+        deltas = dict(patch.deltas)
         if patch.terms == self.default.key[1]:
             return self.default
         # With rank-0 defaults, slots the patch leaves alone need no binding.
@@ -120,13 +134,34 @@ class Graph:
         values = self._slot_values(deltas, self.device.kind, only)
         return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix)
 
-    def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
+    def _read_repair(self, folder: ModelFolder) -> Patch | None:
+        """The default patch, where it repairs what the folder's precision costs."""
+        if REPAIR_FILE not in folder.files:
+            return None
+        repair = Patch.load(folder.path / REPAIR_FILE)
+        default = folder.default_patch
+        if default is None or default.identity != repair.identity:
+            raise ModelFormatError(
+                "the repair is not the folder's default patch",
+                field=REPAIR_FILE,
+                got=repair.identity,
+                wanted="none" if default is None else default.identity,
+                fix=REEXPORT,
+            )
+        return repair
+
+    def _repaired(self, patch: Patch) -> Patch:
+        """What is bound for `patch`, which has a term: see `bind`."""
+        alone = self.repair is None or patch.config.precision not in FLOAT_PRECISIONS
+        return patch if alone or self.repair is None else self.repair + patch
+
+    def _check(self, patch: Patch) -> None:
         check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
         if patch.prefix is not None:
             folder, kv = self.folder, self.folder.kv
             patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
             patch.prefix.check_dtype(self._dtype)
-        return dict(fit_slots(patch, self.folder.slots))
+        fit_slots(patch, self.folder.slots)
 
     def _slot_values(
         self, deltas: dict[tuple[int, str], Delta], kind: str, only: set[tuple[int, str]] | None = None

@@ -36,9 +36,19 @@ def read_context(args: argparse.Namespace) -> str:
     """The context text; the newline that ends a file is the editor's, not the prompt's.
 
     Raises:
-        CalibrationError: the file is not UTF-8 text.
+        CalibrationError: neither option was given, or the file is not UTF-8 text.
         OSError: it cannot be read.
     """
+    context = read_any_context(args)
+    if context is None:
+        raise CalibrationError("no prompt", field="--prompt", wanted="--prompt TEXT or --prompt-file FILE")
+    return context
+
+
+def read_any_context(args: argparse.Namespace) -> str | None:
+    """The context text, or None where none was given; errors as of `read_context`."""
+    if args.prompt is None and args.prompt_file is None:
+        return None
     return read_prompt_file(args.prompt_file) if args.prompt is None else str(args.prompt)
 
 

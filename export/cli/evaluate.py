@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .context import add_context_options, add_device_options, read_context, torch_device
+from .context import add_context_options, add_device_options, read_any_context, read_context, torch_device
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
-    add_context_options(parser)
+    add_context_options(parser, required=False)
     add_device_options(parser)
     parser.add_argument(
         "--queries",
@@ -55,10 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from ..source import load_model, open_source
 
     patch = Patch.load(args.patch)
-    context, queries, answers = read_context(args), load_questions(args.queries), accuracy.load_answers(args.queries)
+    # A patch that only repairs a quantised base has no prompt; what it is held against is the float32 base.
+    context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)
+    queries, answers = load_questions(args.queries), accuracy.load_answers(args.queries)
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     source = open_source(args.src)
-    if patch.config.context_digest not in ("", context_digest(context)):
+    if context is not None and patch.config.context_digest not in ("", context_digest(context)):
         print("note: the patch was fitted on another prompt than this one", file=sys.stderr)
     graph = None if args.runtime is None else Graph(ModelFolder.open(args.runtime))
     check_base(patch, source.name, source.digest, "fp32" if graph is None else graph.folder.precision)
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, patch)
     with bar("held-out fidelity", len(dialogues), "query") as shown:
         figures = fidelity.measure(dialogues, fidelity.torch_student(model), *students, progress=shown.update).to_dict()
-    if answers:
+    if answers and context is not None:
         limit = args.max_new_tokens
         prompted = accuracy.torch_answers(source, model, None, limit)
         if graph is None:

@@ -17,7 +17,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder (such as fetch makes) or a hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    parser.add_argument("--precision", default="fp32", help="of the weights (default and only choice so far: fp32)")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32 (default), fp16, bf16 (stored only), int8, int4 (the quantiser that loses least on held-out text), "
+        "or one of these: int4-symmetric, int4-rtn, int4-k-quant",
+    )
     parser.add_argument(
         "--slots",
         choices=("output", "mlp", "all"),
@@ -31,6 +36,11 @@ def add_parser(subparsers: Any) -> None:
         choices=("auto", "fused", "optimum"),
         default="auto",
         help="fused = one attention operator (default where it works), optimum = optimum's exporter",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="with int8 or int4: fit a patch that makes up for the rounding, and make it the default of the folder",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
     parser.set_defaults(run=run)
@@ -52,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             patch=patch,
             route=args.route,
+            repair=args.repair,
             overwrite=args.overwrite,
         )
     )

@@ -9,7 +9,14 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
-from .context import add_context_options, add_device_options, check_patch_file, read_context, torch_device
+from .context import (
+    add_context_options,
+    add_device_options,
+    check_patch_file,
+    read_any_context,
+    read_context,
+    torch_device,
+)
 
 _CALIBRATION_QUERIES = 64
 _SEED = 0
@@ -25,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
-    add_context_options(parser)
+    add_context_options(parser, required=False)
     add_device_options(parser)
     parser.add_argument(
         "--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl (default: built in)"
@@ -90,6 +97,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="STEPS",
         help="improve the closed form by gradient steps on the same parameters (default 0: off)",
     )
+    parser.add_argument(
+        "--student-precision",
+        default="fp32",
+        metavar="PRECISION",
+        help="fit against the base as that export computes it (int8, int4, int4-rtn, ...), so that the patch also "
+        "repairs what quantisation cost; without a prompt it is a repair alone (default: fp32, for every precision)",
+    )
     parser.add_argument("--name", help="what the patch is called (default: the file's name)")
     parser.add_argument("--store-prompt", action="store_true", help="put the prompt's text into the file")
     parser.set_defaults(run=run)
@@ -99,13 +113,16 @@ def run(args: argparse.Namespace) -> int:
     """Computes and writes the patch; its figures go to stderr."""
     from ..forms import Settings
     from ..patching import Recipe, make_patch
+    from ..precision import FLOATS, check_precision
     from ..progress import clock
     from ..questions import load_questions, split_holdout
     from ..rollout_store import RolloutStore
     from ..source import load_model, open_source
 
+    check_precision(args.student_precision)
     _check(args)  # everything that can be wrong with the arguments, before the minutes of work
-    context = read_context(args)
+    repairs = args.student_precision not in FLOATS
+    context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
         fitted, held_out = queries[: args.limit], load_questions(args.held_out)
@@ -122,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         refine_steps=args.refine,
+        student_precision=args.student_precision,
     )
     patch = make_patch(
         source,
@@ -138,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     if patch.config.fidelity:
         figures = patch.config.fidelity
         print(
-            f"held out: {figures['gap_closed']:.1%} of the prompt's effect "
+            f"held out: {figures['gap_closed']:.1%} of {'the quantisation loss' if context is None else 'the prompt'} "
             f"(KL {figures['kl_unpatched']:.3f} -> {figures['kl_patched']:.3f} nats per token, "
             f"{figures['completion_tokens']} tokens of {figures['queries']} queries)",
             file=sys.stderr,
