@@ -64,26 +64,39 @@ def generate(
             a bad `max_new_tokens`.
         StaleCacheError: `cache` was made under another patch.
     """
-    window = graph.folder.context_window
+    if cache is None:
+        cache = graph.new_cache(bound)
+    cache.require_key(bound.key)  # before anything in it is given up
+    full = check_request(graph.folder, prompt, bound, max_new_tokens)
+    return _loop(graph, list(prompt), bound, Sampler(sampling), full, eos_ids, cache)
+
+
+def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch, max_new_tokens: int) -> int:
+    """Check that a prompt can be served under a patch; returns the number of tokens at which it is full.
+
+    Raises:
+        RequestError: as `generate`.
+    """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise RequestError(
             "not a number of tokens", field="max_new_tokens", got=repr(max_new_tokens), wanted="a whole number >= 1"
         )
     if not prompt:
         raise RequestError("the prompt is empty", field="prompt", got="0 tokens", wanted="at least one token")
-    if cache is None:
-        cache = graph.new_cache(bound)
-    cache.require_key(bound.key)  # before anything in it is given up
-    cache.require_start(prompt)
-    if len(prompt) + cache.skipped >= window:
+    skipped = 0
+    if bound.prefix is not None:
+        bound.prefix.require_start(prompt)
+        skipped = bound.prefix.skipped
+    window = folder.context_window - skipped
+    if len(prompt) >= window:
         raise RequestError(
             "the prompt leaves no room in the context window",
             field="prompt",
             got=f"{len(prompt)} tokens",
-            wanted=f"at most {window - cache.skipped - 1}",
+            wanted=f"at most {window - 1}",
             fix="shorten the prompt, or put its fixed part into a patch",
         )
-    return _loop(graph, list(prompt), bound, Sampler(sampling), max_new_tokens, eos_ids, cache)
+    return min(len(prompt) + max_new_tokens, window)
 
 
 def _loop(
@@ -91,11 +104,10 @@ def _loop(
     tokens: list[int],
     bound: BoundPatch,
     sampler: Sampler,
-    max_new_tokens: int,
+    full: int,
     eos_ids: frozenset[int],
     cache: KVCache,
 ) -> Iterator[int]:
-    full = min(len(tokens) + max_new_tokens, graph.folder.context_window - cache.skipped)
     while True:
         # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
         #    position only.

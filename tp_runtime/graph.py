@@ -6,15 +6,18 @@ switching rebinds pointers and copies nothing, and runs under different patches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
+from .default_slots import read_default_deltas
 from .delta import Delta
 from .device import create_session, require_onnxruntime, select_device
 from .errors import RequestError
@@ -22,7 +25,7 @@ from .folder import ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import Patch
 from .prefix import KVPrefix
-from .slots import check_base, fit_slots, slot_arrays
+from .slots import SlotKey, check_base, fit_slots, slot_arrays
 
 FIRST_LOGIT = "tp.first_logit"
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -36,11 +39,13 @@ class BoundPatch:
         values: graph input name -> OrtValue; what is not in it keeps the session's default.
         key: of every cache made under it.
         prefix: entries put at the front of every cache made under it.
+        deltas: what the slots add, by (layer, site), for a batch whose rows differ; None where only the graph knows.
     """
 
     values: dict[str, Any]
     key: CacheKey
     prefix: KVPrefix | None = None
+    deltas: Mapping[SlotKey, Delta] | None = None
 
 
 class Graph:
@@ -55,6 +60,9 @@ class Graph:
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
+        session, ort: ONNX Runtime's session and module.
+        dtype: of slots, keys and values.
+        kv: how the keys and values of one sequence are kept.
         base: the base model, bound.
         default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
 
@@ -72,10 +80,10 @@ class Graph:
         threads: int | None = None,
         defaults: Patch | None = None,
     ) -> None:
-        self._ort = require_onnxruntime()
+        self.ort = require_onnxruntime()
         self.folder = folder
-        self._dtype = _DTYPES[folder.kv.dtype]
-        options = self._ort.SessionOptions()
+        self.dtype = _DTYPES[folder.kv.dtype]
+        options = self.ort.SessionOptions()
         if threads is not None:
             if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
                 raise RequestError(
@@ -83,23 +91,23 @@ class Graph:
                 )
             options.intra_op_num_threads = threads
         terms = folder.default_patch.terms if folder.default_patch else ()
+        deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
         if defaults is not None:
-            terms = defaults.terms
+            terms, deltas = defaults.terms, self._checked(defaults)
             # The session reads these where they are: they must outlive it.
-            self._baked = self._slot_values(self._checked(defaults), "cpu")
+            self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
         self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
-        from_numpy = self._ort.OrtValue.ortvalue_from_numpy
+        from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
-        self._kv = buffers(folder, self.session, self._ort, self.device.kind, self._dtype)
-        self.default = BoundPatch({}, (folder.graph_digest, terms), None if defaults is None else defaults.prefix)
-        self.base = (
-            self.default
-            if not terms
-            else BoundPatch(self._slot_values({}, self.device.kind), (folder.graph_digest, ()))
-        )
+        self.kv = buffers(folder, self.session, self.ort, self.device.kind, self.dtype)
+        prefix = None if defaults is None else defaults.prefix
+        self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
+        self.base = self.default
+        if terms:
+            self.base = BoundPatch(self._slot_values({}, self.device.kind), (folder.graph_digest, ()), deltas={})
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.
@@ -118,29 +126,45 @@ class Graph:
         # With rank-0 defaults, slots the patch leaves alone need no binding.
         only = None if self.default.key[1] else set(deltas)
         values = self._slot_values(deltas, self.device.kind, only)
-        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix)
+        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, deltas)
 
-    def _checked(self, patch: Patch) -> dict[tuple[int, str], Delta]:
+    def _checked(self, patch: Patch) -> dict[SlotKey, Delta]:
         check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
         if patch.prefix is not None:
             folder, kv = self.folder, self.folder.kv
             patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
-            patch.prefix.check_dtype(self._dtype)
+            patch.prefix.check_dtype(self.dtype)
         return dict(fit_slots(patch, self.folder.slots))
 
     def _slot_values(
-        self, deltas: dict[tuple[int, str], Delta], kind: str, only: set[tuple[int, str]] | None = None
+        self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None
     ) -> dict[str, Any]:
         values = {}
         for key, slot in self.folder.slots.items():
             if only is None or key in only:
-                for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():
-                    values[name] = self._ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
+                for name, array in slot_arrays(deltas.get(key), slot, self.dtype).items():
+                    values[name] = self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
         return values
+
+    def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
+        """What the slots add under `bound`, by (layer, site); those of the folder's own default are read on first use.
+
+        Raises:
+            ModelFormatError: they cannot be read.
+        """
+        return self._folder_deltas if bound.deltas is None else bound.deltas
+
+    @cached_property
+    def _folder_deltas(self) -> dict[SlotKey, Delta]:
+        return read_default_deltas(self.folder)
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """An empty cache for runs under `bound`; it begins after the patch's prefix, if it has one."""
         return KVCache(bound.key, bound.prefix)
+
+    def new_rows(self, limit: int) -> Rows:
+        """Room for at most `limit` sequences that step together, each under a patch of its own; batch_rows.py."""
+        return RowsTogether(self, limit) if self.folder.route == "fused" else RowsInTurn(self)
 
     def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
         """Logits [T, vocab] of T ids in a cache of their own; of those after the ids that the patch's prefix replaces.
@@ -172,28 +196,62 @@ class Graph:
         """
         cache.require_key(bound.key)
         position = len(cache) + cache.skipped
-        self._check_tokens(tokens, position)
+        self.check_ids(tokens)
+        if position + len(tokens) > self.folder.context_window:
+            raise RequestError(
+                "more tokens than the context window holds",
+                field="tokens",
+                got=position + len(tokens),
+                wanted=f"at most {self.folder.context_window}",
+                fix="shorten the prompt or the conversation",
+            )
         steps, past = len(tokens), cache.filled
-        self._kv.prepare(cache, past + steps, bound.values)
-        io = cache.binding
+        self.kv.prepare(cache, past + steps, bound.values)
         ids = np.array([tokens], np.int64)
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, past + steps), np.int64),
-            "position_ids": np.arange(position, position + steps)[None],
-        }
-        for name, array in feeds.items():
-            io.bind_cpu_input(name, array)
-        io.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
-        io.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
-        self.session.run_with_iobinding(io)  # one that fails leaves the cache's own tokens as they were
-        *presents, last = io.get_outputs()
-        self._kv.adopt(cache, presents)
+        mask = np.ones((1, past + steps), np.int64)
+        *presents, logits = self.execute(
+            cache.binding, ids, mask, np.arange(position, position + steps)[None], all_logits=all_logits
+        )
+        self.kv.adopt(cache, presents)
         cache.tokens.extend(tokens)
-        logits = last.numpy()[0]
-        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
+        return logits[0]
 
-    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
+    def execute(
+        self,
+        binding: Any,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        *,
+        all_logits: bool = False,
+    ) -> list[Any]:
+        """One run of the session over a binding that holds keys, values and patch.
+
+        Args:
+            binding: of this session.
+            ids, positions: [B, T].
+            mask: [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right.
+            all_logits: logits of every position instead of the last one only.
+
+        Returns:
+            The outputs bound, in order, and last of all the logits [B, T or 1, vocab], float32.
+        """
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input("position_ids", positions)
+        binding.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
+        binding.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
+        self.session.run_with_iobinding(binding)  # one that fails leaves the caches' tokens as they were
+        *presents, last = binding.get_outputs()
+        logits = last.numpy()
+        return [*presents, logits if logits.dtype == np.float32 else logits.astype(np.float32)]
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Check that there are tokens, and that all are ids of the vocabulary.
+
+        Raises:
+            RequestError: they are not.
+        """
         if not tokens:
             raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
         for token in tokens:
@@ -206,12 +264,4 @@ class Graph:
                 field="tokens",
                 got=lowest if lowest < 0 else highest,
                 wanted=f"0..{self.folder.vocab_size - 1}",
-            )
-        if position + len(tokens) > self.folder.context_window:
-            raise RequestError(
-                "more tokens than the context window holds",
-                field="tokens",
-                got=position + len(tokens),
-                wanted=f"at most {self.folder.context_window}",
-                fix="shorten the prompt or the conversation",
             )

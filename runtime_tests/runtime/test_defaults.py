@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from tp_export.source import load_model, open_source
 
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
 from runtime_tests.patches import patch_for
+from tp_runtime.default_slots import read_default_deltas
 from tp_runtime.delta import Delta
-from tp_runtime.errors import PatchTargetError, StaleCacheError
+from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
 from tp_runtime.model import PatchedModel
@@ -114,6 +116,33 @@ def test_a_cache_knows_the_default_patch(exported: Path, patch: Patch) -> None:
     for foreign in (None, 0.5 * patch):
         with pytest.raises(StaleCacheError):
             model.stream("Hi", cache=model.new_cache(foreign))
+
+
+def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patch, other: Patch) -> None:
+    """The session keeps its initializers to itself: they are read from the graph's file."""
+    graph = Graph(ModelFolder.open(exported), "cpu")
+    found = read_default_deltas(graph.folder)
+    assert sorted(found) == sorted(graph.folder.slots) and found[1, "mlp_out"].rank == 0
+    for key, delta in patch.deltas.items():
+        for part in {"a", "b", "bias"} & set(delta.parts()):
+            assert np.array_equal(getattr(found[key], part), getattr(delta, part))
+    bounds = [graph.default, graph.base, graph.bind(other)]
+    caches = [graph.new_cache(bound) for bound in bounds]
+    rows = graph.new_rows(3)
+    for cache, bound in zip(caches, bounds, strict=True):
+        graph.forward(IDS[:9], cache, bound)
+        rows.add(cache, bound)
+    for place, logits in enumerate(rows.step([IDS[9]] * 3)):
+        assert furthest(logits, graph_logits(graph, IDS[:10], bounds[place])[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"\x3a\x7f", "half"])
+def test_defaults_that_cannot_be_read_are_refused(exported: Path, tmp_path: Path, damage: bytes | str) -> None:
+    folder = replace(ModelFolder.open(exported), path=tmp_path)
+    model = (exported / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(model[: len(model) // 2] if isinstance(damage, str) else damage)
+    with pytest.raises(ModelFormatError, match="defaults cannot be read"):
+        read_default_deltas(folder)
 
 
 # -- baked in at load time -----------------------------------------------------------------------------------
