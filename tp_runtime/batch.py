@@ -15,6 +15,7 @@ from .cache import KVCache
 from .engine import Steps, check_request
 from .errors import ModelFormatError, RequestError
 from .graph import BoundPatch
+from .prefix_cache import PrefixCache
 from .sampling import Sampler, Sampling, pick_rows
 
 
@@ -61,15 +62,16 @@ class Batch:
     Args:
         graph: where the steps are run.
         rows: most sequences at once.
+        store: where prompts find what was run before, and leave what they have run.
 
     Raises:
         RequestError: `rows` is no number of rows.
     """
 
-    def __init__(self, graph: RowSteps, rows: int) -> None:
+    def __init__(self, graph: RowSteps, rows: int, store: PrefixCache | None = None) -> None:
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise RequestError("not a number of rows", field="rows", got=repr(rows), wanted="a whole number >= 1")
-        self._graph, self._limit = graph, rows
+        self._graph, self._limit, self._store = graph, rows, store
         self._running: list[Row] = []  # in the order of the graph's rows
         self._rows = graph.new_rows(rows)
 
@@ -116,8 +118,12 @@ class Batch:
                 fix="step until one has ended, let one leave, or make the batch with more rows",
             )
         cache = self._graph.new_cache(bound)
+        if self._store is not None:
+            self._store.fill(cache, prompt)
         if early := prompt[len(cache) : -1]:
             self._graph.forward(early, cache, bound)
+            if self._store is not None:
+                self._store.keep(cache, lambda: self._graph.content(cache))
         self._rows.add(cache, bound)
         row = Row(list(prompt), len(prompt), bound, full, eos_ids, Sampler(sampling), cache)
         self._running.append(row)
@@ -158,6 +164,8 @@ class Batch:
 
     def _end(self, row: Row, reason: str) -> None:
         at = self._running.index(row)
+        if self._store is not None and reason != "error":
+            self._store.keep(row.cache, lambda: self._rows.content(at))
         self._rows.remove(at)
         self._running[at] = self._running[-1]
         del self._running[-1]

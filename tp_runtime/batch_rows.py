@@ -64,11 +64,11 @@ class RowsTogether:
         if any(other.key != bound.key for other in self._bounds):
             for each in (bound, *self._bounds):
                 self._graph.deltas(each)  # those that cannot be had are refused here, and not in the middle of a step
-        content = {past: self._graph.kv.content(cache, past) for past, _present in self._graph.kv.names}
+        content = self._graph.content(cache)
         self._kv.reserve(cache.filled + 1)
         self._change()
-        self._kv.put(len(self._caches), {past: array[0] for past, array in content.items() if array is not None})
-        cache.buffers, cache.binding, cache.capacity = {}, None, 0
+        self._kv.put(len(self._caches), content)
+        cache.buffers, cache.binding, cache.capacity, cache.start = {}, None, 0, None
         self._caches.append(cache)
         self._bounds.append(bound)
 
@@ -145,5 +145,4 @@ class RowsInTurn:
 
     def content(self, row: int) -> Mapping[str, NDArray]:
         """Keys and values of a row; see Rows."""
-        cache, _bound = self._rows[row]
-        return {past: self._graph.kv.content(cache, past)[0] for past, _present in self._graph.kv.names}
+        return self._graph.content(self._rows[row][0])

@@ -162,6 +162,11 @@ class Graph:
         """An empty cache for runs under `bound`; it begins after the patch's prefix, if it has one."""
         return KVCache(bound.key, bound.prefix)
 
+    def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
+        """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
+        found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
+        return {past: array[0] for past, array in found.items() if array is not None}
+
     def new_rows(self, limit: int) -> Rows:
         """Room for at most `limit` sequences that step together, each under a patch of its own; batch_rows.py."""
         return RowsTogether(self, limit) if self.folder.route == "fused" else RowsInTurn(self)

@@ -51,9 +51,14 @@ class _KVBuffers:
         return self._from_numpy(array, self._device, 0)
 
     def content(self, cache: KVCache, past: str) -> Any:
-        """What a new buffer starts with, [1, heads, kept, head dim] or None: the old one's, or the patch's prefix."""
+        """What a cache holds of one tensor, [1, heads, filled, head dim], or None of nothing.
+
+        From its buffers, or before it has any: what it starts with, or its patch's prefix.
+        """
         if past in cache.buffers:
             return cache.buffers[past].numpy()[:, :, : cache.filled]
+        if cache.start is not None:
+            return cache.start[past][None, :, : cache.filled]
         return None if cache.prefix is None else cache.prefix.entries[self._entry[past]].transpose(1, 0, 2)[None]
 
     def _new_binding(self, patch: dict[str, Any]) -> Any:
@@ -81,6 +86,7 @@ class InPlace(_KVBuffers):
             binding.bind_ortvalue_input(past, grown[past])
             binding.bind_ortvalue_output(present, grown[past])
         cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
+        cache.start = None
 
     def adopt(self, cache: KVCache, presents: list[Any]) -> None:
         """Nothing to do after a run: it wrote where the next one reads."""
@@ -99,6 +105,7 @@ class Fresh(_KVBuffers):
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
             cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
         cache.capacity = cache.filled
+        cache.start = None
 
     def adopt(self, cache: KVCache, presents: list[Any]) -> None:
         """Keep what a run returned, in the order of the outputs bound."""

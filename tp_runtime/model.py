@@ -20,6 +20,7 @@ from .folder import ModelFolder
 from .graph import BoundPatch, Graph
 from .patch import Patch
 from .patch_table import ACTIVE, Active, Choice, PatchChoice, PatchTable, not_a_patch
+from .prefix_cache import PrefixCache
 from .sampling import Sampling
 from .stream import TextStream
 from .text import Message, TextCodec
@@ -49,10 +50,17 @@ class PatchedModel:
         graph: the session.
         codec: the tokenizer and chat template.
         default: what requests run under that name no patch; by default what the graph computes with nothing bound.
+        prefix_cache: where prompts find what was run before; None runs each from its start.
     """
 
-    def __init__(self, graph: Graph, codec: TextCodec, default: BoundPatch | None = None) -> None:
-        self.graph, self.codec = graph, codec
+    def __init__(
+        self,
+        graph: Graph,
+        codec: TextCodec,
+        default: BoundPatch | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self.graph, self.codec, self.prefix_cache = graph, codec, prefix_cache
         self._table = PatchTable(graph, default or graph.default)
 
     @classmethod
@@ -63,6 +71,7 @@ class PatchedModel:
         *,
         patch: Patch | str | Path | Active | None = ACTIVE,
         threads: int | None = None,
+        prefix_cache_bytes: int = 0,
         verify: bool = False,
     ) -> PatchedModel:
         """Open an exported folder.
@@ -73,13 +82,17 @@ class PatchedModel:
             patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
                 for the base model. By default what the folder was exported with.
             threads: threads of one operator; None takes the cores there are.
+            prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
+                the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.
             DeviceUnavailableError: `cuda` was asked for and not given, or there is no ONNX Runtime.
             PatchError: the patch is damaged or does not fit.
+            RequestError: a number of threads or bytes that is none.
         """
+        store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
         codec = TextCodec.from_folder(folder.path, "chat" if folder.style == "chat" else "completion")
         if isinstance(patch, str | Path):
@@ -89,7 +102,7 @@ class PatchedModel:
         graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
-        return cls(graph, codec, graph.base if patch is None else graph.default)
+        return cls(graph, codec, graph.base if patch is None else graph.default, store)
 
     # -- patches ---------------------------------------------------------------------------------------------
 
@@ -225,6 +238,7 @@ class PatchedModel:
             max_new_tokens=max_new_tokens,
             eos_ids=self.codec.eos_ids,
             cache=cache,
+            store=self.prefix_cache,
         )
         return TextStream(ids, self.codec, request.scanner, len(request.tokens), self.using(request.choice))
 
@@ -297,6 +311,35 @@ class PatchedModel:
             PatchTargetError: it was, before.
         """
         return self._table.using(choice.loaded)
+
+    def prefill(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+    ) -> None:
+        """Run a prompt ahead of time, such as a system prompt that many requests share.
+
+        Requests under the same patch that start like it find that part in the prefix cache.
+
+        Raises:
+            RequestError: the model was opened without a prefix cache, or it cannot hold the prompt; or as `stream`.
+            PatchError: the patch is not loaded or does not fit.
+        """
+        if self.prefix_cache is None:
+            raise RequestError(
+                "the model keeps no prefixes",
+                field="prefix_cache_bytes",
+                got=0,
+                wanted="a number of bytes",
+                fix="from_pretrained(..., prefix_cache_bytes=...)",
+            )
+        request = self.request(prompt, system=system, raw=raw, patch=patch, strength=strength)
+        with self.using(request.choice):
+            engine.prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""

@@ -73,7 +73,7 @@ class TextBatch:
 
     def __init__(self, model: PatchedModel, rows: int) -> None:
         self._model = model
-        self._batch = Batch(model.graph, rows)
+        self._batch = Batch(model.graph, rows, model.prefix_cache)
         self._waiting: deque[Completion] = deque()
         self._running: dict[Row, Completion] = {}
         self._lock = threading.RLock()
