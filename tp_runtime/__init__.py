@@ -11,5 +11,6 @@ from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
 from .stream import TextStream
 from .text_batch import Completion, TextBatch
+from .threads import share_threads
 
-__all__ = ["ACTIVE", "Completion", "Delta", "Patch", "PatchedModel", "TextBatch", "TextStream"]
+__all__ = ["ACTIVE", "Completion", "Delta", "Patch", "PatchedModel", "TextBatch", "TextStream", "share_threads"]

@@ -26,6 +26,7 @@ from .kv_buffers import Fresh, InPlace
 from .patch import Patch
 from .prefix import KVPrefix
 from .slots import SlotKey, check_base, fit_slots, slot_arrays
+from .threads import set_threads
 
 FIRST_LOGIT = "tp.first_logit"
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -54,7 +55,7 @@ class Graph:
     Args:
         folder: the opened folder.
         device: `auto`, `cuda` or `cpu`.
-        threads: threads of one operator; None lets ONNX Runtime take the cores there are.
+        threads: threads of one operator; None takes the cores there are, or the shared pool (threads.py).
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
 
@@ -70,7 +71,7 @@ class Graph:
         DeviceUnavailableError: see device.py.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
-        RequestError: `threads` is no number of threads.
+        RequestError: `threads` is no number of threads, or all sessions share a pool.
     """
 
     def __init__(
@@ -84,12 +85,7 @@ class Graph:
         self.folder = folder
         self.dtype = _DTYPES[folder.kv.dtype]
         options = self.ort.SessionOptions()
-        if threads is not None:
-            if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-                raise RequestError(
-                    "not a number of threads", field="threads", got=repr(threads), wanted="a whole number >= 1, or None"
-                )
-            options.intra_op_num_threads = threads
+        set_threads(options, threads)
         terms = folder.default_patch.terms if folder.default_patch else ()
         deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
         if defaults is not None:

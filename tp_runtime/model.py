@@ -81,7 +81,7 @@ class PatchedModel:
             device: `cuda`, `cpu`, or `auto`: CUDA if it is there, else the CPU with the reason logged.
             patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
                 for the base model. By default what the folder was exported with.
-            threads: threads of one operator; None takes the cores there are.
+            threads: threads of one operator; None takes the cores there are, or what `share_threads` set.
             prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
                 the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
