@@ -96,7 +96,7 @@ class RowsTogether:
         if self._binding is None:
             self._binding = self._bind()
         mask = (np.arange(total) <= filled[:, None]).astype(np.int64)
-        logits = self._graph.execute(self._binding, np.array(tokens)[:, None], mask, positions[:, None])[-1]
+        logits = self._graph.execute(self._binding, np.array(tokens)[:, None], mask, positions[:, None])
         for cache, token in zip(self._caches, tokens, strict=True):
             cache.tokens.append(token)
         return logits[:, 0]

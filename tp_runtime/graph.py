@@ -95,6 +95,9 @@ class Graph:
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
         self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
+        kinds = {value.name: value.type for value in self.session.get_outputs()}
+        self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
+        self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
         from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
@@ -209,11 +212,10 @@ class Graph:
         steps, past = len(tokens), cache.filled
         self.kv.prepare(cache, past + steps, bound.values)
         ids = np.array([tokens], np.int64)
-        mask = np.ones((1, past + steps), np.int64)
-        *presents, logits = self.execute(
-            cache.binding, ids, mask, np.arange(position, position + steps)[None], all_logits=all_logits
-        )
-        self.kv.adopt(cache, presents)
+        mask = self._ones[:, : past + steps]
+        positions = np.arange(position, position + steps)[None]
+        logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)
+        self.kv.adopt(cache)
         cache.tokens.extend(tokens)
         return logits[0]
 
@@ -225,7 +227,7 @@ class Graph:
         positions: NDArray[np.int64],
         *,
         all_logits: bool = False,
-    ) -> list[Any]:
+    ) -> NDArray[np.float32]:
         """One run of the session over a binding that holds keys, values and patch.
 
         Args:
@@ -235,17 +237,18 @@ class Graph:
             all_logits: logits of every position instead of the last one only.
 
         Returns:
-            The outputs bound, in order, and last of all the logits [B, T or 1, vocab], float32.
+            Logits [B, T or 1, vocab], float32.
         """
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input("position_ids", positions)
         binding.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
-        binding.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
+        # An array of one's own: asking the binding for its outputs takes as long as they are many, two for each layer.
+        rows, steps = ids.shape
+        logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
+        binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
         self.session.run_with_iobinding(binding)  # one that fails leaves the caches' tokens as they were
-        *presents, last = binding.get_outputs()
-        logits = last.numpy()
-        return [*presents, logits if logits.dtype == np.float32 else logits.astype(np.float32)]
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def check_ids(self, tokens: Sequence[int]) -> None:
         """Check that there are tokens, and that all are ids of the vocabulary.
@@ -256,7 +259,7 @@ class Graph:
         if not tokens:
             raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral):
+            if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
                 raise RequestError("not a token id", field="tokens", got=repr(token), wanted="a whole number")
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.folder.vocab_size:

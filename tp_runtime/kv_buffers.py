@@ -88,7 +88,7 @@ class InPlace(_KVBuffers):
         cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
         cache.start = None
 
-    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
+    def adopt(self, cache: KVCache) -> None:
         """Nothing to do after a run: it wrote where the next one reads."""
 
 
@@ -107,8 +107,9 @@ class Fresh(_KVBuffers):
         cache.capacity = cache.filled
         cache.start = None
 
-    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
-        """Keep what a run returned, in the order of the outputs bound."""
+    def adopt(self, cache: KVCache) -> None:
+        """Keep what a run returned."""
+        *presents, _logits = cache.binding.get_outputs()  # in the order in which they were first bound
         for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
         cache.capacity = presents[0].shape()[2]
