@@ -65,8 +65,8 @@ class RowsTogether:
             for each in (bound, *self._bounds):
                 self._graph.deltas(each)  # those that cannot be had are refused here, and not in the middle of a step
         content = self._graph.content(cache)
-        self._kv.reserve(cache.filled + 1)
         self._change()
+        self._kv.reserve(cache.filled + 1)
         self._kv.put(len(self._caches), content)
         cache.buffers, cache.binding, cache.capacity, cache.start = {}, None, 0, None
         self._caches.append(cache)

@@ -58,6 +58,7 @@ class Graph:
         threads: threads of one operator; None takes the cores there are, or the shared pool (threads.py).
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
+        spin: whether the session's threads wait actively between runs.
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
@@ -71,7 +72,7 @@ class Graph:
         DeviceUnavailableError: see device.py.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
-        RequestError: `threads` is no number of threads, or all sessions share a pool.
+        RequestError: `threads` or `spin` is none, or all sessions share a pool.
     """
 
     def __init__(
@@ -80,12 +81,13 @@ class Graph:
         device: str = "auto",
         threads: int | None = None,
         defaults: Patch | None = None,
+        spin: bool = True,
     ) -> None:
         self.ort = require_onnxruntime()
         self.folder = folder
         self.dtype = _DTYPES[folder.kv.dtype]
         options = self.ort.SessionOptions()
-        set_threads(options, threads)
+        set_threads(options, threads, spin)
         terms = folder.default_patch.terms if folder.default_patch else ()
         deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
         if defaults is not None:

@@ -71,6 +71,7 @@ class PatchedModel:
         *,
         patch: Patch | str | Path | Active | None = ACTIVE,
         threads: int | None = None,
+        spin: bool = True,
         prefix_cache_bytes: int = 0,
         verify: bool = False,
     ) -> PatchedModel:
@@ -82,6 +83,8 @@ class PatchedModel:
             patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
                 for the base model. By default what the folder was exported with.
             threads: threads of one operator; None takes the cores there are, or what `share_threads` set.
+            spin: whether idle threads wait actively, which is quickest where the cores have nothing else to do; False
+                leaves them to other models and programs.
             prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
                 the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
@@ -99,7 +102,7 @@ class PatchedModel:
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):
             raise not_a_patch(patch, "a Patch, its file, or None")
-        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None)
+        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None, spin)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
         return cls(graph, codec, graph.base if patch is None else graph.default, store)

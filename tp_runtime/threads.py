@@ -1,7 +1,8 @@
 """Threads of sessions: a pool for each, or one for all sessions of the process.
 
-A session starts as many threads as there are cores, and they wait for its next run actively for a while: with many
-sessions in one process they take the cores from each other. `share_threads` gives them one pool.
+A session starts as many threads as there are cores, and after a run they wait actively for the next: quickest for one
+session that has the cores to itself. Many sessions, or a busy machine, take the cores from each other that way. Then
+either the threads sleep (`spin=False`), or all sessions share one pool (`share_threads`), which still waits actively.
 """
 
 from __future__ import annotations
@@ -47,32 +48,37 @@ def share_threads(count: int) -> None:
         _shared = count
 
 
-def set_threads(options: Any, threads: int | None) -> None:
+def set_threads(options: Any, threads: int | None, spin: bool) -> None:
     """Set up the threads of a session that is about to be made.
 
     Args:
         options: its SessionOptions.
         threads: threads of one operator; None takes the shared pool, or without one as many as there are cores.
+        spin: whether they wait actively.
 
     Raises:
-        RequestError: not a number of threads, or one beside a shared pool.
+        RequestError: not a number of threads, no truth value, or either of them set beside a shared pool.
     """
     global _any_session
     if threads is not None:
         _check(threads)
+    if not isinstance(spin, bool):
+        raise RequestError("not a truth value", field="spin", got=repr(spin), wanted="True or False")
     with _lock:
         if _shared is not None:
-            if threads is not None:
+            if threads is not None or not spin:
                 raise RequestError(
                     "all sessions share one pool of threads",
-                    field="threads",
-                    got=threads,
-                    wanted="None",
+                    field="spin" if threads is None else "threads",
+                    got=spin if threads is None else threads,
+                    wanted=True if threads is None else "None",
                     fix=f"leave it out: share_threads({_shared}) holds for every model of the process",
                 )
             options.use_per_session_threads = False
         elif threads is not None:
             options.intra_op_num_threads = threads
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         _any_session = True
 
 

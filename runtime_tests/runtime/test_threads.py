@@ -63,6 +63,7 @@ share_threads(2)
 share_threads(2)
 refused(lambda: share_threads(3), "share_threads")
 refused(lambda: open_model(threads=2), "threads")
+refused(lambda: open_model(spin=False), "spin")
 model = open_model()
 share_threads(2)
 refused(lambda: share_threads(1), "share_threads")
@@ -78,6 +79,19 @@ def test_it_is_too_late_once_a_model_is_open(tiny_llama_export: Path) -> None:
 model = open_model(threads=1)
 refused(lambda: share_threads(2), "share_threads")
 assert open_model(threads=2).generate("Hi", max_new_tokens=2) == model.generate("Hi", max_new_tokens=2)
+""",
+        tiny_llama_export,
+    )
+
+
+def test_idle_threads_wait_actively_or_sleep(tiny_llama_export: Path) -> None:
+    run(
+        """
+key = "session.intra_op.allow_spinning"
+active, asleep = open_model(), open_model(spin=False, threads=2)
+assert asleep.graph.session.get_session_options().get_session_config_entry(key) == "0"
+assert active.generate("Hi", max_new_tokens=2) == asleep.generate("Hi", max_new_tokens=2)
+refused(lambda: open_model(spin=0), "spin")
 """,
         tiny_llama_export,
     )
