@@ -26,7 +26,8 @@ class KVRows:
         dtype: of keys and values.
         limit: most rows there can be.
         window: most positions there can be.
-        to_device: an array as an OrtValue on the device; on the CPU it shares the array's memory.
+        to_device: an array as an OrtValue on the device.
+        shared: whether such a value is the array's own memory, as on the CPU.
 
     Attributes:
         capacity: positions there is room for; 0 before the first row.
@@ -40,9 +41,10 @@ class KVRows:
         limit: int,
         window: int,
         to_device: Callable[[NDArray], Any],
+        shared: bool,
     ) -> None:
         self._names, self._shape, self._dtype, self._limit, self._window = names, shape, dtype, limit, window
-        self._to_device = to_device
+        self._to_device, self._shared = to_device, shared
         self._arrays: dict[str, NDArray] = {}
         self._values: dict[str, Any] = {}
         self.capacity = 0
@@ -64,11 +66,10 @@ class KVRows:
 
     def pull(self) -> None:
         """Bring what the runs wrote back into the arrays; needed before they are read or changed."""
-        for past, value in self._values.items():
-            written = value.numpy()
-            rows = self._arrays[past][: len(written)]
-            if not np.shares_memory(rows, written):
-                rows[:] = written
+        if not self._shared:
+            for past, value in self._values.items():
+                written = value.numpy()
+                self._arrays[past][: len(written)] = written
         self._values = {}  # the arrays are what counts until the next `bind`
 
     def put(self, row: int, content: Mapping[str, NDArray]) -> None:

@@ -50,8 +50,8 @@ class RowsTogether:
         self._graph = graph
         self._caches: list[KVCache] = []
         self._bounds: list[BoundPatch] = []
-        folder = graph.folder
-        self._kv = KVRows(graph.kv.names, folder.kv, graph.dtype, limit, folder.context_window, self._to_device)
+        folder, shared = graph.folder, graph.device.kind == "cpu"
+        self._kv = KVRows(graph.kv.names, folder.kv, graph.dtype, limit, folder.context_window, self._to_device, shared)
         self._slots = SlotRows(folder.slots, limit, graph.dtype, graph.deltas, self._to_device)
         self._binding: Any = None  # None: rows or capacity changed since the last step
 

@@ -310,6 +310,7 @@ def test_a_device_that_does_not_share_memory(graph: Graph, monkeypatch: pytest.M
 
 
 def copying_bind(self: Any, binding: Any, count: int) -> None:
+    self._shared = False
     for past, present in self._names:
         value = self._values[past] = self._to_device(self._arrays[past][:count].copy())
         binding.bind_ortvalue_input(past, value)
