@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from tp_export.model_export import export_model
 from tp_export.source import open_source
 
+from runtime_tests.fake_graph import BASE, PATCH, VOCAB, FakeBatchGraph, FakeGraph, expected
 from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from runtime_tests.runtime.test_engine import BASE, PATCH, VOCAB, FakeGraph, expected
 from tp_runtime import engine
 from tp_runtime.batch import Batch, Row
 from tp_runtime.batch_kv import KVRows
-from tp_runtime.cache import KVCache
 from tp_runtime.delta import Delta
 from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, StaleCacheError
 from tp_runtime.folder import ModelFolder
@@ -33,37 +32,6 @@ GREEDY = Sampling()
 
 
 # -- on a fake graph: the loop -------------------------------------------------------------------------------
-
-
-class FakeRows:
-    """Rows that step one by one."""
-
-    def __init__(self, graph: FakeGraph) -> None:
-        self.graph, self.rows = graph, []  # type: ignore[var-annotated]
-
-    def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        self.rows.append((cache, bound))
-
-    def remove(self, row: int) -> None:
-        self.rows[row] = self.rows[-1]
-        del self.rows[-1]
-
-    def step(self, tokens: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self.graph.forward([t], c, b) for t, (c, b) in zip(tokens, self.rows, strict=True)])
-
-    def content(self, row: int) -> dict[str, np.ndarray]:
-        return {}
-
-
-class FakeBatchGraph(FakeGraph):
-    """The engine's fake, with rows."""
-
-    def check_ids(self, tokens: Sequence[int]) -> None:
-        if not all(0 <= token < VOCAB for token in tokens):
-            raise RequestError("not an id", field="tokens")
-
-    def new_rows(self, limit: int) -> FakeRows:
-        return FakeRows(self)
 
 
 def join(batch: Batch, prompt: Sequence[int], bound: BoundPatch = BASE, n: Any = 8, **options: Any) -> Row:

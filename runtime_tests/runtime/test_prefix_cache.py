@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime_tests.fake_graph import BASE, PATCH, FakeBatchGraph, FakeRows, expected
 from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from runtime_tests.runtime.test_batch import FakeBatchGraph, FakeRows, join
-from runtime_tests.runtime.test_engine import BASE, PATCH, expected
 from tp_runtime import engine
 from tp_runtime.batch import Batch
 from tp_runtime.cache import KVCache
@@ -217,7 +216,10 @@ def test_rows_of_a_batch_use_it_and_fill_it(graph: Graph) -> None:
 
     def batched(store: PrefixCache | None) -> list[list[int]]:
         batch = Batch(graph, 4, store)
-        rows = [join(batch, prompt, bounds[place % 2], 5 + place) for place, prompt in enumerate(prompts)]
+        rows = [
+            batch.join(prompt, bounds[place % 2], sampling=Sampling(), max_new_tokens=5 + place, eos_ids=frozenset())
+            for place, prompt in enumerate(prompts)
+        ]
         while batch.step():
             pass
         return [row.tokens for row in rows]
