@@ -240,6 +240,17 @@ def test_rows_under_different_patches_and_of_different_lengths(graph: Graph) -> 
         watched.assert_is(row, Alone(graph, prompt, bounds[name], 20))
 
 
+def test_rows_that_differ_in_their_biases_alone(graph: Graph) -> None:
+    """Stacks of rank 0, then of more once a row needs it."""
+    bounds, watched = some_patches(graph), Watched(graph, 3)
+    rows = [(name, join(watched.batch, [*LEAD, 9], bounds[name], 8)) for name in ("base", "bias")]
+    watched.batch.step()
+    rows.append(("narrow", join(watched.batch, [*LEAD, 9], bounds["narrow"], 8)))
+    watched.run()
+    for name, row in rows:
+        watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 8))
+
+
 def test_joining_and_leaving_midway_does_not_disturb_the_others(graph: Graph) -> None:
     """Rows move into the places of those that left; the patches of a place change, and their ranks grow."""
     bounds, given_prompts = list(some_patches(graph).values()), prompts(9)
