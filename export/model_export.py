@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tp_runtime.atomic import atomic_folder
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
-from tp_runtime.folder import KV, REPAIR_FILE, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
+from tp_runtime.folder import DEFAULT_FILE, KV, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
@@ -123,12 +123,12 @@ def export_model(
             _lower(graph, model, route, precision)
             written = onnx_slots.save(graph, folder, carrying)
             written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
-            if repair:
-                assert patch is not None
-                patch.save(folder / REPAIR_FILE)
-                written.append(REPAIR_FILE)
+            if patch is not None:
+                patch.save(folder / DEFAULT_FILE, "f32")
+                written.append(DEFAULT_FILE)
             files = describe_files(folder, written + _copy_companions(source.path, folder))
-            write_slots_file(_describe(source, model, folder, slots, route, precision, patch, files))
+            default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
+            write_slots_file(_describe(source, model, folder, slots, route, precision, default, files))
         with clock("check the export against torch"):
             check_export(model, folder)
     return out
@@ -193,7 +193,7 @@ def _describe(
     slots: list[Slot],
     route: str,
     precision: str,
-    patch: Patch | None,
+    default: DefaultPatch | None,
     files: dict[str, Any],
 ) -> ModelFolder:
     config = model.config.get_text_config()
@@ -210,7 +210,7 @@ def _describe(
         context_window=onnx_trace.context_window(config),
         kv=KV(*kv_shape(config), "f16" if precision == "fp16" else "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
-        default_patch=None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms),
+        default_patch=default,
         files=files,
     )
 

@@ -6,9 +6,11 @@ carries the key it was made under, and the graph refuses to run it under any oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from numpy.typing import NDArray
 
 from .errors import StaleCacheError
 from .prefix import KVPrefix
@@ -28,6 +30,7 @@ class KVCache:
         capacity: positions its buffers are long.
         buffers: graph input name -> device buffer [1, kv heads, capacity, head dim]; kv_buffers.py says how they grow.
         binding: the ONNX Runtime binding that holds the buffers, kept between steps.
+        start: what the buffers begin with, by graph input name, [kv heads, filled, head dim]; read, never written.
     """
 
     key: CacheKey
@@ -36,6 +39,7 @@ class KVCache:
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
     binding: Any = None
+    start: Mapping[str, NDArray[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.prefix is not None and not self.tokens:

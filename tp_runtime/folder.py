@@ -21,7 +21,7 @@ from tp_runtime.patch_file import SITES
 from tp_runtime.safe_path import REEXPORT, check_name, checked_file
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant")
-REPAIR_FILE = "repair.safetensors"  # the default patch of a quantised folder, if it is one that repairs it
+DEFAULT_FILE = "default_patch.safetensors"  # the default patch, for runs that mix it with others
 SLOTS_FILE = "patch_slots.json"
 FORMAT = "tp-slots"
 VERSION = 1
@@ -59,11 +59,18 @@ class KV:
 
 @dataclass(frozen=True)
 class DefaultPatch:
-    """The patch exported as the slots' defaults, and the patches and strengths it was made of."""
+    """The patch exported as the slots' defaults.
+
+    Attributes:
+        name, identity: the patch's.
+        terms: the patches and strengths it was made of.
+        repair: whether it makes up for what the folder's precision costs, and so is part of the base.
+    """
 
     name: str
     identity: str
     terms: tuple[tuple[str, float], ...]
+    repair: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,7 +300,9 @@ def _slots(value: Any, layers: int) -> dict[tuple[int, str], Slot]:
 def _default_patch(value: Any) -> DefaultPatch | None:
     if value is None:
         return None
-    _keys(value, "default_patch", {"name", "identity", "terms"})
+    _keys(value, "default_patch", {"name", "identity", "terms", "repair"})
+    if type(value["repair"]) is not bool:
+        raise _bad("default_patch.repair", value["repair"], "true or false")
     terms = []
     for index, item in enumerate(_list(value["terms"], "default_patch.terms")):
         where = f"default_patch.terms[{index}]"
@@ -305,6 +314,7 @@ def _default_patch(value: Any) -> DefaultPatch | None:
         name=_text(value["name"], "default_patch.name"),
         identity=_digest(value["identity"], "default_patch.identity"),
         terms=tuple(terms),
+        repair=value["repair"],
     )
 
 

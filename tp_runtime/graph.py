@@ -6,24 +6,27 @@ switching rebinds pointers and copies nothing, and runs under different patches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
 from .delta import Delta
 from .device import create_session, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
-from .folder import REPAIR_FILE, ModelFolder
+from .folder import DEFAULT_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import KVPrefix
 from .safe_path import REEXPORT
-from .slots import check_base, fit_slots, slot_arrays
+from .slots import SlotKey, check_base, fit_slots, slot_arrays
+from .threads import set_threads
 
 FIRST_LOGIT = "tp.first_logit"
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -37,11 +40,13 @@ class BoundPatch:
         values: graph input name -> OrtValue; what is not in it keeps the session's default.
         key: of every cache made under it.
         prefix: entries put at the front of every cache made under it.
+        deltas: what the slots add, by (layer, site), for a batch whose rows differ; None where only the graph knows.
     """
 
     values: dict[str, Any]
     key: CacheKey
     prefix: KVPrefix | None = None
+    deltas: Mapping[SlotKey, Delta] | None = None
 
 
 class Graph:
@@ -50,12 +55,16 @@ class Graph:
     Args:
         folder: the opened folder.
         device: `auto`, `cuda` or `cpu`.
-        threads: threads of one operator; None lets ONNX Runtime take the cores there are.
+        threads: threads of one operator; None takes the cores there are, or the shared pool (threads.py).
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
+        spin: whether the session's threads wait actively between runs.
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
+        session, ort: ONNX Runtime's session and module.
+        dtype: of slots, keys and values.
+        kv: how the keys and values of one sequence are kept.
         base: the base model, bound.
         default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
         repair: of a quantised folder that has one: the patch that makes up for the quantisation, part of the base.
@@ -64,7 +73,7 @@ class Graph:
         DeviceUnavailableError: see device.py.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
-        RequestError: `threads` is no number of threads.
+        RequestError: `threads` or `spin` is none, or all sessions share a pool.
     """
 
     def __init__(
@@ -73,42 +82,35 @@ class Graph:
         device: str = "auto",
         threads: int | None = None,
         defaults: Patch | None = None,
+        spin: bool = True,
     ) -> None:
-        self._ort = require_onnxruntime()
+        self.ort = require_onnxruntime()
         self.folder = folder
-        self._dtype = _DTYPES[folder.kv.dtype]
-        options = self._ort.SessionOptions()
-        if threads is not None:
-            if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-                raise RequestError(
-                    "not a number of threads", field="threads", got=repr(threads), wanted="a whole number >= 1, or None"
-                )
-            options.intra_op_num_threads = threads
-        self.repair = self._read_repair(folder)
+        self.dtype = _DTYPES[folder.kv.dtype]
+        options = self.ort.SessionOptions()
+        set_threads(options, threads, spin)
+        self.repair = self._folder_default if folder.default_patch and folder.default_patch.repair else None
         terms = folder.default_patch.terms if folder.default_patch else ()
+        deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
         if defaults is not None:
             self._check(defaults)
             defaults = self._repaired(defaults)
-            terms = defaults.terms
+            terms, deltas = defaults.terms, defaults.deltas
             # The session reads these where they are: they must outlive it.
-            self._baked = self._slot_values(dict(defaults.deltas), "cpu")
+            self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
         self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
-        from_numpy = self._ort.OrtValue.ortvalue_from_numpy
+        kinds = {value.name: value.type for value in self.session.get_outputs()}
+        self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
+        self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
+        from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
-        self._kv = buffers(folder, self.session, self._ort, self.device.kind, self._dtype)
-        self.default = BoundPatch({}, (folder.graph_digest, terms), None if defaults is None else defaults.prefix)
-        base = self.repair.terms if self.repair else ()
-        self.base = (
-            self.default
-            if terms == base
-            else BoundPatch(
-                self._slot_values(dict(self.repair.deltas) if self.repair else {}, self.device.kind),
-                (folder.graph_digest, base),
-            )
-        )
+        self.kv = buffers(folder, self.session, self.ort, self.device.kind, self.dtype)
+        prefix = None if defaults is None else defaults.prefix
+        self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
+        self.base = self._bind_base()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.
@@ -132,23 +134,14 @@ class Graph:
         # With rank-0 defaults, slots the patch leaves alone need no binding.
         only = None if self.default.key[1] else set(deltas)
         values = self._slot_values(deltas, self.device.kind, only)
-        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix)
+        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, deltas)
 
-    def _read_repair(self, folder: ModelFolder) -> Patch | None:
-        """The default patch, where it repairs what the folder's precision costs."""
-        if REPAIR_FILE not in folder.files:
-            return None
-        repair = Patch.load(folder.path / REPAIR_FILE)
-        default = folder.default_patch
-        if default is None or default.identity != repair.identity:
-            raise ModelFormatError(
-                "the repair is not the folder's default patch",
-                field=REPAIR_FILE,
-                got=repair.identity,
-                wanted="none" if default is None else default.identity,
-                fix=REEXPORT,
-            )
-        return repair
+    def _bind_base(self) -> BoundPatch:
+        terms, deltas = (self.repair.terms, self.repair.deltas) if self.repair else ((), {})
+        key = self.folder.graph_digest, terms
+        if key == self.default.key:
+            return self.default
+        return BoundPatch(self._slot_values(deltas, self.device.kind), key, deltas=deltas)
 
     def _repaired(self, patch: Patch) -> Patch:
         """What is bound for `patch`, which has a term: see `bind`."""
@@ -160,22 +153,52 @@ class Graph:
         if patch.prefix is not None:
             folder, kv = self.folder, self.folder.kv
             patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
-            patch.prefix.check_dtype(self._dtype)
+            patch.prefix.check_dtype(self.dtype)
         fit_slots(patch, self.folder.slots)
 
     def _slot_values(
-        self, deltas: dict[tuple[int, str], Delta], kind: str, only: set[tuple[int, str]] | None = None
+        self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None
     ) -> dict[str, Any]:
         values = {}
         for key, slot in self.folder.slots.items():
             if only is None or key in only:
-                for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():
-                    values[name] = self._ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
+                for name, array in slot_arrays(deltas.get(key), slot, self.dtype).items():
+                    values[name] = self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
         return values
+
+    def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
+        """What the slots add under `bound`, by (layer, site); those of the folder's own default are read on first use.
+
+        Raises:
+            ModelFormatError, PatchError: they cannot be read.
+        """
+        return self._folder_default.deltas if bound.deltas is None else bound.deltas
+
+    @cached_property
+    def _folder_default(self) -> Patch:
+        """The folder's default patch, from its own file: a session keeps its initializers to itself."""
+        assert self.folder.default_patch is not None
+        if DEFAULT_FILE not in self.folder.files:
+            raise ModelFormatError("has a default patch and no file of it", field=DEFAULT_FILE, fix=REEXPORT)
+        patch, wanted = Patch.load(self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
+        if patch.identity != wanted:
+            raise ModelFormatError(
+                "is not the folder's default patch", field=DEFAULT_FILE, got=patch.identity, wanted=wanted, fix=REEXPORT
+            )
+        return patch
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """An empty cache for runs under `bound`; it begins after the patch's prefix, if it has one."""
         return KVCache(bound.key, bound.prefix)
+
+    def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
+        """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
+        found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
+        return {past: array[0] for past, array in found.items() if array is not None}
+
+    def new_rows(self, limit: int) -> Rows:
+        """Room for at most `limit` sequences that step together, each under a patch of its own; batch_rows.py."""
+        return RowsTogether(self, limit) if self.folder.route == "fused" else RowsInTurn(self)
 
     def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
         """Logits [T, vocab] of T ids in a cache of their own; of those after the ids that the patch's prefix replaces.
@@ -207,32 +230,66 @@ class Graph:
         """
         cache.require_key(bound.key)
         position = len(cache) + cache.skipped
-        self._check_tokens(tokens, position)
+        self.check_ids(tokens)
+        if position + len(tokens) > self.folder.context_window:
+            raise RequestError(
+                "more tokens than the context window holds",
+                field="tokens",
+                got=position + len(tokens),
+                wanted=f"at most {self.folder.context_window}",
+                fix="shorten the prompt or the conversation",
+            )
         steps, past = len(tokens), cache.filled
-        self._kv.prepare(cache, past + steps, bound.values)
-        io = cache.binding
+        self.kv.prepare(cache, past + steps, bound.values)
         ids = np.array([tokens], np.int64)
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, past + steps), np.int64),
-            "position_ids": np.arange(position, position + steps)[None],
-        }
-        for name, array in feeds.items():
-            io.bind_cpu_input(name, array)
-        io.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
-        io.bind_output("logits", "cpu")  # anew each time: the last run's buffer has the last run's shape
-        self.session.run_with_iobinding(io)  # one that fails leaves the cache's own tokens as they were
-        *presents, last = io.get_outputs()
-        self._kv.adopt(cache, presents)
+        mask = self._ones[:, : past + steps]
+        positions = np.arange(position, position + steps)[None]
+        logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)
+        self.kv.adopt(cache)
         cache.tokens.extend(tokens)
-        logits = last.numpy()[0]
+        return logits[0]
+
+    def execute(
+        self,
+        binding: Any,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        *,
+        all_logits: bool = False,
+    ) -> NDArray[np.float32]:
+        """One run of the session over a binding that holds keys, values and patch.
+
+        Args:
+            binding: of this session.
+            ids, positions: [B, T].
+            mask: [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right.
+            all_logits: logits of every position instead of the last one only.
+
+        Returns:
+            Logits [B, T or 1, vocab], float32.
+        """
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input("position_ids", positions)
+        binding.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
+        # An array of one's own: asking the binding for its outputs takes as long as they are many, two for each layer.
+        rows, steps = ids.shape
+        logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
+        binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
+        self.session.run_with_iobinding(binding)  # one that fails leaves the caches' tokens as they were
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
-    def _check_tokens(self, tokens: Sequence[int], position: int) -> None:
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Check that there are tokens, and that all are ids of the vocabulary.
+
+        Raises:
+            RequestError: they are not.
+        """
         if not tokens:
             raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral):
+            if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
                 raise RequestError("not a token id", field="tokens", got=repr(token), wanted="a whole number")
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.folder.vocab_size:
@@ -241,12 +298,4 @@ class Graph:
                 field="tokens",
                 got=lowest if lowest < 0 else highest,
                 wanted=f"0..{self.folder.vocab_size - 1}",
-            )
-        if position + len(tokens) > self.folder.context_window:
-            raise RequestError(
-                "more tokens than the context window holds",
-                field="tokens",
-                got=position + len(tokens),
-                wanted=f"at most {self.folder.context_window}",
-                fix="shorten the prompt or the conversation",
             )

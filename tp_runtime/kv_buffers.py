@@ -16,6 +16,7 @@ import numpy as np
 from .cache import KVCache
 from .folder import ModelFolder
 from .prefix import PARTS
+from .slots import check_rows
 
 _FIRST_CAPACITY = 256
 
@@ -29,6 +30,9 @@ class _KVBuffers:
         ort: the onnxruntime module.
         device: `cpu` or `cuda`, where the buffers are.
         dtype: of keys and values.
+
+    Attributes:
+        names: (graph input, graph output) of every tensor, in the order in which they are bound.
     """
 
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
@@ -36,8 +40,8 @@ class _KVBuffers:
         self._session, self._device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in PARTS]
-        self._names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
-        self._entry = {past: part for part, (past, _present) in zip(parts, self._names, strict=True)}
+        self.names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
+        self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
 
     def _value(self, length: int, content: Any = None) -> Any:
         """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
@@ -46,13 +50,19 @@ class _KVBuffers:
             array[:, :, : content.shape[2]] = content
         return self._from_numpy(array, self._device, 0)
 
-    def _content(self, cache: KVCache, past: str) -> Any:
-        """What a new buffer starts with, [1, heads, kept, head dim] or None: the old one's, or the patch's prefix."""
+    def content(self, cache: KVCache, past: str) -> Any:
+        """What a cache holds of one tensor, [1, heads, filled, head dim], or None of nothing.
+
+        From its buffers, or before it has any: what it starts with, or its patch's prefix.
+        """
         if past in cache.buffers:
             return cache.buffers[past].numpy()[:, :, : cache.filled]
+        if cache.start is not None:
+            return cache.start[past][None, :, : cache.filled]
         return None if cache.prefix is None else cache.prefix.entries[self._entry[past]].transpose(1, 0, 2)[None]
 
     def _new_binding(self, patch: dict[str, Any]) -> Any:
+        check_rows(patch, 1)
         binding = self._session.io_binding()
         for name, value in patch.items():
             binding.bind_ortvalue_input(name, value)
@@ -71,13 +81,14 @@ class InPlace(_KVBuffers):
             capacity *= 2
         capacity = min(capacity, self._window)
         binding, grown = self._new_binding(patch), {}
-        for past, present in self._names:
-            grown[past] = self._value(capacity, self._content(cache, past))
+        for past, present in self.names:
+            grown[past] = self._value(capacity, self.content(cache, past))
             binding.bind_ortvalue_input(past, grown[past])
             binding.bind_ortvalue_output(present, grown[past])
         cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
+        cache.start = None
 
-    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
+    def adopt(self, cache: KVCache) -> None:
         """Nothing to do after a run: it wrote where the next one reads."""
 
 
@@ -88,15 +99,17 @@ class Fresh(_KVBuffers):
         """Bind a past of exactly what `cache` holds, outputs to be allocated, and `patch`, to `cache.binding`."""
         if cache.binding is None:
             cache.binding = self._new_binding(patch)
-        for past, present in self._names:
+        for past, present in self.names:
             if past not in cache.buffers or cache.capacity != cache.filled:  # new, or rewound
-                cache.buffers[past] = self._value(cache.filled, self._content(cache, past))
+                cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
             cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
         cache.capacity = cache.filled
+        cache.start = None
 
-    def adopt(self, cache: KVCache, presents: list[Any]) -> None:
-        """Keep what a run returned, in the order of the outputs bound."""
-        for (past, _present), value in zip(self._names, presents, strict=True):
+    def adopt(self, cache: KVCache) -> None:
+        """Keep what a run returned."""
+        *presents, _logits = cache.binding.get_outputs()  # in the order in which they were first bound
+        for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
         cache.capacity = presents[0].shape()[2]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,46 +15,29 @@ from numpy.typing import NDArray
 from . import engine, probe
 from .cache import KVCache
 from .detokenize import StopScanner
-from .errors import PatchFormatError, PatchInUseError, PatchTargetError, RequestError
+from .errors import PatchFormatError, RequestError
 from .folder import ModelFolder
 from .graph import BoundPatch, Graph
 from .patch import Patch
+from .patch_table import ACTIVE, Active, Choice, PatchChoice, PatchTable, not_a_patch
+from .prefix_cache import PrefixCache
 from .sampling import Sampling
 from .stream import TextStream
 from .text import Message, TextCodec
+from .text_batch import TextBatch
 
 log = logging.getLogger("tp_runtime")
-_KEPT_BINDINGS = 8  # of expressions such as 0.5 * p, which are bound on first use
-
-
-class _Active:
-    """Stands for "the patch that is active here" where None means no patch."""
-
-    def __repr__(self) -> str:
-        return "ACTIVE"
-
-
-ACTIVE: Final = _Active()
-PatchChoice = Patch | str | None | _Active
-
-
-@dataclass(eq=False)
-class _Loaded:
-    """A patch that was given a name, and how many requests and `patched` blocks use it right now."""
-
-    name: str
-    patch: Patch
-    bound: BoundPatch
-    users: int = 0
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """What a request runs under: the loaded patch it came from, if any, the patch, if known, and what is bound."""
+class Request:
+    """A completion that is asked for: its prompt in ids, what it runs under, how it is sampled and where it stops."""
 
-    loaded: _Loaded | None
-    patch: Patch | None
-    bound: BoundPatch
+    tokens: list[int]
+    choice: Choice
+    sampling: Sampling
+    max_new_tokens: int
+    scanner: StopScanner
 
 
 class PatchedModel:
@@ -71,16 +50,18 @@ class PatchedModel:
         graph: the session.
         codec: the tokenizer and chat template.
         default: what requests run under that name no patch; by default what the graph computes with nothing bound.
+        prefix_cache: where prompts find what was run before; None runs each from its start.
     """
 
-    def __init__(self, graph: Graph, codec: TextCodec, default: BoundPatch | None = None) -> None:
-        self.graph, self.codec = graph, codec
-        self._default = default or graph.default
-        self._loaded: dict[str, _Loaded] = {}
-        self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
-        # Reentrant: a stream that was dropped is released by the garbage collector, in whichever line that runs.
-        self._lock = threading.RLock()
-        self._active: ContextVar[_Choice | None] = ContextVar("patch", default=None)
+    def __init__(
+        self,
+        graph: Graph,
+        codec: TextCodec,
+        default: BoundPatch | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self.graph, self.codec, self.prefix_cache = graph, codec, prefix_cache
+        self._table = PatchTable(graph, default or graph.default)
 
     @classmethod
     def from_pretrained(
@@ -88,8 +69,10 @@ class PatchedModel:
         path: str | Path,
         device: str = "auto",
         *,
-        patch: Patch | str | Path | _Active | None = ACTIVE,
+        patch: Patch | str | Path | Active | None = ACTIVE,
         threads: int | None = None,
+        spin: bool = True,
+        prefix_cache_bytes: int = 0,
         verify: bool = False,
     ) -> PatchedModel:
         """Open an exported folder.
@@ -99,32 +82,37 @@ class PatchedModel:
             device: `cuda`, `cpu`, or `auto`: CUDA if it is there, else the CPU with the reason logged.
             patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
                 for the base model. By default what the folder was exported with.
-            threads: threads of one operator; None takes the cores there are.
+            threads: threads of one operator; None takes the cores there are, or what `share_threads` set.
+            spin: whether idle threads wait actively, which is quickest where the cores have nothing else to do; False
+                leaves them to other models and programs.
+            prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
+                the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.
             DeviceUnavailableError: `cuda` was asked for and not given, or there is no ONNX Runtime.
             PatchError: the patch is damaged or does not fit.
+            RequestError: a number of threads or bytes that is none.
         """
+        store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
         codec = TextCodec.from_folder(folder.path, "chat" if folder.style == "chat" else "completion")
         if isinstance(patch, str | Path):
             patch = Patch.load(patch)
-        if not isinstance(patch, Patch | _Active | None):
-            raise _not_a_patch(patch, "a Patch, its file, or None")
-        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None)
+        if not isinstance(patch, Patch | Active | None):
+            raise not_a_patch(patch, "a Patch, its file, or None")
+        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None, spin)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
-        return cls(graph, codec, graph.base if patch is None else graph.default)
+        return cls(graph, codec, graph.base if patch is None else graph.default, store)
 
     # -- patches ---------------------------------------------------------------------------------------------
 
     @property
     def patches(self) -> Mapping[str, Patch]:
         """The loaded patches by name."""
-        with self._lock:
-            return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
+        return self._table.view()
 
     def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
         """Load a patch beside the model, ready to be switched on by name.
@@ -148,16 +136,7 @@ class PatchedModel:
         bound = self.graph.bind(patch)
         if check:
             self._require_live(patch)
-        with self._lock:
-            if name in self._loaded:
-                raise PatchInUseError(
-                    "the name is taken",
-                    field="name",
-                    got=repr(name),
-                    wanted=f"none of {sorted(self._loaded)}",
-                    fix="unload_patch it first, or load_patch(..., name='another')",
-                )
-            self._loaded[name] = _Loaded(name, patch, bound)
+        self._table.add(name, patch, bound)
         return name
 
     def unload_patch(self, name: str) -> None:
@@ -167,16 +146,7 @@ class PatchedModel:
             PatchTargetError: no patch of that name is loaded.
             PatchInUseError: a request or a `patched` block is using it.
         """
-        with self._lock:
-            users = self._by_name(name).users
-            if users:
-                raise PatchInUseError(
-                    "the patch is in use",
-                    field="name",
-                    got=f"{name!r}, used {users} times right now",
-                    fix="finish or close the streams and leave the `with model.patched(...)` blocks that use it",
-                )
-            del self._loaded[name]
+        self._table.remove(name)
 
     @contextmanager
     def patched(self, patch: Patch | str | None, strength: float = 1.0) -> Iterator[PatchedModel]:
@@ -185,13 +155,8 @@ class PatchedModel:
         Raises:
             PatchError: the patch is not loaded or does not fit; nothing is changed then.
         """
-        choice = self._resolve(patch, strength)
-        with self._using(choice.loaded):
-            token = self._active.set(choice)
-            try:
-                yield self
-            finally:
-                self._active.reset(token)
+        with self._table.activate(self._table.resolve(patch, strength)):
+            yield self
 
     def check(self, patch: Patch | str) -> probe.Check:
         """Run a patch's probe: is it live on this device, and does it do what it did on the host?
@@ -200,7 +165,7 @@ class PatchedModel:
             PatchFormatError: it carries no probe.
             PatchError: it is not loaded or does not fit.
         """
-        return probe.check(self.graph, self._by_name(patch).patch if isinstance(patch, str) else patch)
+        return probe.check(self.graph, self._table.by_name(patch).patch if isinstance(patch, str) else patch)
 
     def _require_live(self, patch: Patch) -> None:
         result = probe.check(self.graph, patch)
@@ -212,81 +177,6 @@ class PatchedModel:
                 wanted="the host's logits",
                 fix="export the patch again with this version, or check the device",
             )
-
-    def _by_name(self, name: str) -> _Loaded:
-        try:
-            return self._loaded[name]
-        except KeyError:
-            raise PatchTargetError(
-                "no patch of that name is loaded",
-                field="patch",
-                got=repr(name),
-                wanted=", ".join(map(repr, list(self._loaded))) or "a loaded patch; there is none",
-                fix="load_patch(path, name) first",
-            ) from None
-
-    def _resolve(self, patch: PatchChoice, strength: float) -> _Choice:
-        """What a request runs under; the strength applies to whatever that is."""
-        if isinstance(patch, _Active):
-            choice = self._active.get() or _Choice(None, None, self._default)
-        elif isinstance(patch, str):
-            loaded = self._by_name(patch)
-            choice = _Choice(loaded, loaded.patch, loaded.bound)
-        elif isinstance(patch, Patch):
-            scaled = strength * patch
-            return _Choice(None, scaled, self._bind(scaled))
-        elif patch is None:
-            choice = _Choice(None, None, self.graph.base)
-        else:
-            raise _not_a_patch(patch, "a name, a Patch, or None")
-        if strength == 1.0:
-            return choice
-        if choice.patch is None:
-            raise PatchTargetError(
-                "a strength, and no patch it could scale",
-                field="strength",
-                got=strength,
-                wanted="1.0, or a patch",
-                fix="pass patch=",
-            )
-        scaled = strength * choice.patch
-        return _Choice(choice.loaded, scaled, self._bind(scaled))
-
-    def _bind(self, patch: Patch) -> BoundPatch:
-        """Bind an expression, or find it bound: the last few are kept."""
-        # The terms say what is bound; whether it may be bound here is the base's matter, which they leave out.
-        key = (patch.terms, patch.config.base_digest, patch.config.precision)
-        with self._lock:
-            if key in self._recent:
-                self._recent.move_to_end(key)
-                return self._recent[key]
-        bound = self.graph.bind(patch)
-        with self._lock:
-            self._recent[key] = bound
-            while len(self._recent) > _KEPT_BINDINGS:
-                self._recent.popitem(last=False)
-        return bound
-
-    @contextmanager
-    def _using(self, loaded: _Loaded | None) -> Iterator[None]:
-        """Within the context `loaded` cannot be unloaded; PatchTargetError if it already was."""
-        if loaded is None:
-            yield
-            return
-        with self._lock:
-            if self._by_name(loaded.name) is not loaded:
-                raise PatchTargetError(
-                    "the patch was unloaded before it was used, and its name given to another",
-                    field="patch",
-                    got=repr(loaded.name),
-                    fix="start the request again",
-                )
-            loaded.users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                loaded.users -= 1
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -328,30 +218,135 @@ class PatchedModel:
             PatchError: the patch is not loaded or does not fit.
             StaleCacheError: `cache` was made under another patch.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        scanner = StopScanner(stop)
-        choice = self._resolve(patch, strength)
-        if choice.bound.prefix is not None:
-            _refuse_system(prompt, system)
-        tokens = self.codec.render(prompt, system, raw=raw)
+        request = self.request(
+            prompt,
+            system=system,
+            raw=raw,
+            patch=patch,
+            strength=strength,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         ids = engine.generate(
             self.graph,
-            tokens,
-            choice.bound,
-            sampling=sampling,
+            request.tokens,
+            request.choice.bound,
+            sampling=request.sampling,
             max_new_tokens=max_new_tokens,
             eos_ids=self.codec.eos_ids,
             cache=cache,
+            store=self.prefix_cache,
         )
-        return TextStream(ids, self.codec, scanner, len(tokens), self._using(choice.loaded))
+        return TextStream(ids, self.codec, request.scanner, len(request.tokens), self.using(request.choice))
 
-    def generate(self, prompt: str | Sequence[Message], **options: Any) -> str:
-        """The whole text of a completion. Arguments and errors are those of `stream`."""
-        return "".join(self.stream(prompt, **options))
+    @overload
+    def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: list[str] | list[list[Message]], *, rows: int = 8, **options: Any) -> list[str]: ...
+
+    def generate(self, prompt: Any, *, rows: int = 8, **options: Any) -> str | list[str]:
+        """The whole text of a completion, or of several that run together.
+
+        Args:
+            prompt: one prompt, as for `stream`: a string, or a list of messages, which is one conversation. Or several:
+                a list of strings, or of lists of messages.
+            rows: of several prompts, at most this many run at once.
+            options: as for `stream`. Of several prompts each option but `stop` may be a list with a value for each
+                (`patch=["pirate", None]`); a single value holds for all.
+
+        Returns:
+            The text; of several prompts a list, in their order. Each is what it would be alone.
+
+        Raises:
+            RequestError, PatchError, StaleCacheError: as `stream`; of several prompts, before any of them is run.
+        """
+        if not _is_several(prompt):
+            return "".join(self.stream(prompt, **options))
+        each = _spread(options, len(prompt))
+        with self.batch(rows) as batch:
+            completions = [batch.add(one, **own) for one, own in zip(prompt, each, strict=True)]
+            while batch.step():
+                pass
+        for completion in completions:
+            if completion.error is not None:
+                raise completion.error
+        return [completion.text for completion in completions]
+
+    def batch(self, rows: int = 8) -> TextBatch:
+        """Completions that run together and may come and go while others run: `with model.batch() as batch:`.
+
+        Args:
+            rows: most of them at once; what is added beyond that waits.
+        """
+        return TextBatch(self, rows)
+
+    def request(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Request:
+        """What `stream` and a batch run, checked but for its length. Arguments and errors are those of `stream`."""
+        checked = Sampling(**sampling)
+        scanner = StopScanner(stop)
+        choice = self._table.resolve(patch, strength)
+        if choice.bound.prefix is not None:
+            _refuse_system(prompt, system)
+        return Request(self.codec.render(prompt, system, raw=raw), choice, checked, max_new_tokens, scanner)
+
+    def using(self, choice: Choice) -> AbstractContextManager[None]:
+        """Within the context the patch of a request cannot be unloaded.
+
+        Raises:
+            PatchTargetError: it was, before.
+        """
+        return self._table.using(choice.loaded)
+
+    def prefill(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+    ) -> None:
+        """Run a prompt ahead of time, such as a system prompt that many requests share.
+
+        Requests under the same patch that start like it find that part in the prefix cache.
+
+        Raises:
+            RequestError: the model was opened without a prefix cache, or it cannot hold the prompt; or as `stream`.
+            PatchError: the patch is not loaded or does not fit.
+        """
+        if self.prefix_cache is None:
+            raise RequestError(
+                "the model keeps no prefixes",
+                field="prefix_cache_bytes",
+                got=0,
+                wanted="a number of bytes",
+                fix="from_pretrained(..., prefix_cache_bytes=...)",
+            )
+        request = self.request(prompt, system=system, raw=raw, patch=patch, strength=strength)
+        with self.using(request.choice):
+            engine.prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""
-        return self.graph.new_cache(self._resolve(patch, strength).bound)
+        return self.graph.new_cache(self._table.resolve(patch, strength).bound)
 
     def logits(
         self, token_ids: Sequence[int], patch: PatchChoice = ACTIVE, strength: float = 1.0
@@ -363,9 +358,31 @@ class PatchedModel:
                 patch's KV prefix cannot stand in for.
             PatchError: the patch is not loaded or does not fit.
         """
-        choice = self._resolve(patch, strength)
-        with self._using(choice.loaded):
+        choice = self._table.resolve(patch, strength)
+        with self._table.using(choice.loaded):
             return self.graph.run(list(token_ids), choice.bound)
+
+
+def _is_several(prompt: Any) -> bool:
+    """Whether these are several prompts: a list of messages is one conversation."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+
+
+def _spread(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of several prompts: an item of each list, and what is no list for all."""
+    each: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in options.items():
+        values = value if name != "stop" and isinstance(value, list | tuple) else [value] * count
+        if len(values) != count:
+            raise RequestError(
+                "not a value for each prompt",
+                field=name,
+                got=f"{len(values)} values",
+                wanted=f"{count}, or one value for all",
+            )
+        for own, item in zip(each, values, strict=True):
+            own[name] = item
+    return each
 
 
 def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
@@ -379,7 +396,3 @@ def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
             wanted="user messages without a system prompt",
             fix="leave it out, or use a patch without a KV prefix",
         )
-
-
-def _not_a_patch(got: object, wanted: str) -> PatchTargetError:
-    return PatchTargetError("not a patch", field="patch", got=type(got).__name__, wanted=wanted)

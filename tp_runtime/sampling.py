@@ -1,7 +1,7 @@
-"""The next token from a row of logits: the settings, checked once, and the draw.
+"""The next token from logits: the settings, checked once, and the draw.
 
-Order and meaning of the settings are those of transformers' generate. Plain numpy, one row at a time;
-deterministic for a seed.
+Order and meaning of the settings are those of transformers' generate. Plain numpy; deterministic for a seed, whatever
+else is in the batch.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is the largest logit's, whatever came before."""
+        return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
+
     def pick(self, logits: NDArray[np.floating], history: Sequence[int]) -> int:
         """Chooses the next token; in a tie for the largest, the lowest id.
 
@@ -95,6 +100,36 @@ class Sampler:
         cumulative = probabilities.cumsum()
         at = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
         return int(ids[min(at, len(ids) - 1)])  # the product can round up to the sum
+
+
+def pick_rows(
+    samplers: Sequence[Sampler], logits: NDArray[np.floating], histories: Sequence[Sequence[int]]
+) -> list[int | ModelFormatError]:
+    """The next token of every row, each by its own sampler: what `Sampler.pick` gives for the row alone.
+
+    Args:
+        samplers: of the rows.
+        logits: [rows, vocab], not changed.
+        histories: ids of prompt and completion so far, of each row.
+
+    Returns:
+        For each row a token, or the error that its logits give: one broken row does not stop the others.
+    """
+    picked: list[int | ModelFormatError] = [-1] * len(samplers)
+    plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
+    if plain:
+        best = (logits if len(plain) == len(samplers) else logits[plain]).argmax(1)
+        finite = np.isfinite(logits[plain, best])
+        for row, token, good in zip(plain, best.tolist(), finite.tolist(), strict=True):
+            if good:
+                picked[row] = token
+    for row, token in enumerate(picked):
+        if token == -1:
+            try:
+                picked[row] = samplers[row].pick(logits[row], histories[row])
+            except ModelFormatError as error:
+                picked[row] = error
+    return picked
 
 
 def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -119,3 +120,26 @@ def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, 
             )
         arrays[f"{slot.name}.{part}"] = cast
     return arrays
+
+
+def check_rows(values: Mapping[str, Any], batch: int) -> None:
+    """Check that each slot tensor has one row for the whole batch, or one for each of its sequences.
+
+    ONNX would broadcast a batch of one over the rows of a patch, and give out the logits of the first.
+
+    Args:
+        values: graph input name -> OrtValue.
+        batch: sequences in the run.
+
+    Raises:
+        PatchShapeError: it has another number of rows.
+    """
+    for name, value in values.items():
+        if (rows := value.shape()[0]) not in (1, batch):
+            raise PatchShapeError(
+                "a slot tensor has the rows of another batch",
+                field=name,
+                got=f"{rows} rows",
+                wanted="1" if batch == 1 else f"1 or {batch}",
+                fix="bind one patch for the whole batch, or one row for each sequence",
+            )

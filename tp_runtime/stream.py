@@ -36,7 +36,7 @@ class TextStream:
         self.seconds = 0.0
         self.finish_reason: str | None = None
         # A weak reference: with a strong one a stream that is dropped midway would hold its patch until a collection.
-        self._pieces = _run(weakref.proxy(self), ids, codec, scanner, using)
+        self._pieces = _run(weakref.proxy(self), ids, Pieces(codec, scanner), using)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -49,15 +49,36 @@ class TextStream:
         self._pieces.close()
 
 
-def _run(
-    stream: TextStream,
-    ids: Iterator[int],
-    codec: TextCodec,
-    scanner: StopScanner,
-    using: AbstractContextManager[None],
-) -> Generator[str]:
+class Pieces:
+    """The text of one completion, id by id, and how it ended.
+
+    Attributes:
+        finish_reason: "eos", "stop", or what `end` was told; None before.
+    """
+
+    def __init__(self, codec: TextCodec, scanner: StopScanner) -> None:
+        self.finish_reason: str | None = None
+        self._eos_ids, self._scanner = codec.eos_ids, scanner
+        self._decoder = IncrementalDecoder(codec.decode)
+
+    def push(self, token: int) -> str:
+        """Take one id; returns the text that it makes certain, with all that was held back if it ends the text."""
+        if token in self._eos_ids:
+            return self.end("eos")
+        text, stopped = self._scanner.push(self._decoder.push(token))
+        if stopped:
+            self.finish_reason = "stop"
+        return text
+
+    def end(self, reason: str) -> str:
+        """End the text; returns what was held back."""
+        text, stopped = self._scanner.push(self._decoder.flush())
+        self.finish_reason = "stop" if stopped else reason
+        return text if stopped else text + self._scanner.flush()
+
+
+def _run(stream: TextStream, ids: Iterator[int], pieces: Pieces, using: AbstractContextManager[None]) -> Generator[str]:
     """The pieces of `stream`, whose figures are kept up to date on the way."""
-    decoder = IncrementalDecoder(codec.decode)
     start = time.perf_counter()
     with using:
         for token in ids:
@@ -65,19 +86,13 @@ def _run(
             if stream.seconds_to_first_token is None:
                 stream.seconds_to_first_token = stream.seconds
             stream.token_ids.append(token)
-            if token in codec.eos_ids:
-                stream.finish_reason = "eos"
+            text = pieces.push(token)
+            if pieces.finish_reason:
                 break
-            text, stopped = scanner.push(decoder.push(token))
             if text:
                 yield text
-            if stopped:
-                stream.finish_reason = "stop"
-                return
-    text, stopped = scanner.push(decoder.flush())
-    rest = text if stopped else text + scanner.flush()
-    if stopped:
-        stream.finish_reason = "stop"
-    stream.finish_reason = stream.finish_reason or "length"
-    if rest:
-        yield rest
+        else:
+            text = pieces.end("length")
+    stream.finish_reason = pieces.finish_reason
+    if text:
+        yield text

@@ -20,7 +20,7 @@ from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.tiny import tiny_model
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
-from tp_runtime.folder import REPAIR_FILE, ModelFolder
+from tp_runtime.folder import DEFAULT_FILE, ModelFolder
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
@@ -177,7 +177,7 @@ def repaired(source: Source, repair: Patch, tmp_path_factory: pytest.TempPathFac
 def test_the_base_of_a_repaired_folder_is_the_repaired_one(
     repaired: Path, folders: dict[str, Path], repair: Patch
 ) -> None:
-    assert (repaired / REPAIR_FILE).is_file()
+    assert (repaired / DEFAULT_FILE).is_file()
     wanted = logits(folders["int4-rtn"], repair)
     assert torch.equal(logits(repaired), wanted)
     graph = Graph(ModelFolder.open(repaired), "cpu")

@@ -117,7 +117,8 @@ def test_a_model_for_scripts(cli: Cli, tiny_gemma_export: Path) -> None:
 def test_a_default_patch_and_unlisted_files_are_shown(cli: Cli, tmp_path: Path) -> None:
     path = fill(tmp_path / "model")
     terms = [["a" * 64, 0.5], ["b" * 64, -1]]
-    alter(path, lambda data: data.update(default_patch={"name": "p+q", "identity": "c" * 64, "terms": terms}))
+    default = {"name": "p+q", "identity": "c" * 64, "terms": terms, "repair": False}
+    alter(path, lambda data: data.update(default_patch=default))
     (path / "notes\x1b.txt").write_text("")
     out = cli("inspect", path).out
     assert "default patch   p+q\n" in out

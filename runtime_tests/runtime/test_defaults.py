@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from tp_export.source import load_model, open_source
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
 from runtime_tests.patches import patch_for
 from tp_runtime.delta import Delta
-from tp_runtime.errors import PatchTargetError, StaleCacheError
-from tp_runtime.folder import ModelFolder
+from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
+from tp_runtime.folder import DEFAULT_FILE, ModelFolder
 from tp_runtime.graph import Graph
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -114,6 +116,33 @@ def test_a_cache_knows_the_default_patch(exported: Path, patch: Patch) -> None:
     for foreign in (None, 0.5 * patch):
         with pytest.raises(StaleCacheError):
             model.stream("Hi", cache=model.new_cache(foreign))
+
+
+def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patch, other: Patch) -> None:
+    """The session keeps its initializers to itself: they are read from the patch file in the folder."""
+    graph = Graph(ModelFolder.open(exported), "cpu")
+    bounds = [graph.default, graph.base, graph.bind(other)]
+    caches = [graph.new_cache(bound) for bound in bounds]
+    rows = graph.new_rows(3)
+    for cache, bound in zip(caches, bounds, strict=True):
+        graph.forward(IDS[:9], cache, bound)
+        rows.add(cache, bound)
+    for place, logits in enumerate(rows.step([IDS[9]] * 3)):
+        assert furthest(logits, graph_logits(graph, IDS[:10], bounds[place])[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["missing", "another"])
+def test_a_default_that_is_not_the_folders_is_refused(
+    exported: Path, tmp_path: Path, patch: Patch, other: Patch, damage: str
+) -> None:
+    folder = ModelFolder.open(shutil.copytree(exported, tmp_path / "m"))
+    if damage == "missing":
+        folder = replace(folder, files={name: record for name, record in folder.files.items() if name != DEFAULT_FILE})
+    else:
+        other.save(folder.path / DEFAULT_FILE)
+    graph = Graph(folder, "cpu")
+    with pytest.raises(ModelFormatError, match="default patch"):
+        graph.deltas(graph.default)
 
 
 # -- baked in at load time -----------------------------------------------------------------------------------

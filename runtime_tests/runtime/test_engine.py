@@ -1,64 +1,20 @@
-"""The generation loop on a fake graph: no weights, no ONNX Runtime.
-
-The fake's next token depends on every token in its cache and on the patch, so a cache that holds anything else shows.
-"""
+"""The generation loop on a fake graph: no weights, no ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime_tests.fake_graph import BASE, PATCH, VOCAB, FakeGraph, expected, next_token
 from tp_runtime import engine
 from tp_runtime.cache import KVCache
 from tp_runtime.errors import RequestError, StaleCacheError
 from tp_runtime.graph import BoundPatch
 from tp_runtime.sampling import Sampling
-
-VOCAB = 50
-BASE = BoundPatch({}, ("graph", ()))
-PATCH = BoundPatch({}, ("graph", (("p", 1.0),)))
-
-
-class FakeGraph:
-    """Forward passes that are arithmetic on the tokens; `runs` records what was run. The runner-up is one id on."""
-
-    def __init__(self, window: int = 64) -> None:
-        self.folder: Any = SimpleNamespace(context_window=window, vocab_size=VOCAB)
-        self.runs: list[list[int]] = []
-
-    def new_cache(self, bound: BoundPatch) -> KVCache:
-        return KVCache(bound.key)
-
-    def forward(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
-    ) -> np.ndarray:
-        assert tokens and not all_logits
-        assert len(cache) + len(tokens) <= self.folder.context_window
-        cache.require_key(bound.key)
-        self.runs.append(list(tokens))
-        cache.tokens.extend(tokens)
-        logits = np.zeros((1, VOCAB), np.float32)
-        first = next_token(cache.tokens, bound)
-        logits[0, [first, (first + 1) % VOCAB]] = 5.0, 4.0
-        return logits
-
-
-def next_token(tokens: Sequence[int], bound: BoundPatch) -> int:
-    """What the fake says after `tokens`."""
-    return (sum((place + 1) * token for place, token in enumerate(tokens)) + 7 * len(bound.key[1])) % VOCAB
-
-
-def expected(prompt: Sequence[int], count: int, bound: BoundPatch = BASE) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens, bound))
-    return tokens[len(prompt) :]
 
 
 def start(

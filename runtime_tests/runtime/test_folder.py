@@ -176,8 +176,9 @@ BAD = {
     "slot-twice": _set("slots", 0, "layer", 1),
     "default-patch-keys": _set("default_patch", {"name": "x"}),
     "default-patch-strength": _set(
-        "default_patch", {"name": "x", "identity": "a" * 64, "terms": [["a" * 64, 10**400]]}
+        "default_patch", {"name": "x", "identity": "a" * 64, "terms": [["a" * 64, 10**400]], "repair": False}
     ),
+    "default-patch-repair": _set("default_patch", {"name": "x", "identity": "a" * 64, "terms": [], "repair": 1}),
     "files-without-graph": lambda data: data["files"].pop("model.onnx"),
     "file-digest": _set("files", "model.onnx", "sha256", "a" * 63),
     "file-bytes-negative": _set("files", "model.onnx", "bytes", -1),

@@ -210,14 +210,14 @@ def test_a_cache_that_cannot_grow_is_still_whole(graph: Graph, monkeypatch: pyte
     wanted = graph_logits(graph, ids)
     cache = graph.new_cache(graph.base)
     graph.forward(ids[:200], cache, graph.base)
-    allocate, allowed = graph._kv._value, iter(range(3))
+    allocate, allowed = graph.kv._value, iter(range(3))
 
     def out_of_memory(*args: Any) -> Any:
         if next(allowed, None) is None:
             raise MemoryError
         return allocate(*args)
 
-    monkeypatch.setattr(graph._kv, "_value", out_of_memory)
+    monkeypatch.setattr(graph.kv, "_value", out_of_memory)
     with pytest.raises(MemoryError):
         graph.forward(ids[200:], cache, graph.base)
     monkeypatch.undo()

@@ -1,0 +1,87 @@
+"""A graph without weights or ONNX Runtime, for tests of the loops over it.
+
+Its next token depends on every token in its cache and on the patch, so a cache that holds anything else shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tp_runtime.cache import KVCache
+from tp_runtime.errors import RequestError
+from tp_runtime.graph import BoundPatch
+
+VOCAB = 50
+BASE = BoundPatch({}, ("graph", ()))
+PATCH = BoundPatch({}, ("graph", (("p", 1.0),)))
+
+
+class FakeGraph:
+    """Forward passes that are arithmetic on the tokens; `runs` records what was run. The runner-up is one id on."""
+
+    def __init__(self, window: int = 64) -> None:
+        self.folder: Any = SimpleNamespace(context_window=window, vocab_size=VOCAB)
+        self.runs: list[list[int]] = []
+
+    def new_cache(self, bound: BoundPatch) -> KVCache:
+        return KVCache(bound.key)
+
+    def forward(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+    ) -> np.ndarray:
+        assert tokens and not all_logits
+        assert len(cache) + len(tokens) <= self.folder.context_window
+        cache.require_key(bound.key)
+        self.runs.append(list(tokens))
+        cache.tokens.extend(tokens)
+        logits = np.zeros((1, VOCAB), np.float32)
+        first = next_token(cache.tokens, bound)
+        logits[0, [first, (first + 1) % VOCAB]] = 5.0, 4.0
+        return logits
+
+
+def next_token(tokens: Sequence[int], bound: BoundPatch) -> int:
+    """What the fake says after `tokens`."""
+    return (sum((place + 1) * token for place, token in enumerate(tokens)) + 7 * len(bound.key[1])) % VOCAB
+
+
+def expected(prompt: Sequence[int], count: int, bound: BoundPatch = BASE) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, bound))
+    return tokens[len(prompt) :]
+
+
+class FakeRows:
+    """Rows that step one by one."""
+
+    def __init__(self, graph: FakeGraph) -> None:
+        self.graph, self.rows = graph, []  # type: ignore[var-annotated]
+
+    def add(self, cache: KVCache, bound: BoundPatch) -> None:
+        self.rows.append((cache, bound))
+
+    def remove(self, row: int) -> None:
+        self.rows[row] = self.rows[-1]
+        del self.rows[-1]
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        return np.concatenate([self.graph.forward([t], c, b) for t, (c, b) in zip(tokens, self.rows, strict=True)])
+
+    def content(self, row: int) -> dict[str, np.ndarray]:
+        return {}
+
+
+class FakeBatchGraph(FakeGraph):
+    """The engine's fake, with rows."""
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        if not all(0 <= token < VOCAB for token in tokens):
+            raise RequestError("not an id", field="tokens")
+
+    def new_rows(self, limit: int) -> FakeRows:
+        return FakeRows(self)

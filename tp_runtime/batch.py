@@ -1,0 +1,172 @@
+"""A running batch, on token ids: sequences under different patches that step together, join and leave between steps.
+
+Like engine.py it knows nothing of text, files or names. What a sequence gives out does not depend on what else is in
+the batch: its prompt is run alone, its patch, lengths and positions are its own, and so is the sampler it draws from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .batch_rows import Rows
+from .cache import KVCache
+from .engine import Steps, check_request
+from .errors import ModelFormatError, RequestError
+from .graph import BoundPatch
+from .prefix_cache import PrefixCache
+from .sampling import Sampler, Sampling, pick_rows
+
+
+class RowSteps(Steps, Protocol):
+    """What a batch needs of a graph beside what the engine needs; see graph.Graph."""
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError unless all are ids of the vocabulary."""
+
+    def new_rows(self, limit: int) -> Rows:
+        """Room for at most `limit` sequences."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence of a batch.
+
+    Attributes:
+        tokens: ids of prompt and completion so far; the last one has not been run yet.
+        prompt_tokens: how many of them are the prompt.
+        bound: the patch it runs under.
+        full: the number of ids at which it ends.
+        eos_ids: ids that end it.
+        sampler: picks its ids.
+        cache: what of it has been run.
+        finish_reason: "eos", "length", "left" or "error" once it has left the batch, None before.
+        error: why nothing could be picked from its logits; only with "error".
+    """
+
+    tokens: list[int]
+    prompt_tokens: int
+    bound: BoundPatch
+    full: int
+    eos_ids: frozenset[int]
+    sampler: Sampler
+    cache: KVCache
+    finish_reason: str | None = field(default=None, init=False)
+    error: ModelFormatError | None = field(default=None, init=False)
+
+
+class Batch:
+    """Sequences over one graph; for one thread at a time.
+
+    Args:
+        graph: where the steps are run.
+        rows: most sequences at once.
+        store: where prompts find what was run before, and leave what they have run.
+
+    Raises:
+        RequestError: `rows` is no number of rows.
+    """
+
+    def __init__(self, graph: RowSteps, rows: int, store: PrefixCache | None = None) -> None:
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise RequestError("not a number of rows", field="rows", got=repr(rows), wanted="a whole number >= 1")
+        self._graph, self._limit, self._store = graph, rows, store
+        self._running: list[Row] = []  # in the order of the graph's rows
+        self._rows = graph.new_rows(rows)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The sequences that run now."""
+        return tuple(self._running)
+
+    @property
+    def free(self) -> int:
+        """How many more may join."""
+        return self._limit - len(self._running)
+
+    def join(
+        self,
+        prompt: Sequence[int],
+        bound: BoundPatch,
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos_ids: frozenset[int],
+    ) -> Row:
+        """Run a prompt, all but its last id, and let it take part from the next step on.
+
+        Args:
+            prompt: at least one id.
+            bound: the patch, for every step of this sequence.
+            sampling: how its ids are picked.
+            max_new_tokens: at least 1.
+            eos_ids: ids that end it.
+
+        Raises:
+            RequestError: as engine.generate; an id outside the vocabulary; or there is no room. The batch is as it
+                was, as after any other error.
+        """
+        full = check_request(self._graph.folder, prompt, bound, max_new_tokens)
+        self._graph.check_ids(prompt)
+        if not self.free:
+            raise RequestError(
+                "the batch is full",
+                field="rows",
+                got=f"{len(self._running)} sequences in it",
+                wanted=f"fewer than {self._limit}",
+                fix="step until one has ended, let one leave, or make the batch with more rows",
+            )
+        cache = self._graph.new_cache(bound)
+        if self._store is not None:
+            self._store.fill(cache, prompt)
+        if early := prompt[len(cache) : -1]:
+            self._graph.forward(early, cache, bound)
+            if self._store is not None:
+                self._store.keep(cache, lambda: self._graph.content(cache))
+        self._rows.add(cache, bound)
+        row = Row(list(prompt), len(prompt), bound, full, eos_ids, Sampler(sampling), cache)
+        self._running.append(row)
+        return row
+
+    def step(self) -> list[tuple[Row, int]]:
+        """One id for every row, end-of-sequence ids included; rows that it ends leave. Nothing without rows.
+
+        A row whose logits are not finite leaves with its error and gives no id. Where the run itself fails, nothing
+        has happened, and the step may be tried again.
+        """
+        rows = list(self._running)
+        if not rows:
+            return []
+        # 1. Run the last id of every row, together.
+        logits = self._rows.step([row.tokens[-1] for row in rows])
+        # 2. Pick for each by its own sampler, from its own ids.
+        picked = pick_rows([row.sampler for row in rows], logits, [row.tokens for row in rows])
+        # 3. Hand out; what has ended leaves.
+        out = []
+        for row, token in zip(rows, picked, strict=True):
+            if isinstance(token, ModelFormatError):
+                row.error = token
+                self._end(row, "error")
+                continue
+            row.tokens.append(token)
+            out.append((row, token))
+            if token in row.eos_ids:
+                self._end(row, "eos")
+            elif len(row.tokens) == row.full:
+                self._end(row, "length")
+        return out
+
+    def leave(self, row: Row) -> None:
+        """End a row before its time; one that has ended already is left alone."""
+        if row in self._running:
+            self._end(row, "left")
+
+    def _end(self, row: Row, reason: str) -> None:
+        at = self._running.index(row)
+        if self._store is not None and reason != "error":
+            self._store.keep(row.cache, lambda: self._rows.content(at))
+        self._rows.remove(at)
+        self._running[at] = self._running[-1]
+        del self._running[-1]
+        row.finish_reason = reason

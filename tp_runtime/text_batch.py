@@ -1,0 +1,195 @@
+"""A running batch of texts: completions under different patches that step together, join and leave at any time.
+
+with model.batch(rows=8) as batch:
+    one = batch.add("How do I learn to swim?", patch="pirate")
+    two = batch.add("How far is the moon?", patch="support", strength=0.5, temperature=0.7, seed=1)
+    while batch.step():
+        ...
+print(one.text, two.text)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .batch import Batch, Row
+from .engine import check_request
+from .errors import RequestError
+from .stream import Pieces
+from .text import Message
+
+if TYPE_CHECKING:
+    from .model import PatchedModel, Request
+
+
+class Completion:
+    """One completion of a batch; it grows with `TextBatch.step`.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        text: so far; it never ends within a character.
+        token_ids: so far, the end-of-sequence id included.
+        seconds_to_first_token: from `add` to the first id, the time spent waiting included; None before.
+        seconds: from `add` to the last id.
+        finish_reason: "eos", "stop", "length", "closed" or "error" once it is over, None before.
+        error: what ended it; only with "error".
+    """
+
+    def __init__(self, batch: TextBatch, request: Request, pieces: Pieces, using: ExitStack) -> None:
+        self.prompt_tokens = len(request.tokens)
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.seconds_to_first_token: float | None = None
+        self.seconds = 0.0
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self._batch, self._request, self._pieces, self._using = batch, request, pieces, using
+        self._start = time.perf_counter()
+        self._row: Row | None = None
+
+    def close(self) -> None:
+        """Stop early, make room, and release the patch; nothing where it is over already."""
+        self._batch._end(self, "closed")
+
+
+class TextBatch:
+    """Completions that run together, at most `rows` at once; the others wait their turn, first come first served.
+
+    Threads may add, close and step at once; each waits for the step that runs.
+
+    Args:
+        model: whose patches and text they are.
+        rows: most completions that run at once.
+
+    Raises:
+        RequestError: `rows` is no number of rows.
+    """
+
+    def __init__(self, model: PatchedModel, rows: int) -> None:
+        self._model = model
+        self._batch = Batch(model.graph, rows, model.prefix_cache)
+        self._waiting: deque[Completion] = deque()
+        self._running: dict[Row, Completion] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def add(self, prompt: str | Sequence[Message], **options: Any) -> Completion:
+        """Let a completion take part from the next step on, or as soon as there is room.
+
+        Args:
+            prompt: as for PatchedModel.stream.
+            options: as for PatchedModel.stream, but no cache. A patch that is named cannot be unloaded until the
+                completion is over.
+
+        Raises:
+            RequestError: a prompt or a value that cannot be served, or the batch is closed. The batch is as it was.
+            PatchError: the patch is not loaded or does not fit. The batch is as it was.
+        """
+        if "cache" in options:
+            raise RequestError(
+                "a batch keeps caches of its own", field="cache", got="a cache", fix="leave it out, or use stream"
+            )
+        request = self._model.request(prompt, **options)
+        check_request(self._model.graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
+        with self._lock:
+            if self._closed:
+                raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
+            using = ExitStack()
+            using.enter_context(self._model.using(request.choice))
+            completion = Completion(self, request, Pieces(self._model.codec, request.scanner), using)
+            self._waiting.append(completion)
+            return completion
+
+    def step(self) -> list[tuple[Completion, str]]:
+        """Fill free rows with those that wait, then run one token for every row.
+
+        Returns:
+            The completions that moved, each with its new text, which may be empty; what has ended says why. Nothing
+            when none is left.
+        """
+        with self._lock:
+            moved = [(completion, "") for completion in self._fill()]
+            handed = self._batch.step()
+            for row, completion in list(self._running.items()):
+                if row.error is not None:
+                    self._fail(completion, row.error)
+                    moved.append((completion, ""))
+            for row, token in handed:
+                completion = self._running[row]
+                moved.append((completion, self._take(completion, row, token)))
+            return moved
+
+    def close(self) -> None:
+        """Stop everything that runs or waits, and take nothing more."""
+        with self._lock:
+            self._closed = True
+            for completion in (*self._running.values(), *self._waiting):
+                self._end(completion, "closed")
+
+    def __enter__(self) -> TextBatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- completions -----------------------------------------------------------------------------------------
+
+    def _fill(self) -> list[Completion]:
+        """Let those that wait join while there is room; returns those whose prompt could not be run."""
+        failed = []
+        while self._waiting and self._batch.free:
+            completion = self._waiting[0]
+            request = completion._request
+            try:
+                row = self._batch.join(
+                    request.tokens,
+                    request.choice.bound,
+                    sampling=request.sampling,
+                    max_new_tokens=request.max_new_tokens,
+                    eos_ids=self._model.codec.eos_ids,
+                )
+            except Exception as error:  # its own: the others go on
+                self._fail(completion, error)
+                failed.append(completion)
+                continue
+            self._waiting.popleft()
+            completion._row, self._running[row] = row, completion
+        return failed
+
+    def _take(self, completion: Completion, row: Row, token: int) -> str:
+        completion.seconds = time.perf_counter() - completion._start
+        if completion.seconds_to_first_token is None:
+            completion.seconds_to_first_token = completion.seconds
+        completion.token_ids.append(token)
+        pieces = completion._pieces
+        text = pieces.push(token)
+        if row.finish_reason and not pieces.finish_reason:
+            text += pieces.end(row.finish_reason)
+        completion.text += text
+        if pieces.finish_reason:
+            self._end(completion, pieces.finish_reason)
+        return text
+
+    def _fail(self, completion: Completion, error: Exception) -> None:
+        completion.error = error
+        self._end(completion, "error")
+
+    def _end(self, completion: Completion, reason: str) -> None:
+        with self._lock:
+            if completion.finish_reason is not None:
+                return
+            completion.finish_reason = reason
+            if completion._row is None:
+                self._waiting.remove(completion)
+            else:
+                self._batch.leave(completion._row)
+                del self._running[completion._row]
+            completion._using.close()
