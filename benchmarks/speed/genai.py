@@ -1,0 +1,54 @@
+"""onnxruntime-genai: on our exported folder, or on a graph of its own builder; its loop, its cache, its search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+
+from benchmarks.speed.protocol import Worker, serve
+
+_ROOM = 4096  # positions of a cache that is allocated at once
+
+
+class GenAI(Worker):
+    """Greedy search; a generator is a cache."""
+
+    packages = ("onnxruntime-genai", "onnxruntime")
+
+    def load(self, path: Path, threads: int) -> None:
+        """Threads and nothing else of the folder's own configuration is changed."""
+        said = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
+        config = og.Config(str(path))
+        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        config.overlay(json.dumps(overlay))
+        self.model = og.Model(config)
+        self.params = og.GeneratorParams(self.model)
+        # An end-of-sequence id would end the generator: enough tokens are asked for before it can.
+        room = min(_ROOM, said["model"]["context_length"])
+        self.params.set_search_options(do_sample=False, max_length=room, min_length=room)
+        self.can_rewind = "sliding_window" not in said["model"]["decoder"]
+
+    def reset(self) -> None:
+        """A new generator."""
+        self.generator, self.last = og.Generator(self.model, self.params), None
+
+    def rewind(self, length: int) -> None:
+        """As its chat examples do."""
+        self.generator.rewind_to(length)
+        self.last = None
+
+    def step(self, ids: Sequence[int]) -> int:
+        """Ids are appended, unless they are the one it generated itself and holds already."""
+        if list(ids) != [self.last]:
+            self.generator.append_tokens(np.array([ids], np.int32))
+        self.generator.generate_next_token()
+        self.last = int(self.generator.get_next_tokens()[0])
+        return self.last
+
+
+if __name__ == "__main__":
+    serve(GenAI())
