@@ -11,8 +11,6 @@ import onnxruntime_genai as og
 
 from benchmarks.speed.protocol import Worker, serve
 
-_ROOM = 4096  # positions of a cache that is allocated at once
-
 
 class GenAI(Worker):
     """Greedy search; a generator is a cache."""
@@ -26,15 +24,14 @@ class GenAI(Worker):
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         config.overlay(json.dumps(overlay))
         self.model = og.Model(config)
-        self.params = og.GeneratorParams(self.model)
-        # An end-of-sequence id would end the generator: enough tokens are asked for before it can.
-        room = min(_ROOM, said["model"]["context_length"])
-        self.params.set_search_options(do_sample=False, max_length=room, min_length=room)
         self.can_rewind = "sliding_window" not in said["model"]["decoder"]
 
     def reset(self) -> None:
-        """A new generator."""
-        self.generator, self.last = og.Generator(self.model, self.params), None
+        """A new generator, with no more room than is needed: it allocates and clears all of it."""
+        params = og.GeneratorParams(self.model)
+        # An end-of-sequence id would end the generator: so many tokens are asked for that it cannot.
+        params.set_search_options(do_sample=False, max_length=self.room, min_length=self.room)
+        self.generator, self.last = og.Generator(self.model, params), None
 
     def rewind(self, length: int) -> None:
         """As its chat examples do."""

@@ -10,18 +10,16 @@ from llama_cpp import Llama
 
 from benchmarks.speed.protocol import Worker, serve
 
-_ROOM = 4096
-
 
 class LlamaCpp(Worker):
-    """Its own defaults, apart from threads and the room for the context."""
+    """Its own defaults, apart from threads and the room for the context, which it allocates when it loads."""
 
     packages = ("llama-cpp-python",)
 
     def load(self, path: Path, threads: int) -> None:
         """The file is mapped, as by default. A sliding window's layers keep all positions, so that it can rewind."""
         self.model = Llama(
-            str(path), n_ctx=_ROOM, n_threads=threads, n_threads_batch=threads, swa_full=True, verbose=False
+            str(path), n_ctx=self.room, n_threads=threads, n_threads_batch=threads, swa_full=True, verbose=False
         )
 
     def reset(self) -> None:

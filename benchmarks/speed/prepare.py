@@ -2,6 +2,7 @@
 
     source              the fetched Hugging Face folder (a link)
     ours-PRECISION      tp-export model --precision; genai runs on these too
+    slotless-PRECISION  the same without slots (slotless.py)
     optimum             optimum's own export
     genai-PRECISION     onnxruntime-genai's builder, in an environment of its own (genai_graphs.py)
     *.gguf              the published file and its re-quantised versions (gguf_files.py)
@@ -44,6 +45,10 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
             _run([*_export("model"), str(source), str(out), "--precision", bits], failed, out.name)
+        out = folder / f"slotless-{bits}"
+        if f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+            script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", bits]
+            _run(script, failed, out.name)
     if not (folder / "optimum" / "config.json").exists():
         command = ["-m", "optimum.exporters.onnx", "--model", str(source), "--task", "text-generation-with-past"]
         _run([sys.executable, *command, str(folder / "optimum")], failed, "optimum")

@@ -1,6 +1,7 @@
 """What every worker process has in common: one line of JSON per command on stdin, one per answer on stdout.
 
-    {"do": "load", "path": ..., "threads": 1}      -> {"seconds": ..., "versions": {...}}
+    {"do": "load", "path": ..., "threads": 1, "room": n}
+                                                   -> {"seconds": ..., "versions": {...}}
     {"do": "answer", "context": [ids], "question": [ids], "cached": false, "tokens": 8, "patch": null}
                                                    -> {"first": s, "at": clock, "steps": [s, ...], "ids": [...]}
     {"do": "memory"}                               -> {"peak": bytes, "resident": bytes, "anonymous": bytes}
@@ -30,6 +31,7 @@ class Worker(ABC):
 
     Attributes:
         packages: whose versions are reported.
+        room: positions that the next cache needs, for runtimes that allocate them all at once.
         can_rewind: whether a cache can go back to an earlier length, which a cached context needs.
     """
 
@@ -38,6 +40,7 @@ class Worker(ABC):
 
     def __init__(self) -> None:
         self._held: list[int] = []  # what the cache starts with
+        self.room = 0
 
     @abstractmethod
     def load(self, path: Path, threads: int) -> None:
@@ -71,6 +74,7 @@ class Worker(ABC):
         """Times the first token after context and question, and `tokens` more."""
         context, question = list(context), list(question)
         self.select(patch)
+        self.room = len(context) + len(question) + tokens + 1
         if cached:
             if self._held != context:
                 self.reset()
@@ -127,6 +131,7 @@ def serve(worker: Worker) -> None:
 def _run(worker: Worker, do: str, command: dict[str, Any]) -> dict[str, Any]:
     if do == "load":
         start = time.perf_counter()
+        worker.room = command["room"]
         worker.load(Path(command["path"]), command["threads"])
         seconds = time.perf_counter() - start
         versions = {name: metadata.version(name) for name in worker.packages}

@@ -42,6 +42,11 @@ class Plan:
     cold: int = 5
     rank: int = 16
 
+    @property
+    def room(self) -> int:
+        """Positions of the longest answer."""
+        return max(self.contexts, default=32) + self.question + self.tokens + 1
+
     def asks(self, rival: Rival) -> Iterator[tuple[str, dict[str, Any]]]:
         """The commands of one round, by the name they are kept under."""
         question = list(self.text[: self.question])
@@ -115,7 +120,7 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
                 continue
             _say(f"cold start {number + 1} of {plan.cold + 1}: {rival.label}")
             with _failing(found[rival.key], "all"), Process(rival.module, threads) as process:
-                loaded = process.ask("load", path=str(models / rival.files), threads=threads)
+                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
                 ended = process.ask("answer", context=[], question=prompt)["at"]
                 if number > 0:  # the first brings the files into memory
                     found[rival.key].cold.append(ended - process.started)
@@ -130,7 +135,7 @@ def live_rounds(
     bandwidths = []
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(Process("bandwidth", threads))
-        stream.ask("load", path="", threads=threads)
+        stream.ask("load", path="", threads=threads, room=0)
         live: dict[str, tuple[Rival, Process, bool]] = {}
         for rival in rivals:
             if "all" in found[rival.key].failed:
@@ -138,7 +143,7 @@ def live_rounds(
             _say(f"load {rival.label}")
             with _failing(found[rival.key], "all"):
                 process = stack.enter_context(Process(rival.module, threads))
-                loaded = process.ask("load", path=str(models / rival.files), threads=threads)
+                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
                 found[rival.key].versions = loaded["versions"]
                 live[rival.key] = rival, process, loaded["can_rewind"]
         names = list(dict.fromkeys(name for rival, _, _ in live.values() for name, _ in plan.asks(rival)))
