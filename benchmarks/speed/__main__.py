@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed [--models NAME,...] [--threads 1,2] [--builder PYTHON] [--out build/speed]
 
-Needs the extras cpu, export, report and bench. --builder is the Python of an environment with onnxruntime-genai's graph
-builder (genai_graphs.py); without it, genai runs on our graphs only. Whatever cannot be measured is named in the output.
+Needs the extras cpu, export, report and bench. --builder is the Python of an environment with onnxruntime-genai's
+graph builder (genai_graphs.py); without it, genai runs on our graphs only. Whatever cannot be measured is named in the
+output. --step takes one of the steps alone: the tables and plots can be drawn again from --out's speed.json.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.speed import machine, report
-from benchmarks.speed.batch import SIZES
+from benchmarks.speed import machine, plots, tables
 from benchmarks.speed.prepare import BITS, MODELS, prepare
 from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
@@ -121,7 +121,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a round; default: %(default)s")
     parser.add_argument("--ranks", default="0,1,4,16,64", help="default: %(default)s")
     parser.add_argument("--resident", default="1,10,100", help="default: %(default)s")
-    parser.add_argument("--batch", default=",".join(map(str, SIZES)), help="default: %(default)s")
+    parser.add_argument("--batch", default="1,2,4,8,16,32,64", help="rows; default: %(default)s")
+    parser.add_argument("--tables", type=Path, default=Path("BENCHMARKS.md"), help="default: %(default)s")
+    parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="default: %(default)s")
     parser.add_argument("--step", choices=("prepare", "measure", "report"), action="append", help="default: all three")
     args = parser.parse_args()
     known = {rival.key for rival in RIVALS}
@@ -142,7 +144,9 @@ def main() -> None:
     if "measure" in steps:
         measure(args, names, failed, out)
     if "report" in steps:
-        report.write(json.loads(out.read_text(encoding="utf-8")))
+        found = json.loads(out.read_text(encoding="utf-8"))
+        drawn = plots.draw(found, args.plots)
+        tables.write(found, drawn, args.tables)
 
 
 def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], out: Path) -> None:

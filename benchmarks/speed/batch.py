@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime import PatchedModel
-from tp_runtime.batch import Batch
+from tp_runtime import PatchedModel, batch
 from tp_runtime.bench import RANK, random_patch
 from tp_runtime.graph import BoundPatch, Graph
 from tp_runtime.sampling import Sampling
@@ -28,12 +27,12 @@ from tp_runtime.sampling import Sampling
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps: int) -> Batch:
+def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps: int) -> batch.Batch:
     """A batch with one row under each of `bounds`, that can do so many steps."""
-    batch = Batch(graph, len(bounds))
+    made = batch.Batch(graph, len(bounds))
     for bound in bounds:
-        batch.join(prompt, bound, sampling=Sampling(), max_new_tokens=steps + 1, eos_ids=frozenset())
-    return batch
+        made.join(prompt, bound, sampling=Sampling(), max_new_tokens=steps + 1, eos_ids=frozenset())
+    return made
 
 
 def measure(model: PatchedModel, sizes: Sequence[int], prompt_tokens: int, steps: int) -> list[dict[str, Any]]:
