@@ -43,7 +43,7 @@ def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -
     for rival in there:
         files = models / rival.files
         rows[rival.key] = {
-            **{"label": rival.label, "bits": rival.bits, "runtime": rival.module},
+            **{"label": rival.named(models), "bits": rival.bits, "runtime": rival.module},
             **{"disk_bytes": rival.disk_bytes(models), "token_bytes": bytes_per_token(files)},
             **found[rival.key].report(),
         }

@@ -24,13 +24,16 @@ class GenAI(Worker):
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         config.overlay(json.dumps(overlay))
         self.model = og.Model(config)
-        self.can_rewind = "sliding_window" not in said["model"]["decoder"]
+        # Its operator for sliding windows wants a cache that holds a window, and cannot go back.
+        self.least = said["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
+        self.can_rewind = not self.least
 
     def reset(self) -> None:
         """A new generator, with no more room than is needed: it allocates and clears all of it."""
         params = og.GeneratorParams(self.model)
         # An end-of-sequence id would end the generator: so many tokens are asked for that it cannot.
-        params.set_search_options(do_sample=False, max_length=self.room, min_length=self.room)
+        room = max(self.room, self.least)
+        params.set_search_options(do_sample=False, max_length=room, min_length=room)
         self.generator, self.last = og.Generator(self.model, params), None
 
     def rewind(self, length: int) -> None:

@@ -84,7 +84,8 @@ def bars(axes: Any, run: Run, label: str, *parts: tuple[str, Callable[[Run], flo
                 at = place + (number - (len(parts) - 1) / 2) * high
                 colour = _COLOURS.get(row["runtime"], OTHER)
                 axes.barh(at, value, 0.9 * high, color=colour, alpha=1 - 0.5 * number / len(parts))
-                axes.annotate(f" {value:.3g}", (value, at), va="center", fontsize=6.5)
+                text = f" {value:,.0f}" if value >= 100 else f" {value:.3g}"
+                axes.annotate(text, (value, at), va="center", fontsize=6.5)
     axes.set_yticks(range(len(rows)), [row["label"] for row, _ in rows], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -133,8 +134,7 @@ def _roofline(axes: Any, run: Run) -> bool:
         reached = share(row, bandwidth)
         return None if reached is None else 100 * reached
 
-    label = f"% of the time that reading the weights at {bandwidth / 1e9:.1f} GB/s would take"
-    return bars(axes, run, label.replace("% of the time that", "%: the time that"), ("over the time taken", percent))
+    return bars(axes, run, f"weights read, % of {bandwidth / 1e9:.1f} GB/s", ("", percent))
 
 
 # -- lines -----------------------------------------------------------------------------------------------------
@@ -151,12 +151,16 @@ def _finish(axes: Any, x: str, y: str, log: str = "xy") -> None:
     axes.set(xlabel=x, ylabel=y)
     if "x" in log:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if "y" in log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    if at := sorted({value for line in axes.lines for value in line.get_xdata()}):
+        axes.set_xticks(at, [f"{value:g}" for value in at])
+        axes.minorticks_off()
     axes.grid(axis="y")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if axes.lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _first(axes: Any, run: Run) -> bool:
@@ -195,9 +199,8 @@ def _ranks(axes: Any, run: Run) -> bool:
     for bits, bench in run["patches"].items():
         points = [(rank, 100 * (ratio - 1)) for rank, ratio in rank_ratios(bench)]
         some |= _line(axes, points, label=bits, color=_SHADES[bits], marker=_BITS[bits])
-    _finish(axes, "rank of a random patch in every slot", "slower per token, %", log="")
     axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _finish(axes, "rank of a random patch in every slot", "slower per token, %", log="")
     return some
 
 
@@ -213,7 +216,7 @@ def _resident(axes: Any, run: Run, read: Callable[[Run], float | None], y: str) 
         points = [(r["patches"], v) for r in bench.get("resident", ()) if (v := read(r)) is not None]
         some |= _line(axes, points, label=bits, color=_SHADES[bits], marker=_BITS[bits])
     _finish(axes, "loaded patches of rank 16", y, log="x")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max((max(line.get_ydata()) for line in axes.lines), default=1.0))
     return some
 
 

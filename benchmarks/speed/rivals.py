@@ -37,6 +37,15 @@ class Rival:
             return f"there is no {self.files}"
         return None
 
+    def named(self, models: Path) -> str:
+        """Its label; a GGUF file says itself what it is."""
+        if self.key != "llama-published":
+            return self.label
+        from gguf import GGUFReader, LlamaFileType
+
+        field = GGUFReader(models / self.files).fields["general.file_type"]
+        return f"llama.cpp {LlamaFileType(int(field.contents())).name.removeprefix('MOSTLY_')}"
+
     def disk_bytes(self, models: Path) -> int:
         """Graph and weights, without tokenizer and configuration."""
         path = models / self.files
@@ -66,6 +75,6 @@ RIVALS = (
     *_at("int8"),
     _llama("q8_0", "Q8_0", "int8"),
     *_at("int4"),
-    _llama("published", "as published (Q4_1, Q4_K_M)", "int4"),
+    _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,7 @@ def _head(found: dict[str, Any]) -> str:
         if run["model"] == found["runs"][0]["model"]
     )
     load = machine["load_before"]
-    return f"""# Benchmarks
-
+    return "# Benchmarks\n\n" + _wrapped(f"""\
 Written by `{found["command"]}` on {found["date"]}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
 a median of {plan["rounds"]} rounds after one to warm up (cold starts: {plan["cold"]}). A round asks every runtime in
 turn and the next one begins with another; all others are stopped meanwhile. Compare within a table, not between
@@ -68,7 +69,23 @@ machines or days.
   of {plan["question"]} tokens. Cold start: from starting a process to its first token after 32 tokens, files in the
   page cache. Memory: of the process, after its longest context; anonymous is what no file backs.
 - Read: bytes of weights that a token needs, once each, KV not counted. Reached: the time to read them at the memory's
-  speed, over the time a token took after the shortest context."""
+  speed, over the time a token took after the shortest context.""")
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs and points filled to the width of the other documents."""
+    parts = re.split(r"\n\s*\n|\n(?=- )", text)
+    filled = [
+        textwrap.fill(
+            " ".join(part.split()),
+            120,
+            subsequent_indent="  " if part.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for part in parts
+    ]
+    return "\n".join([filled[0], "", *filled[1:]])
 
 
 def _runtimes(run: Run) -> str:
@@ -156,7 +173,9 @@ def _left_out(run: Run, found: dict[str, Any]) -> str:
     lines = [f"- {key}: {reason}" for key, reason in run["left_out"].items()]
     lines += [f"- making {key}: {reason}" for key, reason in found["not_prepared"].get(run["model"], {}).items()]
     for key, row in run["rivals"].items():
-        lines += [f"- {key}, {name}: {reason}" for name, reason in row["failed"].items()]
+        for reason in dict.fromkeys(row["failed"].values()):
+            names = ", ".join(name for name, its in row["failed"].items() if its == reason)
+            lines.append(f"- {key} ({names}): {reason}")
     for what in ("patches", "batches"):
         lines += [f"- {what} {bits}: {one['failed']}" for bits, one in run[what].items() if "failed" in one]
     return "Not measured:\n\n" + "\n".join(lines) if lines else ""
