@@ -122,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", default="0,1,4,16,64", help="default: %(default)s")
     parser.add_argument("--resident", default="1,10,100", help="default: %(default)s")
     parser.add_argument("--batch", default="1,2,4,8,16,32,64", help="rows; default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep an earlier file's runs of other models and threads")
     parser.add_argument("--tables", type=Path, default=Path("BENCHMARKS.md"), help="default: %(default)s")
     parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="default: %(default)s")
     parser.add_argument("--step", choices=("prepare", "measure", "report"), action="append", help="default: all three")
@@ -150,29 +151,36 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], out: Path) -> None:
-    """Every model at every number of threads, written after each."""
+    """Every model at every number of threads, each one interleaved run, written after each."""
     wanted = set(filter(None, args.rivals.split(",")))
     rivals = tuple(rival for rival in RIVALS if not wanted or rival.key in wanted)
-    found: dict[str, Any] = {
-        "command": "python -m benchmarks.speed " + shlex.join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine.describe(),
-        "not_prepared": failed,
-        "runs": [],
-    }
     args.out.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(out.read_text(encoding="utf-8"))["runs"] if args.keep and out.exists() else []
+    again = {(name, threads) for name in names for threads in args.threads}
+    found = {"runs": [run for run in kept if (run["model"], run["threads"]) not in again]}
     for name in names:
         models = args.out / "models" / name
         text = text_ids(models / "source", max(args.contexts) + 64)
         plan = Plan(text, args.contexts, args.decode, tokens=args.tokens, rounds=args.rounds, cold=args.cold)
-        found["plan"] = {key: value for key, value in asdict(plan).items() if key != "text"}
         for threads in args.threads:
             print(f"{name}, threads: {threads}", file=sys.stderr, flush=True)
-            run = {"model": name, "threads": threads, **compare(models, threads, plan, rivals)}
+            run = {
+                **{"model": name, "threads": threads, "date": time.strftime("%Y-%m-%d")},
+                "command": "python -m benchmarks.speed " + shlex.join(sys.argv[1:]),
+                "machine": machine.describe(),
+                "plan": {key: value for key, value in asdict(plan).items() if key != "text"},
+                "not_prepared": failed.get(name, {}),
+                **compare(models, threads, plan, rivals),
+            }
             run |= {"patches": patches(models, threads, args), "batches": batches(models, threads, args)}
             found["runs"].append(run)
+            found["runs"].sort(key=lambda run: (_order(run["model"]), run["threads"]))
             with atomic_file(out) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _order(model: str) -> tuple[int, str]:
+    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
 
 
 if __name__ == "__main__":

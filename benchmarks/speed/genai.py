@@ -34,12 +34,13 @@ class GenAI(Worker):
         # An end-of-sequence id would end the generator: so many tokens are asked for that it cannot.
         room = max(self.room, self.least)
         params.set_search_options(do_sample=False, max_length=room, min_length=room)
-        self.generator, self.last = og.Generator(self.model, params), None
+        self.generator = og.Generator(self.model, params)
+        self.last = -1
 
     def rewind(self, length: int) -> None:
         """As its chat examples do."""
         self.generator.rewind_to(length)
-        self.last = None
+        self.last = -1
 
     def step(self, ids: Sequence[int]) -> int:
         """Ids are appended, unless they are the one it generated itself and holds already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -27,7 +28,8 @@ class OptimumORT(Worker):
 
     def reset(self) -> None:
         """No past."""
-        self.past, self.length = None, 0
+        self.past: Any = None
+        self.length = 0
 
     def rewind(self, length: int) -> None:
         """Cut every layer's keys and values, which are [batch, heads, positions, head size]."""

@@ -10,6 +10,7 @@ import onnxruntime  # noqa: F401  (its import is Python's time, not the model's)
 from benchmarks.speed.protocol import Worker, serve
 from tp_runtime import Patch, PatchedModel
 from tp_runtime.bench import random_patch
+from tp_runtime.graph import BoundPatch
 from tp_runtime.sampling import Sampler, Sampling
 
 
@@ -22,12 +23,12 @@ class Ours(Worker):
         """As an application does: tokenizer and template included."""
         model = PatchedModel.from_pretrained(path, "cpu", threads=threads)
         self.graph, self.sampler = model.graph, Sampler(Sampling())
-        self.bounds = {None: self.graph.base}
+        self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}
         self.bound = self.graph.base
 
     def select(self, patch: int | str | None) -> None:
         """Bound once for each patch, as a loaded patch is."""
-        if patch not in self.bounds:
+        if patch is not None and patch not in self.bounds:
             made = Patch.load(patch) if isinstance(patch, str) else random_patch(self.graph.folder, patch)
             self.bounds[patch] = self.graph.bind(made)
         if self.bound is not self.bounds[patch]:

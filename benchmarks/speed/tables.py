@@ -34,7 +34,7 @@ def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
     parts = [_head(found)]
     for run in found["runs"]:
         parts.append(f"## {run['model']}, {_threads(run)}")
-        parts += [_runtimes(run), _carrying(run), _ranks(run), _loaded(run), _batches(run), _left_out(run, found)]
+        parts += [_runtimes(run), _carrying(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
     parts.append("## Plots")
     for name, path in plots.items():
         there = Path(os.path.relpath(path, out.parent)).as_posix()
@@ -44,23 +44,26 @@ def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
 
 
 def _head(found: dict[str, Any]) -> str:
-    machine, plan = found["machine"], found["plan"]
-    versions = {k: v for run in found["runs"] for row in run["rivals"].values() for k, v in row["versions"].items()}
+    runs = found["runs"]
+    machine, plan = runs[-1]["machine"], runs[-1]["plan"]
+    versions = {k: v for run in runs for row in run["rivals"].values() for k, v in row["versions"].items()}
     speeds = ", ".join(
         f"{run['bytes_per_second'] / 1e9:.1f} GB/s with {_threads(run)}"
-        for run in found["runs"]
-        if run["model"] == found["runs"][0]["model"]
+        for run in runs
+        if run["model"] == runs[0]["model"]
     )
-    load = machine["load_before"]
+    load = max(run["machine"]["load_before"] for run in runs)
+    busy = " (other work was running)" if load > 0.5 else ""
+    commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
-Written by `{found["command"]}` on {found["date"]}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
+Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
 a median of {plan["rounds"]} rounds after one to warm up (cold starts: {plan["cold"]}). A round asks every runtime in
 turn and the next one begins with another; all others are stopped meanwhile. Compare within a table, not between
 machines or days.
 
 - Machine: {machine.get("processor", "unknown")}, {machine["cpus"]} CPUs ({", ".join(machine.get("flags", []))}; L3
   {machine.get("l3", "unknown")}), {machine["memory_bytes"] / 1e9:.0f} GB, {machine["system"]}, Python
-  {machine["python"]}; load average {load:.1f} when it began{" (other work was running)" if load > 0.5 else ""}
+  {machine["python"]}; load average when a run began: at most {load:.1f}{busy}
 - Memory read at: {speeds}
 - Versions: {", ".join(f"{name} {version}" for name, version in sorted(versions.items()))}
 - Weights: all runtimes compute with the same ones. The published 4-bit GGUF file was dequantised to float32, and every
@@ -121,9 +124,13 @@ def _carrying(run: Run) -> str:
         lengths = _lengths(name for name in first if name.startswith("prompt-"))
         for n in lengths:
             times = (first.get(name) for name in ("none", f"prompt-{n}", f"cached-{n}", "patch"))
-            rows.append([row["bits"], str(n), *(_number(value, 1e3, 0) for value in times)])
+            steps = (row["token_s"].get(name) for name in (f"prompt-{n}", f"patched-{n}"))
+            figures = [*(_number(t, 1e3, 0) for t in times), *(_number(t, 1e3, 2) for t in steps)]
+            rows.append([row["bits"], str(n), *figures])
     head = ["precision", "context", "no prompt ms", "prompt ms", "cached prefix ms", "patch ms"]
-    return _table(head, rows, "First token of tp-runtime, by the way that a context is carried (patch: rank 16):")
+    head += ["token ms after it", "the same under a patch"]
+    said = "First token of tp-runtime, by the way that a context is carried (patch: rank 16), and decoding after it:"
+    return _table(head, rows, said)
 
 
 def _ranks(run: Run) -> str:
@@ -168,10 +175,10 @@ def _batches(run: Run) -> str:
     return _table(head, rows, "A step of a batch:")
 
 
-def _left_out(run: Run, found: dict[str, Any]) -> str:
+def _left_out(run: Run) -> str:
     """Nothing is left out silently."""
     lines = [f"- {key}: {reason}" for key, reason in run["left_out"].items()]
-    lines += [f"- making {key}: {reason}" for key, reason in found["not_prepared"].get(run["model"], {}).items()]
+    lines += [f"- making {key}: {reason}" for key, reason in run["not_prepared"].items()]
     for key, row in run["rivals"].items():
         for reason in dict.fromkeys(row["failed"].values()):
             names = ", ".join(name for name, its in row["failed"].items() if its == reason)

@@ -58,7 +58,7 @@ def _gguf(file: Path) -> int:
 
 
 def _safetensors(folder: Path) -> int:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
