@@ -161,3 +161,16 @@ def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Pat
     result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
     assert result.code == 2
     assert "changes nothing" in result.err
+
+
+def test_sessions_do_not_spin_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
+    monkeypatch.setattr(bench.engine, "generate", lambda *_, **__: iter(range(3)))
+    one, other = object(), object()
+    alone = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
+    bench.one_round(alone, 2, first=0)
+    assert not waits
+    both = [*alone, bench.Arm("c", other, "c", [1])]  # type: ignore[arg-type]
+    bench.one_round(both, 2, first=0)
+    assert len(waits) == 3 * len(both)
