@@ -64,6 +64,7 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
             script = [builder, str(_HERE / "genai_graphs.py"), str(source), str(made), "--precisions", bits]
             if _run(script, failed, out.name) is not None:
                 (made / bits).rename(out)
+                made.rmdir()
     return failed
 
 
