@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.cli import Cli
 from runtime_tests.patches import patch_for, random_config, random_patch
-from tp_runtime.cli import bench
+from tp_runtime import bench
 from tp_runtime.folder import ModelFolder
+from tp_runtime.graph import Graph
 
 QUICK = ("--tokens", "3", "--prompt-tokens", "5", "--rounds", "2", "--device", "cpu")
 
@@ -43,7 +46,7 @@ def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -
         assert label in result.out
 
 
-def test_the_two_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def steps(_graph: object, _prompt: object, bound: str, **_: object) -> object:
@@ -52,10 +55,76 @@ def test_the_two_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             yield 0
 
     monkeypatch.setattr(bench.engine, "generate", steps)
-    measured = bench._round(None, [1], ("base", "patch"), 3, first=1)  # type: ignore[arg-type]
+    two = [bench.Arm(name, None, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
+    measured = bench.one_round(two, 3, first=1)
     assert order == ["patch", "base", "base", "patch"] * 2
-    assert [len(steps) for steps in measured.steps] == [3, 3]
-    assert min(measured.first) > 0
+    assert [len(steps) for steps in measured] == [4, 4]
+    assert min(map(min, measured)) > 0
+    order.clear()
+    three = [bench.Arm(name, None, name, [1]) for name in "abc"]  # type: ignore[arg-type]
+    bench.one_round(three, 2, first=0)
+    assert "".join(order) == "abcbcacab"
+
+
+def test_ratios_are_to_the_first_arm(tiny_llama_export: Path) -> None:
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    arms = [bench.base_arm(name, graph, 3) for name in "ab"]
+    times = [bench.Times([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]), bench.Times([2.0, 2.0, 2.0], [3.0, 2.0, 2.0])]
+    base, other = bench.compare(arms, times)
+    assert (base["first_ratio"], base["token_ratio_per_round"]) == (1.0, 1.0)
+    assert (other["first_ms"], other["first_ratio"], other["first_ratio_per_round"]) == (2000.0, 1.0, 1.0)
+    assert (other["token_ratio"], other["token_ratio_per_round"]) == (2.0, 2.0)
+
+
+def test_several_patches_and_ranks(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    folder = ModelFolder.open(tiny_llama_export)
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for number, file in enumerate(files):
+        patch_for(folder, rank=2 + number).save(file)
+    asked = [part for file in files for part in ("--patch", file)]
+    result = cli("bench", tiny_llama_export, *QUICK, *asked, "--ranks", "0,1,3", "--json")
+    arms = result.json["arms"]
+    assert [arm["patch_rank"] for arm in arms] == [None, 2, 3, None, 1, 3]
+    assert [arm["label"] for arm in arms][3:] == ["base again", "random, rank 1", "random, rank 3"]
+    assert [("patch_load_ms" in arm) for arm in arms] == [False, True, True, False, False, False]
+    assert result.json["token_ratio"] == arms[1]["token_ratio"]
+    assert result.json["patch_rank"] == 2
+
+
+def test_against_another_folder(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_export, other)
+    result = cli("bench", tiny_llama_export, *QUICK, "--against", other, "--against", tiny_llama_export, "--json")
+    labels = [arm["label"] for arm in result.json["arms"]]
+    name = tiny_llama_export.name
+    assert labels == ["base", "random", "other: base", "other: random", f"{name}: base", f"{name}: random"]
+    assert result.json["against"] == [str(other), str(tiny_llama_export)]
+
+
+def test_a_folder_that_is_none(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    result = cli("bench", tiny_llama_export, *QUICK, "--against", tmp_path / "nothing")
+    assert (result.code, result.out) == (2, "")
+    assert "no such model folder" in result.err
+
+
+def test_many_loaded_patches(cli: Cli, tiny_llama_export: Path) -> None:
+    result = cli("bench", tiny_llama_export, *QUICK, "--resident", "5,1", "--json")
+    rows = result.json["resident"]
+    assert [row["patches"] for row in rows] == [1, 5]
+    assert min(row["switch_ms"] for row in rows) > 0
+    assert all(row["anonymous_bytes"] is None or isinstance(row["anonymous_bytes"], int) for row in rows)
+    assert "5 loaded" in cli("bench", tiny_llama_export, *QUICK, "--resident", "5").out
+
+
+def test_the_file_holds_what_json_prints(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    result = cli("bench", tiny_llama_export, *QUICK, "--json", "-o", file)
+    assert json.loads(file.read_text(encoding="utf-8")) == result.json
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_file_that_cannot_be_written(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    assert cli("bench", tiny_llama_export, *QUICK, "-o", tmp_path / "no" / "bench.json").code == 1
 
 
 @pytest.mark.parametrize(
@@ -66,6 +135,9 @@ def test_the_two_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--prompt-tokens", "0"], "prompt_tokens"),
         (["--prompt-tokens", "1000000"], "context window"),
         (["--patch", "nothing"], "no such file"),
+        (["--ranks", "1,x"], "ranks"),
+        (["--ranks", "-1"], "ranks"),
+        (["--resident", "0"], "resident"),
     ],
 )
 def test_numbers_that_cannot_be(cli: Cli, tiny_llama_export: Path, args: list[str], said: str) -> None:
@@ -89,3 +161,16 @@ def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Pat
     result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
     assert result.code == 2
     assert "changes nothing" in result.err
+
+
+def test_sessions_do_not_spin_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
+    monkeypatch.setattr(bench.engine, "generate", lambda *_, **__: iter(range(3)))
+    one, other = object(), object()
+    alone = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
+    bench.one_round(alone, 2, first=0)
+    assert not waits
+    both = [*alone, bench.Arm("c", other, "c", [1])]  # type: ignore[arg-type]
+    bench.one_round(both, 2, first=0)
+    assert len(waits) == 3 * len(both)

@@ -1,8 +1,6 @@
 """`tp-runtime bench`: what a patch costs on this machine.
 
-All is measured in one run on one session, and what is compared is interleaved as finely as it can be: a token of the
-base, then a token under the patch, then the other way round. So a machine that slows down or speeds up meanwhile does
-it to both.
+All is measured in one run, and what is compared takes turns token by token (tp_runtime/bench.py).
 """
 
 from __future__ import annotations
@@ -16,31 +14,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
-from tp_runtime import engine
-from tp_runtime.delta import Delta
+from tp_runtime import bench
+from tp_runtime.atomic import atomic_file
 from tp_runtime.device import require_onnxruntime
-from tp_runtime.errors import PatchTargetError, RequestError
+from tp_runtime.errors import RequestError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.patch_config import PatchConfig
-from tp_runtime.sampling import Sampling
 
 from .options import add_model_options, open_model
-from .printing import note, plural, print_fields, size, version
+from .printing import note, plural, print_fields, printable, size, version
 
-_RANK = 16
-_SWITCHES = 200
 _QUIET_SECONDS = 2.0
-_UNPATCHED, _PATCHED = 0, 1
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,15 +37,38 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure what a patch costs on this machine",
-        description="Measure loading, the first token, decoding with and without a patch, and switching. Medians "
-        "over the rounds, interleaved in one session.",
+        description="Measure loading, the first token, decoding with and without patches, and switching. Medians "
+        "over the rounds; what is compared takes turns token by token.",
     )
     add_model_options(parser)
-    parser.add_argument("--patch", type=Path, metavar="FILE", help=f"default: a random patch of rank {_RANK}")
+    parser.add_argument(
+        "--patch",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"may be repeated; default: a random patch of rank {bench.RANK}",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="another exported folder, run beside MODEL with the same patches: another precision, other slots, another "
+        "route. May be repeated",
+    )
+    parser.add_argument(
+        "--ranks", default="", metavar="R,...", help="random patches of these ranks too; 0: the base again"
+    )
+    parser.add_argument(
+        "--resident", default="", metavar="N,...", help="memory and switch with so many random patches loaded"
+    )
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="decoded in a round (default 32)")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of the prompt (default 128)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="after one to warm up (default 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the JSON object to FILE")
     parser.set_defaults(run=run)
 
 
@@ -65,17 +77,24 @@ def run(args: argparse.Namespace) -> int:
     for name, low in (("tokens", 2), ("prompt_tokens", 1), ("rounds", 1)):
         if getattr(args, name) < low:
             raise RequestError("too few", field=name, got=getattr(args, name), wanted=f"at least {low}")
+    ranks, counts = _numbers("ranks", args.ranks, low=0), _numbers("resident", args.resident, low=1)
     require_onnxruntime()  # importing it is Python's time, not the model's
-    if args.patch is not None:
-        Patch.load(args.patch)  # before seconds go into a model
+    for file in args.patch:
+        Patch.load(file)  # before seconds go into a model
+    for folder in args.against:
+        ModelFolder.open(folder)
     start = time.perf_counter()
     model = open_model(args)
     load_seconds = time.perf_counter() - start
-    with _patch_file(args.patch, model.graph.folder) as file:
-        report = _measure(model, file, args)
+    others = [PatchedModel.from_pretrained(folder, args.device, threads=args.threads) for folder in args.against]
+    resident = bench.resident(model, counts)  # first: what follows takes and frees memory
+    with _patch_files(args.patch, model.graph.folder) as files:
+        report = _measure(model, others, files, ranks, args)
     report |= {
+        "resident": resident,
         "model": model.graph.folder.base_model,
         "precision": model.graph.folder.precision,
+        "against": [str(folder) for folder in args.against],
         "device": model.graph.device.kind,
         "provider": model.graph.device.provider,
         "threads": args.threads,
@@ -83,12 +102,15 @@ def run(args: argparse.Namespace) -> int:
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("tp-runtime", "numpy")}
         | {"onnxruntime": require_onnxruntime().__version__, "python": platform.python_version()},
-        "patch_file": None if args.patch is None else str(args.patch),
+        "patch_file": str(args.patch[0]) if args.patch else None,
         "model_load_s": load_seconds,
         "prompt_tokens": args.prompt_tokens,
         "tokens": args.tokens,
         "rounds": args.rounds,
     }
+    if args.out is not None:
+        with atomic_file(args.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(report))
     else:
@@ -96,132 +118,89 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _numbers(name: str, text: str, low: int) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = [low - 1]
+    if any(number < low for number in numbers):
+        raise RequestError("not a list of numbers", field=name, got=repr(text), wanted=f"such as {low},4,16")
+    return numbers
+
+
 # -- measuring -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Round:
-    """Times in seconds, of [unpatched, patched]."""
-
-    first: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    steps: list[list[float]] = field(default_factory=lambda: [[], []])
-
-    def per_token(self, arm: int) -> float:
-        """The median: a step that another process delayed says nothing of the patch."""
-        return median(self.steps[arm])
-
-
-def _measure(model: PatchedModel, file: Path, args: argparse.Namespace) -> dict[str, Any]:
-    graph = model.graph
-    patch = Patch.load(file)
-    bounds = (graph.base, graph.bind(patch))
-    lead = [] if patch.prefix is None else list(patch.prefix.replaces)
-    prompt = lead + np.random.default_rng(0).integers(0, graph.folder.vocab_size, args.prompt_tokens).tolist()
-    skipped = 0 if patch.prefix is None else patch.prefix.skipped
-    if (needed := len(prompt) + max(0, skipped) + args.tokens) >= graph.folder.context_window:
-        raise RequestError(
-            "prompt and completion do not fit the context window",
-            field="prompt_tokens + tokens",
-            got=needed,
-            wanted=f"below {graph.folder.context_window}",
+def _measure(
+    model: PatchedModel, others: list[PatchedModel], files: list[Path], ranks: list[int], args: argparse.Namespace
+) -> dict[str, Any]:
+    length, graph = args.prompt_tokens, model.graph
+    patches = [Patch.load(file) for file in files]
+    arms = [bench.base_arm("base", graph, length, patches[0])]
+    arms += [bench.patch_arm(patch.name, model, patch, length) for patch in patches]
+    for rank in ranks:
+        arms.append(
+            bench.patch_arm(f"random, rank {rank}", model, bench.random_patch(graph.folder, rank), length)
+            if rank
+            else bench.base_arm("base again", graph, length)
         )
-    start = prompt[: len(lead) + 1]
-    if np.array_equal(model.logits(start, None)[-1], model.logits(start, patch)[-1]):
-        raise PatchTargetError(
-            "the patch changes nothing, so there is nothing to measure", field="patch", got=patch.name
-        )
+    for folder, other in zip(args.against, others, strict=True):
+        name = folder.name or str(folder)
+        arms.append(bench.base_arm(f"{name}: base", other.graph, length, patches[0]))
+        if other.graph.folder.slots:
+            theirs = patches if args.patch else [bench.random_patch(other.graph.folder)]
+            arms += [bench.patch_arm(f"{name}: {patch.name}", other, patch, length) for patch in theirs]
+    loads: list[list[float]] = [[] for _ in files]
+    first_steps = []
     progress = _Progress(args.rounds + 1)
-    rounds, loads, first_steps = [], [], []
-    for number in range(args.rounds + 1):
-        measured = _round(graph, prompt, bounds, args.tokens, first=number % 2)
-        load, switched = _load_seconds(model, file), _first_step_seconds(graph, prompt[-1], bounds)
-        if number > 0:  # the first one warms up
-            rounds.append(measured)
-            loads.append(load)
-            first_steps.append(switched)
+
+    def after_round(number: int) -> None:
+        load = [bench.load_seconds(model, file) for file in files]
+        step = bench.first_step_seconds(graph, arms[1].prompt[-1], (arms[0].bound, arms[1].bound))
+        if number > 0:  # the first round warms up
+            first_steps.append(step)
+            for kept, seconds in zip(loads, load, strict=True):
+                kept.append(seconds)
         progress.step()
-    switches = _switch_seconds(model, patch, prompt[-1])
+
+    rows = bench.compare(arms, bench.interleaved(arms, args.tokens, args.rounds, after_round))
     progress.end()
-    first = [median(r.first[arm] for r in rounds) for arm in (_UNPATCHED, _PATCHED)]
-    pace = [median(r.per_token(arm) for r in rounds) for arm in (_UNPATCHED, _PATCHED)]
-    return {
-        "patch": patch.name,
-        "patch_rank": patch.rank,
-        "patch_slots": len(patch.deltas),
-        "patch_inputs": len(bounds[_PATCHED].values),
-        "patch_bytes": file.stat().st_size,
-        "patch_load_ms": 1e3 * median(loads),
-        "first_token_ms": {"unpatched": 1e3 * first[_UNPATCHED], "patched": 1e3 * first[_PATCHED]},
-        "first_token_ratio": first[_PATCHED] / first[_UNPATCHED],
-        "first_token_ratio_per_round": median(r.first[_PATCHED] / r.first[_UNPATCHED] for r in rounds),
-        "token_ms": {"unpatched": 1e3 * pace[_UNPATCHED], "patched": 1e3 * pace[_PATCHED]},
-        "token_ratio": pace[_PATCHED] / pace[_UNPATCHED],
-        "token_ratio_per_round": median(r.per_token(_PATCHED) / r.per_token(_UNPATCHED) for r in rounds),
-        "switch_ms": 1e3 * median(switches),
-        "switch_first_step_ms": 1e3 * median(first_steps),
-    }
-
-
-def _round(graph: Graph, prompt: list[int], bounds: tuple[BoundPatch, BoundPatch], tokens: int, first: int) -> _Round:
-    """The first token and `tokens` more under both, in turns that begin with `first` and then change."""
-    runs = [
-        engine.generate(graph, prompt, bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
-        for bound in bounds
-    ]
-    result = _Round()
-    for step in range(tokens + 1):
-        for arm in (first, 1 - first) if step % 2 == 0 else (1 - first, first):
-            start = time.perf_counter()
-            next(runs[arm])
-            seconds = time.perf_counter() - start
-            if step == 0:
-                result.first[arm] = seconds
-            else:
-                result.steps[arm].append(seconds)
-    return result
-
-
-def _load_seconds(model: PatchedModel, file: Path) -> float:
-    """From the file to a patch that can be switched on: read, checked, on the device."""
-    start = time.perf_counter()
-    name = model.load_patch(file, "bench")
-    seconds = time.perf_counter() - start
-    model.unload_patch(name)
-    return seconds
+    for row, file, seconds in zip(rows[1:], files, loads, strict=False):
+        row |= {"patch_bytes": file.stat().st_size, "patch_load_ms": 1e3 * median(seconds)}
+    base, patched = rows[0], rows[1]
+    report = {key: patched[key] for key in patched if key.startswith("patch")}
+    for key, name in (("first_token", "first"), ("token", "token")):
+        report[f"{key}_ms"] = {"unpatched": base[f"{name}_ms"], "patched": patched[f"{name}_ms"]}
+        report[f"{key}_ratio"] = patched[f"{name}_ratio"]
+        report[f"{key}_ratio_per_round"] = patched[f"{name}_ratio_per_round"]
+    report["switch_ms"] = 1e3 * median(_switch_seconds(model, patches[0], arms[1].prompt[-1]))
+    report["switch_first_step_ms"] = 1e3 * median(first_steps)
+    report["arms"] = rows
+    return report
 
 
 def _switch_seconds(model: PatchedModel, patch: Patch, token: int) -> list[float]:
-    """From asking for another loaded patch to its tensors bound in a live binding, many times back and forth.
-
-    The loop over bind_ortvalue_input is the one that the first step of a new cache goes through.
-    """
-    graph = model.graph
+    """Back and forth between the patch and another of the same tensors."""
     other = -1.0 * patch if patch.prefix is None else 0.0 * patch  # a KV prefix has no other strengths
-    names = (model.load_patch(patch, "bench-1"), model.load_patch(other, "bench-2"))
-    bounds = (graph.bind(patch), graph.bind(other))
-    cache = graph.new_cache(bounds[0])
-    graph.forward([token], cache, bounds[0])
-    seconds = []
+    names = [model.load_patch(patch, "bench-1"), model.load_patch(other, "bench-2")]
     try:
-        for turn in range(_SWITCHES):
-            to = (turn + 1) % 2
-            start = time.perf_counter()
-            model.new_cache(names[to])
-            for name, value in bounds[to].values.items():
-                cache.binding.bind_ortvalue_input(name, value)
-            seconds.append(time.perf_counter() - start)
+        return bench.switch_seconds(model, names, token)
     finally:
         for name in names:
             model.unload_patch(name)
-    return seconds
 
 
-def _first_step_seconds(graph: Graph, token: int, bounds: tuple[BoundPatch, BoundPatch]) -> float:
-    """One token under the patch right after one under the base: the switch, a new cache's buffers, and the step."""
-    graph.forward([token], graph.new_cache(bounds[_UNPATCHED]), bounds[_UNPATCHED])
-    start = time.perf_counter()
-    graph.forward([token], graph.new_cache(bounds[_PATCHED]), bounds[_PATCHED])
-    return time.perf_counter() - start
+@contextmanager
+def _patch_files(files: list[Path], folder: ModelFolder) -> Iterator[list[Path]]:
+    """The files to measure; without one, a random patch is written for the time being."""
+    if files:
+        yield files
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / "random.safetensors"
+        bench.random_patch(folder).save(made)
+        yield [made]
 
 
 class _Progress:
@@ -252,44 +231,6 @@ class _Progress:
             print(f"\r{line:<40}", end="", file=sys.stderr, flush=True)
 
 
-# -- the patch -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _patch_file(file: Path | None, folder: ModelFolder) -> Iterator[Path]:
-    """The file to measure; without one, a random patch is written for the time being."""
-    if file is not None:
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / "random.safetensors"
-        _random_patch(folder).save(made)
-        yield made
-
-
-def _random_patch(folder: ModelFolder) -> Patch:
-    """A patch in every slot: its speed is that of any patch of its rank, its text is noise."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> Any:
-        return (0.01 * rng.standard_normal(shape)).astype(np.float32)
-
-    deltas = {
-        key: Delta(normal(slot.inputs, _RANK), normal(_RANK, slot.outputs), normal(slot.outputs))
-        for key, slot in folder.slots.items()
-    }
-    config = PatchConfig(
-        name="random",
-        method="matrix",
-        base_model=folder.base_model,
-        base_digest=folder.base_digest,
-        architecture=folder.architecture,
-        precision=folder.precision,
-        context_digest="",
-    )
-    return Patch(deltas, config)
-
-
 # -- for people ------------------------------------------------------------------------------------------------
 
 
@@ -307,20 +248,42 @@ def _print(report: dict[str, Any]) -> None:
             ("versions", versions),
         ]
     )
-    print(f"\n{'':<20}{'base':>12}{'patched':>12}{'ratio':>9}{'per round':>11}")
-    for key, label in (("first_token", "first token"), ("token", "each further token")):
-        times = report[f"{key}_ms"]
-        ratios = f"{report[f'{key}_ratio']:>9.3f}{report[f'{key}_ratio_per_round']:>11.3f}"
-        print(f"{label:<20}{times['unpatched']:>9.2f} ms{times['patched']:>9.2f} ms{ratios}")
+    arms = report["arms"]
+    width = max(len(printable(arm["label"])) for arm in arms) + 2
+    heads = "".join(f"{head:>31}" for head in ("first token", "each further token"))
+    columns = f"{'median':>13}{'ratio':>8}{'per round':>10}"
+    print(f"\n{'':<{width}}{heads}\n{'':<{width}}{columns}{columns}")
+    for arm in arms:
+        cells = "".join(
+            f"{arm[f'{name}_ms']:>10.2f} ms{arm[f'{name}_ratio']:>8.3f}{arm[f'{name}_ratio_per_round']:>10.3f}"
+            for name in ("first", "token")
+        )
+        print(f"{printable(arm['label']):<{width}}{cells}")
     print()
+    loads = [arm for arm in arms if "patch_load_ms" in arm]
+    switch = f"{report['switch_ms']:.3f} ms to another loaded patch ({report['patch_inputs']} inputs bound)"
     print_fields(
         [
-            ("load a patch", f"{report['patch_load_ms']:.2f} ms from a file of {size(report['patch_bytes'])}"),
-            ("switch", f"{report['switch_ms']:.3f} ms to another loaded patch ({report['patch_inputs']} inputs bound)"),
+            *(
+                (
+                    "load a patch",
+                    f"{arm['patch_load_ms']:.2f} ms from a file of {size(arm['patch_bytes'])}"
+                    + (f": {arm['label']}" if len(loads) > 1 else ""),
+                )
+                for arm in loads
+            ),
+            ("switch", switch),
             ("switch and step", f"{report['switch_first_step_ms']:.2f} ms with a new cache and one token run"),
+            *(("resident", _resident(row)) for row in report["resident"]),
         ]
     )
     print(
         f"\nmedians of {plural(report['rounds'], 'round')}: a prompt of {plural(report['prompt_tokens'], 'token')}, "
         f"then {report['tokens']} more; ratio: of the medians; per round: median of each round's ratio"
     )
+
+
+def _resident(row: dict[str, Any]) -> str:
+    grown = row["anonymous_bytes"]
+    memory = "memory unknown" if grown is None else f"{size(max(0, grown))} more memory"
+    return f"{row['patches']} loaded: {memory}, switch {row['switch_ms']:.3f} ms"

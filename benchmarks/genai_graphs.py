@@ -1,0 +1,82 @@
+"""Builds the graphs of onnxruntime-genai's own builder, for `python -m benchmarks.speed` to compare with.
+
+    BUILDER_PYTHON benchmarks/genai_graphs.py SOURCE OUT [--precisions fp32,int8,int4]
+
+SOURCE is a folder that `tp-export fetch` prints; OUT gets one folder a precision. The builder needs transformers 5,
+which the export extra cannot have, so it lives in an environment of its own:
+
+    python3 -m venv build/builder
+    build/builder/bin/pip install torch==2.13.0 "transformers>=5" onnx onnx_ir onnxruntime onnxruntime-genai==0.18.0
+
+int8 and int4 are its fastest on a CPU: blocks of 32 and activations in 8 bits (accuracy level 4).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PRECISIONS = ("fp32", "int8", "int4")
+_QUANTISED = ("--extra_options", "accuracy_level=4", "block_size=32")
+_WEIGHTS = "model.safetensors"
+
+
+@contextmanager
+def readable(source: Path) -> Iterator[Path]:
+    """The source as the builder can read it: of Gemma 3's two rotary bases it finds neither by itself."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "gemma3_text":
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / source.name
+        # The weights are linked, not copied: a gigabyte stays where it is.
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns(_WEIGHTS))
+        (copy / _WEIGHTS).symlink_to((source / _WEIGHTS).resolve())
+        whole, local = config.pop("rope_theta"), config.pop("rope_local_base_freq")
+        config["rope_parameters"] = {
+            "full_attention": {"rope_type": "default", "rope_theta": whole},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            # What the builder reads, one level further up than transformers puts it.
+            "rope_type": "default",
+            "rope_theta": whole,
+            "rope_local_base_freq": local,
+        }
+        (copy / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        yield copy
+
+
+def build(source: Path, out: Path, precision: str) -> None:
+    """One graph; a folder that is there and whole is left as it is."""
+    if (out / "genai_config.json").exists():
+        print(f"{out} is there", file=sys.stderr)
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch, readable(source) as folder:
+        options = () if precision == "fp32" else _QUANTISED
+        command = ["-i", str(folder), "-o", str(out), "-p", precision, "-e", "cpu", "-c", scratch, *options]
+        subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *command], check=True)
+
+
+def main() -> None:
+    """Every precision of one model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    args = parser.parse_args()
+    for precision in args.precisions.split(","):
+        if precision not in PRECISIONS:
+            parser.error(f"{precision!r} is none of {', '.join(PRECISIONS)}")
+        build(args.source, args.out / precision, precision)
+
+
+if __name__ == "__main__":
+    main()

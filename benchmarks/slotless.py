@@ -1,0 +1,31 @@
+"""Exports a base model without patch slots, to measure what empty slots cost: `python -m benchmarks.speed` runs it.
+
+    python benchmarks/slotless.py SOURCE OUT [--precision fp32]
+
+The product has no such option: a graph that no patch fits is of no use but this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, cast
+
+from tp_export import slot_modules
+from tp_export.model_export import export_model
+from tp_export.source import open_source
+
+
+def main() -> None:
+    """One folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--precision", default="fp32")
+    args = parser.parse_args()
+    cast(dict[str, Any], slot_modules.SLOT_SETS)["none"] = lambda block: ()
+    print(export_model(open_source(args.source), args.out, slot_set="none", precision=args.precision))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Everything in one command: the files, the measurements, the plots and the tables.
+
+    python -m benchmarks.speed [--models NAME,...] [--threads 1,2] [--builder PYTHON] [--out build/speed]
+
+Needs the extras cpu, export, report and bench. --builder is the Python of an environment with onnxruntime-genai's
+graph builder (genai_graphs.py); without it, genai runs on our graphs only. Whatever cannot be measured is named in the
+output. --step takes one of the steps alone: the tables and plots can be drawn again from --out's speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.speed import machine, plots, tables
+from benchmarks.speed.prepare import BITS, MODELS, prepare
+from benchmarks.speed.rivals import RIVALS, Rival
+from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
+from benchmarks.speed.weights import bytes_per_token
+from tp_runtime.atomic import atomic_file
+from tp_runtime.text import TextCodec
+
+_TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"
+
+
+def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -> dict[str, Any]:
+    """Every runtime on one model at one number of threads."""
+    left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
+    there = [rival for rival in rivals if rival.key not in left_out]
+    found = {rival.key: Found() for rival in there}
+    cold_starts(there, models, threads, plan, found)
+    bandwidth = live_rounds(there, models, threads, plan, found)
+    rows = {}
+    for rival in there:
+        files = models / rival.files
+        rows[rival.key] = {
+            **{"label": rival.named(models), "bits": rival.bits, "runtime": rival.module},
+            **{"disk_bytes": rival.disk_bytes(models), "token_bytes": bytes_per_token(files)},
+            **found[rival.key].report(),
+        }
+    return {"bytes_per_second": median(bandwidth), "bandwidths": bandwidth, "rivals": rows, "left_out": left_out}
+
+
+def patches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Ranks, switching and many loaded patches: `tp-runtime bench` of every precision."""
+    found: dict[str, Any] = {}
+    for bits, folder in ours(models):
+        command = ["bench", str(folder), "--threads", str(threads), "--device", "cpu"]
+        command += ["--ranks", args.ranks, "--resident", args.resident, "--rounds", str(args.rounds)]
+        slotless = models / f"slotless-{bits}"
+        if (slotless / "patch_slots.json").exists():
+            command += ["--against", str(slotless)]
+        found[bits] = in_new_process("-c", "from tp_runtime.cli import main; raise SystemExit(main())", *command)
+    return found
+
+
+def batches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Batches of different patches (batch.py), of every precision."""
+    options = ("--threads", str(threads), "--sizes", args.batch)
+    return {
+        bits: in_new_process("-m", "benchmarks.speed.batch", str(folder), *options)
+        for bits, folder in ours(models)
+        if args.batch
+    }
+
+
+def ours(models: Path) -> list[tuple[str, Path]]:
+    """Our exported folders that are there, by precision."""
+    return [(bits, folder) for bits in BITS if ((folder := models / f"ours-{bits}") / "patch_slots.json").exists()]
+
+
+def in_new_process(*command: str) -> dict[str, Any]:
+    """What a program writes to the file that its -o names; or why it did not, under "failed"."""
+    print(f"running: {shlex.join(command[1:])}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "found.json"
+        done = subprocess.run([sys.executable, *command, "-o", str(out)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
+def text_ids(source: Path, count: int) -> tuple[int, ...]:
+    """Ids of ordinary text, repeated until there are enough."""
+    codec = TextCodec.from_folder(source, "completion")
+    ids = codec.render(_TEXT.read_text(encoding="utf-8"), None, raw=True)
+    return tuple((ids * (count // len(ids) + 1))[:count])
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
+    parser.add_argument("--threads", type=numbers, default=(1, 2), help="default: 1,2")
+    parser.add_argument("--builder", help="Python of the environment with onnxruntime-genai's builder")
+    parser.add_argument("--out", type=Path, default=Path("build/speed"), help="default: %(default)s")
+    parser.add_argument("--rivals", default="", help="only these, by key; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, after one to warm up; default: %(default)s")
+    parser.add_argument("--cold", type=int, default=5, help="starts of new processes; default: %(default)s")
+    parser.add_argument("--contexts", type=numbers, default=(32, 128, 512, 2048), help="default: 32,128,512,2048")
+    parser.add_argument(
+        "--decode", type=numbers, default=(128, 2048), help="contexts to decode after; default: 128,2048"
+    )
+    parser.add_argument("--tokens", type=int, default=16, help="decoded in a round; default: %(default)s")
+    parser.add_argument("--ranks", default="0,1,4,16,64", help="default: %(default)s")
+    parser.add_argument("--resident", default="1,10,100", help="default: %(default)s")
+    parser.add_argument("--batch", default="1,2,4,8,16,32,64", help="rows; default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep an earlier file's runs of other models and threads")
+    parser.add_argument("--tables", type=Path, default=Path("BENCHMARKS.md"), help="default: %(default)s")
+    parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="default: %(default)s")
+    parser.add_argument("--step", choices=("prepare", "measure", "report"), action="append", help="default: all three")
+    args = parser.parse_args()
+    known = {rival.key for rival in RIVALS}
+    if unknown := set(filter(None, args.rivals.split(","))) - known:
+        parser.error(f"unknown rivals {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return args
+
+
+def main() -> None:
+    """Prepares, measures, reports."""
+    args = parse()
+    steps = args.step or ["prepare", "measure", "report"]
+    names = args.models.split(",")
+    out = args.out / "speed.json"
+    failed = {}
+    if "prepare" in steps:
+        failed = {name: prepare(name, args.out / "models" / name, args.builder) for name in names}
+    if "measure" in steps:
+        measure(args, names, failed, out)
+    if "report" in steps:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        drawn = plots.draw(found, args.plots)
+        tables.write(found, drawn, args.tables)
+
+
+def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], out: Path) -> None:
+    """Every model at every number of threads, each one interleaved run, written after each."""
+    wanted = set(filter(None, args.rivals.split(",")))
+    rivals = tuple(rival for rival in RIVALS if not wanted or rival.key in wanted)
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(out.read_text(encoding="utf-8"))["runs"] if args.keep and out.exists() else []
+    again = {(name, threads) for name in names for threads in args.threads}
+    found = {"runs": [run for run in kept if (run["model"], run["threads"]) not in again]}
+    for name in names:
+        models = args.out / "models" / name
+        text = text_ids(models / "source", max(args.contexts) + 64)
+        plan = Plan(text, args.contexts, args.decode, tokens=args.tokens, rounds=args.rounds, cold=args.cold)
+        for threads in args.threads:
+            print(f"{name}, threads: {threads}", file=sys.stderr, flush=True)
+            run = {
+                **{"model": name, "threads": threads, "date": time.strftime("%Y-%m-%d")},
+                "command": "python -m benchmarks.speed " + shlex.join(sys.argv[1:]),
+                "machine": machine.describe(),
+                "plan": {key: value for key, value in asdict(plan).items() if key != "text"},
+                "not_prepared": failed.get(name, {}),
+                **compare(models, threads, plan, rivals),
+            }
+            run |= {"patches": patches(models, threads, args), "batches": batches(models, threads, args)}
+            found["runs"].append(run)
+            found["runs"].sort(key=lambda run: (_order(run["model"]), run["threads"]))
+            with atomic_file(out) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _order(model: str) -> tuple[int, str]:
+    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
+
+
+if __name__ == "__main__":
+    main()

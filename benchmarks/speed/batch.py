@@ -1,0 +1,81 @@
+"""A step of a batch in which every row has a patch of its own, beside one in which all rows are the base.
+
+    python -m benchmarks.speed.batch MODEL [--threads 1] [--sizes 1,2,4,8,16,32,64] [-o FILE]
+
+The two batches take turns step by step. All rows are prompts of the same length, so that nothing but the patches and
+the number of rows differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tp_runtime import PatchedModel, batch
+from tp_runtime.bench import RANK, random_patch
+from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.sampling import Sampling
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps: int) -> batch.Batch:
+    """A batch with one row under each of `bounds`, that can do so many steps."""
+    made = batch.Batch(graph, len(bounds))
+    for bound in bounds:
+        made.join(prompt, bound, sampling=Sampling(), max_new_tokens=steps + 1, eos_ids=frozenset())
+    return made
+
+
+def measure(model: PatchedModel, sizes: Sequence[int], prompt_tokens: int, steps: int) -> list[dict[str, Any]]:
+    """For each size, milliseconds of a step: medians, and the median of each pair's ratio."""
+    graph = model.graph
+    prompt = np.random.default_rng(0).integers(0, graph.folder.vocab_size, prompt_tokens).tolist()
+    bounds = [graph.bind(random_patch(graph.folder, RANK, seed)) for seed in range(max(sizes))]
+    rows = []
+    for size in sizes:
+        print(f"batch of {size}", file=sys.stderr, flush=True)
+        batches = [filled(graph, arm, prompt, steps + 2) for arm in ([graph.base] * size, bounds[:size])]
+        seconds: list[list[float]] = [[], []]
+        for turn in range(steps + 2):
+            for arm in (0, 1) if turn % 2 else (1, 0):
+                start = time.perf_counter()
+                batches[arm].step()
+                if turn > 1:  # buffers are made in the first
+                    seconds[arm].append(time.perf_counter() - start)
+        base, patched = (1e3 * median(values) for values in seconds)
+        ratio = median(one / other for one, other in zip(seconds[1], seconds[0], strict=True))
+        rows.append({"rows": size, "base_ms": base, "patched_ms": patched, "ratio_per_step": ratio})
+    return rows
+
+
+def main() -> None:
+    """One model at one number of threads."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    model = PatchedModel.from_pretrained(args.model, "cpu", threads=args.threads)
+    sizes = [int(size) for size in args.sizes.split(",")]
+    found = {"rank": RANK, "prompt_tokens": args.prompt_tokens, "steps": args.steps}
+    text = json.dumps({**found, "sizes": measure(model, sizes, args.prompt_tokens, args.steps)}, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

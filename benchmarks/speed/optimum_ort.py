@@ -1,0 +1,54 @@
+"""optimum's ORTModelForCausalLM on optimum's own export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from benchmarks.speed.protocol import Worker, serve
+
+
+class OptimumORT(Worker):
+    """The model's forward with its IO binding, as it chooses for the CPU."""
+
+    packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
+
+    def load(self, path: Path, threads: int) -> None:
+        """The same number of threads for torch, which holds its tensors."""
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.model = ORTModelForCausalLM.from_pretrained(path, session_options=options, use_cache=True)
+
+    def reset(self) -> None:
+        """No past."""
+        self.past: Any = None
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Cut every layer's keys and values, which are [batch, heads, positions, head size]."""
+        self.past = tuple(tuple(part[:, :, :length].contiguous() for part in layer) for layer in self.past)
+        self.length = length
+
+    def step(self, ids: Sequence[int]) -> int:
+        """Its graphs give logits of every position."""
+        total = self.length + len(ids)
+        out = self.model(
+            input_ids=torch.tensor([list(ids)]),
+            attention_mask=torch.ones(1, total, dtype=torch.int64),
+            position_ids=torch.arange(self.length, total)[None],
+            past_key_values=self.past,
+            use_cache=True,
+        )
+        self.past, self.length = out.past_key_values, total
+        return int(out.logits[0, -1].argmax())
+
+
+if __name__ == "__main__":
+    serve(OptimumORT())

@@ -1,0 +1,53 @@
+"""tp-runtime: an exported folder in a live session, through the engine's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime  # noqa: F401  (its import is Python's time, not the model's)
+
+from benchmarks.speed.protocol import Worker, serve
+from tp_runtime import Patch, PatchedModel
+from tp_runtime.bench import random_patch
+from tp_runtime.graph import BoundPatch
+from tp_runtime.sampling import Sampler, Sampling
+
+
+class Ours(Worker):
+    """The graph's forward step and the engine's sampler; a context kept in its cache is rewound as a chat's is."""
+
+    packages = ("tp-runtime", "onnxruntime", "numpy")
+
+    def load(self, path: Path, threads: int) -> None:
+        """As an application does: tokenizer and template included."""
+        model = PatchedModel.from_pretrained(path, "cpu", threads=threads)
+        self.graph, self.sampler = model.graph, Sampler(Sampling())
+        self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}
+        self.bound = self.graph.base
+
+    def select(self, patch: int | str | None) -> None:
+        """Bound once for each patch, as a loaded patch is."""
+        if patch is not None and patch not in self.bounds:
+            made = Patch.load(patch) if isinstance(patch, str) else random_patch(self.graph.folder, patch)
+            self.bounds[patch] = self.graph.bind(made)
+        if self.bound is not self.bounds[patch]:
+            self._held = []  # a cache belongs to a patch
+        self.bound = self.bounds[patch]
+
+    def reset(self) -> None:
+        """A new cache, under the selected patch."""
+        self.cache = self.graph.new_cache(self.bound)
+
+    def rewind(self, length: int) -> None:
+        """Forget the end."""
+        del self.cache.tokens[length:]
+
+    def step(self, ids: Sequence[int]) -> int:
+        """One forward step and the pick."""
+        logits = self.graph.forward(ids, self.cache, self.bound)
+        return int(self.sampler.pick(logits[-1], self.cache.tokens))
+
+
+if __name__ == "__main__":
+    serve(Ours())

@@ -1,0 +1,84 @@
+"""The files that the runtimes are measured on, one folder a model; what is there is used as it is.
+
+    source              the fetched Hugging Face folder (a link)
+    ours-PRECISION      tp-export model --precision; genai runs on these too
+    slotless-PRECISION  the same without slots (slotless.py)
+    optimum             optimum's own export
+    genai-PRECISION     onnxruntime-genai's builder, in an environment of its own (genai_graphs.py)
+    *.gguf              the published file and its re-quantised versions (gguf_files.py)
+
+A step that fails leaves its runtimes out, with the reason, and stops nothing else.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
+BITS = ("fp32", "int8", "int4")
+_HERE = Path(__file__).parent.parent
+
+
+def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
+    """Make what is missing.
+
+    Args:
+        name: a base model with a manifest.
+        folder: for its files.
+        builder: the Python of an environment with onnxruntime-genai's builder, or None.
+
+    Returns:
+        What could not be made: file or folder to reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    source = folder / "source"
+    if not source.exists():
+        found = _run([*_export("fetch"), name], failed, "source")
+        if found is None:
+            return failed
+        source.symlink_to(found.strip().splitlines()[-1])
+    for bits in BITS:
+        out = folder / f"ours-{bits}"
+        if not (out / "patch_slots.json").exists():
+            _run([*_export("model"), str(source), str(out), "--precision", bits], failed, out.name)
+        out = folder / f"slotless-{bits}"
+        if f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+            script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", bits]
+            _run(script, failed, out.name)
+    if not (folder / "optimum" / "config.json").exists():
+        command = ["-m", "optimum.exporters.onnx", "--model", str(source), "--task", "text-generation-with-past"]
+        _run([sys.executable, *command, str(folder / "optimum")], failed, "optimum")
+    if any(not (folder / f"{kind}.gguf").exists() for kind in ("published", "q8_0", "q4_0")):
+        _run([sys.executable, str(_HERE / "gguf_files.py"), name, str(folder)], failed, "*.gguf")
+    for bits in BITS:
+        out = folder / f"genai-{bits}"
+        if not (out / "genai_config.json").exists():
+            if builder is None:
+                failed[out.name] = "no --builder was given (benchmarks/genai_graphs.py says how to make one)"
+                continue
+            made = folder / "genai"
+            script = [builder, str(_HERE / "genai_graphs.py"), str(source), str(made), "--precisions", bits]
+            if _run(script, failed, out.name) is not None:
+                (made / bits).rename(out)
+                made.rmdir()
+    return failed
+
+
+def _export(command: str) -> list[str]:
+    return [sys.executable, "-c", "from tp_export.cli import main; raise SystemExit(main())", command]
+
+
+def _run(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:
+    """The command's stdout; or None, and its last line on stderr as the reason."""
+    print(f"preparing {what}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == 0:
+        return done.stdout
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    failed[what] = lines[-1] if lines else f"exit code {done.returncode}"
+    print(f"  failed: {failed[what]}", file=sys.stderr, flush=True)
+    return None

@@ -1,0 +1,195 @@
+"""What is asked of every runtime, in which order, and what is kept of the answers.
+
+A round is one command to each runtime in turn; the next round begins with another one. So a machine that slows down or
+speeds up does it to all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.speed.pool import Process, WorkerError
+from benchmarks.speed.rivals import Rival
+
+_WARM = 128  # the longest context of the round that warms up: the long ones take most of a round's time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        text: ids that contexts and the question are taken from.
+        contexts: lengths of the context in front of the question.
+        decode: the contexts after which tokens are decoded too.
+        question: ids of the question: all that is run with no context, a cached one, or a patch instead.
+        tokens: decoded in a round.
+        rounds: kept, after one that warms up.
+        cold: starts of new processes, after one that warms up; 0 leaves them out.
+        rank: of the random patch.
+    """
+
+    text: tuple[int, ...]
+    contexts: tuple[int, ...] = (32, 128, 512, 2048)
+    decode: tuple[int, ...] = (128, 2048)
+    question: int = 16
+    tokens: int = 16
+    rounds: int = 5
+    cold: int = 5
+    rank: int = 16
+
+    @property
+    def room(self) -> int:
+        """Positions of the longest answer."""
+        return max(self.contexts, default=32) + self.question + self.tokens + 1
+
+    def asks(self, rival: Rival) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The commands of one round, by the name they are kept under."""
+        question = list(self.text[: self.question])
+        rest = self.text[self.question :]
+        yield "none", {"context": [], "question": question}
+        if rival.module == "ours":
+            yield "patch", {"context": [], "question": question, "patch": self.rank}
+        for length in self.contexts:
+            tokens = self.tokens if length in self.decode else 0
+            context = list(rest[:length])
+            yield f"prompt-{length}", {"context": context, "question": question, "tokens": tokens}
+            yield f"cached-{length}", {"context": context, "question": question, "cached": True}
+        if rival.module == "ours" and self.decode:
+            context = list(rest[: self.decode[0]])
+            asked = {"context": context, "question": question, "tokens": self.tokens, "patch": self.rank}
+            yield f"patched-{self.decode[0]}", asked
+
+
+@dataclass
+class Found:
+    """Of one runtime: every sample, in seconds and bytes.
+
+    Attributes:
+        cold: from the start of a process to its first token.
+        load: of the model in it, imports not counted.
+        memory: after that first token; `worked` after all rounds.
+        first, step: by name of the command: the first token, and the median of a round's further ones.
+        ids: by name of the command: what the last round answered.
+        failed: by name of the command, or "all": what went wrong.
+    """
+
+    cold: list[float] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
+    memory: list[dict[str, int]] = field(default_factory=list)
+    worked: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    first: dict[str, list[float]] = field(default_factory=dict)
+    step: dict[str, list[float]] = field(default_factory=dict)
+    ids: dict[str, list[int]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def keep(self, name: str, answer: dict[str, Any]) -> None:
+        """One answer of a round that counts."""
+        self.first.setdefault(name, []).append(answer["first"])
+        if answer["steps"]:
+            self.step.setdefault(name, []).append(median(answer["steps"]))
+        self.ids[name] = answer["ids"]
+
+    def report(self) -> dict[str, Any]:
+        """Medians, and beside them the samples."""
+        report: dict[str, Any] = {"failed": self.failed, "versions": self.versions}
+        if self.cold:
+            report |= {"cold_start_s": median(self.cold), "load_s": median(self.load)}
+            report["memory_first_token"] = {key: median(m[key] for m in self.memory) for key in self.memory[0]}
+        report |= {
+            "memory_worked": self.worked,
+            "first_s": {name: median(values) for name, values in self.first.items()},
+            "token_s": {name: median(values) for name, values in self.step.items()},
+            "ids": self.ids,
+            "samples": {"cold_start": self.cold, "load": self.load, "first": self.first, "token": self.step},
+        }
+        return report
+
+
+def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]) -> None:
+    """New processes, one at a time, to their first token after a prompt of 32."""
+    prompt = list(plan.text[:32])
+    for number in range(plan.cold + 1 if plan.cold else 0):
+        for rival in _rotated(rivals, number):
+            if "all" in found[rival.key].failed:
+                continue
+            _say(f"cold start {number + 1} of {plan.cold + 1}: {rival.label}")
+            with _failing(found[rival.key], "all"), Process(rival.module, threads) as process:
+                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
+                ended = process.ask("answer", context=[], question=prompt)["at"]
+                if number > 0:  # the first brings the files into memory
+                    found[rival.key].cold.append(ended - process.started)
+                    found[rival.key].load.append(loaded["seconds"])
+                    found[rival.key].memory.append(process.ask("memory"))
+
+
+def live_rounds(
+    rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]
+) -> list[float]:
+    """All runtimes loaded at once, and asked in turns; returns the bytes per second that memory was read at."""
+    bandwidths = []
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(Process("bandwidth", threads))
+        stream.ask("load", path="", threads=threads, room=0)
+        live: dict[str, tuple[Rival, Process, bool]] = {}
+        for rival in rivals:
+            if "all" in found[rival.key].failed:
+                continue
+            _say(f"load {rival.label}")
+            with _failing(found[rival.key], "all"):
+                process = stack.enter_context(Process(rival.module, threads))
+                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
+                found[rival.key].versions = loaded["versions"]
+                live[rival.key] = rival, process, loaded["can_rewind"]
+        names = list(dict.fromkeys(name for rival, _, _ in live.values() for name, _ in plan.asks(rival)))
+        asks = {key: dict(plan.asks(rival)) for key, (rival, _, _) in live.items()}
+        for number in range(plan.rounds + 1):
+            bandwidths.append(stream.ask("stream")["bytes_per_second"])
+            for name in names:
+                for rival, process, can_rewind in _rotated(list(live.values()), number):
+                    key = rival.key
+                    if name not in asks[key] or {"all", name} & set(found[key].failed):
+                        continue
+                    if number == 0 and len(asks[key][name]["context"]) > _WARM:
+                        continue
+                    if name.startswith("cached") and not can_rewind:
+                        found[key].failed[name] = "its cache cannot go back to an earlier length"
+                        continue
+                    _say(f"round {number + 1} of {plan.rounds + 1}, {name}: {rival.label}")
+                    with _failing(found[key], name):
+                        answer = process.ask("answer", **asks[key][name])
+                        if number > 0:
+                            found[key].keep(name, answer)
+        for key, (_, process, _) in live.items():
+            with _failing(found[key], "memory"):
+                found[key].worked = process.ask("memory")
+    return bandwidths
+
+
+@contextlib.contextmanager
+def _failing(found: Found, name: str) -> Iterator[None]:
+    """An error belongs to the runtime it happened to, and to no other."""
+    try:
+        yield
+    except WorkerError as error:
+        found.failed[name] = str(error)
+        _say(f"failed: {error}", end="\n")
+
+
+def _rotated(items: Sequence[Any], by: int) -> list[Any]:
+    by %= len(items) or 1
+    return [*items[by:], *items[:by]]
+
+
+def _say(line: str, end: str = "") -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line[:110]}", end=end, file=sys.stderr, flush=True)
+    elif end or "none" in line or "cold" in line:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""transformers in eager mode: torch, float32, its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.speed.protocol import Worker, serve
+
+
+class TransformersEager(Worker):
+    """The model as `from_pretrained` gives it."""
+
+    packages = ("torch", "transformers")
+
+    def load(self, path: Path, threads: int) -> None:
+        """Weights mapped from the safetensors file."""
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        # Layers with a sliding window keep only the window, and cannot go back.
+        types = getattr(self.model.config, "layer_types", None) or ()
+        self.can_rewind = "sliding_attention" not in types
+
+    def reset(self) -> None:
+        """The cache class that generate() would take."""
+        self.cache = DynamicCache(config=self.model.config)
+
+    def rewind(self, length: int) -> None:
+        """Cut every layer's keys and values."""
+        self.cache.crop(length)
+
+    def step(self, ids: Sequence[int]) -> int:
+        """Logits of the last position only."""
+        out = self.model(torch.tensor([list(ids)]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())
+
+
+if __name__ == "__main__":
+    serve(TransformersEager())
