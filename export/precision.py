@@ -16,18 +16,9 @@ from .quantise import Blocks, FloatArray, k_quant, round_to_nearest
 
 Quantiser = Callable[[FloatArray], Blocks]
 
-# int8, symmetric: half a thousandth of the KL that four bits cost there, and the head is a large part of a small model.
-_HEAD: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)
-_QUANTISERS: Mapping[str, Quantiser] = {
-    "int8": _HEAD,
-    "int4-symmetric": partial(round_to_nearest, bits=4, symmetric=True),
-    "int4-rtn": partial(round_to_nearest, bits=4, symmetric=False),
-    "int4-k-quant": partial(k_quant, bits=4),
-}
-FLOATS = ("fp32", "fp16", "bf16")
-MEASURED = "int4"  # stands for whichever of these loses least on the model at hand
-INT4 = tuple(name for name in _QUANTISERS if name.startswith("int4"))
-PRECISIONS = (*FLOATS, "int8", MEASURED, *INT4)
+_INT8: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)
+_INT4: Quantiser = partial(round_to_nearest, bits=4, symmetric=True)
+_RTN: Quantiser = partial(round_to_nearest, bits=4, symmetric=False)
 
 
 @dataclass(frozen=True)
@@ -37,19 +28,39 @@ class Precision:
     Attributes:
         name: as in patch_slots.json and in the patches fitted for it.
         linear: quantiser of the linear layers.
+        head: of the head and the table of tokens, symmetric. Eight bits lose next to nothing there, four a quarter of
+            what the layers lose; but in a small model the head is up to two thirds of the bytes of a token.
     """
 
     name: str
     linear: Quantiser
+    head: Quantiser
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
-        """Blocks of a weight [K, N]; the head and the table of tokens have eight bits in every precision."""
-        return (_HEAD if is_head else self.linear)(weight)
+        """Blocks of a weight [K, N]."""
+        return (self.head if is_head else self.linear)(weight)
+
+
+_QUANTISED: Mapping[str, Precision] = {
+    precision.name: precision
+    for precision in (
+        Precision("int8", _INT8, _INT8),
+        Precision("int4-symmetric", _INT4, _INT8),
+        Precision("int4-rtn", _RTN, _INT8),
+        Precision("int4-k-quant", partial(k_quant, bits=4), _INT8),
+        Precision("int4-symmetric-head4", _INT4, _INT4),
+        Precision("int4-rtn-head4", _RTN, _INT4),
+    )
+}
+FLOATS = ("fp32", "fp16", "bf16")
+MEASURED = "int4"  # stands for whichever of these loses least on the model at hand
+INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
+PRECISIONS = (*FLOATS, MEASURED, *_QUANTISED)
 
 
 def quantised(name: str) -> Precision:
     """The quantised precision of that name."""
-    return Precision(name, _QUANTISERS[name])
+    return _QUANTISED[name]
 
 
 def check_precision(name: str) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import StaleCacheError
 from .prefix import KVPrefix
+from .step_io import StepIO
 
 # (graph digest, ordered (patch identity, strength) terms); () is the base.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
@@ -31,6 +32,7 @@ class KVCache:
         buffers: graph input name -> device buffer [1, kv heads, capacity, head dim]; kv_buffers.py says how they grow.
         binding: the ONNX Runtime binding that holds the buffers, kept between steps.
         start: what the buffers begin with, by graph input name, [kv heads, filled, head dim]; read, never written.
+        step: the ids and logits that `binding` has bound since the last decode step; None after any other run.
     """
 
     key: CacheKey
@@ -40,6 +42,7 @@ class KVCache:
     buffers: dict[str, Any] = field(default_factory=dict)
     binding: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
+    step: StepIO | None = None
 
     def __post_init__(self) -> None:
         if self.prefix is not None and not self.tokens:

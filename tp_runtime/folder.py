@@ -20,7 +20,10 @@ from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch_file import SITES
 from tp_runtime.safe_path import REEXPORT, check_name, checked_file
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant")
+PRECISIONS = (
+    *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
+    *("int4-symmetric-head4", "int4-rtn-head4"),
+)
 DEFAULT_FILE = "default_patch.safetensors"  # the default patch, for runs that mix it with others
 SLOTS_FILE = "patch_slots.json"
 FORMAT = "tp-slots"

@@ -26,6 +26,7 @@ from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import KVPrefix
 from .safe_path import REEXPORT
 from .slots import SlotKey, check_base, fit_slots, slot_arrays
+from .step_io import StepIO
 from .threads import set_threads
 
 FIRST_LOGIT = "tp.first_logit"
@@ -107,6 +108,7 @@ class Graph:
         from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
+        self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
         self.kv = buffers(folder, self.session, self.ort, self.device.kind, self.dtype)
         prefix = None if defaults is None else defaults.prefix
         self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
@@ -241,13 +243,22 @@ class Graph:
             )
         steps, past = len(tokens), cache.filled
         self.kv.prepare(cache, past + steps, bound.values)
-        ids = np.array([tokens], np.int64)
         mask = self._ones[:, : past + steps]
-        positions = np.arange(position, position + steps)[None]
-        logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)
+        if steps == 1 and self._steps_in_place:
+            logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
+        else:
+            cache.step = None  # what it has bound is bound to something else now
+            ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
+            logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)[0]
         self.kv.adopt(cache)
         cache.tokens.extend(tokens)
-        return logits[0]
+        return logits
+
+    def _step_io(self, cache: KVCache) -> StepIO:
+        if cache.step is None or cache.step.binding is not cache.binding:
+            first = FIRST_LOGIT, self._first_logit[False]
+            cache.step = StepIO(self.ort, cache.binding, self.folder.vocab_size, self._logits_dtype, first)
+        return cache.step
 
     def execute(
         self,

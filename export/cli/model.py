@@ -21,7 +21,8 @@ def add_parser(subparsers: Any) -> None:
         "--precision",
         default="fp32",
         help="fp32 (default), fp16, bf16 (stored only), int8, int4 (the quantiser that loses least on held-out text), "
-        "or one of these: int4-symmetric, int4-rtn, int4-k-quant",
+        "or one of these: int4-symmetric, int4-rtn, int4-k-quant; or, with the head in four bits too, "
+        "int4-symmetric-head4, int4-rtn-head4",
     )
     parser.add_argument(
         "--slots",
