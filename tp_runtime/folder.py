@@ -24,6 +24,7 @@ PRECISIONS = (
     *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
     *("int4-symmetric-head4", "int4-rtn-head4"),
 )
+PREPARED = "prepared"  # what prepared.py makes: of this machine, not of the export, so it is not listed
 DEFAULT_FILE = "default_patch.safetensors"  # the default patch, for runs that mix it with others
 SLOTS_FILE = "patch_slots.json"
 FORMAT = "tp-slots"
@@ -139,7 +140,7 @@ class ModelFolder:
     @property
     def unlisted(self) -> tuple[str, ...]:
         """Names in the folder that the description does not list; nothing reads them."""
-        return tuple(sorted(set(os.listdir(self.path)) - set(self.files) - {SLOTS_FILE}))
+        return tuple(sorted(set(os.listdir(self.path)) - set(self.files) - {SLOTS_FILE, PREPARED}))
 
     def to_json(self) -> str:
         """The text of `patch_slots.json`."""

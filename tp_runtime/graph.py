@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
 from .delta import Delta
-from .device import create_session, require_onnxruntime, select_device
+from .device import Device, create_session, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import KVPrefix
+from .prepared import prepared_graph
 from .safe_path import REEXPORT
 from .slots import SlotKey, check_base, fit_slots, slot_arrays
 from .step_io import StepIO
@@ -101,7 +102,7 @@ class Graph:
             self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
-        self.session, self.device = create_session(folder.path / "model.onnx", select_device(device), options)
+        self.session, self.device = self._open(select_device(device), options)
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
@@ -113,6 +114,11 @@ class Graph:
         prefix = None if defaults is None else defaults.prefix
         self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
         self.base = self._bind_base()
+
+    def _open(self, device: Device, options: Any) -> tuple[Any, Device]:
+        """A session over the graph prepared for this processor, if there is one and it is to run there."""
+        prepared = prepared_graph(self.folder) if device.kind == "cpu" else None
+        return create_session(prepared or self.folder.path / "model.onnx", device, options)
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.

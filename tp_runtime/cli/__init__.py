@@ -12,12 +12,12 @@ from typing import Any
 
 from tp_runtime.errors import TPError
 
-from . import bench, chat, generate, inspect
+from . import bench, chat, generate, inspect, prepare
 from .printing import note, printable, version
 
 # A command is a module with add_parser(subparsers), which sets `run` as a default; run(args) returns the exit
 # code. None of them imports onnxruntime or opens a model before run(): `--help` stays instant.
-_COMMANDS = (generate, chat, inspect, bench)
+_COMMANDS = (generate, chat, inspect, prepare, bench)
 _CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
