@@ -1,7 +1,7 @@
 """The files that the runtimes are measured on, one folder a model; what is there is used as it is.
 
     source              the fetched Hugging Face folder (a link)
-    ours-PRECISION      tp-export model --precision, prepared for this machine; genai runs on these too, but not prepared
+    ours-PRECISION      tp-export model --precision, prepared for this machine; genai runs on these too, unprepared
     ours-int4-head4     the head in four bits as well, as genai's builder has it
     slotless-PRECISION  the same without slots (slotless.py)
     optimum             optimum's own export
