@@ -15,7 +15,7 @@ from .questions import load_questions, split_holdout
 from .source import Source
 
 _RANK = 32  # rounding errors have no few directions, as a prompt has: here rank still pays (docs/precision.md)
-_HELD_OUT = 16
+_QUESTIONS, _HELD_OUT = 80, 16
 
 
 def repair_patch(source: Source, model: Any, precision: str, slots: Collection[Slot]) -> Patch:
@@ -23,7 +23,7 @@ def repair_patch(source: Source, model: Any, precision: str, slots: Collection[S
 
     Where the export has slots beside the linears that read z, those are used: `matrix` repairs more than `output`.
     """
-    fitted, held_out = split_holdout(load_questions(None), _HELD_OUT, seed=0)
+    fitted, held_out = split_holdout(load_questions(None)[:_QUESTIONS], _HELD_OUT, seed=0)
     sites = {slot.site for slot in slots}
     gated = all(set(block.mlps[0].reads_z) <= sites and block.router is None for block in blocks_of(model))
     recipe = Recipe("matrix" if gated else "output", Settings(_RANK), student_precision=precision)
