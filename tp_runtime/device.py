@@ -156,7 +156,7 @@ def check_providers(session_providers: list[str], device: Device) -> Device:
 
 
 def create_session(
-    model_path: str | Path, device: Device, session_options: onnxruntime.SessionOptions
+    model_path: str | Path, device: Device, session_options: onnxruntime.SessionOptions, cuda_graphs: bool = False
 ) -> tuple[onnxruntime.InferenceSession, Device]:
     """Creates a session on a device and checks that it is there.
 
@@ -166,6 +166,7 @@ def create_session(
         model_path: the ONNX file.
         device: what `select_device` returned.
         session_options: left as they were found.
+        cuda_graphs: on CUDA, a session whose runs can be captured (cuda_lane.py says what that asks of every run).
 
     Returns:
         The session and the device it is on.
@@ -176,8 +177,9 @@ def create_session(
     """
     ort = require_onnxruntime()
     if device.provider == CUDA:
+        cuda = {**_CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
         try:
-            session = _new_session(ort, model_path, [(CUDA, dict(_CUDA_OPTIONS)), CPU], session_options)
+            session = _new_session(ort, model_path, [(CUDA, cuda), CPU], session_options)
         except Exception as error:
             if type(error).__name__ in _GRAPH_FAULTS:
                 raise _unreadable_graph(model_path, error) from error

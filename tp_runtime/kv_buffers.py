@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cache import KVCache
 from .folder import ModelFolder
@@ -45,10 +46,13 @@ class _KVBuffers:
 
     def _value(self, length: int, content: Any = None) -> Any:
         """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
+        return self._from_numpy(self._array(length, content), self._device, 0)
+
+    def _array(self, length: int, content: Any) -> NDArray[Any]:
         array = np.zeros((1, self._kv.heads, length, self._kv.head_dim), self._dtype)
         if content is not None:
             array[:, :, : content.shape[2]] = content
-        return self._from_numpy(array, self._device, 0)
+        return array
 
     def content(self, cache: KVCache, past: str) -> Any:
         """What a cache holds of one tensor, [1, heads, filled, head dim], or None of nothing.
@@ -80,13 +84,25 @@ class InPlace(_KVBuffers):
         while capacity < length:
             capacity *= 2
         capacity = min(capacity, self._window)
-        binding, grown = self._new_binding(patch), {}
+        self.hold(cache, {past: self._value(capacity, self.content(cache, past)) for past, _ in self.names}, patch)
+
+    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
+        """Let `cache` run in `buffers`, which hold what it held: bind them, and `patch`, to a binding of its own."""
+        binding = self._new_binding(patch)
         for past, present in self.names:
-            grown[past] = self._value(capacity, self.content(cache, past))
-            binding.bind_ortvalue_input(past, grown[past])
-            binding.bind_ortvalue_output(present, grown[past])
-        cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
+            binding.bind_ortvalue_input(past, buffers[past])
+            binding.bind_ortvalue_output(present, buffers[past])
+        cache.buffers, cache.binding = buffers, binding
+        cache.capacity = buffers[self.names[0][0]].shape()[2]
         cache.start = None
+
+    def lane_buffers(self, capacity: int) -> dict[str, Any]:
+        """Buffers of zeros that one sequence after the other will run in (cuda_lane.py), by graph input name."""
+        return {past: self._value(capacity) for past, _present in self.names}
+
+    def refill(self, buffer: Any, content: NDArray[Any]) -> None:
+        """Overwrite a buffer where it lies: `content` [1, heads, kept, head dim] in its first places, then zeros."""
+        buffer.update_inplace(self._array(buffer.shape()[2], content))
 
     def adopt(self, cache: KVCache) -> None:
         """Nothing to do after a run: it wrote where the next one reads."""
