@@ -12,7 +12,7 @@ inference_session.cc, group_query_attention.cc of its sources), and what follows
 
 - The provider option `enable_cuda_graph`; no control flow; every node on CUDA, but for shape arithmetic. A session that
   cannot is refused when it is made. The CUDA provider's attention operator takes float16 and bfloat16 only, so graphs
-  that compute in float32 (fp32, int8 and int4 exports) are refused.
+  that compute in float32 (fp32, int8 and int4 exports) are refused; fp16 exports are what this is for.
 - Shapes and addresses stay. A replay runs nothing but the captured kernels: inputs and outputs have to be bound, on the
   device. What kernels read on the host is baked in: the total length, and which logits are asked for.
 - `gpu_graph_id` in the run options names the capture: -1 is an ordinary run, 0 is reserved, without it a run is

@@ -43,6 +43,9 @@ _GRAPH_FAULTS = frozenset(
     {"InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoModel", "NoSuchFile", "NotImplemented"}
 )
 
+# ONNX Runtime's names of memory that the CPU's kernels read.
+_HOST_MEMORY = frozenset({"Cpu", "CudaPinned"})
+
 _SEVERITY_ERROR = 3
 _PRELOAD_FAILURE = "Failed to load"
 
@@ -192,6 +195,17 @@ def create_session(
         if type(error).__name__ in _GRAPH_FAULTS | {"Fail"}:
             raise _unreadable_graph(model_path, error) from error
         raise
+
+
+def input_kinds(session: Any, device: Device) -> dict[str, str]:
+    """Where the nodes that read them want the graph's inputs: `cpu` or `cuda`, by name.
+
+    A provider runs the nodes it has kernels for, and what is bound anywhere else is copied when it is bound, once: a
+    buffer that later runs write to would be read as it was then.
+    """
+    names, infos = [value.name for value in session.get_inputs()], session.get_input_memory_infos()
+    kinds = ("cpu" if info.name in _HOST_MEMORY else device.kind for info in infos)
+    return dict(zip(names, kinds, strict=True))
 
 
 def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options: Any) -> Any:

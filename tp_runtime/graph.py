@@ -22,12 +22,12 @@ from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
 from .cuda_lane import Lane
 from .delta import Delta
-from .device import Device, create_session, require_onnxruntime, select_device
+from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import DeviceUnavailableError, ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
-from .prefix import KVPrefix
+from .prefix import PARTS, KVPrefix
 from .prepared import prepared_graph
 from .safe_path import REEXPORT
 from .slots import SlotKey, check_base, fit_slots, slot_arrays
@@ -139,7 +139,10 @@ class Graph:
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
-        self.kv = buffers(folder, self.session, self.ort, self.device.kind, self.dtype)
+        place = input_kinds(self.session, self.device)[f"past_key_values.0.{PARTS[0]}"]
+        if place != self.device.kind:
+            log.warning("attention runs on the CPU: the CUDA provider has none for %s; export with fp16", self.dtype)
+        self.kv = buffers(folder, self.session, self.ort, place, self.dtype)
 
     def _capture(self, device: Device, options: Any) -> bool:
         """Open a session with captured steps; False, with the reason in `no_lane`, if another has to be opened."""

@@ -29,16 +29,17 @@ class _KVBuffers:
         folder: of the graph.
         session: its session.
         ort: the onnxruntime module.
-        device: `cpu` or `cuda`, where the buffers are.
+        device: `cpu` or `cuda`, where the attention operator runs.
         dtype: of keys and values.
 
     Attributes:
+        device: where the buffers are: the same.
         names: (graph input, graph output) of every tensor, in the order in which they are bound.
     """
 
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
         self._kv, self._window = folder.kv, folder.context_window
-        self._session, self._device, self._dtype = session, device, dtype
+        self._session, self.device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in PARTS]
         self.names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
@@ -46,7 +47,7 @@ class _KVBuffers:
 
     def _value(self, length: int, content: Any = None) -> Any:
         """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
-        return self._from_numpy(self._array(length, content), self._device, 0)
+        return self._from_numpy(self._array(length, content), self.device, 0)
 
     def _array(self, length: int, content: Any) -> NDArray[Any]:
         array = np.zeros((1, self._kv.heads, length, self._kv.head_dim), self._dtype)
@@ -119,7 +120,7 @@ class Fresh(_KVBuffers):
             if past not in cache.buffers or cache.capacity != cache.filled:  # new, or rewound
                 cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
-            cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
+            cache.binding.bind_output(present, self.device, 0)  # anew: the last run's has the last run's length
         cache.capacity = cache.filled
         cache.start = None
 

@@ -384,3 +384,20 @@ def test_a_capture_that_fails_is_said_and_done_without(
     graph = Graph(plain.folder, "cuda", cuda_graphs=True)
     assert asked == [True, False] and graph.lane is None and "CUDA failure 900" in str(graph.no_lane)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
+
+
+def test_attention_that_falls_to_the_cpu_is_said(
+    plain: Graph,
+    on_cuda: Callable[[Exception | None], list[bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    on_cuda(None)
+    wants = graph_module.input_kinds
+    monkeypatch.setattr(graph_module, "input_kinds", lambda session, _: wants(session, Device("cuda", CUDA)))
+    create = graph_module.create_session
+    monkeypatch.setattr(graph_module, "create_session", lambda *args: (create(*args)[0], Device("cuda", CUDA)))
+    folder = replace(plain.folder, slots={})  # there is no CUDA to put a slot's tensors on
+    with caplog.at_level(logging.WARNING, "tp_runtime"):
+        graph = Graph(folder, "cuda")
+    assert graph.kv.device == "cpu" and "attention runs on the CPU" in caplog.text
