@@ -203,8 +203,10 @@ def input_kinds(session: Any, device: Device) -> dict[str, str]:
     A provider runs the nodes it has kernels for, and what is bound anywhere else is copied when it is bound, once: a
     buffer that later runs write to would be read as it was then.
     """
-    names, infos = [value.name for value in session.get_inputs()], session.get_input_memory_infos()
-    kinds = ("cpu" if info.name in _HOST_MEMORY else device.kind for info in infos)
+    names = [value.name for value in session.get_inputs()]
+    if device.kind == "cpu":
+        return dict.fromkeys(names, "cpu")
+    kinds = ("cpu" if info.name in _HOST_MEMORY else "cuda" for info in session.get_input_memory_infos())
     return dict(zip(names, kinds, strict=True))
 
 

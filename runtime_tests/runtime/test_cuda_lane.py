@@ -393,8 +393,7 @@ def test_attention_that_falls_to_the_cpu_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     on_cuda(None)
-    wants = graph_module.input_kinds
-    monkeypatch.setattr(graph_module, "input_kinds", lambda session, _: wants(session, Device("cuda", CUDA)))
+    monkeypatch.setattr(graph_module, "input_kinds", lambda *_: {"past_key_values.0.key": "cpu"})
     create = graph_module.create_session
     monkeypatch.setattr(graph_module, "create_session", lambda *args: (create(*args)[0], Device("cuda", CUDA)))
     folder = replace(plain.folder, slots={})  # there is no CUDA to put a slot's tensors on
