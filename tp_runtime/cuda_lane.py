@@ -32,9 +32,11 @@ None of this has been run on a GPU.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .cache import CacheKey, KVCache
 from .delta import Delta
+from .errors import DeviceUnavailableError, RequestError
 from .folder import ModelFolder
 from .kv_buffers import InPlace
 from .slots import SlotKey, slot_arrays
@@ -50,6 +53,31 @@ from .slots import SlotKey, slot_arrays
 BUCKETS = (0, 4, 16, 64)  # ranks
 CAPACITY = 4096  # positions; a longer sequence takes ordinary steps
 _NOT_CAPTURED = -1
+
+
+def check_capturable(folder: ModelFolder, device: str) -> None:
+    """Check that captured steps can be asked for.
+
+    Raises:
+        DeviceUnavailableError: on the CPU.
+        RequestError: of a graph that concatenates keys and values.
+    """
+    if device == "cpu":
+        raise DeviceUnavailableError(
+            "CUDA graphs were asked for, and the CPU",
+            field="cuda_graphs",
+            got="device='cpu'",
+            wanted="device='cuda'",
+            fix="leave cuda_graphs out, or use device='cuda'",
+        )
+    if folder.route != "fused":
+        raise RequestError(
+            "the shapes of this graph change with every step, so that none can be captured",
+            field="cuda_graphs",
+            got=f"a folder of the {folder.route} route",
+            wanted="one of the fused route",
+            fix="leave cuda_graphs out, or export the model again without --route optimum",
+        )
 
 
 @dataclass(eq=False)
@@ -74,7 +102,7 @@ class _Bucket:
 class Lane:
     """The buffers, the thread that runs the session, and the sequence whose keys and values are in them.
 
-    Whoever uses it keeps others out meanwhile (Graph has a lock), but for `run`.
+    Whoever uses it, or a cache that may be in it, does so within `alone`; `run` needs no such care.
 
     Args:
         folder: of the graph; its route is `fused`.
@@ -103,7 +131,8 @@ class Lane:
     ) -> None:
         self._slots, self._dtype, self._kv, self._session = folder.slots, dtypes[0], kv, session
         self._ort, self._device = ort, device
-        self._thread = ThreadPoolExecutor(1, "tp-lane")
+        self._thread, self._lock = ThreadPoolExecutor(1, "tp-lane"), threading.RLock()
+        self._thread_id = self._thread.submit(threading.get_ident).result()
         self._owner: weakref.ref[KVCache] | None = None
         self.capacity = min(CAPACITY, folder.context_window)
         self.buffers = kv.lane_buffers(self.capacity)
@@ -143,6 +172,19 @@ class Lane:
                 wide[:, : array.shape[1], : array.shape[2]] = array
                 arrays[name] = wide
         return arrays
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context no other thread uses the lane.
+
+        On the lane's own thread nobody is waited for: the garbage collector may end a dropped completion there, while
+        the one who is alone waits for that thread.
+        """
+        if threading.get_ident() == self._thread_id:
+            yield
+        else:
+            with self._lock:
+                yield
 
     # -- running the session ---------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ switching rebinds pointers and copies nothing, and runs under different patches 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +19,10 @@ from numpy.typing import NDArray
 
 from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
-from .cuda_lane import Lane
+from .cuda_lane import Lane, check_capturable
 from .delta import Delta
 from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
-from .errors import DeviceUnavailableError, ModelFormatError, RequestError
+from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
@@ -99,7 +98,7 @@ class Graph:
         cuda_graphs: bool = False,
     ) -> None:
         if cuda_graphs:
-            _check_capturable(folder, device)
+            check_capturable(folder, device)
         self.ort = require_onnxruntime()
         self.folder = folder
         self.dtype = _DTYPES[folder.kv.dtype]
@@ -118,7 +117,7 @@ class Graph:
                 options.add_initializer(name, value)
         self.lane: Lane | None = None
         self.no_lane: str | None = None
-        self._alone: AbstractContextManager[Any] = nullcontext()  # with a lane: whoever uses it, and what it holds
+        self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
         chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
         if not cuda_graphs or not self._capture(chosen, options):
             self._open(chosen, options)
@@ -150,7 +149,7 @@ class Graph:
             self._open(device, options, cuda_graphs=True)
             self._start_lane()
         except Exception as error:  # ONNX Runtime's own have no class in common
-            self.lane, self._alone = None, nullcontext()
+            self.lane, self._alone = None, nullcontext
             self.no_lane = " ".join(str(error.__cause__ or error).split())
             log.warning("decode steps are not captured: %s", self.no_lane)
             return False
@@ -160,10 +159,8 @@ class Graph:
         assert isinstance(self.kv, InPlace)
         first = FIRST_LOGIT, self._first_logit[False]
         kind, dtypes = self.device.kind, (self.dtype, self._logits_dtype)
-        self.lane, self._alone = (
-            Lane(self.folder, self.session, self.ort, kind, dtypes, first, self.kv),
-            threading.RLock(),
-        )
+        self.lane = Lane(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
+        self._alone = self.lane.alone
         self.lane.capture()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
@@ -247,7 +244,7 @@ class Graph:
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
         """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
-        with self._alone:
+        with self._alone():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
 
@@ -294,7 +291,7 @@ class Graph:
                 wanted=f"at most {self.folder.context_window}",
                 fix="shorten the prompt or the conversation",
             )
-        with self._alone:
+        with self._alone():
             logits = self._run(tokens, position, cache, bound, all_logits)
             cache.tokens.extend(tokens)
         return logits
@@ -376,22 +373,3 @@ class Graph:
                 got=lowest if lowest < 0 else highest,
                 wanted=f"0..{self.folder.vocab_size - 1}",
             )
-
-
-def _check_capturable(folder: ModelFolder, device: str) -> None:
-    if device == "cpu":
-        raise DeviceUnavailableError(
-            "CUDA graphs were asked for, and the CPU",
-            field="cuda_graphs",
-            got="device='cpu'",
-            wanted="device='cuda'",
-            fix="leave cuda_graphs out, or use device='cuda'",
-        )
-    if folder.route != "fused":
-        raise RequestError(
-            "the shapes of this graph change with every step, so that none can be captured",
-            field="cuda_graphs",
-            got=f"a folder of the {folder.route} route",
-            wanted="one of the fused route",
-            fix="leave cuda_graphs out, or export the model again without --route optimum",
-        )

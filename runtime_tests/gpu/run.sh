@@ -31,10 +31,10 @@ rm -f "$results"/{steps.jsonl,tests.xml,bench-*.json}
 TP_REQUIRE_GPU=1 TP_GPU_RESULTS=$results/steps.jsonl \
     "$bin/python" -m pytest runtime_tests/gpu -s --junitxml "$results/tests.xml" || failed+=(tests)
 
-source=$("$bin/tp-export" fetch smollm2-135m-instruct)
+base=$("$bin/tp-export" fetch smollm2-135m-instruct)
 for precision in fp32 fp16 int4; do
     model=$results/model-$precision
-    "$bin/tp-export" model "$source" "$model" --precision "$precision" --overwrite \
+    "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite \
         && "$bin/tp-runtime" bench "$model" --device cuda --ranks 0,4,16,64 --resident 1,10,50 --tokens 64 \
             -o "$results/bench-$precision.json" \
         || failed+=("bench-$precision")

@@ -314,6 +314,25 @@ def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, laned: Graph) ->
     assert furthest(laned.forward(IDS[9:10], kept, laned.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
 
 
+def test_a_completion_that_the_lanes_thread_drops(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector ends it there while another sequence waits for that very thread."""
+    store, session, options = PrefixCache(2**24), laned.session, {"sampling": Sampling(), "eos_ids": frozenset()}
+    dropped: list[Any] = [engine.generate(laned, IDS[:9], laned.base, max_new_tokens=12, store=store, **options)]
+    next(dropped[0])
+    next(dropped[0])
+
+    class Session:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            dropped.clear()
+            session.run_with_iobinding(binding, options)
+
+    assert laned.lane is not None
+    monkeypatch.setattr(laned.lane, "_session", Session())
+    before = store.bytes
+    laned.forward(IDS[:1], laned.new_cache(laned.base), laned.base)
+    assert store.bytes > before and not dropped
+
+
 # -- asking for it -------------------------------------------------------------------------------------------
 
 
