@@ -104,9 +104,9 @@ def export_model(
     if precision == MEASURED:
         with clock("measure the quantisers"):
             precision = measured_precision(source, model, precision)
-    if repair:
-        patch = repair_patch(source, model, precision)
     slots = slots_of(model, slot_set)
+    if repair:
+        patch = repair_patch(source, model, precision, slots)
     deltas: Mapping[tuple[int, str], Delta] = {}
     if patch is not None:
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})

@@ -21,6 +21,8 @@ def simplify(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "GroupQueryAttention":
             _pack_projections(model, node)
+    for node in list(model.graph):
+        _add_slot_at_once(model, node)
     RemoveUnusedNodesPass()(model)
 
 
@@ -105,6 +107,23 @@ def _pack_projections(model: ir.Model, attention: ir.Node) -> None:
     attention.replace_input_with(0, steps[-1].outputs[0])
     attention.replace_input_with(1, None)
     attention.replace_input_with(2, None)
+
+
+def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
+    """out + (pair + bias) of a slot as one Sum: unpatched, all that slots cost is the calls of their operators."""
+    if node.op_type != "Add":
+        return
+    for out, slot in (node.inputs, node.inputs[::-1]):
+        inner = slot.producer() if slot is not None else None
+        if inner is None or inner.op_type != "Add" or not _alone(inner):
+            continue
+        if any(value is not None and value.is_graph_input() for value in inner.inputs):  # only slots have biases there
+            total = ir.node("Sum", [out, *inner.inputs], name=node.name)
+            old = node.outputs[0]
+            total.outputs[0].type, total.outputs[0].shape, total.outputs[0].name = old.type, old.shape, old.name
+            model.graph.insert_before(node, total)
+            ir.convenience.replace_all_uses_with(old, total.outputs[0])
+            return
 
 
 def _projection(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:

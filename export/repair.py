@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from tp_runtime.folder import Slot
 from tp_runtime.patch import Patch
 
+from .adapters import blocks_of
 from .forms import Settings
 from .patching import Recipe, make_patch
 from .questions import load_questions, split_holdout
@@ -15,8 +18,13 @@ _RANK = 32  # rounding errors have no few directions, as a prompt has: here rank
 _HELD_OUT = 16
 
 
-def repair_patch(source: Source, model: Any, precision: str) -> Patch:
-    """Fit the repair of `precision`, a quantised one, on the base's own answers to the built-in questions."""
+def repair_patch(source: Source, model: Any, precision: str, slots: Collection[Slot]) -> Patch:
+    """Fit the repair of `precision`, a quantised one, on the base's own answers to the built-in questions.
+
+    Where the export has slots beside the linears that read z, those are used: `matrix` repairs more than `output`.
+    """
     fitted, held_out = split_holdout(load_questions(None), _HELD_OUT, seed=0)
-    recipe = Recipe(settings=Settings(_RANK), student_precision=precision)
+    sites = {slot.site for slot in slots}
+    gated = all(set(block.mlps[0].reads_z) <= sites and block.router is None for block in blocks_of(model))
+    recipe = Recipe("matrix" if gated else "output", Settings(_RANK), student_precision=precision)
     return make_patch(source, model, None, fitted, held_out, recipe, name=f"repair-{precision}")

@@ -1,8 +1,9 @@
 """A graph baked for one machine: optimised, its weights already packed the way this processor's kernels read them.
 
-ONNX Runtime packs weights anew at every load, into memory of the process's own. Packed once and written to disk they are
-mapped instead: a load takes less time, and processes that run the same model share the pages. What comes out depends on
-the processor and on ONNX Runtime's version, so the folder says what it was made on, and is used nowhere else.
+ONNX Runtime packs weights anew at every load, into memory of the process's own. Packed once and written to disk they
+are mapped instead: a load takes less time, and processes that run the same model share the pages. What comes out
+depends on the processor and on ONNX Runtime's version, so the folder says what it was made on, and is used nowhere
+else.
 
     MODEL/prepared/model.onnx, weights      the graph
     MODEL/prepared/prepared.json            what it was made from and on, and the size of its files

@@ -1,7 +1,8 @@
 """The files that the runtimes are measured on, one folder a model; what is there is used as it is.
 
     source              the fetched Hugging Face folder (a link)
-    ours-PRECISION      tp-export model --precision; genai runs on these too
+    ours-PRECISION      tp-export model --precision, prepared for this machine; genai runs on these too, unprepared
+    ours-int4-head4     the head in four bits as well, as genai's builder has it
     slotless-PRECISION  the same without slots (slotless.py)
     optimum             optimum's own export
     genai-PRECISION     onnxruntime-genai's builder, in an environment of its own (genai_graphs.py)
@@ -19,6 +20,8 @@ from pathlib import Path
 
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 BITS = ("fp32", "int8", "int4")
+# Names of folders to what --precision takes; `int4` keeps the head in eight bits.
+_PRECISIONS = {**dict(zip(BITS, BITS, strict=True)), "int4-head4": "int4-symmetric-head4"}
 _HERE = Path(__file__).parent.parent
 
 
@@ -41,13 +44,15 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         if found is None:
             return failed
         source.symlink_to(found.strip().splitlines()[-1])
-    for bits in BITS:
+    for bits, precision in _PRECISIONS.items():
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
-            _run([*_export("model"), str(source), str(out), "--precision", bits], failed, out.name)
+            _run([*_export("model"), str(source), str(out), "--precision", precision], failed, out.name)
+        if out.name not in failed and not (out / "prepared").exists():
+            _run([*_runtime("prepare"), str(out)], failed, f"{out.name}/prepared")
         out = folder / f"slotless-{bits}"
-        if f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
-            script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", bits]
+        if bits in BITS and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+            script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", precision]
             _run(script, failed, out.name)
     if not (folder / "optimum" / "config.json").exists():
         command = ["-m", "optimum.exporters.onnx", "--model", str(source), "--task", "text-generation-with-past"]
@@ -70,6 +75,10 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
 
 def _export(command: str) -> list[str]:
     return [sys.executable, "-c", "from tp_export.cli import main; raise SystemExit(main())", command]
+
+
+def _runtime(command: str) -> list[str]:
+    return [sys.executable, "-c", "from tp_runtime.cli import main; raise SystemExit(main())", command]
 
 
 def _run(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:

@@ -75,6 +75,7 @@ RIVALS = (
     *_at("int8"),
     _llama("q8_0", "Q8_0", "int8"),
     *_at("int4"),
+    Rival("ours-int4-head4", "tp-runtime int4, head too", "ours", "tp_runtime", "ours-int4-head4", "int4"),
     _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),
 )

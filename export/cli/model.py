@@ -41,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="with int8 or int4: fit a patch that makes up for the rounding, and make it the default of the folder",
+        help="with int8 or int4: fit a patch that makes up for the rounding, and make it the default of the folder "
+        "(with --slots mlp it makes up for more)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
     parser.set_defaults(run=run)

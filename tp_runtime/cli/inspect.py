@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.folder import ModelFolder, Slot
+from tp_runtime.folder import PREPARED, ModelFolder, Slot
 from tp_runtime.patch import Patch
 
 from .printing import plural, print_fields, printable, size
@@ -102,6 +102,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
+        "prepared": (folder.path / PREPARED).is_dir(),
         "files": {name: asdict(record) for name, record in folder.files.items()},
         "unlisted": list(folder.unlisted),
         "verified": verified,
@@ -167,6 +168,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
+        ("prepared", "yes" if report["prepared"] else "no; tp-runtime prepare packs the weights for this machine"),
     ]
     if report["unlisted"]:
         names = ", ".join(ascii(name) for name in report["unlisted"])
@@ -184,7 +186,8 @@ def _site_lines(sites: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _default(default: dict[str, Any]) -> str:
     terms = [f"{strength:g} * {identity}" for identity, strength in default["terms"]]
-    return "\n".join([default["name"], *terms])
+    repair = ["makes up for what the precision costs, and is part of the base"] if default["repair"] else []
+    return "\n".join([default["name"], *terms, *repair])
 
 
 def _context(report: dict[str, Any]) -> str:
