@@ -8,6 +8,7 @@ and values lie in the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -50,13 +51,14 @@ class RowsTogether:
         self._graph = graph
         self._caches: list[KVCache] = []
         self._bounds: list[BoundPatch] = []
-        folder, shared = graph.folder, graph.device.kind == "cpu"
-        self._kv = KVRows(graph.kv.names, folder.kv, graph.dtype, limit, folder.context_window, self._to_device, shared)
-        self._slots = SlotRows(folder.slots, limit, graph.dtype, graph.deltas, self._to_device)
+        folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
+        to_kv, shared = partial(self._to, kv_device), kv_device == "cpu"
+        self._kv = KVRows(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
+        self._slots = SlotRows(folder.slots, limit, graph.dtype, graph.deltas, partial(self._to, graph.device.kind))
         self._binding: Any = None  # None: rows or capacity changed since the last step
 
-    def _to_device(self, array: NDArray) -> Any:
-        return self._graph.ort.OrtValue.ortvalue_from_numpy(array, self._graph.device.kind, 0)
+    def _to(self, device: str, array: NDArray) -> Any:
+        return self._graph.ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def add(self, cache: KVCache, bound: BoundPatch) -> None:
         """Append a row; see Rows."""

@@ -29,7 +29,8 @@ class KVCache:
         prefix: entries that the patch puts in front, which stand in for the first ids of every prompt.
         tokens: the ids in it, in order, those that `prefix` stands in for included.
         capacity: positions its buffers are long.
-        buffers: graph input name -> device buffer [1, kv heads, capacity, head dim]; kv_buffers.py says how they grow.
+        buffers: graph input name -> buffer [1, kv heads, capacity, head dim] on the device; kv_buffers.py says how they
+            grow. With capacity 0 a copy on the host, [1, kv heads, filled, head dim], that the next run puts back.
         binding: the ONNX Runtime binding that holds the buffers, kept between steps.
         start: what the buffers begin with, by graph input name, [kv heads, filled, head dim]; read, never written.
         step: the ids and logits that `binding` has bound since the last decode step; None after any other run.

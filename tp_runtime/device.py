@@ -43,6 +43,9 @@ _GRAPH_FAULTS = frozenset(
     {"InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoModel", "NoSuchFile", "NotImplemented"}
 )
 
+# ONNX Runtime's names of memory that the CPU's kernels read.
+_HOST_MEMORY = frozenset({"Cpu", "CudaPinned"})
+
 _SEVERITY_ERROR = 3
 _PRELOAD_FAILURE = "Failed to load"
 
@@ -156,7 +159,7 @@ def check_providers(session_providers: list[str], device: Device) -> Device:
 
 
 def create_session(
-    model_path: str | Path, device: Device, session_options: onnxruntime.SessionOptions
+    model_path: str | Path, device: Device, session_options: onnxruntime.SessionOptions, cuda_graphs: bool = False
 ) -> tuple[onnxruntime.InferenceSession, Device]:
     """Creates a session on a device and checks that it is there.
 
@@ -166,6 +169,7 @@ def create_session(
         model_path: the ONNX file.
         device: what `select_device` returned.
         session_options: left as they were found.
+        cuda_graphs: on CUDA, a session whose runs can be captured (cuda_lane.py says what that asks of every run).
 
     Returns:
         The session and the device it is on.
@@ -176,8 +180,9 @@ def create_session(
     """
     ort = require_onnxruntime()
     if device.provider == CUDA:
+        cuda = {**_CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
         try:
-            session = _new_session(ort, model_path, [(CUDA, dict(_CUDA_OPTIONS)), CPU], session_options)
+            session = _new_session(ort, model_path, [(CUDA, cuda), CPU], session_options)
         except Exception as error:
             if type(error).__name__ in _GRAPH_FAULTS:
                 raise _unreadable_graph(model_path, error) from error
@@ -190,6 +195,19 @@ def create_session(
         if type(error).__name__ in _GRAPH_FAULTS | {"Fail"}:
             raise _unreadable_graph(model_path, error) from error
         raise
+
+
+def input_kinds(session: Any, device: Device) -> dict[str, str]:
+    """Where the nodes that read them want the graph's inputs: `cpu` or `cuda`, by name.
+
+    A provider runs the nodes it has kernels for, and what is bound anywhere else is copied when it is bound, once: a
+    buffer that later runs write to would be read as it was then.
+    """
+    names = [value.name for value in session.get_inputs()]
+    if device.kind == "cpu":
+        return dict.fromkeys(names, "cpu")
+    kinds = ("cpu" if info.name in _HOST_MEMORY else "cuda" for info in session.get_input_memory_infos())
+    return dict(zip(names, kinds, strict=True))
 
 
 def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options: Any) -> Any:

@@ -6,7 +6,9 @@ switching rebinds pointers and copies nothing, and runs under different patches 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -17,18 +19,21 @@ from numpy.typing import NDArray
 
 from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
+from .cuda_lane import Lane, check_capturable
 from .delta import Delta
-from .device import Device, create_session, require_onnxruntime, select_device
+from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
-from .prefix import KVPrefix
+from .prefix import PARTS, KVPrefix
 from .prepared import prepared_graph
 from .safe_path import REEXPORT
 from .slots import SlotKey, check_base, fit_slots, slot_arrays
 from .step_io import StepIO
 from .threads import set_threads
+
+log = logging.getLogger("tp_runtime")
 
 FIRST_LOGIT = "tp.first_logit"
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -61,21 +66,26 @@ class Graph:
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
         spin: whether the session's threads wait actively between runs.
+        cuda_graphs: capture decode steps of single sequences and replay them (cuda_lane.py). Asks for CUDA: `auto` does
+            not fall back then. A graph that cannot be captured runs as without, with the reason logged.
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
         session, ort: ONNX Runtime's session and module.
         dtype: of slots, keys and values.
         kv: how the keys and values of one sequence are kept.
+        lane: where captured steps run; None if nothing is captured.
+        no_lane: why nothing is captured, where that was asked for.
         base: the base model, bound.
         default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
         repair: of a quantised folder that has one: the patch that makes up for the quantisation, part of the base.
 
     Raises:
-        DeviceUnavailableError: see device.py.
+        DeviceUnavailableError: see device.py; or `cuda_graphs` on the CPU.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
-        RequestError: `threads` or `spin` is none, or all sessions share a pool.
+        RequestError: `threads` or `spin` is none, or all sessions share a pool; or `cuda_graphs` for a graph of the
+            `optimum` route.
     """
 
     def __init__(
@@ -85,7 +95,10 @@ class Graph:
         threads: int | None = None,
         defaults: Patch | None = None,
         spin: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
+        if cuda_graphs:
+            check_capturable(folder, device)
         self.ort = require_onnxruntime()
         self.folder = folder
         self.dtype = _DTYPES[folder.kv.dtype]
@@ -102,7 +115,22 @@ class Graph:
             self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
-        self.session, self.device = self._open(select_device(device), options)
+        self.lane: Lane | None = None
+        self.no_lane: str | None = None
+        self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
+        chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
+        if not cuda_graphs or not self._capture(chosen, options):
+            self._open(chosen, options)
+        prefix = None if defaults is None else defaults.prefix
+        self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
+        self.base = self._bind_base()
+
+    def _open(self, device: Device, options: Any, cuda_graphs: bool = False) -> None:
+        """A session, over the graph prepared for this processor if there is one and it is to run there."""
+        folder = self.folder
+        prepared = prepared_graph(folder) if device.kind == "cpu" else None
+        model = prepared or folder.path / "model.onnx"
+        self.session, self.device = create_session(model, device, options, cuda_graphs)
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
@@ -110,15 +138,30 @@ class Graph:
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
-        self.kv = buffers(folder, self.session, self.ort, self.device.kind, self.dtype)
-        prefix = None if defaults is None else defaults.prefix
-        self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
-        self.base = self._bind_base()
+        place = input_kinds(self.session, self.device)[f"past_key_values.0.{PARTS[0]}"]
+        if place != self.device.kind:
+            log.warning("attention runs on the CPU: the CUDA provider has none for %s; export with fp16", self.dtype)
+        self.kv = buffers(folder, self.session, self.ort, place, self.dtype)
 
-    def _open(self, device: Device, options: Any) -> tuple[Any, Device]:
-        """A session over the graph prepared for this processor, if there is one and it is to run there."""
-        prepared = prepared_graph(self.folder) if device.kind == "cpu" else None
-        return create_session(prepared or self.folder.path / "model.onnx", device, options)
+    def _capture(self, device: Device, options: Any) -> bool:
+        """Open a session with captured steps; False, with the reason in `no_lane`, if another has to be opened."""
+        try:
+            self._open(device, options, cuda_graphs=True)
+            self._start_lane()
+        except Exception as error:  # ONNX Runtime's own have no class in common
+            self.lane, self._alone = None, nullcontext
+            self.no_lane = " ".join(str(error.__cause__ or error).split())
+            log.warning("decode steps are not captured: %s", self.no_lane)
+            return False
+        return True
+
+    def _start_lane(self) -> None:
+        assert isinstance(self.kv, InPlace)
+        first = FIRST_LOGIT, self._first_logit[False]
+        kind, dtypes = self.device.kind, (self.dtype, self._logits_dtype)
+        self.lane = Lane(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
+        self._alone = self.lane.alone
+        self.lane.capture()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.
@@ -201,7 +244,8 @@ class Graph:
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
         """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
-        found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
+        with self._alone():
+            found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
 
     def new_rows(self, limit: int) -> Rows:
@@ -247,9 +291,22 @@ class Graph:
                 wanted=f"at most {self.folder.context_window}",
                 fix="shorten the prompt or the conversation",
             )
-        steps, past = len(tokens), cache.filled
-        self.kv.prepare(cache, past + steps, bound.values)
-        mask = self._ones[:, : past + steps]
+        with self._alone():
+            logits = self._run(tokens, position, cache, bound, all_logits)
+            cache.tokens.extend(tokens)
+        return logits
+
+    def _run(
+        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool
+    ) -> NDArray[np.float32]:
+        steps, length = len(tokens), cache.filled + len(tokens)
+        lane = self.lane
+        if lane is not None:
+            taken = lane.take(cache, length, bound.values)
+            if taken and steps == 1 and lane.switch(bound.key, self.deltas(bound)):
+                return lane.step(tokens[0], position, length)
+        self.kv.prepare(cache, length, bound.values)
+        mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
             logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
         else:
@@ -257,7 +314,6 @@ class Graph:
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
             logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)[0]
         self.kv.adopt(cache)
-        cache.tokens.extend(tokens)
         return logits
 
     def _step_io(self, cache: KVCache) -> StepIO:
@@ -294,7 +350,8 @@ class Graph:
         rows, steps = ids.shape
         logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
-        self.session.run_with_iobinding(binding)  # one that fails leaves the caches' tokens as they were
+        run = self.session.run_with_iobinding if self.lane is None else self.lane.run
+        run(binding)  # one that fails leaves the caches' tokens as they were
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def check_ids(self, tokens: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cache import KVCache
 from .folder import ModelFolder
@@ -28,16 +29,17 @@ class _KVBuffers:
         folder: of the graph.
         session: its session.
         ort: the onnxruntime module.
-        device: `cpu` or `cuda`, where the buffers are.
+        device: `cpu` or `cuda`, where the attention operator runs.
         dtype: of keys and values.
 
     Attributes:
+        device: where the buffers are: the same.
         names: (graph input, graph output) of every tensor, in the order in which they are bound.
     """
 
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
         self._kv, self._window = folder.kv, folder.context_window
-        self._session, self._device, self._dtype = session, device, dtype
+        self._session, self.device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in PARTS]
         self.names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
@@ -45,10 +47,13 @@ class _KVBuffers:
 
     def _value(self, length: int, content: Any = None) -> Any:
         """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
+        return self._from_numpy(self._array(length, content), self.device, 0)
+
+    def _array(self, length: int, content: Any) -> NDArray[Any]:
         array = np.zeros((1, self._kv.heads, length, self._kv.head_dim), self._dtype)
         if content is not None:
             array[:, :, : content.shape[2]] = content
-        return self._from_numpy(array, self._device, 0)
+        return array
 
     def content(self, cache: KVCache, past: str) -> Any:
         """What a cache holds of one tensor, [1, heads, filled, head dim], or None of nothing.
@@ -80,13 +85,25 @@ class InPlace(_KVBuffers):
         while capacity < length:
             capacity *= 2
         capacity = min(capacity, self._window)
-        binding, grown = self._new_binding(patch), {}
+        self.hold(cache, {past: self._value(capacity, self.content(cache, past)) for past, _ in self.names}, patch)
+
+    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
+        """Let `cache` run in `buffers`, which hold what it held: bind them, and `patch`, to a binding of its own."""
+        binding = self._new_binding(patch)
         for past, present in self.names:
-            grown[past] = self._value(capacity, self.content(cache, past))
-            binding.bind_ortvalue_input(past, grown[past])
-            binding.bind_ortvalue_output(present, grown[past])
-        cache.buffers, cache.binding, cache.capacity = grown, binding, capacity  # together: memory may have run out
+            binding.bind_ortvalue_input(past, buffers[past])
+            binding.bind_ortvalue_output(present, buffers[past])
+        cache.buffers, cache.binding = buffers, binding
+        cache.capacity = buffers[self.names[0][0]].shape()[2]
         cache.start = None
+
+    def lane_buffers(self, capacity: int) -> dict[str, Any]:
+        """Buffers of zeros that one sequence after the other will run in (cuda_lane.py), by graph input name."""
+        return {past: self._value(capacity) for past, _present in self.names}
+
+    def refill(self, buffer: Any, content: NDArray[Any]) -> None:
+        """Overwrite a buffer where it lies: `content` [1, heads, kept, head dim] in its first places, then zeros."""
+        buffer.update_inplace(self._array(buffer.shape()[2], content))
 
     def adopt(self, cache: KVCache) -> None:
         """Nothing to do after a run: it wrote where the next one reads."""
@@ -103,7 +120,7 @@ class Fresh(_KVBuffers):
             if past not in cache.buffers or cache.capacity != cache.filled:  # new, or rewound
                 cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
-            cache.binding.bind_output(present, self._device, 0)  # anew: the last run's has the last run's length
+            cache.binding.bind_output(present, self.device, 0)  # anew: the last run's has the last run's length
         cache.capacity = cache.filled
         cache.start = None
 

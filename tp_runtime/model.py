@@ -74,6 +74,7 @@ class PatchedModel:
         spin: bool = True,
         prefix_cache_bytes: int = 0,
         verify: bool = False,
+        cuda_graphs: bool = False,
     ) -> PatchedModel:
         """Open an exported folder.
 
@@ -88,12 +89,15 @@ class PatchedModel:
             prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
                 the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
+            cuda_graphs: capture decode steps and replay them; asks for CUDA and an fp16 export (docs/serving.md). Not
+                run on a GPU yet.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.
-            DeviceUnavailableError: `cuda` was asked for and not given, or there is no ONNX Runtime.
+            DeviceUnavailableError: `cuda` was asked for and not given, or `cuda_graphs` on the CPU, or there is no ONNX
+                Runtime.
             PatchError: the patch is damaged or does not fit.
-            RequestError: a number of threads or bytes that is none.
+            RequestError: a number of threads or bytes that is none; `cuda_graphs` for a graph of the `optimum` route.
         """
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
@@ -102,7 +106,7 @@ class PatchedModel:
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):
             raise not_a_patch(patch, "a Patch, its file, or None")
-        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None, spin)
+        graph = Graph(folder, device, threads, patch if isinstance(patch, Patch) else None, spin, cuda_graphs)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
         return cls(graph, codec, graph.base if patch is None else graph.default, store)

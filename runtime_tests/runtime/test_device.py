@@ -22,6 +22,7 @@ from tp_runtime.device import (
     Device,
     check_providers,
     create_session,
+    input_kinds,
     require_onnxruntime,
     select_device,
 )
@@ -206,6 +207,17 @@ def test_unreadable_graph_is_not_the_devices_fault(fake):
     assert runtime.asked == [[CUDA, CPU]]
 
 
+def test_inputs_are_wanted_where_their_nodes_run():
+    """Attention in float32 falls to the CPU while the rest of the graph is on CUDA."""
+    wanted = {"input_ids": "Cuda", "past_key_values.0.key": "Cpu", "mask": "CudaPinned", "x": "a later provider's"}
+    session = types.SimpleNamespace(
+        get_inputs=lambda: [types.SimpleNamespace(name=name) for name in wanted],
+        get_input_memory_infos=lambda: [types.SimpleNamespace(name=name) for name in wanted.values()],
+    )
+    kinds = {"input_ids": "cuda", "past_key_values.0.key": "cpu", "mask": "cpu", "x": "cuda"}
+    assert input_kinds(session, Device("cuda", CUDA)) == kinds
+
+
 # The real ONNX Runtime.
 
 
@@ -239,6 +251,7 @@ def test_slot_warning_is_silent_and_options_are_left_alone(graph, capfd):
     x = np.ones((1, 2, 4), np.float32)
     assert np.array_equal(session.run(None, {"x": x})[0], x)
     assert device == Device("cpu", CPU)
+    assert set(input_kinds(session, device).values()) == {"cpu"}
     assert options.log_severity_level == before
     assert "appears in graph inputs" not in capfd.readouterr().err
 

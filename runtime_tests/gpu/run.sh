@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The GPU tests and the bench on any CUDA machine, in one command, from a fresh checkout:
+#     runtime_tests/gpu/run.sh [RESULTS]      (default: build/gpu)
+# Makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, then `tp-runtime bench` on the fp32, fp16 and int4
+# exports of SmolLM2-135M. RESULTS/report.json has the chip, the driver, the versions, how the tests went and every
+# figure. Exits with 1 if a test or a bench failed. Not run on a GPU yet.
+set -euo pipefail
+
+start=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+results=${1:-build/gpu}
+[[ $results = /* || -z ${1:-} ]] || results=$start/$results
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+bin=$results/venv/bin
+
+if ! command -v nvidia-smi > /dev/null; then
+    echo "error: nvidia-smi is not there: this needs a machine with an NVIDIA GPU and its driver" >&2
+    exit 2
+fi
+nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader | tee "$results/gpu.csv"
+
+# torch first and by its exact version. Never with the cpu extra: the two builds of ONNX Runtime share one folder.
+torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+"${PYTHON:-python3}" -m venv "$results/venv"
+"$bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
+"$bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[gpu,export,report,test]'
+
+failed=()
+rm -f "$results"/{steps.jsonl,tests.xml,bench-*.json}
+TP_REQUIRE_GPU=1 TP_GPU_RESULTS=$results/steps.jsonl \
+    "$bin/python" -m pytest runtime_tests/gpu -s --junitxml "$results/tests.xml" || failed+=(tests)
+
+base=$("$bin/tp-export" fetch smollm2-135m-instruct)
+for precision in fp32 fp16 int4; do
+    model=$results/model-$precision
+    "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite \
+        && "$bin/tp-runtime" bench "$model" --device cuda --ranks 0,4,16,64 --resident 1,10,50 --tokens 64 \
+            -o "$results/bench-$precision.json" \
+        || failed+=("bench-$precision")
+done
+
+"$bin/python" - "$results" "${failed[@]}" <<'PYTHON'
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+results, failed = Path(sys.argv[1]), sys.argv[2:]
+names = ("name", "driver", "compute_capability", "memory")
+gpus = [dict(zip(names, line.split(", "))) for line in (results / "gpu.csv").read_text().splitlines()]
+told = ("onnxruntime", "nvidia-", "torch", "numpy")
+packages = [dist for dist in metadata.distributions() if dist.name.startswith(told)]
+steps, tests = results / "steps.jsonl", results / "tests.xml"
+report = {
+    "gpus": gpus,
+    "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    "versions": {dist.name: dist.version for dist in packages},
+    "failed": failed,
+    "tests": [dict(suite.attrib) for suite in ElementTree.parse(tests).iter("testsuite")] if tests.exists() else None,
+    "steps": [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else [],
+    "bench": {file.stem[6:]: json.loads(file.read_text()) for file in sorted(results.glob("bench-*.json"))},
+}
+(results / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+print(f"{results / 'report.json'}: " + (f"failed: {', '.join(failed)}" if failed else "all went well"))
+PYTHON
+((${#failed[@]} == 0))

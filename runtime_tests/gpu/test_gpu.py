@@ -1,0 +1,280 @@
+"""The runtime on CUDA, held against the CPU. Written without a GPU at hand: `run.sh` beside it runs it on one.
+
+Tolerances are fractions of the largest logit, by what each precision rounds: the CPU's int4 kernel rounds activations
+to eight bits too, CUDA's does not. Nothing here falls back: every graph asks for `cuda`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+from tp_export.model_export import export_model
+from tp_export.source import open_source
+
+from runtime_tests.logits import Logits, furthest, graph_logits, token_ids
+from runtime_tests.patches import patch_for
+from runtime_tests.prefixes import with_prefix
+from tp_runtime.bench import switch_seconds
+from tp_runtime.device import CUDA, select_device
+from tp_runtime.errors import DeviceUnavailableError
+from tp_runtime.folder import ModelFolder
+from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+
+DEVICE = "cuda"
+CHOSEN = select_device("auto")
+REQUIRED = "TP_REQUIRE_GPU" in os.environ  # then a missing GPU fails instead of skipping
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CHOSEN.provider != CUDA and not REQUIRED, reason=str(CHOSEN.reason)),
+]
+
+CLOSE = {"fp32": 1e-3, "fp16": 3e-2, "int4-rtn": 2e-1}
+IDS = token_ids(48)
+STEPS = (24, *(1,) * 24)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One folder on both devices."""
+
+    cpu: Graph
+    cuda: Graph
+
+    def require_close(self, got: Logits, wanted: Logits) -> None:
+        apart = furthest(got, wanted) / float(np.abs(wanted).max())
+        assert apart < CLOSE[self.cuda.folder.precision], apart
+
+    def patch(self, rank: int, seed: int = 1) -> Patch:
+        """Small enough for a real model to stay finite, large enough to show."""
+        return patch_for(self.cpu.folder, seed=seed, rank=rank, scale=0.3)
+
+
+def on_cuda(folder: ModelFolder, **options: Any) -> Graph:
+    try:
+        return Graph(folder, DEVICE, **options)
+    except DeviceUnavailableError as error:
+        if REQUIRED:
+            raise
+        pytest.skip(str(error))
+
+
+MODELS = [
+    pytest.param((model, precision), id=f"{model}-{precision}", marks=[pytest.mark.real_model] * (model == "smollm2"))
+    for model in ("tiny_llama", "tiny_gemma", "smollm2")
+    for precision in CLOSE
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    model, precision = request.param
+    out = tmp_path_factory.mktemp("gpu") / f"{model}-{precision}"
+    slots = "all" if model == "tiny_gemma" else "output"
+    export_model(open_source(request.getfixturevalue(model)), out, slot_set=slots, precision=precision)
+    folder = ModelFolder.open(out)
+    return Pair(Graph(folder, "cpu"), on_cuda(folder))
+
+
+@pytest.fixture(scope="module")
+def captured(pair: Pair) -> Graph:
+    return on_cuda(pair.cuda.folder, cuda_graphs=True)
+
+
+def record(name: str, values: dict[str, Any]) -> None:
+    """Print figures, and add them to the file that run.sh collects."""
+    print(f"\n{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    if file := os.environ.get("TP_GPU_RESULTS"):
+        with Path(file).open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"name": name, **values}) + "\n")
+
+
+def named(pair: Pair) -> str:
+    folder = pair.cuda.folder
+    return f"{folder.base_model} {folder.precision}"
+
+
+# -- the device ----------------------------------------------------------------------------------------------
+
+
+def test_cuda_is_what_was_given(pair: Pair) -> None:
+    graph = pair.cuda
+    assert (graph.device.provider, graph.device.reason, graph.session.get_providers()[0]) == (CUDA, None, CUDA)
+    bound = graph.bind(pair.patch(4))
+    cache = graph.new_cache(bound)
+    graph.forward(IDS[:5], cache, bound)
+    assert {value.device_name() for value in bound.values.values()} == {DEVICE}
+    attention = DEVICE if graph.folder.kv.dtype == "f16" else "cpu"  # the provider's has no float32 kernel
+    assert {value.device_name() for value in cache.buffers.values()} == {attention} == {graph.kv.device}
+
+
+def test_auto_is_cuda_too(pair: Pair) -> None:
+    assert Graph(pair.cuda.folder, "auto").device.kind == DEVICE
+
+
+# -- logits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(), STEPS, (20, 1, 1, 20, 6)], ids=["at once", "steps", "chunks"])
+@pytest.mark.parametrize("rank", [None, 0, 1, 16, 60])
+def test_logits_are_those_of_the_cpu(pair: Pair, rank: int | None, chunks: Sequence[int]) -> None:
+    patch = None if rank is None else pair.patch(rank)
+    wanted = graph_logits(pair.cpu, IDS, pair.cpu.bind(patch), chunks)
+    pair.require_close(graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks), wanted)
+
+
+def test_a_patch_shows(pair: Pair) -> None:
+    base, patched = (graph_logits(pair.cuda, IDS, pair.cuda.bind(patch)) for patch in (None, pair.patch(16)))
+    assert furthest(base, patched) > 2 * CLOSE[pair.cuda.folder.precision] * float(np.abs(base).max())
+
+
+def test_rank_zero_that_is_bound_is_the_base(pair: Pair) -> None:
+    """A product over no columns, under IO binding."""
+    graph = pair.cuda
+    bound = BoundPatch(graph._slot_values({}, graph.device.kind), graph.base.key)
+    assert (
+        bound.values and furthest(graph_logits(graph, IDS, bound, STEPS), graph_logits(graph, IDS, chunks=STEPS)) == 0
+    )
+
+
+def test_the_base_is_untouched_by_patches_that_come_and_go(pair: Pair) -> None:
+    before = graph_logits(pair.cuda, IDS, chunks=STEPS)
+    for rank in (0, 4, 60):
+        graph_logits(pair.cuda, IDS, pair.cuda.bind(pair.patch(rank, seed=rank)), STEPS)
+        assert np.array_equal(graph_logits(pair.cuda, IDS, chunks=STEPS), before)
+
+
+def test_a_patch_baked_in(pair: Pair) -> None:
+    patch = pair.patch(4)
+    graph = on_cuda(pair.cuda.folder, defaults=patch)
+    pair.require_close(graph_logits(graph, IDS, graph.default), graph_logits(pair.cpu, IDS, pair.cpu.bind(patch)))
+    pair.require_close(graph_logits(graph, IDS, graph.base), graph_logits(pair.cpu, IDS))
+
+
+def prefixed_logits(graph: Graph, patch: Patch) -> Logits:
+    bound = graph.bind(patch)
+    cache = graph.new_cache(bound)
+    logits = [graph.forward(IDS[:9], cache, bound)]
+    logits += [graph.forward([token], cache, bound) for token in IDS[9:30]]
+    return np.concatenate(logits)
+
+
+def test_a_kv_prefix(pair: Pair) -> None:
+    patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
+    pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
+
+
+def test_a_mixed_batch(pair: Pair) -> None:
+    patches = [None, pair.patch(4), pair.patch(16), pair.patch(0)]
+    logits = {}
+    for graph in (pair.cpu, pair.cuda):
+        rows = graph.new_rows(4)
+        for length, patch in zip((9, 20, 5, 12), patches, strict=True):
+            bound = graph.bind(patch)
+            cache = graph.new_cache(bound)
+            graph.forward(IDS[:length], cache, bound)
+            rows.add(cache, bound)
+        steps = [rows.step(IDS[at : at + 4]) for at in range(20, 30)]
+        rows.remove(1)
+        steps += [rows.step(IDS[at : at + 3]) for at in range(30, 36)]
+        logits[graph.device.kind] = np.concatenate(steps)
+    pair.require_close(logits[DEVICE], logits["cpu"])
+
+
+# -- captured steps ------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_captured_is(pair: Pair, captured: Graph) -> None:
+    """The CUDA provider's attention operator has no float32 kernel: then with the reason, and step by step."""
+    halves = pair.cuda.folder.kv.dtype == "f16"
+    assert (captured.lane is not None, captured.no_lane is None) == (halves, halves), captured.no_lane
+    print(f"\n{named(pair)}: captured: {captured.no_lane or 'yes'}")
+
+
+def captured_close(pair: Pair, got: Logits, wanted: Logits) -> None:
+    """Of the same device; wider shapes may be summed in another order."""
+    assert furthest(got, wanted) / float(np.abs(wanted).max()) < CLOSE[pair.cuda.folder.precision] / 3
+
+
+@pytest.mark.parametrize("rank", [None, 0, 3, 4, 16, 64, 65])
+def test_captured_steps_are_ordinary_steps(pair: Pair, captured: Graph, rank: int | None) -> None:
+    patch = None if rank is None else pair.patch(rank)
+    for chunks in (STEPS, (1,) * 48):
+        wanted = graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks)
+        captured_close(pair, graph_logits(captured, IDS, captured.bind(patch), chunks), wanted)
+
+
+def test_captured_steps_read_what_was_written_in_place(pair: Pair, captured: Graph) -> None:
+    """Patches of one bucket, one after the other and back: a replay that kept the first one's tensors would show."""
+    patches = [pair.patch(16, seed=seed) for seed in (1, 2)]
+    wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
+    for at in (0, 1, 0, 1):
+        captured_close(pair, graph_logits(captured, IDS, captured.bind(patches[at]), STEPS), wanted[at])
+
+
+def test_captured_sequences_take_turns(pair: Pair, captured: Graph) -> None:
+    patches = [None, pair.patch(4), pair.patch(16)]
+    wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
+    bounds = [captured.bind(patch) for patch in patches]
+    caches = [captured.new_cache(bound) for bound in bounds]
+    for at in (0, *range(24, 48)):
+        for bound, cache, logits in zip(bounds, caches, wanted, strict=True):
+            end = at + 1 if at else 24
+            captured_close(pair, captured.forward(IDS[at:end], cache, bound), logits[end - 1 : end])
+
+
+def test_a_captured_kv_prefix(pair: Pair, captured: Graph) -> None:
+    patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
+    captured_close(pair, prefixed_logits(captured, patch), prefixed_logits(pair.cuda, patch))
+
+
+# -- what it takes -------------------------------------------------------------------------------------------
+
+
+def step_ms(graph: Graph, bound: BoundPatch) -> float:
+    cache = graph.new_cache(bound)
+    graph.forward(IDS, cache, bound)
+    seconds = []
+    for token in token_ids(64, seed=2):
+        start = time.perf_counter()
+        graph.forward([token], cache, bound)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds[8:])
+
+
+def test_milliseconds_of_a_step(pair: Pair, captured: Graph) -> None:
+    times = {}
+    for label, patch in (("base", None), ("rank 16", pair.patch(16))):
+        times[label] = step_ms(pair.cuda, pair.cuda.bind(patch))
+        if captured.lane is not None:
+            times[f"{label} captured"] = step_ms(captured, captured.bind(patch))
+    record(f"ms a step, {named(pair)}", times)
+
+
+def test_milliseconds_of_a_switch(pair: Pair, captured: Graph) -> None:
+    graph, times = pair.cuda, {}
+    patches = {str(seed): pair.patch(16, seed=seed) for seed in (1, 2)}
+    model = PatchedModel.from_pretrained(graph.folder.path, DEVICE)
+    for name, patch in patches.items():
+        model.load_patch(patch, name)
+    times["bound"] = 1e3 * median(switch_seconds(model, list(patches)))
+    if captured.lane is not None:
+        bounds = [captured.bind(patch) for patch in patches.values()]
+        seconds = []
+        for turn in range(50):
+            bound = bounds[turn % 2]
+            start = time.perf_counter()
+            captured.lane.switch(bound.key, captured.deltas(bound))
+            seconds.append(time.perf_counter() - start)
+        times["in place"] = 1e3 * median(seconds)
+    record(f"ms a switch, {named(pair)}", times)
