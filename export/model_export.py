@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tp_runtime.slots import check_base, fit_slots
 
 from . import onnx_slots, onnx_trace
 from .adapters import kv_shape
+from .deltas import patched
 from .genai import write_genai_config
 from .onnx_half import store_in_bf16, to_fp16
 from .onnx_quantise import quantise
@@ -219,7 +220,7 @@ def check_export(model: Any, folder: Path) -> None:
     """Compare the exported graph with the torch model on a few tokens, with nothing bound in the slots.
 
     A wrong export must not leave the host; parity proper is the test suite's. Skipped where no ONNX Runtime is
-    installed. A quantised graph is compared with the torch model in the same weights.
+    installed. A quantised graph is compared with the torch model in the same weights, a repaired one with the repair.
 
     Raises:
         ModelFormatError: the graph says something else than the model.
@@ -231,8 +232,11 @@ def check_export(model: Any, folder: Path) -> None:
     precision = graph.folder.precision
     ids = np.random.default_rng(0).integers(0, min(graph.folder.vocab_size, 1000), 24)
     got = torch.from_numpy(graph.run(ids.tolist(), graph.base)).log_softmax(-1)
-    weights = nullcontext() if precision in FLOATS else QuantisedStudent(model, quantised(precision)).whole()
-    with weights:
+    with ExitStack() as stack:
+        if precision not in FLOATS:
+            stack.enter_context(QuantisedStudent(model, quantised(precision)).whole())
+        if graph.repair is not None:
+            stack.enter_context(patched(model, graph.repair))
         wanted = log_probabilities(model, torch.from_numpy(ids)[None])
     error, loss = float((got - wanted).abs().max()), float((wanted.exp() * (wanted - got)).sum(-1).mean())
     # In float32 the two are the same sums in another order; below, every activation is rounded on the way.
