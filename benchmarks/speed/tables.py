@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed import targets
 from benchmarks.speed.plots import rank_ratios, share
 from tp_runtime.atomic import atomic_file
 
@@ -31,7 +32,7 @@ _TITLES = {
 
 def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
     """The whole file, whole or not at all."""
-    parts = [_head(found)]
+    parts = [_head(found), targets.section(found)]
     for run in found["runs"]:
         parts.append(f"## {run['model']}, {_threads(run)}")
         parts += [_runtimes(run), _carrying(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
