@@ -1,7 +1,8 @@
 """The files that the runtimes are measured on, one folder a model; what is there is used as it is.
 
     source              the fetched Hugging Face folder (a link)
-    ours-PRECISION      tp-export model --precision, prepared for this machine; genai runs on these too, unprepared
+    ours-PRECISION      tp-export model --precision; genai runs on these too
+    prepared-PRECISION  the same after tp-runtime prepare
     ours-int4-head4     the head in four bits as well, as genai's builder has it
     slotless-PRECISION  the same without slots (slotless.py)
     optimum             optimum's own export
@@ -13,6 +14,7 @@ A step that fails leaves its runtimes out, with the reason, and stops nothing el
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,8 +50,10 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
             _run([*_export("model"), str(source), str(out), "--precision", precision], failed, out.name)
-        if out.name not in failed and not (out / "prepared").exists():
-            _run([*_runtime("prepare"), str(out)], failed, f"{out.name}/prepared")
+        prepared = folder / f"prepared-{bits}"
+        if bits in ("fp32", "int4") and out.name not in failed and not prepared.exists():
+            shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
+            _run([*_runtime("prepare"), str(prepared)], failed, prepared.name)
         out = folder / f"slotless-{bits}"
         if bits in BITS and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
             script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", precision]
