@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -71,7 +71,8 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return fit_in_new_process(rows, width, layers, rank, folder, offload)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports, or of the parent process
+    before = memory("VmRSS")
     if offload:
         model = load_offloaded(path, "cpu", None)
     else:
@@ -84,9 +85,16 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
     start = time.perf_counter()
     lockstep.fit(model, dialogues, "output", Settings(rank))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM")
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return {"seconds": seconds, "peak": peak - before, "weights": weights}
+
+
+def memory(field: str) -> int:
+    """Bytes of this process, as Linux counts them."""
+    found = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def fit_in_new_process(*arguments: Any) -> dict[str, float]:

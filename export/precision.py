@@ -28,7 +28,7 @@ class Precision:
     Attributes:
         name: as in patch_slots.json and in the patches fitted for it.
         linear: quantiser of the linear layers.
-        head: of the head and the table of tokens, symmetric. Eight bits lose next to nothing there, four a quarter of
+        head: of the head and the table of tokens, symmetric. Eight bits lose next to nothing there, four a third of
             what the layers lose; but in a small model the head is up to two thirds of the bytes of a token.
     """
 

@@ -93,7 +93,7 @@ def _batch(run: Run) -> float:
 
 _HEAD = (
     "ours keeps the head at eight bits, a seventh (SmolLM2) to more than half (Gemma) more bytes of a token, for a "
-    "quarter less loss; the row below is at equal bits"
+    "third less loss; the row below is at equal bits"
 )
 _CALLS = (
     "three operators in each layer that have nothing to do yet are called, some 4 microseconds each; the comparison is "
