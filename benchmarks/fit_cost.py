@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -55,6 +54,8 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
     from tp_export.sequences import Dialogue
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from tp_runtime.bench import memory_bytes
+
     def ids(count: int, seed: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
@@ -72,7 +73,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return fit_in_new_process(rows, width, layers, rank, folder, offload)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports, or of the parent process
-    before = memory("VmRSS")
+    before = memory_bytes("VmRSS")
     if offload:
         model = load_offloaded(path, "cpu", None)
     else:
@@ -85,16 +86,10 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
     start = time.perf_counter()
     lockstep.fit(model, dialogues, "output", Settings(rank))
     seconds = time.perf_counter() - start
-    peak = memory("VmHWM")
+    peak = memory_bytes("VmHWM")
+    assert before is not None and peak is not None
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return {"seconds": seconds, "peak": peak - before, "weights": weights}
-
-
-def memory(field: str) -> int:
-    """Bytes of this process, as Linux counts them."""
-    found = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def fit_in_new_process(*arguments: Any) -> dict[str, float]:

@@ -21,7 +21,7 @@ from tp_runtime.atomic import atomic_folder
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 from tp_runtime.folder import DEFAULT_FILE, KV, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
 from tp_runtime.graph import Graph
-from tp_runtime.patch import Delta, Patch
+from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
 from . import onnx_slots, onnx_trace
@@ -31,7 +31,7 @@ from .genai import write_genai_config
 from .onnx_half import store_in_bf16, to_fp16
 from .onnx_quantise import quantise
 from .onnx_simplify import simplify
-from .precision import FLOATS, MEASURED, check_precision, quantised
+from .precision import MEASURED, check_precision, quantised
 from .progress import clock
 from .repair import repair_patch
 from .slot_modules import SLOT_SETS, slots_of
@@ -92,7 +92,7 @@ def export_model(
     if patch is not None:
         check_base(patch, source.name, source.digest, precision)
         refuse_prefix(patch, "graph")
-    if repair and (patch is not None or precision in FLOATS):
+    if repair and (patch is not None or precision in FLOAT_PRECISIONS):
         raise ModelFormatError(
             "nothing to repair" if patch is None else "one default is enough",
             field="repair",
@@ -169,7 +169,7 @@ def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:
         to_fp16(graph)
     elif precision == "bf16":
         store_in_bf16(graph)
-    elif precision not in FLOATS:
+    elif precision not in FLOAT_PRECISIONS:
         quantise(graph, quantised(precision), float_weights(model))
 
 
@@ -233,7 +233,7 @@ def check_export(model: Any, folder: Path) -> None:
     ids = np.random.default_rng(0).integers(0, min(graph.folder.vocab_size, 1000), 24)
     got = torch.from_numpy(graph.run(ids.tolist(), graph.base)).log_softmax(-1)
     with ExitStack() as stack:
-        if precision not in FLOATS:
+        if precision not in FLOAT_PRECISIONS:
             stack.enter_context(QuantisedStudent(model, quantised(precision)).whole())
         if graph.repair is not None:
             stack.enter_context(patched(model, graph.repair))

@@ -9,13 +9,13 @@ once.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tqdm import tqdm
 
+from .onnx_edit import add_initializer, replace_node
 from .precision import Precision
+from .progress import bar
 from .quantise import BLOCK, Blocks
 
 _DOMAIN = "com.microsoft"
@@ -34,16 +34,18 @@ def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> No
     head = _head_weight(model)
     packed: dict[str, tuple[ir.Value, ir.Value, ir.Value | None, Blocks]] = {}
     products = [node for node in model.graph if _weight_of(node) is not None]
-    for node in tqdm(products, desc="quantise", unit="weight"):
-        weight = _weight_of(node)
-        assert weight is not None and weight.const_value is not None and weight.name is not None
-        if weight.name in kept:
-            continue
-        if weight.name not in packed:
-            array = weight.const_value.numpy()
-            blocks = precision.quantise(array.T if _transposed(node) else array, is_head=weight is head)
-            packed[weight.name] = (*_initializers(model, weight.name, blocks), blocks)
-        _replace_product(model, node, packed[weight.name])
+    with bar("quantise", len(products), "weight") as shown:
+        for node in products:
+            shown.update()
+            weight = _weight_of(node)
+            assert weight is not None and weight.const_value is not None and weight.name is not None
+            if weight.name in kept:
+                continue
+            if weight.name not in packed:
+                array = weight.const_value.numpy()
+                blocks = precision.quantise(array.T if _transposed(node) else array, is_head=weight is head)
+                packed[weight.name] = (*_initializers(model, weight.name, blocks), blocks)
+            _replace_product(model, node, packed[weight.name])
     for node in list(model.graph):
         if node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
             table = node.inputs[0]
@@ -80,10 +82,10 @@ def _head_weight(model: ir.Model) -> ir.Value | None:
 
 
 def _initializers(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    zeros = None if blocks.zero_points is None else _initializer(model, f"{name}.zero_points", blocks.zero_points)
+    zeros = None if blocks.zero_points is None else add_initializer(model, f"{name}.zero_points", blocks.zero_points)
     return (
-        _initializer(model, f"{name}.packed", blocks.packed),
-        _initializer(model, f"{name}.scales", blocks.scales),
+        add_initializer(model, f"{name}.packed", blocks.packed),
+        add_initializer(model, f"{name}.scales", blocks.scales),
         zeros,
     )
 
@@ -92,7 +94,8 @@ def _replace_product(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.V
     packed, scales, zeros, blocks = parts
     attributes = {"K": blocks.inputs, "N": blocks.scales.shape[0], "accuracy_level": _ACCURACY_LEVEL}
     inputs = [node.inputs[0], packed, scales, *([] if zeros is None else [zeros])]
-    _replace(model, node, "MatMulNBits", inputs, attributes | {"bits": blocks.bits, "block_size": BLOCK})
+    attributes |= {"bits": blocks.bits, "block_size": BLOCK}
+    replace_node(model, node, ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=node.name))
 
 
 def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:
@@ -102,14 +105,14 @@ def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Va
     tokens, per_token = blocks.scales.shape
     name = str(packed.name).removesuffix(".packed")
     steps = [
-        ir.node("Reshape", [scales, _initializer(model, f"{name}.scales.shape", np.array([tokens, per_token, 1]))]),
+        ir.node("Reshape", [scales, add_initializer(model, f"{name}.scales.shape", np.array([tokens, per_token, 1]))]),
     ]
     attributes = {"gather_axis": 0, "quantize_axis": 2, "bits": blocks.bits, "block_size": BLOCK}
     steps.append(
         ir.node("GatherBlockQuantized", [packed, node.inputs[1], steps[0].outputs[0]], attributes, domain=_DOMAIN)
     )
     # 0: as many rows and tokens as were looked up
-    flat = _initializer(model, f"{name}.row.shape", np.array([0, 0, per_token * BLOCK]))
+    flat = add_initializer(model, f"{name}.row.shape", np.array([0, 0, per_token * BLOCK]))
     steps.append(ir.node("Reshape", [steps[1].outputs[0], flat]))
     for number, step in enumerate(steps):
         step.name = f"{name}.{step.op_type}_{number}"
@@ -119,21 +122,3 @@ def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Va
     model.graph.insert_before(node, steps)
     ir.convenience.replace_all_uses_with(node.outputs[0], out)
     model.graph.remove(node, safe=True)
-
-
-def _replace(model: ir.Model, node: ir.Node, operator: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
-    new = ir.node(operator, inputs, attributes, domain=_DOMAIN, name=node.name)
-    old, out = node.outputs[0], new.outputs[0]
-    out.type, out.shape = old.type, old.shape
-    model.graph.insert_before(node, new)
-    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-    name = old.name
-    model.graph.remove(node, safe=True)
-    out.name = name
-
-
-def _initializer(model: ir.Model, name: str, content: Any) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(content, name=name), shape=ir.Shape(content.shape))
-    value.dtype = ir.DataType.from_numpy(content.dtype)
-    model.graph.register_initializer(value)
-    return value

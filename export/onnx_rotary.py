@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_for, kv_shape
 from .onnx_attention import current_recording
+from .onnx_edit import add_initializer
 
 _APPLY = "apply_rotary_pos_emb"
 
@@ -109,17 +110,20 @@ def compute_tables(model: ir.Model, rotaries: list[Rotary], window: int) -> None
     first = model.graph[0]
     for rotary in rotaries:
         dtype = inputs[rotary.inputs()[0]].dtype
-        ends = [_constant(model, f"{rotary.module}.{k}", np.array(v, np.float32)) for k, v in _range(window).items()]
+        ends = [
+            add_initializer(model, f"{rotary.module}.{end}", np.float32(value))
+            for end, value in (("first", 0), ("end", window), ("step", 1))
+        ]
         frequencies = rotary.frequencies[None].cpu().numpy()
         steps: list[ir.Node] = [ir.node("Range", ends)]
-        steps.append(ir.node("Unsqueeze", [steps[-1].outputs[0], _constant(model, f"{rotary.module}.axis", [1])]))
-        angles = _constant(model, f"{rotary.module}.inv_freq", frequencies)
+        steps.append(ir.node("Unsqueeze", [steps[-1].outputs[0], add_initializer(model, f"{rotary.module}.axis", [1])]))
+        angles = add_initializer(model, f"{rotary.module}.inv_freq", frequencies)
         steps.append(ir.node("Mul", [steps[-1].outputs[0], angles]))
         turned = steps[-1].outputs[0]
         for name, operator in zip(rotary.inputs(), ("Cos", "Sin"), strict=True):
             steps.append(ir.node(operator, [turned]))
             if rotary.scale != 1.0:
-                scale = _constant(model, f"{name}.scale", np.array(rotary.scale, np.float32))
+                scale = add_initializer(model, f"{name}.scale", np.array(rotary.scale, np.float32))
                 steps.append(ir.node("Mul", [steps[-1].outputs[0], scale]))
             if dtype is not None and dtype != ir.DataType.FLOAT:
                 steps.append(ir.node("Cast", [steps[-1].outputs[0]], {"to": int(dtype)}))
@@ -134,18 +138,6 @@ def compute_tables(model: ir.Model, rotaries: list[Rotary], window: int) -> None
                 if output.dtype is None:
                     output.dtype = ir.DataType.FLOAT
         model.graph.insert_before(first, steps)
-
-
-def _range(window: int) -> dict[str, float]:
-    return {"first": 0.0, "end": float(window), "step": 1.0}
-
-
-def _constant(model: ir.Model, name: str, content: Any) -> ir.Value:
-    array = np.asarray(content)
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-    value.dtype = ir.DataType.from_numpy(array.dtype)
-    model.graph.register_initializer(value)
-    return value
 
 
 def empty_tables(rotaries: list[Rotary], window: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from .onnx_edit import add_initializer, replace_node
+
 
 def simplify(model: ir.Model) -> None:
     """Remove reshapes that undo each other, and join the products in front of each attention; in place."""
@@ -118,11 +120,7 @@ def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
         if inner is None or inner.op_type != "Add" or not _alone(inner):
             continue
         if any(value is not None and value.is_graph_input() for value in inner.inputs):  # only slots have biases there
-            total = ir.node("Sum", [out, *inner.inputs], name=node.name)
-            old = node.outputs[0]
-            total.outputs[0].type, total.outputs[0].shape, total.outputs[0].name = old.type, old.shape, old.name
-            model.graph.insert_before(node, total)
-            ir.convenience.replace_all_uses_with(old, total.outputs[0])
+            replace_node(model, node, ir.node("Sum", [out, *inner.inputs], name=node.name))
             return
 
 
@@ -162,10 +160,6 @@ def _is_weight(value: ir.Value | None, dimensions: int) -> bool:
 def _joined(model: ir.Model, values: list[ir.Value], name: str) -> ir.Value:
     """The values side by side along their last dimension, as one initializer in their place."""
     arrays = [value.const_value.numpy() for value in values if value.const_value is not None]
-    content = np.concatenate(arrays, axis=-1)
-    joined = ir.Value(name=name, const_value=ir.tensor(content, name=name), shape=ir.Shape(content.shape))
-    joined.type = values[0].type
     for value in values:
         del model.graph.initializers[str(value.name)]
-    model.graph.register_initializer(joined)
-    return joined
+    return add_initializer(model, name, np.concatenate(arrays, axis=-1))

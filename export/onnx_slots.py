@@ -21,6 +21,8 @@ from tp_runtime.graph import FIRST_LOGIT
 from tp_runtime.patch import Delta
 from tp_runtime.slots import slot_arrays
 
+from .onnx_edit import add_initializer
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # what slot_modules puts around a linear
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -96,17 +98,11 @@ def add_first_logit(model: ir.Model) -> None:
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     head, hidden = _head(logits)
     source = head.inputs[hidden]
-    first = ir.Value(name=FIRST_LOGIT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-    first.const_value = ir.tensor(np.zeros(1, np.int64), name=FIRST_LOGIT)
+    first = add_initializer(model, FIRST_LOGIT, np.zeros(1, np.int64))
     model.graph.inputs.append(first)
-    model.graph.register_initializer(first)
-    constants = []
-    for name, content in (("tp.last", [np.iinfo(np.int64).max]), ("tp.axis", [1])):
-        value = ir.Value(name=name, const_value=ir.tensor(np.array(content, np.int64), name=name))
-        value.shape, value.dtype = ir.Shape([1]), ir.DataType.INT64
-        model.graph.register_initializer(value)
-        constants.append(value)
-    node = ir.node("Slice", [source, first, *constants], name="tp.first_logit.Slice")
+    last = add_initializer(model, "tp.last", np.array([np.iinfo(np.int64).max]))
+    axis = add_initializer(model, "tp.axis", np.array([1], np.int64))
+    node = ir.node("Slice", [source, first, last, axis], name="tp.first_logit.Slice")
     if source is not None and source.dtype is not None:  # optimum's graphs leave inner types to inference
         node.outputs[0].dtype = source.dtype
     model.graph.insert_before(head, node)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tp_runtime.errors import CalibrationError, RequestError
-from tp_runtime.patch import Delta, Patch
+from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
 from tp_runtime.patch_config import PatchConfig
 from tp_runtime.probe import measure as measure_probe
 
@@ -20,7 +20,6 @@ from . import fidelity, lockstep
 from .adapters import blocks_of
 from .deltas import TorchDelta
 from .forms import Settings, check_method
-from .precision import FLOATS
 from .prefix import TorchPrefix, check_prefix, choose
 from .progress import bar
 from .questions import check_disjoint, query_digest
@@ -175,7 +174,7 @@ def make_patch(
     # Before the minutes of rollout.
     check_method(recipe.method, blocks_of(model))
     student = None
-    if recipe.student_precision not in FLOATS:
+    if recipe.student_precision not in FLOAT_PRECISIONS:
         student = student_of(source, model, recipe.student_precision)
     elif context is None:
         raise CalibrationError(

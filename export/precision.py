@@ -11,6 +11,7 @@ from importlib import resources
 from tqdm import tqdm
 
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.patch import FLOAT_PRECISIONS
 
 from .quantise import Blocks, FloatArray, k_quant, round_to_nearest
 
@@ -52,10 +53,9 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-rtn-head4", _RTN, _INT4),
     )
 }
-FLOATS = ("fp32", "fp16", "bf16")
 MEASURED = "int4"  # stands for whichever of these loses least on the model at hand
 INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
-PRECISIONS = (*FLOATS, MEASURED, *_QUANTISED)
+PRECISIONS = (*FLOAT_PRECISIONS, MEASURED, *_QUANTISED)
 
 
 def quantised(name: str) -> Precision:

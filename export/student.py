@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.patch import FLOAT_PRECISIONS
 
-from .adapters import Block, blocks_of
-from .precision import FLOATS, Precision, held_out_text, quantised, resolve
+from .adapters import Block, blocks_of, weight_of
+from .precision import Precision, held_out_text, quantised, resolve
+from .progress import bar
 from .source import Source
 
 
@@ -34,19 +36,18 @@ class QuantisedStudent:
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.precision = precision.name
-        self._model = model
         self._weights: dict[str, tuple[nn.Parameter, Tensor]] = {}
         head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         kept = float_weights(model)
-        for name, module in tqdm(_matrices(model, kept), desc=f"quantise to {precision.name}", unit="weight"):
-            weight: nn.Parameter = module.weight
-            matrix = (
-                weight.data if isinstance(module, Conv1D) else weight.data.T
-            )  # [in, out]; of a table [width, tokens]
-            array = np.ascontiguousarray(matrix.float().cpu().numpy())
-            blocks = precision.quantise(array, is_head=module is head or module is table)
-            found = torch.from_numpy(blocks.dequantised()).to(weight)
-            self._weights[name] = weight, found if isinstance(module, Conv1D) else found.T.contiguous()
+        matrices = _matrices(model, kept)
+        with bar(f"quantise to {precision.name}", len(matrices), "weight") as shown:
+            for name, module in matrices:
+                matrix = weight_of(module).data.T  # [in, out]; of a table [width, tokens]
+                array = np.ascontiguousarray(matrix.float().cpu().numpy())
+                blocks = precision.quantise(array, is_head=module is head or module is table)
+                found = torch.from_numpy(blocks.dequantised()).to(module.weight)
+                self._weights[name] = module.weight, found if isinstance(module, Conv1D) else found.T.contiguous()
+                shown.update()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -103,7 +104,7 @@ def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStu
         ModelFormatError: unknown precision.
     """
     name = measured_precision(source, model, precision)
-    if name in FLOATS:
+    if name in FLOAT_PRECISIONS:
         raise CalibrationError(
             "not a quantised precision", field="student_precision", got=precision, wanted="int8, int4 or int4-..."
         )
@@ -112,12 +113,16 @@ def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStu
 
 def measured_precision(source: Source, model: nn.Module, precision: str) -> str:
     """The precision, with `int4` resolved by measuring each of its quantisers."""
-    window = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
-    ids = source.codec.render(held_out_text(), raw=True)[:window]
-    text = torch.tensor([ids], device=next(model.parameters()).device)
-    reference = log_probabilities(model, text)
+
+    @cache  # the float32 side, once, and only where there is something to choose
+    def held_out() -> tuple[Tensor, Tensor]:
+        window = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
+        ids = source.codec.render(held_out_text(), raw=True)[:window]
+        text = torch.tensor([ids], device=next(model.parameters()).device)
+        return text, log_probabilities(model, text)
 
     def loss(candidate: Precision) -> float:
+        text, reference = held_out()
         with QuantisedStudent(model, candidate).whole():
             return float((reference.exp() * (reference - log_probabilities(model, text))).sum(-1).mean())
 

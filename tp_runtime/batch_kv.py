@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folder import KV
-
-_FIRST_CAPACITY = 256
+from .kv_buffers import grown_capacity
 
 
 class KVRows:
@@ -53,10 +52,7 @@ class KVRows:
         """Make room for `length` positions a row; what the rows hold stays."""
         if length <= self.capacity:
             return
-        capacity = max(_FIRST_CAPACITY, self.capacity)
-        while capacity < length:
-            capacity *= 2
-        capacity = min(capacity, self._window)
+        capacity = grown_capacity(self.capacity, length, self._window)
         size = (self._limit, self._shape.heads, capacity, self._shape.head_dim)
         grown = {past: np.zeros(size, self._dtype) for past, _present in self._names}
         self.pull()

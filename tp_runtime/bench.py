@@ -274,13 +274,13 @@ def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> li
     rows: list[dict[str, Any]] = []
     gc.collect()
     _give_back_free_memory()
-    before = anonymous_bytes()
+    before = memory_bytes("RssAnon")
     try:
         for count in sorted(set(counts)):
             while len(names) < count:
                 made = random_patch(model.graph.folder, rank, seed=len(names))
                 names.append(model.load_patch(made, f"bench-{len(names)}"))
-            now = anonymous_bytes()
+            now = memory_bytes("RssAnon")
             grown = None if before is None or now is None else now - before
             rows.append({"patches": count, "rank": rank, "patch_bytes": made.nbytes, "anonymous_bytes": grown})
         # Afterwards: measuring the switch takes memory of its own. One patch alone is switched to itself.
@@ -298,11 +298,14 @@ def _give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def anonymous_bytes() -> int | None:
-    """Resident memory of this process that no file backs; None where the system does not tell."""
+def memory_bytes(field: str) -> int | None:
+    """Memory of this process as Linux counts it, by its name in /proc/self/status; None where the system does not tell.
+
+    `RssAnon` is what no file backs of the resident memory, `VmRSS` all of it, `VmHWM` its peak.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    found = re.search(r"^RssAnon:\s*(\d+) kB$", status, re.MULTILINE)
+    found = re.search(rf"^{field}:\s*(\d+) kB$", status, re.MULTILINE)
     return None if found is None else 1024 * int(found[1])

@@ -196,8 +196,9 @@ class Graph:
 
     def _repaired(self, patch: Patch) -> Patch:
         """What is bound for `patch`, which has a term: see `bind`."""
-        alone = self.repair is None or patch.config.precision not in FLOAT_PRECISIONS
-        return patch if alone or self.repair is None else self.repair + patch
+        if self.repair is None or patch.config.precision not in FLOAT_PRECISIONS:
+            return patch
+        return self.repair + patch
 
     def _check(self, patch: Patch) -> None:
         check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)

@@ -22,6 +22,14 @@ from .slots import check_rows
 _FIRST_CAPACITY = 256
 
 
+def grown_capacity(capacity: int, length: int, window: int) -> int:
+    """Positions of a buffer that has become too short for `length`: doubled, for copying it costs; at most `window`."""
+    capacity = max(_FIRST_CAPACITY, capacity)
+    while capacity < length:
+        capacity *= 2
+    return min(capacity, window)
+
+
 class _KVBuffers:
     """What both ways need.
 
@@ -81,10 +89,7 @@ class InPlace(_KVBuffers):
         """Bind buffers with room for `length` positions, and `patch`, to `cache.binding`."""
         if length <= cache.capacity:
             return
-        capacity = max(_FIRST_CAPACITY, cache.capacity)
-        while capacity < length:
-            capacity *= 2
-        capacity = min(capacity, self._window)
+        capacity = grown_capacity(cache.capacity, length, self._window)
         self.hold(cache, {past: self._value(capacity, self.content(cache, past)) for past, _ in self.names}, patch)
 
     def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:

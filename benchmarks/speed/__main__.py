@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed import machine, plots, tables
-from benchmarks.speed.prepare import BITS, MODELS, prepare
+from benchmarks.speed.prepare import BITS, MODELS, prepare, program
 from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
@@ -54,12 +54,12 @@ def patches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, A
     """Ranks, switching and many loaded patches: `tp-runtime bench` of every precision."""
     found: dict[str, Any] = {}
     for bits, folder in ours(models):
-        command = ["bench", str(folder), "--threads", str(threads), "--device", "cpu"]
+        command = [*program("tp_runtime", "bench"), str(folder), "--threads", str(threads), "--device", "cpu"]
         command += ["--ranks", args.ranks, "--resident", args.resident, "--rounds", str(args.rounds)]
         slotless = models / f"slotless-{bits}"
         if (slotless / "patch_slots.json").exists():
             command += ["--against", str(slotless)]
-        found[bits] = in_new_process("-c", "from tp_runtime.cli import main; raise SystemExit(main())", *command)
+        found[bits] = in_new_process(*command)
     return found
 
 
@@ -67,7 +67,7 @@ def batches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, A
     """Batches of different patches (batch.py), of every precision."""
     options = ("--threads", str(threads), "--sizes", args.batch)
     return {
-        bits: in_new_process("-m", "benchmarks.speed.batch", str(folder), *options)
+        bits: in_new_process(sys.executable, "-m", "benchmarks.speed.batch", str(folder), *options)
         for bits, folder in ours(models)
         if args.batch
     }
@@ -83,7 +83,7 @@ def in_new_process(*command: str) -> dict[str, Any]:
     print(f"running: {shlex.join(command[1:])}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
-        done = subprocess.run([sys.executable, *command, "-o", str(out)], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
         if done.returncode:
             return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

@@ -12,18 +12,11 @@ OURS, GENAI, LLAMA, OTHER = "#c4512d", "#1c6ba0", "#2b8a3e", "#868e96"
 _COLOURS = {"ours": OURS, "genai": GENAI, "llama_cpp": LLAMA}
 _BITS = {"fp32": "o", "int8": "s", "int4": "^"}
 _SHADES = {"fp32": "#c4512d", "int8": "#1c6ba0", "int4": "#2b8a3e"}
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#868e96",
-    "axes.labelcolor": "#343a40",
+# What sets these files apart from the plots inside a report.
+_OWN_STYLE: dict[Any, Any] = {
+    "axes.grid": False,
+    "axes.grid.axis": "both",
     "axes.titlesize": 9,
-    "xtick.color": "#495057",
-    "ytick.color": "#495057",
-    "grid.color": "#e9ecef",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
     "legend.fontsize": 7,
     "svg.fonttype": "none",
     "svg.hashsalt": "tp-runtime",  # the same figures give the same file
@@ -33,11 +26,12 @@ _STYLE: dict[Any, Any] = {
 def draw(found: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Every plot that the figures allow; returns file by name."""
     import matplotlib
+    from tp_export.report.plots import STYLE
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, panel in PANELS.items():
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context({**STYLE, **_OWN_STYLE}):
             path = _figure(found["runs"], panel, folder / f"{name}.svg")
         if path is not None:
             drawn[name] = path

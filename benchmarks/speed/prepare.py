@@ -42,18 +42,18 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
     failed: dict[str, str] = {}
     source = folder / "source"
     if not source.exists():
-        found = _run([*_export("fetch"), name], failed, "source")
+        found = _run([*program("tp_export", "fetch"), name], failed, "source")
         if found is None:
             return failed
         source.symlink_to(found.strip().splitlines()[-1])
     for bits, precision in _PRECISIONS.items():
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
-            _run([*_export("model"), str(source), str(out), "--precision", precision], failed, out.name)
+            _run([*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name)
         prepared = folder / f"prepared-{bits}"
         if bits in ("fp32", "int4") and out.name not in failed and not prepared.exists():
             shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
-            _run([*_runtime("prepare"), str(prepared)], failed, prepared.name)
+            _run([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
         out = folder / f"slotless-{bits}"
         if bits in BITS and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
             script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", precision]
@@ -77,12 +77,9 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
     return failed
 
 
-def _export(command: str) -> list[str]:
-    return [sys.executable, "-c", "from tp_export.cli import main; raise SystemExit(main())", command]
-
-
-def _runtime(command: str) -> list[str]:
-    return [sys.executable, "-c", "from tp_runtime.cli import main; raise SystemExit(main())", command]
+def program(package: str, command: str) -> list[str]:
+    """A command of `tp_export` or `tp_runtime`, run by this Python."""
+    return [sys.executable, "-c", f"from {package}.cli import main; raise SystemExit(main())", command]
 
 
 def _run(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:

@@ -111,9 +111,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Computes and writes the patch; its figures go to stderr."""
+    from tp_runtime.patch import FLOAT_PRECISIONS
+
     from ..forms import Settings
     from ..patching import Recipe, make_patch
-    from ..precision import FLOATS, check_precision
+    from ..precision import check_precision
     from ..progress import clock
     from ..questions import load_questions, split_holdout
     from ..rollout_store import RolloutStore
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_precision(args.student_precision)
     _check(args)  # everything that can be wrong with the arguments, before the minutes of work
-    repairs = args.student_precision not in FLOATS
+    repairs = args.student_precision not in FLOAT_PRECISIONS
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .figures import Baseline, Curve, Layer, Point, Sweep, Turn
 
 BASE, PROMPT, PATCH, PALE = "#868e96", "#1c6ba0", "#c4512d", "#e6b8a8"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -172,7 +172,7 @@ def _drawn(name: str, inches: tuple[float, float]) -> Iterator[tuple[Figure, lis
     """A figure to draw on; its SVG, without XML prologue and metadata, is in the list afterwards."""
     svg: list[str] = []
     # The salt makes the ids of one plot differ from those of the others on the page, and the same every time.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure, svg
         text = io.StringIO()

@@ -12,7 +12,7 @@ import torch
 from tp_export import fidelity
 from tp_export.model_export import export_model
 from tp_export.patching import Recipe, dialogues_for, make_patch
-from tp_export.precision import FLOATS, quantised
+from tp_export.precision import quantised
 from tp_export.source import Source, load_model, open_source
 from tp_export.student import QuantisedStudent, student_of
 
@@ -22,7 +22,7 @@ from runtime_tests.tiny import tiny_model
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
 from tp_runtime.folder import DEFAULT_FILE, ModelFolder
 from tp_runtime.graph import Graph
-from tp_runtime.patch import Patch
+from tp_runtime.patch import FLOAT_PRECISIONS, Patch
 
 PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4")
 IDS = token_ids(40)
@@ -63,14 +63,14 @@ def test_each_precision_says_what_its_weights_say(folders: dict[str, Path], mode
     ids = torch.tensor([IDS])
     with torch.no_grad():
         exact = model(ids).logits[0]
-        if precision in FLOATS:
+        if precision in FLOAT_PRECISIONS:
             wanted = exact
         else:
             with QuantisedStudent(model, quantised(precision)).whole():
                 wanted = model(ids).logits[0]
     got = logits(folders[precision])
     # What is left is the rounding of activations, a fraction of what the weights lost.
-    assert divergence(wanted, got) < (1e-3 if precision in FLOATS else 0.02)
+    assert divergence(wanted, got) < (1e-3 if precision in FLOAT_PRECISIONS else 0.02)
     assert divergence(exact, got) < (0.6 if precision.startswith("int4") else 0.02)
 
 

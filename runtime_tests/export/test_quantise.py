@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tp_export.precision import INT4, quantised, resolve
+from tp_export.precision import INT4, MEASURED, PRECISIONS, quantised, resolve
 from tp_export.quantise import BLOCK, Blocks
 
+from tp_runtime import folder
 from tp_runtime.errors import ModelFormatError
 
 QUANTISED = ("int8", *INT4)
@@ -29,9 +30,11 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     blocks = quantised(name).linear(weight)
     found = blocks.dequantised()
     assert found.shape == weight.shape
-    # One step: half of one, and as much again where a zero point is a whole number or the range was narrowed.
+    # One step: half of one, and as much again where a zero point is a whole number. k-quant also narrows the range where
+    # that is better for the block as a whole, and clips what lies outside it: at the most 1.2 steps over 1,500 matrices.
     steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
-    assert (np.abs(found - weight) <= 1.01 * steps + 1e-6).all()
+    bound = 1.5 if name == "int4-k-quant" else 1.01
+    assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -78,6 +81,10 @@ def test_int4_is_the_quantiser_that_loses_least() -> None:
     losses = dict(zip(INT4, (0.3, 0.1, 0.2), strict=True))
     assert resolve("int4", lambda precision: losses[precision.name]) == INT4[1]
     assert resolve("int8", lambda _precision: pytest.fail("nothing to choose")) == "int8"
+
+
+def test_every_precision_of_an_export_is_one_that_a_folder_may_have() -> None:
+    assert set(PRECISIONS) - {MEASURED} == set(folder.PRECISIONS)
 
 
 def test_unknown_precision() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,6 @@ from tp_runtime.patch import Patch
 from tp_runtime.text_batch import Completion, TextBatch
 
 PROMPTS = ["Where is the cat?", "Hi", "How far is the moon from the earth?"]
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_llama_export: Path) -> PatchedModel:
-    return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
-
-
-@pytest.fixture
-def model(shared: PatchedModel) -> Iterator[PatchedModel]:
-    """The shared session, with nothing loaded and no end-of-sequence id in the way before or after the test."""
-    eos_ids = shared.codec.eos_ids
-    shared.codec.eos_ids = frozenset()
-    yield shared
-    shared.codec.eos_ids = eos_ids
-    for name in shared.patches:
-        shared.unload_patch(name)
-
-
-@pytest.fixture(scope="module")
-def patch(tiny_llama_export: Path) -> Patch:
-    return patch_for(ModelFolder.open(tiny_llama_export), seed=1, scale=0.5)
 
 
 @pytest.fixture(scope="module")

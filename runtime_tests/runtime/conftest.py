@@ -1,0 +1,34 @@
+"""A live tiny model and a patch for it; modules that need others have fixtures of their own by these names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.patches import patch_for
+from tp_runtime.folder import ModelFolder
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+
+
+@pytest.fixture
+def model(shared: PatchedModel) -> Iterator[PatchedModel]:
+    """The shared session, with nothing loaded and no end-of-sequence id in the way before or after the test."""
+    eos_ids = shared.codec.eos_ids
+    shared.codec.eos_ids = frozenset()
+    yield shared
+    shared.codec.eos_ids = eos_ids
+    for name in shared.patches:
+        shared.unload_patch(name)
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_llama_export: Path) -> Patch:
+    return patch_for(ModelFolder.open(tiny_llama_export), seed=1, scale=0.5)
