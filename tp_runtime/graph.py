@@ -24,6 +24,7 @@ from .delta import Delta
 from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
+from .huge_pages import mapped, use_huge_pages_soon
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import PARTS, KVPrefix
@@ -68,6 +69,7 @@ class Graph:
         spin: whether the session's threads wait actively between runs.
         cuda_graphs: capture decode steps of single sequences and replay them (cuda_lane.py). Asks for CUDA: `auto` does
             not fall back then. A graph that cannot be captured runs as without, with the reason logged.
+        huge_pages: whether weights in the process's memory are put on huge pages (huge_pages.py).
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
@@ -96,6 +98,7 @@ class Graph:
         defaults: Patch | None = None,
         spin: bool = True,
         cuda_graphs: bool = False,
+        huge_pages: bool = True,
     ) -> None:
         if cuda_graphs:
             check_capturable(folder, device)
@@ -119,6 +122,7 @@ class Graph:
         self.no_lane: str | None = None
         self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
         chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
+        self._huge_pages = huge_pages
         if not cuda_graphs or not self._capture(chosen, options):
             self._open(chosen, options)
         prefix = None if defaults is None else defaults.prefix
@@ -130,7 +134,10 @@ class Graph:
         folder = self.folder
         prepared = prepared_graph(folder) if device.kind == "cpu" else None
         model = prepared or folder.path / "model.onnx"
+        before = mapped()
         self.session, self.device = create_session(model, device, options, cuda_graphs)
+        if self._huge_pages and self.device.kind == "cpu":
+            use_huge_pages_soon(since=before)
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries

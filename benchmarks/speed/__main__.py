@@ -56,9 +56,6 @@ def patches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, A
     for bits, folder in ours(models):
         command = [*program("tp_runtime", "bench"), str(folder), "--threads", str(threads), "--device", "cpu"]
         command += ["--ranks", args.ranks, "--resident", args.resident, "--rounds", str(args.rounds)]
-        slotless = models / f"slotless-{bits}"
-        if (slotless / "patch_slots.json").exists():
-            command += ["--against", str(slotless)]
         found[bits] = in_new_process(*command)
     return found
 

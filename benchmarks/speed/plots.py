@@ -170,8 +170,8 @@ def _first(axes: Any, run: Run) -> bool:
 
 def _context(axes: Any, run: Run) -> bool:
     some = False
-    for row in run["rivals"].values():
-        if row["runtime"] != "ours":
+    for key, row in run["rivals"].items():
+        if key != f"ours-{row['bits']}":  # the same line for every folder of a precision
             continue
         times = {name: 1e3 * value for name, value in row["first_s"].items()}
         lengths = [_length(name) for name in times if name.startswith("prompt-")]

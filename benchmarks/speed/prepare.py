@@ -55,7 +55,7 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
             shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
             _run([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
         out = folder / f"slotless-{bits}"
-        if bits in BITS and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+        if bits in ("fp32", "int4") and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
             script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", precision]
             _run(script, failed, out.name)
     if not (folder / "optimum" / "config.json").exists():

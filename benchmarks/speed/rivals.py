@@ -29,6 +29,11 @@ class Rival:
     files: str
     bits: str
 
+    @property
+    def takes_patches(self) -> bool:
+        """Whether its graph has slots, and its runtime knows them."""
+        return self.module == "ours" and not self.key.startswith("slotless")
+
     def missing(self, models: Path) -> str | None:
         """Why it cannot be measured, or None."""
         if util.find_spec(self.package) is None:
@@ -72,10 +77,12 @@ RIVALS = (
     Rival("transformers", "transformers eager fp32", "transformers_eager", "transformers", "source", "fp32"),
     Rival("optimum", "optimum fp32", "optimum_ort", "optimum.onnxruntime", "optimum", "fp32"),
     *_at("fp32"),
+    Rival("slotless-fp32", "tp-runtime fp32, no slots", "ours", "tp_runtime", "slotless-fp32", "fp32"),
     Rival("prepared-fp32", "tp-runtime fp32, prepared", "ours", "tp_runtime", "prepared-fp32", "fp32"),
     *_at("int8"),
     _llama("q8_0", "Q8_0", "int8"),
     *_at("int4"),
+    Rival("slotless-int4", "tp-runtime int4, no slots", "ours", "tp_runtime", "slotless-int4", "int4"),
     Rival("prepared-int4", "tp-runtime int4, prepared", "ours", "tp_runtime", "prepared-int4", "int4"),
     Rival("ours-int4-head4", "tp-runtime int4, head too", "ours", "tp_runtime", "ours-int4-head4", "int4"),
     _llama("published", "as published", "int4"),

@@ -54,14 +54,14 @@ class Plan:
         question = list(self.text[: self.question])
         rest = self.text[self.question :]
         yield "none", {"context": [], "question": question}
-        if rival.module == "ours":
+        if rival.takes_patches:
             yield "patch", {"context": [], "question": question, "patch": self.rank}
         for length in self.contexts:
             tokens = self.tokens if length in self.decode else 0
             context = list(rest[:length])
             yield f"prompt-{length}", {"context": context, "question": question, "tokens": tokens}
             yield f"cached-{length}", {"context": context, "question": question, "cached": True}
-        if rival.module == "ours" and self.decode:
+        if rival.takes_patches and self.decode:
             context = list(rest[: self.decode[0]])
             asked = {"context": context, "question": question, "tokens": self.tokens, "patch": self.rank}
             yield f"patched-{self.decode[0]}", asked

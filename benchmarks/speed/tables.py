@@ -119,15 +119,15 @@ def _runtimes(run: Run) -> str:
 def _carrying(run: Run) -> str:
     rows, lengths = [], []
     for row in run["rivals"].values():
-        if row["runtime"] != "ours":
-            continue
         first = row["first_s"]
+        if "patch" not in first:
+            continue
         lengths = _lengths(name for name in first if name.startswith("prompt-"))
         for n in lengths:
             times = (first.get(name) for name in ("none", f"prompt-{n}", f"cached-{n}", "patch"))
             steps = (row["token_s"].get(name) for name in (f"prompt-{n}", f"patched-{n}"))
             figures = [*(_number(t, 1e3, 0) for t in times), *(_number(t, 1e3, 2) for t in steps)]
-            rows.append([row["bits"], str(n), *figures])
+            rows.append([row["label"].removeprefix("tp-runtime "), str(n), *figures])
     head = ["precision", "context", "no prompt ms", "prompt ms", "cached prefix ms", "patch ms"]
     head += ["token ms after it", "the same under a patch"]
     said = "First token of tp-runtime, by the way that a context is carried (patch: rank 16), and decoding after it:"
@@ -138,12 +138,10 @@ def _ranks(run: Run) -> str:
     rows = []
     for bits, bench in run["patches"].items():
         ratios = dict(rank_ratios(bench))
-        slotless = [arm for arm in bench.get("arms", ()) if arm["label"].startswith("slotless")]
         if ratios:
             base = bench["arms"][0]["token_ms"]
-            without = f"{1 / slotless[0]['token_ratio_per_round']:.3f}" if slotless else "not measured"
-            rows.append([bits, f"{base:.2f}", without, *(f"{ratio:.3f}" for ratio in ratios.values())])
-            head = ["precision", "base ms", "over no slots", *(f"rank {rank}" for rank in ratios)]
+            rows.append([bits, f"{base:.2f}", *(f"{ratio:.3f}" for ratio in ratios.values())])
+            head = ["precision", "base ms", *(f"rank {rank}" for rank in ratios)]
     if not rows:
         return ""
     said = "Per-token time with a random patch in every slot, over the base's; rank 0 is the base again (noise):"

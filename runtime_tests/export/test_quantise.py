@@ -30,8 +30,8 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     blocks = quantised(name).linear(weight)
     found = blocks.dequantised()
     assert found.shape == weight.shape
-    # One step: half of one, and as much again where a zero point is a whole number. k-quant also narrows the range where
-    # that is better for the block as a whole, and clips what lies outside it: at the most 1.2 steps over 1,500 matrices.
+    # One step: half of one, and as much again where a zero point is a whole number. k-quant also narrows the range
+    # where that is better for the block as a whole, and clips what lies outside: 1.2 steps at most in 1,500 matrices.
     steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
     bound = 1.5 if name == "int4-k-quant" else 1.01
     assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
