@@ -60,7 +60,7 @@ CASES = (
         recipe(prefix=24, **SHORT),
     )),
     Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
-        recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
+        recipe(prefix=96), recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
     )),
     # The model's own questions: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
     Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
@@ -69,7 +69,10 @@ CASES = (
     Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=4), recipe(), recipe("vector"))),
     Case("persona", "smollm2", None, DEMO / "held-out.txt", (
         recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
+        recipe("matrix"), recipe(refine_steps=100),
     )),
+    # By the number of calibration queries.
+    *(Case(f"persona-{n}", "smollm2", None, DEMO / "held-out.txt", (recipe(),), n) for n in (16, 32)),
     # How fidelity falls with the number of facts: the first sentences of the fact sheet, the same queries throughout.
     *(
         Case(f"facts-{n}", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
@@ -104,6 +107,7 @@ def main() -> None:
         for one in case.recipes:
             start = time.perf_counter()
             name = f"{case.name}-{one.method}-r{one.settings.rank}-p{one.prefix}"
+            name += f"-refined{one.refine_steps}" if one.refine_steps else ""
             patch = make_patch(source, model, context, fitted, held, one, name=name, store=store)
             seconds = time.perf_counter() - start
             file = args.out / f"{name}.safetensors"

@@ -31,7 +31,13 @@ class FakeGraph:
         return KVCache(bound.key)
 
     def forward(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        bound: BoundPatch,
+        *,
+        all_logits: bool = False,
+        lasting: bool = True,
     ) -> np.ndarray:
         assert tokens and not all_logits
         assert len(cache) + len(tokens) <= self.folder.context_window

@@ -29,9 +29,15 @@ class Steps(Protocol):
         """An empty cache for runs under `bound`."""
 
     def forward(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        bound: BoundPatch,
+        *,
+        all_logits: bool = False,
+        lasting: bool = True,
     ) -> NDArray[np.float32]:
-        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`."""
+        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`; `lasting`: the caller's own."""
 
     def content(self, cache: KVCache) -> Content:
         """Keys and values that `cache` holds."""
@@ -142,7 +148,7 @@ def _loop(
         # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
         #    position only.
         kept = cache.keep_prefix(tokens)
-        logits = graph.forward(tokens[kept:], cache, bound)
+        logits = graph.forward(tokens[kept:], cache, bound, lasting=False)
         # 2. Pick, hand out, stop.
         token = sampler.pick(logits[-1], tokens)
         tokens.append(token)

@@ -271,7 +271,13 @@ class Graph:
         return self.forward(tokens[len(cache) :], cache, bound, all_logits=True)
 
     def forward(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, all_logits: bool = False
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        bound: BoundPatch,
+        *,
+        all_logits: bool = False,
+        lasting: bool = True,
     ) -> NDArray[np.float32]:
         """Run `tokens` after what is in `cache`, and append them to it.
 
@@ -280,6 +286,8 @@ class Graph:
             cache: made by `new_cache` under the same patch.
             bound: the patch.
             all_logits: logits of every token instead of the last one only.
+            lasting: whether the logits are the caller's own. If not, the cache's next run may overwrite them: it
+                saves a copy, which takes longer than picking a token does.
 
         Returns:
             Logits [len(tokens) or 1, vocab], float32.
@@ -300,12 +308,12 @@ class Graph:
                 fix="shorten the prompt or the conversation",
             )
         with self._alone():
-            logits = self._run(tokens, position, cache, bound, all_logits)
+            logits = self._run(tokens, position, cache, bound, all_logits, lasting)
             cache.tokens.extend(tokens)
         return logits
 
     def _run(
-        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool
+        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, lasting: bool
     ) -> NDArray[np.float32]:
         steps, length = len(tokens), cache.filled + len(tokens)
         lane = self.lane
@@ -317,6 +325,7 @@ class Graph:
         mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
             logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
+            logits = logits.copy() if lasting else logits
         else:
             cache.step = None  # what it has bound is bound to something else now
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]

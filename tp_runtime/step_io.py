@@ -35,8 +35,11 @@ class StepIO:
         binding.bind_ortvalue_output("logits", from_numpy(self._logits))
 
     def run(self, session: Any, token: int, position: int, mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits [1, vocab], float32, a copy of one's own, of `token` at `position` after what `mask` [1, n] covers."""
+        """Logits [1, vocab], float32, of `token` at `position` after what `mask` [1, n] covers.
+
+        Of a float32 graph they are a view of what the next step overwrites.
+        """
         self._ids[0, 0], self._position[0, 0] = token, position
         self.binding.bind_cpu_input("attention_mask", mask)  # its length changes
         session.run_with_iobinding(self.binding)
-        return self._logits[0].astype(np.float32)
+        return self._logits[0].astype(np.float32, copy=False)

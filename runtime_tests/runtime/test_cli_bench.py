@@ -24,7 +24,7 @@ def test_a_random_patch_by_default(cli: Cli, tiny_llama_export: Path) -> None:
     assert result.code == 0
     assert (report["patch"], report["patch_file"], report["patch_rank"]) == ("random", None, 16)
     assert report["patch_inputs"] == 3 * report["patch_slots"]
-    for name in ("model_load_s", "patch_load_ms", "switch_ms", "switch_first_step_ms", "patch_bytes", "token_ratio"):
+    for name in ("model_load_s", "patch_load_ms", "switch_ms", "switch_first_step_ms", "patch_bytes", "python_ms"):
         assert report[name] > 0
     for name in ("first_token", "token"):
         times = report[f"{name}_ms"]
@@ -42,8 +42,31 @@ def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -
     result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
     assert f"random-0, rank 5 in {len(folder.slots)} slots" in result.out
     assert "made for this run" not in result.out
-    for label in ("first token", "each further token", "load a patch", "switch", "medians of 2 rounds"):
+    for label in ("first token", "each further token", "load a patch", "switch", "python", "medians of 2 rounds"):
         assert label in result.out
+
+
+def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    session = graph.session
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        """Each run takes a second, and each pick a quarter."""
+
+        def run_with_iobinding(self, binding: object) -> None:
+            now[0] += 1
+            session.run_with_iobinding(binding)
+
+    def pick(_sampler: object, _logits: object, _history: object) -> int:
+        now[0] += 0.25
+        return 1
+
+    monkeypatch.setattr(bench.engine.Sampler, "pick", pick)
+    graph.session = slow = Slow()  # type: ignore[assignment]
+    assert bench.python_seconds(bench.base_arm("base", graph, 4), 3) == [0.25, 0.25, 0.25]
+    assert graph.session is slow and now[0] == 4 + 4 * 0.25  # the prompt and three tokens
 
 
 def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

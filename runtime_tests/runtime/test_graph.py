@@ -249,6 +249,16 @@ def test_logits_handed_out_do_not_change_afterwards(graph: Graph) -> None:
     assert np.array_equal(first, copy)
 
 
+def test_logits_that_need_not_last_are_the_same_and_are_not_copied(graph: Graph) -> None:
+    kept, lent = graph.new_cache(graph.base), graph.new_cache(graph.base)
+    for tokens in ([1, 2, 3], [4], [5]):
+        wanted = graph.forward(tokens, kept, graph.base)
+        got = graph.forward(tokens, lent, graph.base, lasting=False)
+        np.testing.assert_array_equal(got, wanted)
+    graph.forward([6], lent, graph.base, lasting=False)
+    assert not np.array_equal(got, wanted)
+
+
 def test_a_cache_serves_no_other_patch(graph: Graph) -> None:
     patch = patch_for(graph.folder)
     bounds = {

@@ -175,6 +175,7 @@ def _measure(
         report[f"{key}_ratio"] = patched[f"{name}_ratio"]
         report[f"{key}_ratio_per_round"] = patched[f"{name}_ratio_per_round"]
     report["switch_ms"] = 1e3 * median(_switch_seconds(model, patches[0], arms[1].prompt[-1]))
+    report["python_ms"] = 1e3 * median(bench.python_seconds(arms[1], args.tokens))
     report["switch_first_step_ms"] = 1e3 * median(first_steps)
     report["arms"] = rows
     return report
@@ -274,6 +275,7 @@ def _print(report: dict[str, Any]) -> None:
             ),
             ("switch", switch),
             ("switch and step", f"{report['switch_first_step_ms']:.2f} ms with a new cache and one token run"),
+            ("python", f"{report['python_ms']:.3f} ms a token beside ONNX Runtime's run"),
             *(("resident", _resident(row)) for row in report["resident"]),
         ]
     )

@@ -1,0 +1,67 @@
+"""What huge pages do to a token and to the first one: the figures of docs/serving.md.
+
+    python benchmarks/huge_pages.py MODEL_DIR [--threads 1] [--rounds 5]
+
+Every sample is a process of its own, with and without in turns, since where a process's memory lies makes as much of a
+difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+_PROMPT, _SKIPPED, _TOKENS = 32, 150, 60  # tokens; the skipped ones give the background time to finish
+
+
+def sample(model: Path, threads: int, huge: bool) -> dict[str, float]:
+    """Of this process, in milliseconds: from opening the folder to the first token, and a token later on."""
+    import numpy as np
+    import onnxruntime  # noqa: F401  (its import is not the model's time)
+
+    from tp_runtime.folder import ModelFolder
+    from tp_runtime.graph import Graph
+
+    start = time.perf_counter()
+    graph = Graph(ModelFolder.open(model), "cpu", threads, huge_pages=huge)
+    prompt = np.random.default_rng(0).integers(0, graph.folder.vocab_size, _PROMPT).tolist()
+    cache = graph.new_cache(graph.base)
+    graph.forward(prompt, cache, graph.base)
+    first = time.perf_counter() - start
+    steps = []
+    for number in range(_SKIPPED + _TOKENS):
+        start = time.perf_counter()
+        graph.forward([number], cache, graph.base)
+        steps.append(time.perf_counter() - start)
+    return {"first": 1e3 * first, "token": 1e3 * median(steps[_SKIPPED:])}
+
+
+def main() -> None:
+    """Medians over the processes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sample", choices=("with", "without"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.sample:
+        print(json.dumps(sample(args.model, args.threads, args.sample == "with")))
+        return
+    found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    for number in range(args.rounds):
+        for way in sorted(found, reverse=bool(number % 2)):
+            command = [sys.executable, __file__, str(args.model), "--threads", str(args.threads), "--sample", way]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way].append(json.loads(done.stdout))
+    for way, samples in found.items():
+        figures = {name: round(median(one[name] for one in samples), 2) for name in ("first", "token")}
+        print(json.dumps({"huge pages": way, "threads": args.threads, **figures}))
+
+
+if __name__ == "__main__":
+    main()
