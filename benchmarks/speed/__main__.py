@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--builder", help="Python of the environment with onnxruntime-genai's builder")
     parser.add_argument("--out", type=Path, default=Path("build/speed"), help="default: %(default)s")
     parser.add_argument("--rivals", default="", help="only these, by key; default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="that count, after one to warm up; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="in new processes each; default: %(default)s")
     parser.add_argument("--cold", type=int, default=5, help="starts of new processes; default: %(default)s")
     parser.add_argument("--contexts", type=numbers, default=(32, 128, 512, 2048), help="default: 32,128,512,2048")
     parser.add_argument(

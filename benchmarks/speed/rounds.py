@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.speed.pool import Process, WorkerError
 from benchmarks.speed.rivals import Rival
 
-_WARM = 128  # the longest context of the round that warms up: the long ones take most of a round's time
+_WARM, _WARM_TOKENS = 32, 64  # what a new process runs first; the tokens give huge pages time to come
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
         decode: the contexts after which tokens are decoded too.
         question: ids of the question: all that is run with no context, a cached one, or a patch instead.
         tokens: decoded in a round.
-        rounds: kept, after one that warms up.
+        rounds: in new processes each.
         cold: starts of new processes, after one that warms up; 0 leaves them out.
         rank: of the random patch.
     """
@@ -47,7 +47,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Positions of the longest answer."""
-        return max(self.contexts, default=32) + self.question + self.tokens + 1
+        return 1 + max(max(self.contexts, default=0) + self.question + self.tokens, _WARM + 1 + _WARM_TOKENS)
 
     def asks(self, rival: Rival) -> Iterator[tuple[str, dict[str, Any]]]:
         """The commands of one round, by the name they are kept under."""
@@ -133,44 +133,62 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
 def live_rounds(
     rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]
 ) -> list[float]:
-    """All runtimes loaded at once, and asked in turns; returns the bytes per second that memory was read at."""
+    """All runtimes loaded at once and asked in turns, anew in every round: where a process's memory happens to lie is
+    worth up to a fifth of a token, and stays until it ends.
+
+    Returns the bytes per second that memory was read at.
+    """
     bandwidths = []
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(Process("bandwidth", threads))
+    with Process("bandwidth", threads) as stream:
         stream.ask("load", path="", threads=threads, room=0)
-        live: dict[str, tuple[Rival, Process, bool]] = {}
-        for rival in rivals:
-            if "all" in found[rival.key].failed:
-                continue
-            _say(f"load {rival.label}")
-            with _failing(found[rival.key], "all"):
-                process = stack.enter_context(Process(rival.module, threads))
-                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
-                found[rival.key].versions = loaded["versions"]
-                live[rival.key] = rival, process, loaded["can_rewind"]
-        names = list(dict.fromkeys(name for rival, _, _ in live.values() for name, _ in plan.asks(rival)))
-        asks = {key: dict(plan.asks(rival)) for key, (rival, _, _) in live.items()}
-        for number in range(plan.rounds + 1):
+        for number in range(plan.rounds):
             bandwidths.append(stream.ask("stream")["bytes_per_second"])
-            for name in names:
-                for rival, process, can_rewind in _rotated(list(live.values()), number):
-                    key = rival.key
-                    if name not in asks[key] or {"all", name} & set(found[key].failed):
-                        continue
-                    if number == 0 and len(asks[key][name]["context"]) > _WARM:
-                        continue
-                    if name.startswith("cached") and not can_rewind:
-                        found[key].failed[name] = "its cache cannot go back to an earlier length"
-                        continue
-                    _say(f"round {number + 1} of {plan.rounds + 1}, {name}: {rival.label}")
-                    with _failing(found[key], name):
-                        answer = process.ask("answer", **asks[key][name])
-                        if number > 0:
-                            found[key].keep(name, answer)
-        for key, (_, process, _) in live.items():
-            with _failing(found[key], "memory"):
-                found[key].worked = process.ask("memory")
+            with contextlib.ExitStack() as stack:
+                live = _loaded(stack, _rotated(rivals, number), models, threads, plan, found)
+                _round(live, number, plan, found)
     return bandwidths
+
+
+def _loaded(
+    stack: contextlib.ExitStack,
+    rivals: Sequence[Rival],
+    models: Path,
+    threads: int,
+    plan: Plan,
+    found: dict[str, Found],
+) -> list[tuple[Rival, Process, bool]]:
+    """New processes that have answered once; each with whether its cache can go back."""
+    live = []
+    for rival in rivals:
+        if "all" in found[rival.key].failed:
+            continue
+        _say(f"load {rival.label}")
+        with _failing(found[rival.key], "all"):
+            process = stack.enter_context(Process(rival.module, threads))
+            loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
+            process.ask("answer", context=list(plan.text[:_WARM]), question=list(plan.text[:1]), tokens=_WARM_TOKENS)
+            found[rival.key].versions = loaded["versions"]
+            live.append((rival, process, loaded["can_rewind"]))
+    return live
+
+
+def _round(live: Sequence[tuple[Rival, Process, bool]], number: int, plan: Plan, found: dict[str, Found]) -> None:
+    asks = {rival.key: dict(plan.asks(rival)) for rival, _, _ in live}
+    names = dict.fromkeys(name for commands in asks.values() for name in commands)
+    for name in names:
+        for rival, process, can_rewind in live:
+            key = rival.key
+            if name not in asks[key] or {"all", name} & set(found[key].failed):
+                continue
+            if name.startswith("cached") and not can_rewind:
+                found[key].failed[name] = "its cache cannot go back to an earlier length"
+                continue
+            _say(f"round {number + 1} of {plan.rounds}, {name}: {rival.label}")
+            with _failing(found[key], name):
+                found[key].keep(name, process.ask("answer", **asks[key][name]))
+    for rival, process, _ in live:
+        with _failing(found[rival.key], "memory"):
+            found[rival.key].worked = process.ask("memory")
 
 
 @contextlib.contextmanager

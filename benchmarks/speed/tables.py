@@ -58,9 +58,9 @@ def _head(found: dict[str, Any]) -> str:
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
 Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
-a median of {plan["rounds"]} rounds after one to warm up (cold starts: {plan["cold"]}). A round asks every runtime in
-turn and the next one begins with another; all others are stopped meanwhile. Compare within a table, not between
-machines or days.
+a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks every runtime in turn, in new processes
+that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare within a table, not
+between machines or days.
 
 - Machine: {machine.get("processor", "unknown")}, {machine["cpus"]} CPUs ({", ".join(machine.get("flags", []))}; L3
   {machine.get("l3", "unknown")}), {machine["memory_bytes"] / 1e9:.0f} GB, {machine["system"]}, Python
@@ -72,6 +72,8 @@ machines or days.
 - First token: greedy, from token ids to the next id, KV cache allocated in it; the prompt is the context and a question
   of {plan["question"]} tokens. Cold start: from starting a process to its first token after 32 tokens, files in the
   page cache. Memory: of the process, after its longest context; anonymous is what no file backs.
+- tp-runtime asks Linux for huge pages (docs/serving.md), except for prepared folders; the others take what they are
+  given. "No slots" is our export without them, which no patch fits: what empty slots cost.
 - Read: bytes of weights that a token needs, once each, KV not counted. Reached: the time to read them at the memory's
   speed, over the time a token took after the shortest context.""")
 
