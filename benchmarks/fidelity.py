@@ -69,7 +69,7 @@ CASES = (
     Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=4), recipe(), recipe("vector"))),
     Case("persona", "smollm2", None, DEMO / "held-out.txt", (
         recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
-        recipe("matrix"), recipe(refine_steps=100),
+        recipe("matrix"), recipe(refine_steps=30),
     )),
     # By the number of calibration queries.
     *(Case(f"persona-{n}", "smollm2", None, DEMO / "held-out.txt", (recipe(),), n) for n in (16, 32)),
