@@ -55,6 +55,7 @@ def _head(found: dict[str, Any]) -> str:
     )
     load = max(run["machine"]["load_before"] for run in runs)
     busy = " (other work was running)" if load > 0.5 else ""
+    remarks = "".join(f"\n- {remark}" for remark in dict.fromkeys(run.get("remark") for run in runs) if remark)
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
 Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
@@ -75,7 +76,7 @@ between machines or days.
 - tp-runtime asks Linux for huge pages (docs/serving.md), except for prepared folders; the others take what they are
   given. "No slots" is our export without them, which no patch fits: what empty slots cost.
 - Read: bytes of weights that a token needs, once each, KV not counted. Reached: the time to read them at the memory's
-  speed, over the time a token took after the shortest context.""")
+  speed, over the time a token took after the shortest context.{remarks}""")
 
 
 def _wrapped(text: str) -> str:
