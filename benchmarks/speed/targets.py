@@ -133,7 +133,7 @@ TARGETS = (
         1.2,
         False,
         _cold,
-        "reading Gemma's tokenizer, 33 MB of JSON, takes more than a second; a start by itself (cold starts: see above) "
+        "reading Gemma's tokenizer, 33 MB of JSON, takes more than a second; a single start "
         "also counts what the machine had dropped from its page cache",
     ),
     Target("batch of 8 with 8 patches: throughput over the base's", 0.9, True, _batch),
