@@ -117,7 +117,7 @@ def export_model(
         with clock("write the folder"):
             if route == "fused":  # optimum's names are put right where it exports
                 onnx_slots.name_weights(graph)
-                simplify(graph)
+                simplify(graph, apart=float_weights(model))
             onnx_slots.name_dimensions(graph)
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))

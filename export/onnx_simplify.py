@@ -2,30 +2,64 @@
 
 A decode step of a small model spends microseconds in each operator, so an operator that only moves shapes about costs
 as much as one that computes. Reshapes that undo each other go (queries split into heads, and joined again for the
-attention operator), and where queries, keys and values come from three products of one input, one product of the three
-weights side by side takes their place.
+attention operator), and products of one input are joined (onnx_products.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Collection, Sequence
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .onnx_edit import add_initializer, replace_node
+from .onnx_edit import replace_node
+from .onnx_products import join_products
 
 
-def simplify(model: ir.Model) -> None:
-    """Remove reshapes that undo each other, and join the products in front of each attention; in place."""
+def simplify(model: ir.Model, apart: Collection[str] = ()) -> None:
+    """Remove reshapes that undo each other, and join what is computed from one value; in place.
+
+    Args:
+        model: the traced graph, its weights named.
+        apart: names of weights that are joined with no others.
+    """
+    for node in list(model.graph):
+        _multiply_unflattened(model, node)
     _norm_before_transposing(model)
     _drop_reshapes(model)
     RemoveUnusedNodesPass()(model)  # before anybody asks who else reads a value
-    for node in list(model.graph):
-        if node.op_type == "GroupQueryAttention":
-            _pack_projections(model, node)
+    join_products(model, apart)
     for node in list(model.graph):
         _add_slot_at_once(model, node)
     RemoveUnusedNodesPass()(model)
+
+
+def _multiply_unflattened(model: ir.Model, node: ir.Node) -> None:
+    """x W + b of x [B, T, K] where it was flattened to [B T, K] for a Gemm (GPT-2): the other passes know no Gemm."""
+    plain = node.op_type == "Gemm" and all(
+        attribute.as_float() == 1 if name in ("alpha", "beta") else not attribute.as_int()
+        for name, attribute in node.attributes.items()
+    )
+    flattened = node.inputs[0].producer() if plain and node.inputs[0] is not None else None
+    readers = [use.node for use in node.outputs[0].uses()]
+    if flattened is None or any(reader.op_type != "Reshape" for reader in [flattened, *readers]) or len(readers) != 1:
+        return
+    source, out = flattened.inputs[0], readers[0].outputs[0]
+    if source is None or source.shape is None or out.shape is None or len(source.shape) != len(out.shape):
+        return
+    if not _same_dimensions(source.shape[:-1], out.shape[:-1]):
+        return
+    steps = [ir.node("MatMul", [source, node.inputs[1]], name=node.name)]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        steps.append(ir.node("Add", [steps[0].outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
+    for step in steps:
+        step.outputs[0].type, step.outputs[0].shape = out.type, out.shape
+    model.graph.insert_before(node, steps)
+    name = out.name
+    ir.convenience.replace_all_uses_with(out, steps[-1].outputs[0])
+    model.graph.remove([readers[0], node], safe=True)
+    steps[-1].outputs[0].name = name
 
 
 def _norm_before_transposing(model: ir.Model) -> None:
@@ -65,9 +99,12 @@ def _drop_reshapes(model: ir.Model) -> None:
 def _same_shape(one: ir.Value, other: ir.Value) -> bool:
     if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
         return False
+    return _same_dimensions(one.shape.dims, other.shape.dims)
+
+
+def _same_dimensions(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return all(
-        a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None)
-        for a, b in zip(one.shape, other.shape, strict=True)
+        a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None) for a, b in zip(one, other, strict=True)
     )
 
 
@@ -75,40 +112,6 @@ def _takes_from_input(node: ir.Node) -> bool:
     """Whether a 0 in the wanted shape copies a dimension of what is reshaped, so that it must stay what it is."""
     wanted = node.inputs[1].const_value if node.inputs[1] is not None else None
     return wanted is None or bool((wanted.numpy() == 0).any())
-
-
-def _pack_projections(model: ir.Model, attention: ir.Node) -> None:
-    """One product for queries, keys and values; biases of all three come along, anything else between stays."""
-    parts = [_projection(value) for value in attention.inputs[:3]]
-    if any(part is None for part in parts) or len({id(part[0]) for part in parts if part}) != 1:
-        return
-    found = [part for part in parts if part is not None]
-    biased = [bias is not None for _source, _weight, bias in found]
-    if any(biased) != all(biased):
-        return
-    source, first = found[0][0], found[0][1]
-    name = (
-        (first.name or "").replace("q_proj", "qkv_proj") if "q_proj" in (first.name or "") else f"{attention.name}.qkv"
-    )
-    packed = ir.node(
-        "MatMul", [source, _joined(model, [weight for _s, weight, _b in found], name)], name=f"{name}.MatMul"
-    )
-    steps = [packed]
-    if all(biased):
-        joined = _joined(
-            model, [bias for _s, _w, bias in found if bias is not None], f"{name.removesuffix('.weight')}.bias"
-        )
-        steps.append(ir.node("Add", [packed.outputs[0], joined], name=f"{name}.Add"))
-    query = attention.inputs[0]
-    assert query is not None and query.shape is not None
-    width = sum(weight.const_value.shape.numpy()[1] for _s, weight, _b in found if weight.const_value is not None)
-    for step in steps:
-        step.outputs[0].type = query.type
-        step.outputs[0].shape = ir.Shape([*query.shape[:2], width])
-    model.graph.insert_before(attention, steps)
-    attention.replace_input_with(0, steps[-1].outputs[0])
-    attention.replace_input_with(1, None)
-    attention.replace_input_with(2, None)
 
 
 def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
@@ -124,42 +127,5 @@ def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
             return
 
 
-def _projection(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
-    """What `value` is the product of, (source, weight, bias), if nobody else reads it."""
-    bias = None
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Add" and _alone(node):
-        sides = [i for i in (0, 1) if _is_weight(node.inputs[i], 1)]
-        if len(sides) != 1:
-            return None
-        bias = node.inputs[sides[0]]
-        product = node.inputs[1 - sides[0]]
-        node = product.producer() if product is not None else None
-    if node is None or node.op_type != "MatMul" or not _alone(node) or not _is_weight(node.inputs[1], 2):
-        return None
-    source, weight = node.inputs
-    assert source is not None and weight is not None
-    return source, weight, bias
-
-
 def _alone(node: ir.Node) -> bool:
     return len(node.outputs[0].uses()) == 1
-
-
-def _is_weight(value: ir.Value | None, dimensions: int) -> bool:
-    return (
-        value is not None
-        and value.is_initializer()
-        and not value.is_graph_input()
-        and value.const_value is not None
-        and len(value.const_value.shape) == dimensions
-        and len(value.uses()) == 1
-    )
-
-
-def _joined(model: ir.Model, values: list[ir.Value], name: str) -> ir.Value:
-    """The values side by side along their last dimension, as one initializer in their place."""
-    arrays = [value.const_value.numpy() for value in values if value.const_value is not None]
-    for value in values:
-        del model.graph.initializers[str(value.name)]
-    return add_initializer(model, name, np.concatenate(arrays, axis=-1))

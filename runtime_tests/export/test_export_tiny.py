@@ -15,6 +15,7 @@ from tp_export import model_export
 from tp_export.adapters import ADAPTERS
 from tp_export.model_export import export_model
 from tp_export.source import load_model, open_source
+from tp_export.student import float_weights
 from transformers import AutoModelForCausalLM
 
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
@@ -82,12 +83,29 @@ def test_every_matrix_has_the_name_of_its_module(made: Callable[[str], Made], ar
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     model = AutoModelForCausalLM.from_pretrained(source)
     known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
-    known |= {name.replace("q_proj", "qkv_proj") for name in known}  # three weights side by side (onnx_simplify.py)
+    for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj")):  # side by side (onnx_products.py)
+        known |= {name.replace(first, joint) for name in known}
     matrices = {
         i.name for i in graph.initializer if len(i.dims) > 1 and min(i.dims) >= 16 and not i.name.startswith("tp.")
     }
     assert matrices and matrices <= known
     assert not any(node.metadata_props for node in graph.node)  # which the names were read from
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_a_module_reads_a_value_in_one_product(made: Callable[[str], Made], architecture: str) -> None:
+    """Except for a router, which keeps a precision of its own."""
+    source, export = made(architecture)
+    graph = onnx.load(export / "model.onnx", load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
+    apart = float_weights(load_model(open_source(source)))
+    read = [
+        (node.input[0], node.input[1].removesuffix(".weight").rpartition(".")[0])
+        for node in graph.node
+        if node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in weights - apart
+    ]
+    assert read and len(set(read)) == len(read)
+    assert apart <= weights
 
 
 def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], Made]) -> None:
@@ -259,7 +277,7 @@ def test_an_interruption_leaves_nothing_and_takes_nothing(
         monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
         for step in ("name_weights", "name_dimensions", "add_first_logit"):
             monkeypatch.setattr(model_export.onnx_slots, step, lambda *_args: None)
-        monkeypatch.setattr(model_export, "simplify", lambda *_args: None)
+        monkeypatch.setattr(model_export, "simplify", lambda *_args, **_options: None)
         monkeypatch.setattr(model_export.onnx_slots, "make_slots_overridable", lambda *_args: [])
 
         def save(_graph: Any, folder: Path, _values: Any) -> list[str]:

@@ -14,9 +14,10 @@ from tp_export.model_export import export_model
 from tp_export.patching import Recipe, dialogues_for, make_patch
 from tp_export.precision import quantised
 from tp_export.source import Source, load_model, open_source
-from tp_export.student import QuantisedStudent, student_of
+from tp_export.student import QuantisedStudent, float_weights, student_of
+from transformers.pytorch_utils import Conv1D
 
-from runtime_tests.logits import token_ids
+from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.tiny import tiny_model
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
@@ -89,6 +90,22 @@ def test_the_tied_table_is_held_once(folders: dict[str, Path]) -> None:
     assert lookup.input[0] == head.input[1] == "lm_head.weight.packed"
     big = [tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
     assert not [name for name in big if name.endswith(("proj.weight", "head.weight"))]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe"])
+def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -> None:
+    """Conv1D and experts are traced as another operator than most; an expert that no token chose multiplies no rows."""
+    source = open_source(tiny_model(tmp_path / "source", architecture))
+    folder = export_model(source, tmp_path / "out", precision="int4-rtn", route="fused")
+    model = load_model(source)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    left = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    assert linear and not ({f"{name}.weight" for name in linear} - float_weights(model)) & left
+    with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0]
+    steps = graph_logits(Graph(ModelFolder.open(folder), "cpu"), IDS, chunks=[1] * len(IDS))
+    assert divergence(wanted, torch.from_numpy(steps)) < 0.02
 
 
 def test_precisions_take_the_room_their_bits_need(folders: dict[str, Path]) -> None:
