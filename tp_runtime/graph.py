@@ -24,7 +24,7 @@ from .delta import Delta
 from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
-from .huge_pages import mapped, use_huge_pages_soon
+from .huge_pages import Range, mapped, use_huge_pages_soon
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import PARTS, KVPrefix
@@ -123,6 +123,7 @@ class Graph:
         self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
         chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
         self._huge_pages = huge_pages
+        self._before: list[Range] | None = None  # what the process had before a session that huge pages are for
         if not cuda_graphs or not self._capture(chosen, options):
             self._open(chosen, options)
         prefix = None if defaults is None else defaults.prefix
@@ -136,8 +137,7 @@ class Graph:
         model = prepared or folder.path / "model.onnx"
         before = mapped()
         self.session, self.device = create_session(model, device, options, cuda_graphs)
-        if self._huge_pages and self.device.kind == "cpu":
-            use_huge_pages_soon(since=before)
+        self._before = before if self._huge_pages and self.device.kind == "cpu" else None
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
@@ -312,6 +312,12 @@ class Graph:
             cache.tokens.extend(tokens)
         return logits
 
+    def _after_run(self) -> None:
+        """After the first one, weights move to huge pages; not sooner, for somebody waits for the first token."""
+        if self._before is not None:
+            before, self._before = self._before, None
+            use_huge_pages_soon(since=before)
+
     def _run(
         self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, lasting: bool
     ) -> NDArray[np.float32]:
@@ -326,6 +332,7 @@ class Graph:
         if steps == 1 and self._steps_in_place:
             logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
             logits = logits.copy() if lasting else logits
+            self._after_run()
         else:
             cache.step = None  # what it has bound is bound to something else now
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
@@ -369,6 +376,7 @@ class Graph:
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
         run = self.session.run_with_iobinding if self.lane is None else self.lane.run
         run(binding)  # one that fails leaves the caches' tokens as they were
+        self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def check_ids(self, tokens: Sequence[int]) -> None:

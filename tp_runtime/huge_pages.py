@@ -5,8 +5,8 @@ the addresses of pages (the TLB); on pages of 2 MB few do. Linux gives such page
 not ask. So the memory that a session took while it was made is named afterwards; what it holds stays as it is.
 
 Only advice: another system, an old kernel or an administrator's `never` leave everything as it was. And since it
-changes nothing that a program can see, it is given in the background, while the first tokens are on their way: where a
-virtual machine has to ask its host for each huge page, it takes 0.3 s for 100 MB.
+changes nothing that a program can see, it is given in the background, once the first token is there: where a virtual
+machine has to ask its host for each huge page, it takes 0.3 s for 100 MB.
 """
 
 from __future__ import annotations

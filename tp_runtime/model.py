@@ -93,7 +93,7 @@ class PatchedModel:
             cuda_graphs: capture decode steps and replay them; asks for CUDA and an fp16 export (docs/serving.md). Not
                 run on a GPU yet.
             huge_pages: on the CPU, put the weights that a load leaves in memory of its own on huge pages where the
-                system has them (huge_pages.py): tokens are faster after the first ones.
+                system has them, once the first token is there (huge_pages.py): later ones are faster.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.

@@ -1,7 +1,7 @@
 """What is asked of every runtime, in which order, and what is kept of the answers.
 
-A round is one command to each runtime in turn; the next round begins with another one. So a machine that slows down or
-speeds up does it to all of them.
+A round is one command to each runtime of a precision in turn; the next round begins with another one. So a machine that
+slows down or speeds up does it to all that are compared.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
 def live_rounds(
     rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]
 ) -> list[float]:
-    """All runtimes loaded at once and asked in turns, anew in every round: where a process's memory happens to lie is
-    worth up to a fifth of a token, and stays until it ends.
+    """The runtimes of one precision loaded at once and asked in turns, then those of the next, all anew in every round:
+    where a process's memory happens to lie is worth up to a fifth of a token, and stays until it ends.
 
     Returns the bytes per second that memory was read at.
     """
@@ -143,9 +143,11 @@ def live_rounds(
         stream.ask("load", path="", threads=threads, room=0)
         for number in range(plan.rounds):
             bandwidths.append(stream.ask("stream")["bytes_per_second"])
-            with contextlib.ExitStack() as stack:
-                live = _loaded(stack, _rotated(rivals, number), models, threads, plan, found)
-                _round(live, number, plan, found)
+            for bits in dict.fromkeys(rival.bits for rival in rivals):
+                alike = [rival for rival in rivals if rival.bits == bits]
+                with contextlib.ExitStack() as stack:
+                    live = _loaded(stack, _rotated(alike, number), models, threads, plan, found)
+                    _round(live, number, plan, found)
     return bandwidths
 
 

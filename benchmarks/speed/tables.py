@@ -59,9 +59,9 @@ def _head(found: dict[str, Any]) -> str:
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
 Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
-a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks every runtime in turn, in new processes
-that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare within a table, not
-between machines or days.
+a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks the runtimes of each precision in turn, in new
+processes that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare within a
+table, not between machines or days.
 
 - Machine: {machine.get("processor", "unknown")}, {machine["cpus"]} CPUs ({", ".join(machine.get("flags", []))}; L3
   {machine.get("l3", "unknown")}), {machine["memory_bytes"] / 1e9:.0f} GB, {machine["system"]}, Python

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tp_runtime import graph as graph_module
 from tp_runtime import huge_pages
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
-from tp_runtime.huge_pages import Range, aligned, mapped, mappings, use_huge_pages, without, written
+from tp_runtime.huge_pages import (
+    Range,
+    aligned,
+    mapped,
+    mappings,
+    use_huge_pages,
+    use_huge_pages_soon,
+    without,
+    written,
+)
 
 MAPS = """\
 00400000-00500000 r-xp 00000000 fe:00 131 /usr/bin/python with a space
@@ -90,10 +99,28 @@ def test_switched_off_or_unknown_to_the_system(
     assert use_huge_pages(since=[]) == 0
 
 
-def test_a_session_asks_unless_told_not_to(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = threading.Event()
-    monkeypatch.setattr(huge_pages, "use_huge_pages", lambda since: asked.set())
-    Graph(ModelFolder.open(tiny_llama_export), "cpu", 1, huge_pages=False)
-    assert not asked.is_set()
-    Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
-    assert asked.wait(60)
+@pytest.mark.parametrize("first_run", [[1], [1, 2, 3]], ids=["a token", "a prompt"])
+def test_a_session_asks_once_after_its_first_run(
+    tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch, first_run: list[int]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda since: asked.append(since))
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    cache = graph.new_cache(graph.base)
+    assert not asked  # somebody waits for the first token
+    graph.forward(first_run, cache, graph.base)
+    graph.forward([4], cache, graph.base)
+    assert len(asked) == 1 and asked[0]
+
+
+def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda since: pytest.fail("asked"))
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1, huge_pages=False)
+    graph.forward([1, 2, 3], graph.new_cache(graph.base), graph.base)
+
+
+def test_the_background_does_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(huge_pages, "use_huge_pages", asked.append)
+    use_huge_pages_soon(since=[(0, 1)]).join(60)
+    assert asked == [[(0, 1)]]
