@@ -24,7 +24,7 @@ from tp_runtime.graph import Graph
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
-from . import onnx_slots, onnx_trace
+from . import onnx_names, onnx_slots, onnx_trace
 from .adapters import kv_shape
 from .deltas import patched
 from .genai import write_genai_config
@@ -116,12 +116,15 @@ def export_model(
             graph, route = _trace(model, slots, route)
         with clock("write the folder"):
             if route == "fused":  # optimum's names are put right where it exports
-                onnx_slots.name_weights(graph)
-                simplify(graph, apart=float_weights(model))
-            onnx_slots.name_dimensions(graph)
+                onnx_names.name_weights(graph)
+                onnx_names.name_vectors(graph, _vectors(model))
+                simplify(graph)
+            onnx_names.name_dimensions(graph)
             onnx_slots.add_first_logit(graph)
             carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, route, precision)
+            if route == "fused":
+                onnx_names.name_nodes(graph)
             written = onnx_slots.save(graph, folder, carrying)
             written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
             if patch is not None:
@@ -157,6 +160,12 @@ def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
         raise
     except Exception as error:
         raise ModelFormatError(f"optimum cannot export it: {_reason(error)}", field="route", got=route) from error
+
+
+def _vectors(model: Any) -> dict[str, np.ndarray]:
+    return {
+        name: vector.detach().float().cpu().numpy() for name, vector in model.named_parameters() if vector.dim() == 1
+    }
 
 
 def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:

@@ -16,6 +16,23 @@ def add_initializer(model: ir.Model, name: str, content: ArrayLike) -> ir.Value:
     return value
 
 
+def is_weight(value: ir.Value | None, dimensions: int) -> bool:
+    """Whether it is a constant of so many dimensions that one node alone reads, and no input of the graph."""
+    return (
+        value is not None
+        and value.is_initializer()
+        and not value.is_graph_input()
+        and value.const_value is not None
+        and len(value.const_value.shape) == dimensions
+        and len(value.uses()) == 1
+    )
+
+
+def is_read_once(node: ir.Node) -> bool:
+    """Whether one node alone reads its output."""
+    return len(node.outputs[0].uses()) == 1
+
+
 def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     """Put a node of one output in the place of another: its output's name, type, shape and readers included."""
     before, after = old.outputs[0], new.outputs[0]

@@ -7,13 +7,13 @@ one of each. The attention operator takes queries, keys and values as they come 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_edit import add_initializer
+from .onnx_edit import add_initializer, is_read_once, is_weight
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,11 @@ class _Product:
         return int(self.weight.const_value.shape.numpy()[1])
 
 
-def join_products(model: ir.Model, apart: Collection[str]) -> None:
+def join_products(model: ir.Model) -> None:
     """Join the products of one module that read one value; in place.
 
     Args:
         model: with its weights under their modules' names, and no unused nodes.
-        apart: names of weights that stay as they are.
     """
     for node in list(model.graph):
         if node.op_type == "GroupQueryAttention":
@@ -44,7 +43,7 @@ def join_products(model: ir.Model, apart: Collection[str]) -> None:
     groups: dict[tuple[int, str], list[_Product]] = {}
     for node in model.graph:
         product = _product(node)
-        if product is None or product.weight.name in apart:
+        if product is None:
             continue
         module, _stem = _module_and_stem(str(product.weight.name))
         if module:  # a weight without a name of its own belongs to nobody
@@ -90,9 +89,10 @@ def _join_and_split(model: ir.Model, products: Sequence[_Product]) -> None:
 
 def _joined_product(model: ir.Model, products: Sequence[_Product], unnamed: str) -> list[ir.Node]:
     """The nodes of the one product, not in the graph yet: a MatMul, and an Add where the products have biases."""
-    like, source = products[0].out, products[0].source
+    like, first = products[0].out, next(iter(products[0].weight.uses())).node
     name = _joint_name([str(product.weight.name) for product in products]) or unnamed
-    steps = [ir.node("MatMul", [source, _side_by_side(model, [p.weight for p in products], name)])]
+    # What it reads now: the value that was found may have become a part of another joined product.
+    steps = [ir.node("MatMul", [first.inputs[0], _side_by_side(model, [p.weight for p in products], name)])]
     steps[0].name = f"{name}.MatMul"
     biases = [product.bias for product in products if product.bias is not None]
     if biases:
@@ -128,7 +128,7 @@ def _module_and_stem(weight: str) -> tuple[str, str]:
 
 def _product(node: ir.Node | None) -> _Product | None:
     """What a node is, if it multiplies by a weight that nobody else reads."""
-    if node is None or node.op_type != "MatMul" or not _is_weight(node.inputs[1], 2):
+    if node is None or node.op_type != "MatMul" or not is_weight(node.inputs[1], 2):
         return None
     source, weight = node.inputs
     assert source is not None and weight is not None
@@ -138,11 +138,11 @@ def _product(node: ir.Node | None) -> _Product | None:
 def _behind(value: ir.Value | None) -> _Product | None:
     """The product that `value` is, with a bias if there is one, if nobody else reads anything on the way."""
     node = value.producer() if value is not None else None
-    if node is None or not _alone(node):
+    if node is None or not is_read_once(node):
         return None
     if node.op_type != "Add":
         return _product(node)
-    biases = [i for i in (0, 1) if _is_weight(node.inputs[i], 1)]
+    biases = [i for i in (0, 1) if is_weight(node.inputs[i], 1)]
     if len(biases) != 1:
         return None
     added = node.inputs[1 - biases[0]]
@@ -150,21 +150,6 @@ def _behind(value: ir.Value | None) -> _Product | None:
     if product is None or len(product.out.uses()) != 1:
         return None
     return replace(product, bias=node.inputs[biases[0]], out=node.outputs[0])
-
-
-def _alone(node: ir.Node) -> bool:
-    return len(node.outputs[0].uses()) == 1
-
-
-def _is_weight(value: ir.Value | None, dimensions: int) -> bool:
-    return (
-        value is not None
-        and value.is_initializer()
-        and not value.is_graph_input()
-        and value.const_value is not None
-        and len(value.const_value.shape) == dimensions
-        and len(value.uses()) == 1
-    )
 
 
 def _side_by_side(model: ir.Model, values: Sequence[ir.Value], name: str) -> ir.Value:

@@ -20,7 +20,8 @@ from .quantise import BLOCK, Blocks
 
 _DOMAIN = "com.microsoft"
 _ACCURACY_LEVEL = 4  # int8 activations: without it, int4 is no faster than float32 on most CPUs
-_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")  # Gemm: of an expert's rows, which are no batch
+_PRODUCTS = ("MatMul", "FusedMatMul")
+_TURNED = ("transA", "transBatchA", "transBatchB")  # what MatMulNBits cannot say
 
 
 def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> None:
@@ -67,8 +68,8 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
     if node.op_type not in _PRODUCTS or node.inputs[1] is None:
         return None
     weight = node.inputs[1]
-    scaled = any(a.as_float() != 1 for name in ("alpha", "beta") if (a := node.attributes.get(name)) is not None)
-    fits = not scaled and weight.is_initializer() and not weight.is_graph_input() and weight.const_value is not None
+    turned = any(a.as_int() for name in _TURNED if (a := node.attributes.get(name)) is not None)
+    fits = not turned and weight.is_initializer() and not weight.is_graph_input() and weight.const_value is not None
     return weight if fits and weight.const_value is not None and len(weight.const_value.shape) == 2 else None
 
 
@@ -97,12 +98,13 @@ def _replace_product(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.V
     inputs = [node.inputs[0], packed, scales, *([] if zeros is None else [zeros])]
     attributes |= {"bits": blocks.bits, "block_size": BLOCK}
     product = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=node.name)
-    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    if bias is None:
+    scale = node.attributes.get("alpha")  # a soft cap of the logits is folded into the head (Gemma 2)
+    if scale is None or scale.as_float() == 1:
         replace_node(model, node, product)
-    else:
-        model.graph.insert_before(node, product)
-        replace_node(model, node, ir.node("Add", [product.outputs[0], bias], name=f"{node.name}.bias"))
+        return
+    model.graph.insert_before(node, product)
+    factor = add_initializer(model, f"{node.name}.alpha", np.array(scale.as_float(), np.float32))
+    replace_node(model, node, ir.node("Mul", [product.outputs[0], factor], name=f"{node.name}.scaled"))
 
 
 def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:

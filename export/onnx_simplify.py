@@ -7,50 +7,57 @@ attention operator), and products of one input are joined (onnx_products.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .onnx_edit import replace_node
+from .onnx_edit import is_read_once, is_weight, replace_node
 from .onnx_products import join_products
 
 
-def simplify(model: ir.Model, apart: Collection[str] = ()) -> None:
+def simplify(model: ir.Model) -> None:
     """Remove reshapes that undo each other, and join what is computed from one value; in place.
 
     Args:
         model: the traced graph, its weights named.
-        apart: names of weights that are joined with no others.
     """
     for node in list(model.graph):
-        _multiply_unflattened(model, node)
+        _multiply_plainly(model, node)
     _norm_before_transposing(model)
     _drop_reshapes(model)
     RemoveUnusedNodesPass()(model)  # before anybody asks who else reads a value
-    join_products(model, apart)
+    join_products(model)
     for node in list(model.graph):
         _add_slot_at_once(model, node)
     RemoveUnusedNodesPass()(model)
 
 
-def _multiply_unflattened(model: ir.Model, node: ir.Node) -> None:
-    """x W + b of x [B, T, K] where it was flattened to [B T, K] for a Gemm (GPT-2): the other passes know no Gemm."""
-    plain = node.op_type == "Gemm" and all(
-        attribute.as_float() == 1 if name in ("alpha", "beta") else not attribute.as_int()
-        for name, attribute in node.attributes.items()
-    )
-    flattened = node.inputs[0].producer() if plain and node.inputs[0] is not None else None
-    readers = [use.node for use in node.outputs[0].uses()]
-    if flattened is None or any(reader.op_type != "Reshape" for reader in [flattened, *readers]) or len(readers) != 1:
+def _multiply_plainly(model: ir.Model, node: ir.Node) -> None:
+    """Turn a Gemm, which no other pass knows, into a product and a sum; in place.
+
+    It multiplies an expert's rows [n, K], or GPT-2's [B, T, K], which is not flattened for it any more.
+    """
+    said = {name: attribute.value for name, attribute in node.attributes.items()}
+    weight = node.inputs[1] if node.op_type == "Gemm" else None
+    if weight is None or said.get("transA") or any(said.get(name, 1) != 1 for name in ("alpha", "beta")):
         return
-    source, out = flattened.inputs[0], readers[0].outputs[0]
-    if source is None or source.shape is None or out.shape is None or len(source.shape) != len(out.shape):
+    if not is_weight(weight, 2) or node.inputs[0] is None:
         return
-    if not _same_dimensions(source.shape[:-1], out.shape[:-1]):
-        return
-    steps = [ir.node("MatMul", [source, node.inputs[1]], name=node.name)]
+    assert weight.const_value is not None
+    if said.get("transB"):
+        turned = np.ascontiguousarray(weight.const_value.numpy().T)
+        weight.const_value, weight.shape = ir.tensor(turned, name=weight.name), ir.Shape(turned.shape)
+    source, out, gone = node.inputs[0], node.outputs[0], [node]
+    flattened, readers = source.producer(), [use.node for use in out.uses()]
+    if flattened is not None and flattened.op_type == "Reshape" and [r.op_type for r in readers] == ["Reshape"]:
+        whole, unflattened = flattened.inputs[0], readers[0].outputs[0]
+        inputs, outputs = weight.const_value.shape.numpy()
+        if whole is not None and _is_product_of(whole, unflattened, inputs, outputs):
+            source, out, gone = whole, unflattened, [readers[0], node]
+    steps = [ir.node("MatMul", [source, weight], name=node.name)]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         steps.append(ir.node("Add", [steps[0].outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
     for step in steps:
@@ -58,8 +65,16 @@ def _multiply_unflattened(model: ir.Model, node: ir.Node) -> None:
     model.graph.insert_before(node, steps)
     name = out.name
     ir.convenience.replace_all_uses_with(out, steps[-1].outputs[0])
-    model.graph.remove([readers[0], node], safe=True)
+    model.graph.remove(gone, safe=True)
     steps[-1].outputs[0].name = name
+
+
+def _is_product_of(source: ir.Value, out: ir.Value, inputs: int, outputs: int) -> bool:
+    """Whether `out` can be [..., outputs] of a `source` [..., inputs]."""
+    if source.shape is None or out.shape is None or len(source.shape) != len(out.shape):
+        return False
+    same = _same_dimensions(source.shape[:-1], out.shape[:-1])
+    return same and source.shape[-1] == inputs and out.shape[-1] == outputs
 
 
 def _norm_before_transposing(model: ir.Model) -> None:
@@ -68,7 +83,7 @@ def _norm_before_transposing(model: ir.Model) -> None:
         if node.op_type != "Transpose" or node.inputs[0] is None:
             continue
         norm = node.inputs[0].producer()
-        if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not _alone(norm):
+        if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not is_read_once(norm):
             continue
         first = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if first is None or first.op_type != "Transpose":
@@ -120,12 +135,8 @@ def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
         return
     for out, slot in (node.inputs, node.inputs[::-1]):
         inner = slot.producer() if slot is not None else None
-        if inner is None or inner.op_type != "Add" or not _alone(inner):
+        if inner is None or inner.op_type != "Add" or not is_read_once(inner):
             continue
         if any(value is not None and value.is_graph_input() for value in inner.inputs):  # only slots have biases there
             replace_node(model, node, ir.node("Sum", [out, *inner.inputs], name=node.name))
             return
-
-
-def _alone(node: ir.Node) -> bool:
-    return len(node.outputs[0].uses()) == 1

@@ -1,4 +1,4 @@
-"""From a traced graph to an exported one: names, slot initializers, last-position logits, data files.
+"""From a traced graph to an exported one: slot initializers, last-position logits, data files.
 
 Slots arrive as required graph inputs and leave as overridable ones: an initializer of rank 0 (exactly the base model)
 that is also a graph input, so that a session binds a patch or leaves it.
@@ -6,14 +6,12 @@ that is also a graph input, so that a session binds a patch or leaves it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import external_data
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.folder import Slot
@@ -22,40 +20,6 @@ from tp_runtime.patch import Delta
 from tp_runtime.slots import slot_arrays
 
 from .onnx_edit import add_initializer
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-_WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # what slot_modules puts around a linear
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-
-
-def name_weights(model: ir.Model) -> None:
-    """Give every folded weight the name of the module that uses it: `model.layers.0.mlp.down_proj.weight`.
-
-    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata,
-    which is dropped here once it has served.
-    """
-    taken = set(model.graph.initializers)
-    for old, parameter in list(model.graph.initializers.items()):
-        if old.startswith("model.") and old.removeprefix("model.") not in taken:  # the wrapper's own
-            taken.add(old.removeprefix("model."))
-            parameter.name = old.removeprefix("model.")
-    for node in model.graph:
-        # module paths ('model.model.layers.0.self_attn.q_proj'), and last what torch calls the operation
-        *scopes, operation = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "''"))
-        paths = [path for path in scopes if path.startswith("model.")]
-        if not paths or not operation.startswith("linear"):
-            continue
-        module = _WRAPPERS.sub("", paths[-1].removeprefix("model."))
-        for value in node.inputs:
-            if value is None or value.name is None or not value.is_initializer() or value.const_value is None:
-                continue
-            if not value.name.startswith("val_") or len(value.const_value.shape) < 2:
-                continue
-            name = f"{module}.weight"
-            if name not in taken:
-                taken.add(name)
-                value.name = name
-    ClearMetadataAndDocStringPass()(model)
 
 
 def make_slots_overridable(
@@ -120,23 +84,6 @@ def _head(logits: ir.Value) -> tuple[ir.Node, int]:
         value = node.inputs[hidden]
         node = None if value is None else value.producer()
     raise ModelFormatError("the graph has no head", field="logits", fix="report this architecture")
-
-
-def name_dimensions(model: ir.Model) -> None:
-    """Symbolic dimensions as optimum calls them."""
-    named = {
-        "input_ids": ["batch_size", "sequence_length"],
-        "position_ids": ["batch_size", "sequence_length"],
-        "attention_mask": ["batch_size", "total_sequence_length"],
-    }
-    for value in model.graph.inputs:
-        if value.name in named:
-            value.shape = ir.Shape(named[value.name])
-        elif value.name and _PAST.fullmatch(value.name) and value.shape:
-            value.shape = ir.Shape(["batch_size", value.shape[1], "past_sequence_length", value.shape[3]])
-    for value in model.graph.outputs:
-        if value.name and value.name.startswith("present.") and value.shape:
-            value.shape = ir.Shape(["batch_size", value.shape[1], "total_sequence_length", value.shape[3]])
 
 
 def save(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> list[str]:

@@ -15,7 +15,6 @@ from tp_export import model_export
 from tp_export.adapters import ADAPTERS
 from tp_export.model_export import export_model
 from tp_export.source import load_model, open_source
-from tp_export.student import float_weights
 from transformers import AutoModelForCausalLM
 
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
@@ -78,34 +77,42 @@ def test_logits_are_those_of_eager_attention(made: Callable[[str], Made], archit
 
 
 @pytest.mark.parametrize("architecture", ADAPTERS)
-def test_every_matrix_has_the_name_of_its_module(made: Callable[[str], Made], architecture: str) -> None:
+def test_every_weight_has_the_name_of_its_module(made: Callable[[str], Made], architecture: str) -> None:
     source, export = made(architecture)
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     model = AutoModelForCausalLM.from_pretrained(source)
     known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
-    for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj")):  # side by side (onnx_products.py)
+    # side by side (onnx_products.py)
+    for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"), (".w1.", ".w1_w3.")):
         known |= {name.replace(first, joint) for name in known}
-    matrices = {
-        i.name for i in graph.initializer if len(i.dims) > 1 and min(i.dims) >= 16 and not i.name.startswith("tp.")
-    }
-    assert matrices and matrices <= known
+    weights = {i.name for i in graph.initializer if i.dims and min(i.dims) >= 16 and not i.name.startswith("tp.")}
+    assert weights and weights <= known
     assert not any(node.metadata_props for node in graph.node)  # which the names were read from
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_nodes_say_where_they_belong(made: Callable[[str], Made], architecture: str) -> None:
+    _source, export = made(architecture)
+    names = [node.name for node in onnx.load(export / "model.onnx", load_external_data=False).graph.node]
+    assert len(set(names)) == len(names) and not any(name.startswith("node_") for name in names)
+    layer = {name.removeprefix("model.layers.1.") for name in names if name.startswith("model.layers.1.")}
+    wanted = {"self_attn.GroupQueryAttention", "self_attn.qkv_proj.MatMul", "mlp.gate_up_proj.MatMul", "mlp.Mul"}
+    assert wanted | {"mlp.gate_up_proj.Split", "mlp.down_proj.MatMul", "self_attn.o_proj.MatMul"} <= layer
+    assert {"tp.1.mlp_out.MatMul", "tp.1.mlp_out.MatMul_2", "tp.1.mlp_out.Sum"} <= set(names)
+    assert names[-1] in ("lm_head.MatMul", "lm_head.FusedMatMul")  # the second where it is tied
 
 
 @pytest.mark.parametrize("architecture", ADAPTERS)
 def test_a_module_reads_a_value_in_one_product(made: Callable[[str], Made], architecture: str) -> None:
-    """Except for a router, which keeps a precision of its own."""
-    source, export = made(architecture)
+    _source, export = made(architecture)
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
-    apart = float_weights(load_model(open_source(source)))
     read = [
         (node.input[0], node.input[1].removesuffix(".weight").rpartition(".")[0])
         for node in graph.node
-        if node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in weights - apart
+        if node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in weights
     ]
     assert read and len(set(read)) == len(read)
-    assert apart <= weights
 
 
 def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], Made]) -> None:
@@ -275,9 +282,10 @@ def test_an_interruption_leaves_nothing_and_takes_nothing(
         monkeypatch.setattr(model_export.onnx_trace, "trace", fail)
     else:  # a graph of nothing takes its place: what comes before is not under test
         monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
-        for step in ("name_weights", "name_dimensions", "add_first_logit"):
-            monkeypatch.setattr(model_export.onnx_slots, step, lambda *_args: None)
-        monkeypatch.setattr(model_export, "simplify", lambda *_args, **_options: None)
+        for step in ("name_weights", "name_vectors", "name_dimensions", "name_nodes"):
+            monkeypatch.setattr(model_export.onnx_names, step, lambda *_args: None)
+        monkeypatch.setattr(model_export.onnx_slots, "add_first_logit", lambda *_args: None)
+        monkeypatch.setattr(model_export, "simplify", lambda *_args: None)
         monkeypatch.setattr(model_export.onnx_slots, "make_slots_overridable", lambda *_args: [])
 
         def save(_graph: Any, folder: Path, _values: Any) -> list[str]:

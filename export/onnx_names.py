@@ -1,0 +1,121 @@
+"""Names of a traced graph: weights and nodes by the modules that they come from, dimensions as optimum calls them.
+
+torch's exporter numbers what it folds and fuses (`val_57`, `node_linear_3`), anew with every version of it. Whoever
+reads a profile, or replaces a weight, wants `layers.0.mlp.down_proj.weight` and `layers.0.mlp.down_proj.MatMul`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # what slot_modules puts around a linear
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_MODULE = re.compile(r"^([\w.]+?)\.(?:weight|bias|a|b)(?:\..*)?$")  # of a weight, its packed parts, or a slot's input
+
+
+def name_weights(model: ir.Model) -> None:
+    """Give every folded weight the name of the module that uses it: `model.layers.0.mlp.down_proj.weight`.
+
+    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata,
+    which is dropped here once it has served.
+    """
+    taken = set(model.graph.initializers)
+    for old, parameter in list(model.graph.initializers.items()):
+        if old.startswith("model.") and old.removeprefix("model.") not in taken:  # the wrapper's own
+            taken.add(old.removeprefix("model."))
+            parameter.name = old.removeprefix("model.")
+    for node in model.graph:
+        # module paths ('model.model.layers.0.self_attn.q_proj'), and last what torch calls the operation
+        *scopes, operation = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "''"))
+        paths = [path for path in scopes if path.startswith("model.")]
+        if not paths or not operation.startswith("linear"):
+            continue
+        module = _WRAPPERS.sub("", paths[-1].removeprefix("model."))
+        for value in node.inputs:
+            if value is None or value.name is None or not value.is_initializer() or value.const_value is None:
+                continue
+            if not value.name.startswith("val_") or len(value.const_value.shape) < 2:
+                continue
+            name = f"{module}.weight"
+            if name not in taken:
+                taken.add(name)
+                value.name = name
+    ClearMetadataAndDocStringPass()(model)
+
+
+def name_vectors(model: ir.Model, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+    """Give the scales of norms their modules' names where they were folded to 1 + weight (Gemma).
+
+    Args:
+        model: its matrices named; changed in place.
+        parameters: the torch model's vectors, by name.
+    """
+    taken = set(model.graph.initializers)
+    found: dict[bytes, list[str]] = {}
+    for name, array in parameters.items():
+        if name not in taken:
+            found.setdefault((array + np.float32(1)).tobytes(), []).append(name)
+    for value in list(model.graph.initializers.values()):
+        if value.const_value is None or value.is_graph_input() or len(value.const_value.shape) != 1:
+            continue
+        if names := found.get(value.const_value.numpy().tobytes()):
+            value.name = names.pop(0)  # norms with equal scales may take each other's names
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name every node by the module whose weights it reads, or the one around the nodes it reads from; in place.
+
+    To be called last: nodes that are made later have no such names.
+    """
+    scopes: dict[int, str] = {}
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        scope = _scope(node, scopes)
+        scopes[id(node)] = scope
+        name = f"{scope}.{node.op_type}" if scope else node.op_type
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+
+def _scope(node: ir.Node, scopes: Mapping[int, str]) -> str:
+    if module := _module(node):
+        return module
+    for value in node.inputs:
+        before = value.producer() if value is not None else None
+        while before is not None and scopes[id(before)].startswith("tp."):  # a slot is not what the node is a part of
+            before = before.inputs[0].producer() if before.inputs[0] is not None else None
+        if before is not None and (scope := scopes[id(before)]):
+            return scope.rpartition(".")[0] if _module(before) else scope
+    first = next((value for value in node.inputs if value is not None), None)
+    return str(first.name) if first is not None and first.is_graph_input() else ""
+
+
+def _module(node: ir.Node) -> str | None:
+    """The module whose weights a node reads."""
+    names = (str(value.name) for value in node.inputs if value is not None and value.is_initializer())
+    return next((match[1] for name in names if (match := _MODULE.match(name))), None)
+
+
+def name_dimensions(model: ir.Model) -> None:
+    """Symbolic dimensions as optimum calls them."""
+    named = {
+        "input_ids": ["batch_size", "sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+    }
+    for value in model.graph.inputs:
+        if value.name in named:
+            value.shape = ir.Shape(named[value.name])
+        elif value.name and _PAST.fullmatch(value.name) and value.shape:
+            value.shape = ir.Shape(["batch_size", value.shape[1], "past_sequence_length", value.shape[3]])
+    for value in model.graph.outputs:
+        if value.name and value.name.startswith("present.") and value.shape:
+            value.shape = ir.Shape(["batch_size", value.shape[1], "total_sequence_length", value.shape[3]])
