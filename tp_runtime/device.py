@@ -11,12 +11,13 @@ import importlib
 import io
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,6 +29,14 @@ CHOICES = ("auto", "cuda", "cpu")
 # An fp32 graph computes in fp32: TF32, on by default on recent GPUs, would move the logits away from the ones
 # the patch was probed with.
 _CUDA_OPTIONS = {"use_tf32": "0"}
+
+# What is decided elsewhere, and where: an option would contradict it.
+_DECIDED = {
+    "device_id": "choose the GPU with the environment variable CUDA_VISIBLE_DEVICES",
+    "enable_cuda_graph": "use cuda_graphs=True",
+    "user_compute_stream": "the runtime's buffers belong to the provider's own stream",
+    "has_user_compute_stream": "the runtime's buffers belong to the provider's own stream",
+}
 
 _FIX_LIBRARIES = (
     "install NVIDIA's libraries with pip install 'tp-runtime[gpu]' and check the driver with nvidia-smi, "
@@ -158,8 +167,34 @@ def check_providers(session_providers: list[str], device: Device) -> Device:
     return _without_cuda(device.requested, reason, _FIX_LIBRARIES)
 
 
+def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
+    """Options of the CUDA provider as it takes them: text.
+
+    Raises:
+        RequestError: no mapping from names to texts or numbers, or one that is decided elsewhere.
+    """
+    checked = {}
+    for name, value in (options or {}).items():
+        if name in _DECIDED:
+            raise RequestError("not an option of a session", field="cuda_options", got=name, fix=_DECIDED[name])
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, str | int):
+            raise RequestError(
+                "not an option of the CUDA provider",
+                field="cuda_options",
+                got=f"{name!r}: {value!r}",
+                wanted="a name with a text or a whole number",
+                fix="write on and off as 1 and 0; ONNX Runtime's documentation has the names",
+            )
+        checked[name] = str(value)
+    return checked
+
+
 def create_session(
-    model_path: str | Path, device: Device, session_options: onnxruntime.SessionOptions, cuda_graphs: bool = False
+    model_path: str | Path,
+    device: Device,
+    session_options: onnxruntime.SessionOptions,
+    cuda_graphs: bool = False,
+    cuda_options: Mapping[str, str] | None = None,
 ) -> tuple[onnxruntime.InferenceSession, Device]:
     """Creates a session on a device and checks that it is there.
 
@@ -170,6 +205,7 @@ def create_session(
         device: what `select_device` returned.
         session_options: left as they were found.
         cuda_graphs: on CUDA, a session whose runs can be captured (cuda_lane.py says what that asks of every run).
+        cuda_options: of the CUDA provider, as `check_cuda_options` returns them; without CUDA they mean nothing.
 
     Returns:
         The session and the device it is on.
@@ -180,7 +216,7 @@ def create_session(
     """
     ort = require_onnxruntime()
     if device.provider == CUDA:
-        cuda = {**_CUDA_OPTIONS, **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
+        cuda = {**_CUDA_OPTIONS, **(cuda_options or {}), **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
         try:
             session = _new_session(ort, model_path, [(CUDA, cuda), CPU], session_options)
         except Exception as error:

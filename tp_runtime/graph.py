@@ -21,10 +21,10 @@ from .batch_rows import Rows, RowsInTurn, RowsTogether
 from .cache import CacheKey, KVCache
 from .cuda_lane import Lane, check_capturable
 from .delta import Delta
-from .device import Device, create_session, input_kinds, require_onnxruntime, select_device
+from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
-from .huge_pages import Range, mapped, use_huge_pages_soon
+from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
 from .prefix import PARTS, KVPrefix
@@ -70,6 +70,7 @@ class Graph:
         cuda_graphs: capture decode steps of single sequences and replay them (cuda_lane.py). Asks for CUDA: `auto` does
             not fall back then. A graph that cannot be captured runs as without, with the reason logged.
         huge_pages: whether weights in the process's memory are put on huge pages (huge_pages.py).
+        cuda_options: of ONNX Runtime's CUDA provider (`gpu_mem_limit`, `arena_extend_strategy`, ...).
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
@@ -86,8 +87,8 @@ class Graph:
         DeviceUnavailableError: see device.py; or `cuda_graphs` on the CPU.
         ModelFormatError: ONNX Runtime cannot load the graph.
         PatchError: `defaults` does not fit.
-        RequestError: `threads` or `spin` is none, or all sessions share a pool; or `cuda_graphs` for a graph of the
-            `optimum` route.
+        RequestError: `threads`, `spin` or `cuda_options` is none, or all sessions share a pool; or `cuda_graphs` for a
+            graph of the `optimum` route.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class Graph:
         spin: bool = True,
         cuda_graphs: bool = False,
         huge_pages: bool = True,
+        cuda_options: Mapping[str, str | int] | None = None,
     ) -> None:
+        self._cuda_options = check_cuda_options(cuda_options)
         if cuda_graphs:
             check_capturable(folder, device)
         self.ort = require_onnxruntime()
@@ -123,7 +126,7 @@ class Graph:
         self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
         chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
         self._huge_pages = huge_pages
-        self._before: list[Range] | None = None  # what the process had before a session that huge pages are for
+        self._taken: list[Range] = []  # memory that is to be on huge pages after the first run
         if not cuda_graphs or not self._capture(chosen, options):
             self._open(chosen, options)
         prefix = None if defaults is None else defaults.prefix
@@ -136,8 +139,8 @@ class Graph:
         prepared = prepared_graph(folder) if device.kind == "cpu" else None
         model = prepared or folder.path / "model.onnx"
         before = mapped()
-        self.session, self.device = create_session(model, device, options, cuda_graphs)
-        self._before = before if self._huge_pages and self.device.kind == "cpu" else None
+        self.session, self.device = create_session(model, device, options, cuda_graphs, self._cuda_options)
+        self._taken = without(mapped(), before) if self._huge_pages and self.device.kind == "cpu" else []
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
@@ -314,9 +317,9 @@ class Graph:
 
     def _after_run(self) -> None:
         """After the first one, weights move to huge pages; not sooner, for somebody waits for the first token."""
-        if self._before is not None:
-            before, self._before = self._before, None
-            use_huge_pages_soon(since=before)
+        if self._taken:
+            taken, self._taken = self._taken, []
+            use_huge_pages_soon(taken)
 
     def _run(
         self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, lasting: bool

@@ -2,11 +2,11 @@
 
 A token reads every weight once. On pages of 4 kB most of these reads first miss the table in which the processor keeps
 the addresses of pages (the TLB); on pages of 2 MB few do. Linux gives such pages to whom asks, and ONNX Runtime does
-not ask. So the memory that a session took while it was made is named afterwards; what it holds stays as it is.
+not ask. So the memory that was taken while a session was made is named afterwards; what it holds stays as it is.
 
 Only advice: another system, an old kernel or an administrator's `never` leave everything as it was. And since it
-changes nothing that a program can see, it is given in the background, once the first token is there: where a virtual
-machine has to ask its host for each huge page, it takes 0.3 s for 100 MB.
+changes nothing that a program can see, it is given in the background, after the first run: where a virtual machine has
+to ask its host for each huge page, it takes 0.3 s for 100 MB.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ def mapped() -> list[Range]:
     return mappings(_read(_PROCESS / "maps"))
 
 
-def use_huge_pages_soon(since: Sequence[Range]) -> threading.Thread:
+def use_huge_pages_soon(taken: Sequence[Range]) -> threading.Thread:
     """`use_huge_pages` in a thread of its own, which keeps no process from ending."""
-    thread = threading.Thread(target=use_huge_pages, args=(since,), name="huge pages", daemon=True)
+    thread = threading.Thread(target=use_huge_pages, args=(taken,), name="huge pages", daemon=True)
     thread.start()
     return thread
 
 
-def use_huge_pages(since: Sequence[Range]) -> int:
-    """Put what this process has allocated and written on huge pages.
-
-    Memory that other threads took in the same time is among it.
+def use_huge_pages(taken: Sequence[Range]) -> int:
+    """Put memory of this process on huge pages, as far as it is its own and written.
 
     Args:
-        since: what it had before (`mapped`), which is left alone.
+        taken: where to look: what `mapped` has gained. Memory that other threads took in the same time is among it.
 
     Returns:
         Bytes that huge pages were asked for; 0 where there are none.
@@ -59,7 +57,7 @@ def use_huge_pages(since: Sequence[Range]) -> int:
     if size is None:
         return 0
     start, asked = time.perf_counter(), 0
-    for first, end in aligned(without(written(_read(_PROCESS / "smaps")), since), size):
+    for first, end in aligned(within(written(_read(_PROCESS / "smaps")), taken), size):
         _advise(first, end - first, _HUGE)
         _advise(first, end - first, _COLLAPSE)
         asked += end - first
@@ -106,6 +104,11 @@ def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
         pieces = [piece for a, b in left for piece in ((a, min(b, first)), (max(a, end), b))]
         left = [(a, b) for a, b in pieces if a < b]
     return left
+
+
+def within(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """What of `ranges` lies in some of `others`."""
+    return without(ranges, without(ranges, others))
 
 
 def aligned(ranges: Sequence[Range], size: int) -> list[Range]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import engine, probe
+from .batch import PREFILL_TOKENS
 from .cache import KVCache
 from .detokenize import StopScanner
 from .errors import PatchFormatError, RequestError
@@ -76,6 +77,7 @@ class PatchedModel:
         verify: bool = False,
         cuda_graphs: bool = False,
         huge_pages: bool = True,
+        cuda_options: Mapping[str, str | int] | None = None,
     ) -> PatchedModel:
         """Open an exported folder.
 
@@ -93,14 +95,16 @@ class PatchedModel:
             cuda_graphs: capture decode steps and replay them; asks for CUDA and an fp16 export (docs/serving.md). Not
                 run on a GPU yet.
             huge_pages: on the CPU, put the weights that a load leaves in memory of its own on huge pages where the
-                system has them, once the first token is there (huge_pages.py): later ones are faster.
+                system has them, after the first run (huge_pages.py): tokens are faster from then on.
+            cuda_options: of ONNX Runtime's CUDA provider: `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.
             DeviceUnavailableError: `cuda` was asked for and not given, or `cuda_graphs` on the CPU, or there is no ONNX
                 Runtime.
             PatchError: the patch is damaged or does not fit.
-            RequestError: a number of threads or bytes that is none; `cuda_graphs` for a graph of the `optimum` route.
+            RequestError: a number of threads or bytes, or an option, that is none; `cuda_graphs` for a graph of the
+                `optimum` route.
         """
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
@@ -110,7 +114,14 @@ class PatchedModel:
         if not isinstance(patch, Patch | Active | None):
             raise not_a_patch(patch, "a Patch, its file, or None")
         graph = Graph(
-            folder, device, threads, patch if isinstance(patch, Patch) else None, spin, cuda_graphs, huge_pages
+            folder,
+            device,
+            threads,
+            patch if isinstance(patch, Patch) else None,
+            spin,
+            cuda_graphs,
+            huge_pages,
+            cuda_options,
         )
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
@@ -288,13 +299,15 @@ class PatchedModel:
                 raise completion.error
         return [completion.text for completion in completions]
 
-    def batch(self, rows: int = 8) -> TextBatch:
+    def batch(self, rows: int = 8, prefill_tokens: int = PREFILL_TOKENS) -> TextBatch:
         """Completions that run together and may come and go while others run: `with model.batch() as batch:`.
 
         Args:
             rows: most of them at once; what is added beyond that waits.
+            prefill_tokens: while some wait for their next token, at most so many tokens of others' prompts are run
+                before it. More of them let a prompt begin to answer sooner, and the others wait longer for a token.
         """
-        return TextBatch(self, rows)
+        return TextBatch(self, rows, prefill_tokens)
 
     def request(
         self,

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .batch import Batch, Row
+from .batch import PREFILL_TOKENS, Batch, Row
 from .engine import check_request
 from .errors import RequestError
 from .stream import Pieces
@@ -66,14 +66,15 @@ class TextBatch:
     Args:
         model: whose patches and text they are.
         rows: most completions that run at once.
+        prefill_tokens: of prompts, run between two tokens of the completions that wait for theirs.
 
     Raises:
-        RequestError: `rows` is no number of rows.
+        RequestError: `rows` or `prefill_tokens` is no number of them.
     """
 
-    def __init__(self, model: PatchedModel, rows: int) -> None:
+    def __init__(self, model: PatchedModel, rows: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self._model = model
-        self._batch = Batch(model.graph, rows, model.prefix_cache)
+        self._batch = Batch(model.graph, rows, model.prefix_cache, prefill_tokens)
         self._waiting: deque[Completion] = deque()
         self._running: dict[Row, Completion] = {}
         self._lock = threading.RLock()
@@ -96,7 +97,9 @@ class TextBatch:
                 "a batch keeps caches of its own", field="cache", got="a cache", fix="leave it out, or use stream"
             )
         request = self._model.request(prompt, **options)
-        check_request(self._model.graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
+        graph = self._model.graph
+        check_request(graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
+        graph.check_ids(request.tokens)
         with self._lock:
             if self._closed:
                 raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
@@ -107,18 +110,20 @@ class TextBatch:
             return completion
 
     def step(self) -> list[tuple[Completion, str]]:
-        """Fill free rows with those that wait, then run one token for every row.
+        """Fill free rows with those that wait, run their prompts or a piece of them, then one token for every row.
 
         Returns:
             The completions that moved, each with its new text, which may be empty; what has ended says why. Nothing
             when none is left.
         """
         with self._lock:
-            moved = [(completion, "") for completion in self._fill()]
+            self._fill()
             handed = self._batch.step()
+            moved = []
             for row, completion in list(self._running.items()):
                 if row.error is not None:
-                    self._fail(completion, row.error)
+                    completion.error = row.error
+                    self._end(completion, "error")
                     moved.append((completion, ""))
             for row, token in handed:
                 completion = self._running[row]
@@ -142,27 +147,19 @@ class TextBatch:
 
     # -- completions -----------------------------------------------------------------------------------------
 
-    def _fill(self) -> list[Completion]:
-        """Let those that wait join while there is room; returns those whose prompt could not be run."""
-        failed = []
+    def _fill(self) -> None:
+        """Let those that wait join while there is room."""
         while self._waiting and self._batch.free:
-            completion = self._waiting[0]
+            completion = self._waiting.popleft()
             request = completion._request
-            try:
-                row = self._batch.join(
-                    request.tokens,
-                    request.choice.bound,
-                    sampling=request.sampling,
-                    max_new_tokens=request.max_new_tokens,
-                    eos_ids=self._model.codec.eos_ids,
-                )
-            except Exception as error:  # its own: the others go on
-                self._fail(completion, error)
-                failed.append(completion)
-                continue
-            self._waiting.popleft()
+            row = self._batch.join(
+                request.tokens,
+                request.choice.bound,
+                sampling=request.sampling,
+                max_new_tokens=request.max_new_tokens,
+                eos_ids=self._model.codec.eos_ids,
+            )
             completion._row, self._running[row] = row, completion
-        return failed
 
     def _take(self, completion: Completion, row: Row, token: int) -> str:
         completion.seconds = time.perf_counter() - completion._start
@@ -177,10 +174,6 @@ class TextBatch:
         if pieces.finish_reason:
             self._end(completion, pieces.finish_reason)
         return text
-
-    def _fail(self, completion: Completion, error: Exception) -> None:
-        completion.error = error
-        self._end(completion, "error")
 
     def _end(self, completion: Completion, reason: str) -> None:
         with self._lock:

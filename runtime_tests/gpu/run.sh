@@ -2,7 +2,7 @@
 # The GPU tests and the bench on any CUDA machine, in one command, from a fresh checkout:
 #     runtime_tests/gpu/run.sh [RESULTS]      (default: build/gpu)
 # Makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, then `tp-runtime bench` on the fp32, fp16 and int4
-# exports of SmolLM2-135M. RESULTS/report.json has the chip, the driver, the versions, how the tests went and every
+# exports of SmolLM2-135M and of Gemma 3 270M (whose tokenizer comes through npm). RESULTS/report.json has the chip, the driver, the versions, how the tests went and every
 # figure. Exits with 1 if a test or a bench failed. Not run on a GPU yet.
 set -euo pipefail
 
@@ -31,13 +31,18 @@ rm -f "$results"/{steps.jsonl,tests.xml,bench-*.json}
 TP_REQUIRE_GPU=1 TP_GPU_RESULTS=$results/steps.jsonl \
     "$bin/python" -m pytest runtime_tests/gpu -s --junitxml "$results/tests.xml" || failed+=(tests)
 
-base=$("$bin/tp-export" fetch smollm2-135m-instruct)
-for precision in fp32 fp16 int4; do
-    model=$results/model-$precision
-    "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite \
-        && "$bin/tp-runtime" bench "$model" --device cuda --ranks 0,4,16,64 --resident 1,10,50 --tokens 64 \
-            -o "$results/bench-$precision.json" \
-        || failed+=("bench-$precision")
+for name in smollm2-135m-instruct gemma-3-270m; do
+    if ! base=$("$bin/tp-export" fetch "$name"); then
+        failed+=("fetch-$name")
+        continue
+    fi
+    for precision in fp32 fp16 int4; do
+        model=$results/model-$name-$precision
+        "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite \
+            && "$bin/tp-runtime" bench "$model" --device cuda --ranks 0,1,4,16,64 --resident 1,10,100 --tokens 64 \
+                -o "$results/bench-$name-$precision.json" \
+            || failed+=("bench-$name-$precision")
+    done
 done
 
 "$bin/python" - "$results" "${failed[@]}" <<'PYTHON'

@@ -54,19 +54,25 @@ schedules = st.lists(
 )
 
 
-@given(schedule=schedules)
-def test_rows_joining_and_leaving_in_any_order_say_what_they_say_alone(schedule: list[Any]) -> None:
-    batch, rows = Batch(FakeBatchGraph(32), 3), []
+@given(schedule=schedules, piece=st.integers(1, 4))
+def test_rows_joining_and_leaving_in_any_order_say_what_they_say_alone(schedule: list[Any], piece: int) -> None:
+    graph = FakeBatchGraph(32)
+    batch, rows = Batch(graph, 3, prefill_tokens=piece), []
     for what, prompt, patched, limit in schedule:
+        there = (*batch.rows, *batch.joining)
         if what == "join" and batch.free:
             rows.append((join(batch, prompt, PATCH if patched else BASE, limit), prompt, limit))
-        elif what == "leave" and batch.rows:
-            batch.leave(batch.rows[limit % len(batch.rows)])
+        elif what == "leave" and there:
+            batch.leave(there[limit % len(there)])
         else:
-            before = {id(row): list(row.tokens) for row in batch.rows}
-            handed = batch.step()
-            assert {id(row) for row, _token in handed} == set(before)
-            assert all(row.tokens == [*before[id(row)], token] for row, token in handed)
+            before, waiting, runs = {row: list(row.tokens) for row in there}, set(batch.rows), len(graph.runs)
+            handed = dict(batch.step())
+            assert waiting <= set(handed) <= set(before)
+            assert all(row.tokens == [*before[row], token] for row, token in handed.items())
+            if waiting:  # nobody waits for more than a piece of the others' prompts
+                assert sum(map(len, graph.runs[runs:])) <= len(handed) + piece
+            else:
+                assert set(handed) == set(before)
     while batch.step():
         pass
     for row, prompt, limit in rows:
@@ -122,13 +128,15 @@ def test_bad_requests_are_refused_before_anything_runs_and_leave_the_batch_as_it
     join(batch, [2])
     with pytest.raises(RequestError, match="the batch is full"):
         join(batch, [2])
-    assert len(graph.runs) == runs and row in batch.rows
+    assert len(graph.runs) == runs and row in batch.joining
     while batch.step():
         pass
     assert completion(row) == expected([3, 1, 4], 8)
     for rows in (0, -1, True, 1.5, "2"):
         with pytest.raises(RequestError, match="not a number of rows"):
             Batch(graph, rows)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="not a number of prefill_tokens"):
+            Batch(graph, 1, prefill_tokens=rows)  # type: ignore[arg-type]
 
 
 def test_a_row_without_finite_logits_leaves_alone() -> None:
@@ -189,8 +197,9 @@ class Alone:
 class Watched:
     """A batch, with the logits of every row's steps."""
 
-    def __init__(self, graph: Graph, rows: int) -> None:
-        self.batch, self.logits = Batch(graph, rows), {}  # type: ignore[var-annotated]
+    def __init__(self, graph: Graph, rows: int, prefill_tokens: int = 32) -> None:
+        self.batch = Batch(graph, rows, prefill_tokens=prefill_tokens)
+        self.logits: dict[Row, list[Any]] = {}
         step = self.batch._rows.step
 
         def recorded(tokens: Sequence[int]) -> np.ndarray:
@@ -268,6 +277,22 @@ def test_joining_and_leaving_midway_does_not_disturb_the_others(graph: Graph) ->
         watched.assert_is(row, Alone(graph, prompt, bound, 30))
 
 
+def test_a_long_prompt_is_run_in_pieces_between_the_tokens_of_others(graph: Graph) -> None:
+    bounds, prompt = some_patches(graph), [*LEAD, *token_ids(60, seed=4)]
+    watched = Watched(graph, 3, prefill_tokens=7)
+    going = {name: join(watched.batch, [*LEAD, 9], bounds[name], 30) for name in ("narrow", "base")}
+    watched.batch.step()
+    late = join(watched.batch, prompt, bounds["prefix and deltas"], 10)
+    for _ in range(8):
+        assert {row for row, _token in watched.batch.step()} == set(going.values())
+    assert watched.batch.joining == (late,)
+    assert {row for row, _token in watched.batch.step()} == {late, *going.values()}
+    watched.run()
+    watched.assert_is(late, Alone(graph, prompt, bounds["prefix and deltas"], 10))
+    for name, row in going.items():
+        watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 30))
+
+
 def test_buffers_grow_under_the_rows_up_to_the_window(graph: Graph) -> None:
     bounds, watched = some_patches(graph), Watched(graph, 3)
     window = graph.folder.context_window
@@ -307,11 +332,11 @@ def test_a_failed_step_can_be_tried_again(graph: Graph, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patched:
         patched.setattr(graph, "execute", fail)
+        late = join(watched.batch, [*LEAD, 9, 9], bounds["base"])
         with pytest.raises(MemoryError):
             watched.batch.step()
-        with pytest.raises(MemoryError):
-            join(watched.batch, [*LEAD, 9, 9], bounds["base"])
-    assert list(watched.batch.rows) == rows
+    assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
+    assert list(watched.batch.rows) == rows and not watched.batch.joining
     watched.run()
     for row, name in zip(rows, ("narrow", "prefix"), strict=True):
         watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 6))
@@ -327,7 +352,7 @@ def test_requests_that_a_graph_refuses(graph: Graph) -> None:
         join(batch, [1, 2, 3, 4], bounds["prefix"])
     with pytest.raises(RequestError, match="at least one more"):
         join(batch, LEAD, bounds["prefix"])
-    assert batch.rows == (row,)
+    assert batch.joining == (row,) and not batch.rows
     with pytest.raises(StaleCacheError):
         batch._rows.add(graph.new_cache(bounds["half"]), bounds["narrow"])
 
@@ -347,6 +372,24 @@ def test_rows_of_a_patch_are_checked_against_the_batch(graph: Graph) -> None:
         join(batch, [1], stacked)
     with pytest.raises(PatchShapeError, match="1 or 3"):
         batch.step()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4-rtn"])
+def test_rows_of_a_quantised_graph_differ_no_more_under_patches_than_without(
+    tiny_llama: Path, tmp_path: Path, precision: str
+) -> None:
+    """Its kernels round differently with the number of rows."""
+    graph = Graph(ModelFolder.open(export_model(open_source(tiny_llama), tmp_path / "out", precision=precision)), "cpu")
+
+    def furthest_row(bounds: Sequence[BoundPatch]) -> float:
+        watched = Watched(graph, len(bounds))
+        rows = [join(watched.batch, p, b, 1) for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
+        watched.run()
+        alone = [Alone(graph, p, b, 1).logits[0] for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
+        return max(furthest(watched.logits[row][0], one) for row, one in zip(rows, alone, strict=True))
+
+    bounds = list(some_patches(graph).values())
+    assert furthest_row(bounds) <= 3 * furthest_row([graph.base] * len(bounds)) + 1e-4
 
 
 # -- graphs of the other route -------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
         asked: list[bool] = []
         real = graph_module.create_session
 
-        def create(path: Path, device: Device, options: Any, cuda_graphs: bool) -> Any:
+        def create(path: Path, device: Device, options: Any, cuda_graphs: bool, _cuda_options: Any) -> Any:
             asked.append(cuda_graphs)
             if cuda_graphs and refusal is not None:
                 raise DeviceUnavailableError("CUDA was asked for and not given", field="device") from refusal

@@ -20,13 +20,14 @@ from tp_runtime.device import (
     CPU,
     CUDA,
     Device,
+    check_cuda_options,
     check_providers,
     create_session,
     input_kinds,
     require_onnxruntime,
     select_device,
 )
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError
 
 MISSING = "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file"
 
@@ -55,6 +56,7 @@ class FakeRuntime(types.SimpleNamespace):
         assert enable_fallback == 0
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         self.asked.append(names)
+        self.options = dict(provider for provider in providers if not isinstance(provider, str))
         if self.fault and CUDA in names:
             raise self.fault
         given = [name for name in names if name in self.given]
@@ -164,6 +166,34 @@ def test_cuda_given(fake):
     assert device == Device("cuda", CUDA, None)
     assert device.kind == "cuda"
     assert runtime.asked == [[CUDA, CPU]]
+
+
+def test_options_of_the_provider(fake):
+    runtime = fake()
+    options = check_cuda_options({"gpu_mem_limit": 2**31, "arena_extend_strategy": "kSameAsRequested"})
+    create_session("model.onnx", select_device("cuda"), onnxruntime.SessionOptions(), False, options)
+    assert runtime.options[CUDA] == {
+        "use_tf32": "0",
+        "gpu_mem_limit": "2147483648",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    assert check_cuda_options(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device_id": 1}, "CUDA_VISIBLE_DEVICES"),
+        ({"enable_cuda_graph": "1"}, "cuda_graphs=True"),
+        ({"use_tf32": True}, "on and off as 1 and 0"),
+        ({"gpu_mem_limit": None}, "whole number"),
+        ({3: "1"}, "a name"),
+    ],
+)
+def test_options_that_are_none_or_decided_elsewhere(options, said):
+    with pytest.raises(RequestError, match=said) as error:
+        check_cuda_options(options)
+    assert error.value.field == "cuda_options"
 
 
 def test_complaint_about_an_unneeded_library_is_dropped_once_cuda_runs(fake):

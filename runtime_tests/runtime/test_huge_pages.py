@@ -21,6 +21,7 @@ from tp_runtime.huge_pages import (
     mappings,
     use_huge_pages,
     use_huge_pages_soon,
+    within,
     without,
     written,
 )
@@ -55,6 +56,11 @@ def test_what_was_there_before_is_left_alone(ours: list[Range], others: list[Ran
     assert covered(without(ours, others)) == covered(ours) - covered(others)
 
 
+@given(ours=ranges, others=ranges)
+def test_what_was_not_taken_is_left_alone(ours: list[Range], others: list[Range]) -> None:
+    assert covered(within(ours, others)) == covered(ours) & covered(others)
+
+
 @given(ours=ranges, size=st.integers(1, 8))
 def test_only_whole_pages_inside_a_range(ours: list[Range], size: int) -> None:
     found = aligned(ours, size)
@@ -77,7 +83,7 @@ def test_what_the_memory_holds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         values = np.random.default_rng(0).standard_normal(len(array), np.float32)
         array[:] = values
         address = array.ctypes.data
-        asked = use_huge_pages(since=before)
+        asked = use_huge_pages(without(mapped(), before))
         assert (array == values).all()
         del array
     if huge_pages.page_size() is None:
@@ -96,7 +102,7 @@ def test_switched_off_or_unknown_to_the_system(
     if setting is not None:
         (tmp_path / "enabled").write_text(setting)
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
-    assert use_huge_pages(since=[]) == 0
+    assert use_huge_pages([(0, 1 << 47)]) == 0
 
 
 @pytest.mark.parametrize("first_run", [[1], [1, 2, 3]], ids=["a token", "a prompt"])
@@ -104,17 +110,17 @@ def test_a_session_asks_once_after_its_first_run(
     tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch, first_run: list[int]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda since: asked.append(since))
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", asked.append)
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
     cache = graph.new_cache(graph.base)
     assert not asked  # somebody waits for the first token
     graph.forward(first_run, cache, graph.base)
     graph.forward([4], cache, graph.base)
-    assert len(asked) == 1 and asked[0]
+    assert len(asked) == 1
 
 
 def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda since: pytest.fail("asked"))
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda taken: pytest.fail("asked"))
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1, huge_pages=False)
     graph.forward([1, 2, 3], graph.new_cache(graph.base), graph.base)
 
@@ -122,5 +128,5 @@ def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, mon
 def test_the_background_does_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(huge_pages, "use_huge_pages", asked.append)
-    use_huge_pages_soon(since=[(0, 1)]).join(60)
+    use_huge_pages_soon([(0, 1)]).join(60)
     assert asked == [[(0, 1)]]
