@@ -4,7 +4,7 @@
     ours-PRECISION      tp-export model --precision; genai runs on these too
     prepared-PRECISION  the same after tp-runtime prepare
     ours-int4-head4     the head in four bits as well, as genai's builder has it
-    slotless-PRECISION  the same without slots (slotless.py)
+    slots-SET-PRECISION the same with other slots: none (slotless.py), mlp, all
     optimum             optimum's own export
     genai-PRECISION     onnxruntime-genai's builder, in an environment of its own (genai_graphs.py)
     *.gguf              the published file and its re-quantised versions (gguf_files.py)
@@ -54,10 +54,13 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         if bits in ("fp32", "int4") and out.name not in failed and not prepared.exists():
             shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
             _run([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
-        out = folder / f"slotless-{bits}"
-        if bits in ("fp32", "int4") and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
-            script = [sys.executable, str(_HERE / "slotless.py"), str(source), str(out), "--precision", precision]
-            _run(script, failed, out.name)
+        for slots in ("none", "mlp", "all"):
+            out = folder / f"slots-{slots}-{bits}"
+            if bits in ("fp32", "int4") and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+                made = [sys.executable, str(_HERE / "slotless.py")]
+                if slots != "none":
+                    made = [*program("tp_export", "model"), "--slots", slots]
+                _run([*made, str(source), str(out), "--precision", precision], failed, out.name)
     if not (folder / "optimum" / "config.json").exists():
         command = ["-m", "optimum.exporters.onnx", "--model", str(source), "--task", "text-generation-with-past"]
         _run([sys.executable, *command, str(folder / "optimum")], failed, "optimum")

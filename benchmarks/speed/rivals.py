@@ -31,8 +31,8 @@ class Rival:
 
     @property
     def takes_patches(self) -> bool:
-        """Whether its graph has slots, and its runtime knows them."""
-        return self.module == "ours" and not self.key.startswith("slotless")
+        """Whether it is measured under patches too: its runtime knows them, and its graph has the usual slots."""
+        return self.module == "ours" and not self.key.startswith("slots-")
 
     def missing(self, models: Path) -> str | None:
         """Why it cannot be measured, or None."""
@@ -69,6 +69,15 @@ def _at(bits: str) -> tuple[Rival, ...]:
     )
 
 
+def _slots(bits: str) -> tuple[Rival, ...]:
+    """Ours with other slots than the usual ones, all of them empty."""
+    said = {"none": "no slots", "mlp": "slots of the MLP", "all": "all slots"}
+    keys = {slots: f"slots-{slots}-{bits}" for slots in said}
+    return tuple(
+        Rival(key, f"tp-runtime {bits}, {said[s]}", "ours", "tp_runtime", key, bits) for s, key in keys.items()
+    )
+
+
 def _llama(name: str, label: str, bits: str) -> Rival:
     return Rival(f"llama-{name}", f"llama.cpp {label}", "llama_cpp", "llama_cpp", f"{name}.gguf", bits)
 
@@ -77,12 +86,12 @@ RIVALS = (
     Rival("transformers", "transformers eager fp32", "transformers_eager", "transformers", "source", "fp32"),
     Rival("optimum", "optimum fp32", "optimum_ort", "optimum.onnxruntime", "optimum", "fp32"),
     *_at("fp32"),
-    Rival("slotless-fp32", "tp-runtime fp32, no slots", "ours", "tp_runtime", "slotless-fp32", "fp32"),
+    *_slots("fp32"),
     Rival("prepared-fp32", "tp-runtime fp32, prepared", "ours", "tp_runtime", "prepared-fp32", "fp32"),
     *_at("int8"),
     _llama("q8_0", "Q8_0", "int8"),
     *_at("int4"),
-    Rival("slotless-int4", "tp-runtime int4, no slots", "ours", "tp_runtime", "slotless-int4", "int4"),
+    *_slots("int4"),
     Rival("prepared-int4", "tp-runtime int4, prepared", "ours", "tp_runtime", "prepared-int4", "int4"),
     Rival("ours-int4-head4", "tp-runtime int4, head too", "ours", "tp_runtime", "ours-int4-head4", "int4"),
     _llama("published", "as published", "int4"),

@@ -35,7 +35,7 @@ def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
     parts = [_head(found), targets.section(found)]
     for run in found["runs"]:
         parts.append(f"## {run['model']}, {_threads(run)}")
-        parts += [_runtimes(run), _carrying(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
+        parts += [_runtimes(run), _carrying(run), _slots(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
     parts.append("## Plots")
     for name, path in plots.items():
         there = Path(os.path.relpath(path, out.parent)).as_posix()
@@ -59,9 +59,9 @@ def _head(found: dict[str, Any]) -> str:
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
 Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
-a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks the runtimes of each precision in turn, in new
-processes that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare within a
-table, not between machines or days.
+a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks the runtimes of each precision in turn,
+in new processes that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare
+within a precision of a table, not between machines or days.
 
 - Machine: {machine.get("processor", "unknown")}, {machine["cpus"]} CPUs ({", ".join(machine.get("flags", []))}; L3
   {machine.get("l3", "unknown")}), {machine["memory_bytes"] / 1e9:.0f} GB, {machine["system"]}, Python
@@ -75,6 +75,8 @@ table, not between machines or days.
   page cache. Memory: of the process, after its longest context; anonymous is what no file backs.
 - tp-runtime asks Linux for huge pages (docs/serving.md), except for prepared folders; the others take what they are
   given. "No slots" is our export without them, which no patch fits: what empty slots cost.
+- Cached prefix: a live cache rewound to the context's end, for every runtime that can. What tp-runtime's prefix cache
+  finds is copied into the request's own buffers besides.
 - Read: bytes of weights that a token needs, once each, KV not counted. Reached: the time to read them at the memory's
   speed, over the time a token took after the shortest context.{remarks}""")
 
@@ -137,6 +139,23 @@ def _carrying(run: Run) -> str:
     return _table(head, rows, said)
 
 
+def _slots(run: Run) -> str:
+    """What slots cost while nothing is in them, by the set that an export has."""
+    rows, sets = [], {"output (the default)": "ours-{}", "mlp": "slots-mlp-{}", "all": "slots-all-{}"}
+    for bits in ("fp32", "int4"):
+        keys = [f"slots-none-{bits}", *(key.format(bits) for key in sets.values())]
+        found = [run["rivals"].get(key, {}).get("token_s", {}) for key in keys]
+        for length in _lengths(name for name in found[0] if name.startswith("prompt-")):
+            ratios = [
+                f"{targets.ratio(run, 'token', key, keys[0], length):.3f}" if tokens else ""
+                for key, tokens in zip(keys[1:], found[1:], strict=True)
+            ]
+            rows.append([bits, str(length), f"{1e3 * found[0][f'prompt-{length}']:.2f}", *ratios])
+    return _table(
+        ["precision", "context", "no slots ms", *sets], rows, "A token with empty slots, over one without any:"
+    )
+
+
 def _ranks(run: Run) -> str:
     rows = []
     for bits, bench in run["patches"].items():
@@ -157,13 +176,14 @@ def _loaded(run: Run) -> str:
             bits,
             str(row["patches"]),
             f"{row['switch_ms']:.3f}",
+            f"{1e3 * row['switch_ms'] / bench['patch_slots']:.2f}",
             _number(row["anonymous_bytes"], 1e-6, 1),
             _number(row["patch_bytes"], 1e-6, 2),
         ]
         for bits, bench in run["patches"].items()
         for row in bench.get("resident", ())
     ]
-    head = ["precision", "patches loaded", "switch ms", "more memory MB", "one patch's tensors MB"]
+    head = ["precision", "patches loaded", "switch ms", "µs a slot", "more memory MB", "one patch's tensors MB"]
     return _table(head, rows, "Loaded patches of rank 16:")
 
 
