@@ -16,6 +16,7 @@ import logging
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -99,10 +100,22 @@ def written(smaps: str) -> list[Range]:
 
 def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
     """What of `ranges` lies in none of `others`."""
-    left = list(ranges)
-    for first, end in others:
-        pieces = [piece for a, b in left for piece in ((a, min(b, first)), (max(a, end), b))]
-        left = [(a, b) for a, b in pieces if a < b]
+    apart: list[list[int]] = []  # the others in order, those that touch as one
+    for first, end in sorted(others):
+        if apart and first <= apart[-1][1]:
+            apart[-1][1] = max(apart[-1][1], end)
+        else:
+            apart.append([first, end])
+    starts, left = [first for first, _end in apart], []
+    for first, end in ranges:
+        for cut, until in apart[max(0, bisect_right(starts, first) - 1) :]:
+            if cut >= end:
+                break
+            if first < cut:
+                left.append((first, cut))
+            first = max(first, until)
+        if first < end:
+            left.append((first, end))
     return left
 
 

@@ -7,10 +7,10 @@ chat style, of a tokenizer called on plain text in completion style. The tests h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -23,6 +23,7 @@ from .errors import ModelFormatError, RequestError
 
 Style = Literal["chat", "completion"]
 Message = Mapping[str, Any]
+_T = TypeVar("_T")
 
 # The names transformers hands to a template; one that is not set stays undefined there and here.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,7 +36,6 @@ class TextCodec:
         style: "chat" (a string is one user message) or "completion" (a string is the text itself).
         eos_ids: every token id that ends a completion.
         bos_id: id of the beginning-of-sequence token, None if the model names none.
-        vocab_size: number of tokens the tokenizer knows; the graph's logits may be wider (padding rows).
         template_source: the chat template's text, None in completion style.
     """
 
@@ -52,7 +52,6 @@ class TextCodec:
         self.style: Style = style
         self.eos_ids = eos_ids
         self.bos_id: int | None = tokenizer.token_to_id(special_tokens.get("bos_token", ""))
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         self._template = template
@@ -61,6 +60,12 @@ class TextCodec:
         # there to be continued.
         probe = tokenizer.encode("a")
         self._prefix: list[int] = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the tokenizer knows, counted anew; the graph's logits may be wider (padding rows)."""
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
 
     @classmethod
     def from_folder(cls, path: str | Path, style: Style | None = None) -> TextCodec:
@@ -291,8 +296,12 @@ def _broken(path: Path, problem: str, got: object, wanted: str) -> ModelFormatEr
 
 
 def _read_text(path: Path) -> str:
+    return _read(path, lambda: path.read_text(encoding="utf-8"))
+
+
+def _read(path: Path, read: Callable[[], _T]) -> _T:
     try:
-        return path.read_text(encoding="utf-8")
+        return read()
     except FileNotFoundError:
         raise _broken(path, "missing file", got="nothing", wanted="the file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -310,9 +319,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    text = _read_text(path)
+    content = _read(path, path.read_bytes)  # as text, Gemma's 33 MB would be decoded here and encoded again there
     try:
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise _broken(path, "not a tokenizer", got=error, wanted="a file of the tokenizers library") from None
     # Settings left over from training; transformers sets both anew for each call.
