@@ -75,27 +75,21 @@ def name_nodes(model: ir.Model) -> None:
 
     To be called last: nodes that are made later have no such names.
     """
-    scopes: dict[int, str] = {}
+    around: dict[int, str] = {}  # by node: the module that those are a part of which read from it
     counts: Counter[str] = Counter()
     for node in model.graph:
-        scope = _scope(node, scopes)
-        scopes[id(node)] = scope
+        module, read = _module(node), [value for value in node.inputs if value is not None]
+        before = (value.producer() for value in read)
+        outer = next((found for other in before if other is not None and (found := around[id(other)])), "")
+        if module is None:
+            scope = outer or (str(read[0].name) if read and read[0].is_graph_input() else "")
+            around[id(node)] = scope
+        else:
+            scope = module  # a slot is not what its readers are a part of
+            around[id(node)] = outer if module.startswith("tp.") else module.rpartition(".")[0]
         name = f"{scope}.{node.op_type}" if scope else node.op_type
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
-
-
-def _scope(node: ir.Node, scopes: Mapping[int, str]) -> str:
-    if module := _module(node):
-        return module
-    for value in node.inputs:
-        before = value.producer() if value is not None else None
-        while before is not None and scopes[id(before)].startswith("tp."):  # a slot is not what the node is a part of
-            before = before.inputs[0].producer() if before.inputs[0] is not None else None
-        if before is not None and (scope := scopes[id(before)]):
-            return scope.rpartition(".")[0] if _module(before) else scope
-    first = next((value for value in node.inputs if value is not None), None)
-    return str(first.name) if first is not None and first.is_graph_input() else ""
 
 
 def _module(node: ir.Node) -> str | None:

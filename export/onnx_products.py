@@ -73,10 +73,10 @@ def _join_and_split(model: ir.Model, products: Sequence[_Product]) -> None:
     first = products[0].out.producer()
     assert first is not None
     steps = _joined_product(model, products, f"{first.name}.joined")
-    widths = add_initializer(model, f"{steps[0].name}.widths", np.array([product.width for product in products]))
-    split = ir.node(
-        "Split", [steps[-1].outputs[0], widths], {"axis": -1}, num_outputs=len(products), name=f"{steps[0].name}.Split"
-    )
+    weight = steps[0].inputs[1]
+    assert weight is not None
+    widths = add_initializer(model, f"{weight.name}.widths", np.array([product.width for product in products]))
+    split = ir.node("Split", [steps[-1].outputs[0], widths], {"axis": -1}, num_outputs=len(products))
     model.graph.insert_before(first, [*steps, split])
     for product, part in zip(products, split.outputs, strict=True):
         old, name = product.out.producer(), product.out.name
@@ -93,11 +93,10 @@ def _joined_product(model: ir.Model, products: Sequence[_Product], unnamed: str)
     name = _joint_name([str(product.weight.name) for product in products]) or unnamed
     # What it reads now: the value that was found may have become a part of another joined product.
     steps = [ir.node("MatMul", [first.inputs[0], _side_by_side(model, [p.weight for p in products], name)])]
-    steps[0].name = f"{name}.MatMul"
     biases = [product.bias for product in products if product.bias is not None]
     if biases:
         bias = _side_by_side(model, biases, f"{name.removesuffix('.weight')}.bias")
-        steps.append(ir.node("Add", [steps[0].outputs[0], bias], name=f"{name}.Add"))
+        steps.append(ir.node("Add", [steps[0].outputs[0], bias]))
     for step in steps:
         step.outputs[0].type = like.type
         if like.shape is not None:
@@ -143,11 +142,8 @@ def _behind(value: ir.Value | None) -> _Product | None:
     if node.op_type != "Add":
         return _product(node)
     biases = [i for i in (0, 1) if is_weight(node.inputs[i], 1)]
-    if len(biases) != 1:
-        return None
-    added = node.inputs[1 - biases[0]]
-    product = _product(added.producer()) if added is not None else None
-    if product is None or len(product.out.uses()) != 1:
+    product = _behind(node.inputs[1 - biases[0]]) if len(biases) == 1 else None
+    if product is None or product.bias is not None:
         return None
     return replace(product, bias=node.inputs[biases[0]], out=node.outputs[0])
 

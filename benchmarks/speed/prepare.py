@@ -50,13 +50,15 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
             _run([*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name)
+        if bits not in ("fp32", "int4") or out.name in failed:
+            continue
         prepared = folder / f"prepared-{bits}"
-        if bits in ("fp32", "int4") and out.name not in failed and not prepared.exists():
+        if not prepared.exists():
             shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
             _run([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
         for slots in ("none", "mlp", "all"):
             out = folder / f"slots-{slots}-{bits}"
-            if bits in ("fp32", "int4") and f"ours-{bits}" not in failed and not (out / "patch_slots.json").exists():
+            if not (out / "patch_slots.json").exists():
                 made = [sys.executable, str(_HERE / "slotless.py")]
                 if slots != "none":
                     made = [*program("tp_export", "model"), "--slots", slots]

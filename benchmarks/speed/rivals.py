@@ -71,11 +71,9 @@ def _at(bits: str) -> tuple[Rival, ...]:
 
 def _slots(bits: str) -> tuple[Rival, ...]:
     """Ours with other slots than the usual ones, all of them empty."""
-    said = {"none": "no slots", "mlp": "slots of the MLP", "all": "all slots"}
-    keys = {slots: f"slots-{slots}-{bits}" for slots in said}
-    return tuple(
-        Rival(key, f"tp-runtime {bits}, {said[s]}", "ours", "tp_runtime", key, bits) for s, key in keys.items()
-    )
+    sets = (("none", "no slots"), ("mlp", "slots of the MLP"), ("all", "all slots"))
+    keys = ((f"slots-{slots}-{bits}", f"tp-runtime {bits}, {said}") for slots, said in sets)
+    return tuple(Rival(key, label, "ours", "tp_runtime", key, bits) for key, label in keys)
 
 
 def _llama(name: str, label: str, bits: str) -> Rival:

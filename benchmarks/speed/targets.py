@@ -105,8 +105,8 @@ _CALLS = (
     "also differ by a few per cent either way, by where their memory lies"
 )
 _ELSEWHERE = (
-    "- Measured elsewhere (docs/precision.md): a repair patch was to recover 0.70 of what int4 loses on held-out text. "
-    "It recovers 0.73 on answers and 0.65 on plain text, for it is fitted on answers."
+    "- Measured elsewhere (docs/precision.md says by how much): a repair patch was to recover 0.70 of what int4 loses "
+    "on held-out text. It does on answers, on which it is fitted, and misses it on plain text."
 )
 _LOOP = "the empty slots and Python's share of a token (rows below); genai's own loop on our graph is slower than ours"
 TARGETS = (
