@@ -20,16 +20,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_runtime.errors import ModelFormatError
-
-if TYPE_CHECKING:
-    from .prefix import TorchPrefix
 
 
 @dataclass(frozen=True)
@@ -311,12 +308,13 @@ class _Recorder(nn.Module):
         return (x,) if self.returns_tuple else x
 
 
-def layer_inputs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prefix: TorchPrefix | None = None
-) -> tuple[Tensor, list[dict[str, Any]]]:
+def layer_inputs(model: nn.Module, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the model gives its layers: the embeddings x [b, T, d] and each layer's keyword arguments.
 
-    With a prefix, those of ids [b, T] that follow it.
+    Args:
+        model: a transformers causal language model.
+        input_ids: [b, T].
+        inputs: what else the model is called with: an attention mask, and a KV prefix's cache if there is one.
 
     The model's own forward runs with every layer replaced by a recorder, so masks, position embeddings and embedding
     scales are transformers' own.
@@ -325,12 +323,15 @@ def layer_inputs(
     layers = model.get_submodule(adapter.layers)
     recorders = [_Recorder(layer, adapter.returns_tuple) for layer in layers.children()]
     model.set_submodule(adapter.layers, nn.ModuleList(recorders))
-    plain = {"attention_mask": attention_mask, "use_cache": False}
     try:
         with torch.no_grad():
-            inputs = plain if prefix is None else prefix.model_inputs(attention_mask)
             model.base_model(input_ids=input_ids, **inputs)  # type: ignore[operator]
     finally:
         model.set_submodule(adapter.layers, layers)
     assert recorders[0].x is not None
     return recorders[0].x, [recorder.kwargs for recorder in recorders]
+
+
+def plain_inputs(attention_mask: Tensor) -> dict[str, Any]:
+    """What a model is called with besides ids that nothing is in front of, for a mask [b, T]."""
+    return {"attention_mask": attention_mask, "use_cache": False}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Block, blocks_of, layer_inputs
+from .adapters import Block, blocks_of, layer_inputs, plain_inputs
 from .deltas import TorchDelta
 from .forms import Rows, Settings, low_rank
 from .ridge import AffineMap, share_kept, top_directions
@@ -109,4 +109,4 @@ def steering_candidates(layers: int) -> Iterator[tuple[list[int], float]]:
 
 
 def _embed(model: nn.Module, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
-    return layer_inputs(model, batch.input_ids, batch.attention_mask)
+    return layer_inputs(model, batch.input_ids, plain_inputs(batch.attention_mask))

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Block, Mlp, blocks_of, layer_inputs, weight_of
+from .adapters import Block, Mlp, blocks_of, layer_inputs, plain_inputs, weight_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _patch_all(
 ) -> None:
     """Write this token's patch into every block, bottom up, from the teacher's cut and output of each."""
     input_ids = torch.tensor([list(ids)], device=model.device)
-    hidden, kwargs = layer_inputs(model, input_ids, torch.ones_like(input_ids))
+    hidden, kwargs = layer_inputs(model, input_ids, plain_inputs(torch.ones_like(input_ids)))
     for block, teacher, wanted in zip(blocks, cuts, outputs, strict=True):
         cut = block.attention_half(hidden, kwargs[block.index])
         _write(block, teacher, wanted.double(), cut[:, -1:], edits)

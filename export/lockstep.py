@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Block, blocks_of, layer_inputs
+from .adapters import Block, blocks_of, layer_inputs, plain_inputs
 from .baselines import fit_isotropic
 from .deltas import TorchDelta, applied
 from .forms import FORMS, Rows, Settings
@@ -40,7 +40,9 @@ class _Side:
 
     @classmethod
     def start(cls, model: nn.Module, batch: Batch, prefix: TorchPrefix | None = None) -> _Side:
-        hidden, kwargs = layer_inputs(model, batch.input_ids, batch.attention_mask, prefix)
+        mask = batch.attention_mask
+        inputs = plain_inputs(mask) if prefix is None else prefix.model_inputs(mask)
+        hidden, kwargs = layer_inputs(model, batch.input_ids, inputs)
         return cls(batch, hidden, kwargs)
 
     def attend(self, block: Block) -> None:

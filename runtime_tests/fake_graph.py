@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.cache import KVCache
 from tp_runtime.errors import RequestError
-from tp_runtime.graph import BoundPatch
 
 VOCAB = 50
 BASE = BoundPatch({}, ("graph", ()))
@@ -62,32 +62,13 @@ def expected(prompt: Sequence[int], count: int, bound: BoundPatch = BASE) -> lis
     return tokens[len(prompt) :]
 
 
-class FakeRows:
-    """Rows that step one by one."""
-
-    def __init__(self, graph: FakeGraph) -> None:
-        self.graph, self.rows = graph, []  # type: ignore[var-annotated]
-
-    def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        self.rows.append((cache, bound))
-
-    def remove(self, row: int) -> None:
-        self.rows[row] = self.rows[-1]
-        del self.rows[-1]
-
-    def step(self, tokens: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self.graph.forward([t], c, b) for t, (c, b) in zip(tokens, self.rows, strict=True)])
-
-    def content(self, row: int) -> dict[str, np.ndarray]:
-        return {}
-
-
 class FakeBatchGraph(FakeGraph):
-    """The engine's fake, with rows."""
+    """The engine's fake for batches: its rows step one by one, as those of a graph that concatenates do."""
+
+    def __init__(self, window: int = 64) -> None:
+        super().__init__(window)
+        self.folder.route = "optimum"
 
     def check_ids(self, tokens: Sequence[int]) -> None:
         if not all(0 <= token < VOCAB for token in tokens):
             raise RequestError("not an id", field="tokens")
-
-    def new_rows(self, limit: int) -> FakeRows:
-        return FakeRows(self)

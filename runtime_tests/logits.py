@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from tp_export.deltas import patched
 
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
 Logits = NDArray[np.float32]

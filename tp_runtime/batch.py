@@ -9,27 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from .batch_rows import Rows
+from .batch_rows import new_rows
+from .bound_patch import BoundPatch
 from .cache import KVCache
-from .engine import Steps, check_request
+from .engine import check_request
 from .errors import ModelFormatError, RequestError
-from .graph import BoundPatch
+from .graph import Graph
 from .prefix_cache import PrefixCache
 from .sampling import Sampler, Sampling, pick_rows
 
 PREFILL_TOKENS = 32  # a CPU takes hardly longer for a prompt in pieces of so many than for all of it at once
-
-
-class RowSteps(Steps, Protocol):
-    """What a batch needs of a graph beside what the engine needs; see graph.Graph."""
-
-    def check_ids(self, tokens: Sequence[int]) -> None:
-        """Raise RequestError unless all are ids of the vocabulary."""
-
-    def new_rows(self, limit: int) -> Rows:
-        """Room for at most `limit` sequences."""
 
 
 @dataclass(eq=False)
@@ -75,7 +65,7 @@ class Batch:
     """
 
     def __init__(
-        self, graph: RowSteps, rows: int, store: PrefixCache | None = None, prefill_tokens: int = PREFILL_TOKENS
+        self, graph: Graph, rows: int, store: PrefixCache | None = None, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
         for name, value in (("rows", rows), ("prefill_tokens", prefill_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -83,7 +73,7 @@ class Batch:
         self._graph, self._limit, self._store, self._piece = graph, rows, store, prefill_tokens
         self._joining: list[Row] = []  # whose prompts are not run to their end yet
         self._running: list[Row] = []  # in the order of the graph's rows
-        self._rows = graph.new_rows(rows)
+        self._rows = new_rows(graph, rows)
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .batch_kv import KVRows
 from .batch_slots import SlotRows
+from .bound_patch import BoundPatch
 from .cache import KVCache
-
-if TYPE_CHECKING:
-    from .graph import BoundPatch, Graph
+from .graph import Graph
 
 
 class Rows(Protocol):
@@ -148,3 +147,11 @@ class RowsInTurn:
     def content(self, row: int) -> Mapping[str, NDArray]:
         """Keys and values of a row; see Rows."""
         return self._graph.content(self._rows[row][0])
+
+
+def new_rows(graph: Graph, limit: int) -> Rows:
+    """Room for at most `limit` sequences that step together, each under a patch of its own.
+
+    Only a fused graph takes several sequences of different lengths in one run.
+    """
+    return RowsTogether(graph, limit) if graph.folder.route == "fused" else RowsInTurn(graph)

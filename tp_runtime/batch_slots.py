@@ -8,18 +8,16 @@ batch, allocated when the first two rows differ, and written for the rows that c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .bound_patch import BoundPatch
 from .cache import CacheKey
-from .delta import Delta
+from .delta import Delta, SlotKey
 from .folder import Slot
-from .slots import SlotKey, check_rows
-
-if TYPE_CHECKING:
-    from .graph import BoundPatch
+from .slots import check_rows
 
 
 class SlotRows:

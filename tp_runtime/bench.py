@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from tp_runtime import engine
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.delta import Delta
 from tp_runtime.errors import PatchTargetError, RequestError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.patch_config import PatchConfig

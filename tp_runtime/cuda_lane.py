@@ -44,11 +44,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .cache import CacheKey, KVCache
-from .delta import Delta
+from .delta import Delta, SlotKey
 from .errors import DeviceUnavailableError, RequestError
 from .folder import ModelFolder
 from .kv_buffers import InPlace
-from .slots import SlotKey, slot_arrays
+from .slots import slot_arrays
 
 BUCKETS = (0, 4, 16, 64)  # ranks
 CAPACITY = 4096  # positions; a longer sequence takes ordinary steps

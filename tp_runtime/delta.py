@@ -16,7 +16,7 @@ from tp_runtime.errors import PatchShapeError, PatchTargetError, PatchValueError
 from tp_runtime.patch_file import MAX_LAYER, PARTS, SITES, slot_name
 
 Array = NDArray[np.float32]
-Slot = tuple[int, str]
+SlotKey = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Delta:
         with np.errstate(over="ignore", under="ignore"):  # infinity is reported by `check`, with the slot's name
             return replace(self, b=times(self.b), bias=times(self.bias))
 
-    def joined(self, other: Delta, slot: Slot) -> Delta:
+    def joined(self, other: Delta, slot: SlotKey) -> Delta:
         """The sum: ranks one after the other, biases added. No mean, as a sum cannot be truncated.
 
         Raises:
@@ -81,7 +81,7 @@ class Delta:
             bias = other.bias if self.bias is None else self.bias
         return Delta(a, b, bias)
 
-    def truncated(self, rank: int, slot: Slot) -> Delta:
+    def truncated(self, rank: int, slot: SlotKey) -> Delta:
         """The first `rank` directions; the bias takes the mean effect of the others.
 
         Raises:
@@ -102,7 +102,7 @@ class Delta:
         bias = constant if self.bias is None else self.bias + constant
         return Delta(self.a[:, :rank], self.b[:rank], bias.astype(np.float32), self.mean)
 
-    def check(self, slot: Slot) -> None:
+    def check(self, slot: SlotKey) -> None:
         """Check that the parts belong together and that every value is finite.
 
         Raises:
@@ -183,7 +183,7 @@ def _frozen(values: Any, part: str) -> Array:
     return array
 
 
-def _misfit(slot: Slot, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:
+def _misfit(slot: SlotKey, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:
     return PatchShapeError(
         "a shape does not fit",
         field=slot_name(*slot, part),

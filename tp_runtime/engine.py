@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .bound_patch import BoundPatch
 from .cache import KVCache
 from .errors import RequestError
 from .folder import ModelFolder
-from .graph import BoundPatch
 from .prefix_cache import Content, PrefixCache
 from .sampling import Sampler, Sampling
 
@@ -113,10 +113,7 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
     Raises:
         RequestError: as `generate`.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise RequestError(
-            "not a number of tokens", field="max_new_tokens", got=repr(max_new_tokens), wanted="a whole number >= 1"
-        )
+    check_max_new_tokens(max_new_tokens)
     if not prompt:
         raise RequestError("the prompt is empty", field="prompt", got="0 tokens", wanted="at least one token")
     skipped = 0
@@ -133,6 +130,14 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
             fix="shorten the prompt, or put its fixed part into a patch",
         )
     return min(len(prompt) + max_new_tokens, window)
+
+
+def check_max_new_tokens(value: int) -> None:
+    """Raise RequestError unless `value` is a whole number of tokens, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(
+            "not a number of tokens", field="max_new_tokens", got=repr(value), wanted="a whole number >= 1"
+        )
 
 
 def _loop(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -17,20 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch_rows import Rows, RowsInTurn, RowsTogether
-from .cache import CacheKey, KVCache
+from .bound_patch import BoundPatch
+from .cache import KVCache
 from .cuda_lane import Lane, check_capturable
-from .delta import Delta
+from .delta import Delta, SlotKey
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .errors import ModelFormatError, RequestError
 from .folder import DEFAULT_FILE, ModelFolder
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
-from .prefix import PARTS, KVPrefix
+from .prefix import PARTS
 from .prepared import prepared_graph
 from .safe_path import REEXPORT
-from .slots import SlotKey, check_base, fit_slots, slot_arrays
+from .slots import check_base, fit_slots, slot_arrays
 from .step_io import StepIO
 from .threads import set_threads
 
@@ -38,23 +37,6 @@ log = logging.getLogger("tp_runtime")
 
 FIRST_LOGIT = "tp.first_logit"
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
-
-
-@dataclass(frozen=True)
-class BoundPatch:
-    """A patch on the device: what to bind, and the cache key it runs under.
-
-    Attributes:
-        values: graph input name -> OrtValue; what is not in it keeps the session's default.
-        key: of every cache made under it.
-        prefix: entries put at the front of every cache made under it.
-        deltas: what the slots add, by (layer, site), for a batch whose rows differ; None where only the graph knows.
-    """
-
-    values: dict[str, Any]
-    key: CacheKey
-    prefix: KVPrefix | None = None
-    deltas: Mapping[SlotKey, Delta] | None = None
 
 
 class Graph:
@@ -258,10 +240,6 @@ class Graph:
         with self._alone():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
-
-    def new_rows(self, limit: int) -> Rows:
-        """Room for at most `limit` sequences that step together, each under a patch of its own; batch_rows.py."""
-        return RowsTogether(self, limit) if self.folder.route == "fused" else RowsInTurn(self)
 
     def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
         """Logits [T, vocab] of T ids in a cache of their own; of those after the ids that the patch's prefix replaces.

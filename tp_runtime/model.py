@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import engine, probe
 from .batch import PREFILL_TOKENS
+from .bound_patch import BoundPatch
 from .cache import KVCache
-from .detokenize import StopScanner
 from .errors import PatchFormatError, RequestError
 from .folder import ModelFolder
-from .graph import BoundPatch, Graph
+from .graph import Graph
 from .patch import Patch
-from .patch_table import ACTIVE, Active, Choice, PatchChoice, PatchTable, not_a_patch
+from .patch_table import ACTIVE, Active, PatchChoice, PatchTable, not_a_patch
 from .prefix_cache import PrefixCache
-from .sampling import Sampling
+from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import TextStream
 from .text import Message, TextCodec
 from .text_batch import TextBatch
 
 log = logging.getLogger("tp_runtime")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A completion that is asked for: its prompt in ids, what it runs under, how it is sampled and where it stops."""
-
-    tokens: list[int]
-    choice: Choice
-    sampling: Sampling
-    max_new_tokens: int
-    scanner: StopScanner
 
 
 class PatchedModel:
@@ -204,66 +192,37 @@ class PatchedModel:
         self,
         prompt: str | Sequence[Message],
         *,
-        system: str | None = None,
-        raw: bool = False,
-        patch: PatchChoice = ACTIVE,
-        strength: float = 1.0,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         cache: KVCache | None = None,
+        **options: Unpack[RequestOptions],
     ) -> TextStream:
         """Start a completion; iterate over the result for its text.
 
         Args:
-            prompt: a string is one user message through the chat template (for a completion-style model: the text to
-                continue); or a list of {"role", "content"} messages.
-            system: a system message in front (completion style: context text).
-            raw: take a string as it is, without the chat template.
-            patch: a loaded patch's name, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
-                default what `patched` set, else what the model was opened with.
-            strength: scales the patch; negative turns it round.
-            max_new_tokens: at most this many tokens.
-            temperature, top_k, top_p, min_p, repetition_penalty, seed: see sampling.Sampling; 0.0 is greedy.
-            stop: strings that end the completion and are not part of it.
+            prompt: one user message, or a list of messages; see Request.
             cache: from `new_cache`, to go on from earlier text of the same conversation.
+            options: see Request, and Sampling for `temperature` and the like.
 
         Raises:
             RequestError: a prompt or a value that cannot be served.
             PatchError: the patch is not loaded or does not fit.
             StaleCacheError: `cache` was made under another patch.
         """
-        request = self.request(
-            prompt,
-            system=system,
-            raw=raw,
-            patch=patch,
-            strength=strength,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        request = self._encode(Request.of(prompt, **options))
         ids = engine.generate(
             self.graph,
             request.tokens,
             request.choice.bound,
             sampling=request.sampling,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=request.max_new_tokens,
             eos_ids=self.codec.eos_ids,
             cache=cache,
             store=self.prefix_cache,
         )
-        return TextStream(ids, self.codec, request.scanner, len(request.tokens), self.using(request.choice))
+        using = self._table.using(request.choice.loaded)
+        return TextStream(ids, self.codec, request.scanner, len(request.tokens), using)
+
+    def _encode(self, request: Request) -> EncodedRequest:
+        return encode_request(request, self.codec, self._table)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
@@ -278,7 +237,7 @@ class PatchedModel:
             prompt: one prompt, as for `stream`: a string, or a list of messages, which is one conversation. Or several:
                 a list of strings, or of lists of messages.
             rows: of several prompts, at most this many run at once.
-            options: as for `stream`. Of several prompts each option but `stop` may be a list with a value for each
+            options: see Request. Of several prompts each option but `stop` may be a list with a value for each
                 (`patch=["pirate", None]`); a single value holds for all.
 
         Returns:
@@ -307,35 +266,7 @@ class PatchedModel:
             prefill_tokens: while some wait for their next token, at most so many tokens of others' prompts are run
                 before it. More of them let a prompt begin to answer sooner, and the others wait longer for a token.
         """
-        return TextBatch(self, rows, prefill_tokens)
-
-    def request(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        system: str | None = None,
-        raw: bool = False,
-        patch: PatchChoice = ACTIVE,
-        strength: float = 1.0,
-        max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
-        **sampling: Any,
-    ) -> Request:
-        """What `stream` and a batch run, checked but for its length. Arguments and errors are those of `stream`."""
-        checked = Sampling(**sampling)
-        scanner = StopScanner(stop)
-        choice = self._table.resolve(patch, strength)
-        if choice.bound.prefix is not None:
-            _refuse_system(prompt, system)
-        return Request(self.codec.render(prompt, system, raw=raw), choice, checked, max_new_tokens, scanner)
-
-    def using(self, choice: Choice) -> AbstractContextManager[None]:
-        """Within the context the patch of a request cannot be unloaded.
-
-        Raises:
-            PatchTargetError: it was, before.
-        """
-        return self._table.using(choice.loaded)
+        return TextBatch(self.graph, self.codec, self._table, rows, self.prefix_cache, prefill_tokens)
 
     def prefill(
         self,
@@ -362,8 +293,8 @@ class PatchedModel:
                 wanted="a number of bytes",
                 fix="from_pretrained(..., prefix_cache_bytes=...)",
             )
-        request = self.request(prompt, system=system, raw=raw, patch=patch, strength=strength)
-        with self.using(request.choice):
+        request = self._encode(Request(prompt, system, raw, patch, strength))
+        with self._table.using(request.choice.loaded):
             engine.prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
@@ -405,16 +336,3 @@ def _spread(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
         for own, item in zip(each, values, strict=True):
             own[name] = item
     return each
-
-
-def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
-    """A KV prefix holds the place of the system message; the ids alone show one only where templates have a default."""
-    first = prompt[0] if not isinstance(prompt, str) and prompt else {}
-    if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
-        raise RequestError(
-            "the patch's KV prefix stands where a system message would",
-            field="system",
-            got=repr(str(system if system is not None else first.get("content"))[:40]),
-            wanted="user messages without a system prompt",
-            fix="leave it out, or use a patch without a KV prefix",
-        )

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.delta import Delta, Slot, check_slot
+from tp_runtime.delta import Delta, SlotKey, check_slot
 from tp_runtime.errors import BaseMismatchError, PatchTargetError, PatchValueError
 from tp_runtime.patch_config import PatchConfig
 from tp_runtime.patch_file import entry_name, read_patch, slot_name, write_patch
@@ -45,7 +45,7 @@ class Patch:
         PatchValueError: NaN, infinity, or an array that is not made of numbers.
     """
 
-    deltas: Mapping[Slot, Delta]
+    deltas: Mapping[SlotKey, Delta]
     config: PatchConfig
     prefix: KVPrefix | None = None
 
@@ -67,7 +67,7 @@ class Patch:
         return self.config.name
 
     @property
-    def ranks(self) -> dict[Slot, int]:
+    def ranks(self) -> dict[SlotKey, int]:
         """Rank of each slot; 0 where there is only a bias."""
         return {slot: delta.rank for slot, delta in self.deltas.items()}
 
@@ -238,7 +238,9 @@ class Patch:
         return cls(deltas, PatchConfig.from_dict(config), prefix)
 
 
-def _made_of(deltas: Mapping[Slot, Delta], config: PatchConfig, terms: Terms, prefix: KVPrefix | None = None) -> Patch:
+def _made_of(
+    deltas: Mapping[SlotKey, Delta], config: PatchConfig, terms: Terms, prefix: KVPrefix | None = None
+) -> Patch:
     """A patch whose terms are known: set before anyone asks, so that no digest is computed for them."""
     patch = Patch(deltas, config, prefix)
     patch.__dict__["terms"] = terms

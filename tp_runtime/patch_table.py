@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from .bound_patch import BoundPatch
 from .errors import PatchInUseError, PatchTargetError
-from .graph import BoundPatch, Graph
+from .graph import Graph
 from .patch import Patch
 
 _KEPT_BINDINGS = 8  # of expressions such as 0.5 * p, which are bound on first use

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .delta import Delta
+from .delta import Delta, SlotKey
 from .errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
 from .folder import Slot
 from .patch import FLOAT_PRECISIONS, Patch
-
-SlotKey = tuple[int, str]
 
 
 def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) -> None:

@@ -16,16 +16,17 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Unpack
 
 from .batch import PREFILL_TOKENS, Batch, Row
 from .engine import check_request
 from .errors import RequestError
+from .graph import Graph
+from .patch_table import PatchTable
+from .prefix_cache import PrefixCache
+from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import Pieces
-from .text import Message
-
-if TYPE_CHECKING:
-    from .model import PatchedModel, Request
+from .text import Message, TextCodec
 
 
 class Completion:
@@ -41,7 +42,7 @@ class Completion:
         error: what ended it; only with "error".
     """
 
-    def __init__(self, batch: TextBatch, request: Request, pieces: Pieces, using: ExitStack) -> None:
+    def __init__(self, batch: TextBatch, request: EncodedRequest, pieces: Pieces, using: ExitStack) -> None:
         self.prompt_tokens = len(request.tokens)
         self.text = ""
         self.token_ids: list[int] = []
@@ -64,29 +65,40 @@ class TextBatch:
     Threads may add, close and step at once; each waits for the step that runs.
 
     Args:
-        model: whose patches and text they are.
-        rows: most completions that run at once.
+        graph: runs the steps.
+        codec: the tokenizer and chat template.
+        patches: where requests find their patches.
+        rows: at most this many completions run at once.
+        store: where prompts find what was run before; None runs each from its start.
         prefill_tokens: of prompts, run between two tokens of the completions that wait for theirs.
 
     Raises:
         RequestError: `rows` or `prefill_tokens` is no number of them.
     """
 
-    def __init__(self, model: PatchedModel, rows: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        self._model = model
-        self._batch = Batch(model.graph, rows, model.prefix_cache, prefill_tokens)
+    def __init__(
+        self,
+        graph: Graph,
+        codec: TextCodec,
+        patches: PatchTable,
+        rows: int,
+        store: PrefixCache | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        self._graph, self._codec, self._patches = graph, codec, patches
+        self._batch = Batch(graph, rows, store, prefill_tokens)
         self._waiting: deque[Completion] = deque()
         self._running: dict[Row, Completion] = {}
         self._lock = threading.RLock()
         self._closed = False
 
-    def add(self, prompt: str | Sequence[Message], **options: Any) -> Completion:
+    def add(self, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Completion:
         """Let a completion take part from the next step on, or as soon as there is room.
 
         Args:
-            prompt: as for PatchedModel.stream.
-            options: as for PatchedModel.stream, but no cache. A patch that is named cannot be unloaded until the
-                completion is over.
+            prompt: one user message, or a list of messages; see Request.
+            options: see Request; a batch keeps caches of its own, so there is no `cache`. A patch that is named
+                cannot be unloaded until the completion is over.
 
         Raises:
             RequestError: a prompt or a value that cannot be served, or the batch is closed. The batch is as it was.
@@ -96,16 +108,15 @@ class TextBatch:
             raise RequestError(
                 "a batch keeps caches of its own", field="cache", got="a cache", fix="leave it out, or use stream"
             )
-        request = self._model.request(prompt, **options)
-        graph = self._model.graph
-        check_request(graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
-        graph.check_ids(request.tokens)
+        request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
+        check_request(self._graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
+        self._graph.check_ids(request.tokens)
         with self._lock:
             if self._closed:
                 raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
             using = ExitStack()
-            using.enter_context(self._model.using(request.choice))
-            completion = Completion(self, request, Pieces(self._model.codec, request.scanner), using)
+            using.enter_context(self._patches.using(request.choice.loaded))
+            completion = Completion(self, request, Pieces(self._codec, request.scanner), using)
             self._waiting.append(completion)
             return completion
 
@@ -157,7 +168,7 @@ class TextBatch:
                 request.choice.bound,
                 sampling=request.sampling,
                 max_new_tokens=request.max_new_tokens,
-                eos_ids=self._model.codec.eos_ids,
+                eos_ids=self._codec.eos_ids,
             )
             completion._row, self._running[row] = row, completion
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from tp_runtime import PatchedModel, batch
 from tp_runtime.bench import RANK, random_patch
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.bound_patch import BoundPatch
+from tp_runtime.graph import Graph
 from tp_runtime.sampling import Sampling
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tp_export import lockstep
-from tp_export.adapters import ADAPTERS, Block, adapter_for, blocks_of, layer_inputs, weight_of
+from tp_export.adapters import ADAPTERS, Block, adapter_for, blocks_of, layer_inputs, plain_inputs, weight_of
 from tp_export.deltas import TorchDelta, applied, patched
 from tp_export.forms import FORMS, Rows, Settings
 from tp_export.patching import to_half
@@ -63,7 +63,7 @@ def test_the_halves_make_the_layer(case: tuple[str, Any]) -> None:
     """Attention half and MLP half one after the other are what the model computes, masks and positions included."""
     _design, model = case
     ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
-    hidden, kwargs = layer_inputs(model, ids, torch.ones_like(ids))
+    hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
     for block, wanted in zip(blocks_of(model), outputs_of(model, ids), strict=True):
         cut = block.attention_half(hidden, kwargs[block.index])
         assert cut.shape[-1] == (2 if block.parallel else 1) * hidden.shape[-1]
@@ -99,7 +99,7 @@ def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], metho
     ids = torch.tensor([data[0].student()])
     for method in methods:
         deltas = lockstep.fit(model, data, method, Settings(rank=3))
-        hidden, kwargs = layer_inputs(model, ids, torch.ones_like(ids))
+        hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
         for block in blocks_of(model):
             with applied(block, deltas[block.index]):
                 hidden = block.mlp_half(block.attention_half(hidden, kwargs[block.index]))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tp_export import lockstep
-from tp_export.adapters import blocks_of, layer_inputs
+from tp_export.adapters import blocks_of, layer_inputs, plain_inputs
 from tp_export.deltas import applied, patched
 from tp_export.forms import FORMS, Settings
 from tp_export.patching import to_half
@@ -108,7 +108,7 @@ def test_the_fit_is_what_the_patched_model_computes(model: Any, method: str) -> 
     patch = Patch(to_half(deltas), random_config())
     with_big_batches = lockstep.fit(model, data, method, Settings(rank=3), batch_size=6)
     ids = torch.tensor([data[0].student()])
-    hidden, kwargs = layer_inputs(model, ids, torch.ones_like(ids))
+    hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
     for block in blocks_of(model):
         with applied(block, with_big_batches[block.index]):
             hidden = block.mlp_half(block.attention_half(hidden, kwargs[block.index]))

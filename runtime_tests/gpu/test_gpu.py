@@ -23,11 +23,13 @@ from tp_export.source import open_source
 from runtime_tests.logits import Logits, furthest, graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
+from tp_runtime.batch_rows import new_rows
 from tp_runtime.bench import switch_seconds
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.device import CUDA, select_device
 from tp_runtime.errors import DeviceUnavailableError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 
@@ -178,7 +180,7 @@ def test_a_mixed_batch(pair: Pair) -> None:
     patches = [None, pair.patch(4), pair.patch(16), pair.patch(0)]
     logits = {}
     for graph in (pair.cpu, pair.cuda):
-        rows = graph.new_rows(4)
+        rows = new_rows(graph, 4)
         for length, patch in zip((9, 20, 5, 12), patches, strict=True):
             bound = graph.bind(patch)
             cache = graph.new_cache(bound)

@@ -20,10 +20,11 @@ from runtime_tests.prefixes import with_prefix
 from tp_runtime import engine
 from tp_runtime.batch import Batch, Row
 from tp_runtime.batch_kv import KVRows
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.delta import Delta
 from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, StaleCacheError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 from tp_runtime.sampling import Sampling
 

@@ -23,11 +23,12 @@ from runtime_tests.prefixes import with_prefix
 from tp_runtime import cuda_lane, engine
 from tp_runtime import graph as graph_module
 from tp_runtime.batch import Batch
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.delta import Delta
 from tp_runtime.device import CUDA, Device
 from tp_runtime.errors import DeviceUnavailableError, RequestError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 from tp_runtime.prefix_cache import PrefixCache
 from tp_runtime.sampling import Sampling

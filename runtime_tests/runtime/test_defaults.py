@@ -14,6 +14,7 @@ from tp_export.source import load_model, open_source
 
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
 from runtime_tests.patches import patch_for
+from tp_runtime.batch_rows import new_rows
 from tp_runtime.delta import Delta
 from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
 from tp_runtime.folder import DEFAULT_FILE, ModelFolder
@@ -123,7 +124,7 @@ def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patc
     graph = Graph(ModelFolder.open(exported), "cpu")
     bounds = [graph.default, graph.base, graph.bind(other)]
     caches = [graph.new_cache(bound) for bound in bounds]
-    rows = graph.new_rows(3)
+    rows = new_rows(graph, 3)
     for cache, bound in zip(caches, bounds, strict=True):
         graph.forward(IDS[:9], cache, bound)
         rows.add(cache, bound)

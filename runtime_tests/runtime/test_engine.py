@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from runtime_tests.fake_graph import BASE, PATCH, VOCAB, FakeGraph, expected, next_token
 from tp_runtime import engine
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.cache import KVCache
 from tp_runtime.errors import RequestError, StaleCacheError
-from tp_runtime.graph import BoundPatch
 from tp_runtime.sampling import Sampling
 
 

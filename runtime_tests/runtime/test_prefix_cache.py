@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_tests.fake_graph import BASE, PATCH, FakeBatchGraph, FakeRows, expected
+from runtime_tests.fake_graph import BASE, PATCH, FakeBatchGraph, expected
 from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime import engine
 from tp_runtime.batch import Batch
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.cache import KVCache
 from tp_runtime.errors import RequestError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.prefix_cache import PrefixCache
@@ -53,11 +54,6 @@ class FakeStoreGraph(FakeBatchGraph):
             assert not cache.start["past"].flags.writeable
             cache.start = None
         return super().forward(tokens, cache, bound, **options)
-
-    def new_rows(self, limit: int) -> FakeRows:
-        rows = FakeRows(self)
-        rows.content = lambda row: fake_content(rows.rows[row][0])  # type: ignore[method-assign]
-        return rows
 
 
 requests = st.lists(

@@ -14,9 +14,10 @@ from tp_export.source import load_model, open_source
 from runtime_tests.logits import graph_logits, token_ids, torch_logits
 from runtime_tests.patches import patch_for
 from tp_runtime import probe
+from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.errors import BaseMismatchError, PatchFormatError
 from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import BoundPatch, Graph
+from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
 IDS = token_ids(12)

@@ -13,6 +13,7 @@ from typing import Any
 from tp_runtime.errors import PatchTargetError, RequestError, TPError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.request import SamplingOptions
 
 from .options import (
     NONE,
@@ -84,13 +85,13 @@ class Chat:
         model: the open model.
         selection: what to start under.
         system: the system message.
-        options: for every answer; see PatchedModel.stream.
+        options: of every request; see SamplingOptions.
 
     Raises:
         PatchError: the selection does not fit the model.
     """
 
-    def __init__(self, model: PatchedModel, selection: Selection, system: str | None, options: dict[str, Any]) -> None:
+    def __init__(self, model: PatchedModel, selection: Selection, system: str | None, options: SamplingOptions) -> None:
         self._model, self._system, self._options = model, system, options
         self._remembers = model.codec.style == "chat"
         self.messages: list[dict[str, str]] = []

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.detokenize import StopScanner
 from tp_runtime.device import CHOICES
 from tp_runtime.errors import PatchTargetError, PatchValueError, RequestError
 from tp_runtime.folder import ModelFolder
 from tp_runtime.model import ACTIVE, PatchChoice, PatchedModel, TextStream
 from tp_runtime.patch import Patch
+from tp_runtime.request import Request, SamplingOptions
 from tp_runtime.sampling import Sampling
 
 from .printing import note, plural
@@ -184,21 +184,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for PatchedModel.stream, refused here if they are bad: before seconds go into a model.
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """Keyword arguments for PatchedModel.stream; bad ones are refused here, before seconds go into opening a model.
 
     Raises:
-        RequestError: a value out of range.
+        RequestError: a value is out of range.
     """
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    values = {name: getattr(args, name) for name in names}
-    Sampling(**values)
-    StopScanner(args.stop)
-    if args.max_new_tokens < 1:
-        raise RequestError(
-            "not a number of tokens", field="max_new_tokens", got=args.max_new_tokens, wanted="a whole number >= 1"
-        )
-    return {**values, "stop": args.stop, "max_new_tokens": args.max_new_tokens}
+    names = ("max_new_tokens", "stop", *(setting.name for setting in fields(Sampling)))
+    options: Any = {name: getattr(args, name) for name in names}
+    Request.of("", **options)
+    return options
 
 
 def note_if_cut(stream: TextStream, max_new_tokens: int) -> None:
