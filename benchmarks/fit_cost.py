@@ -84,7 +84,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
         for s in range(rows // ANSWER)
     ]
     start = time.perf_counter()
-    lockstep.fit(model, dialogues, "output", Settings(rank))
+    lockstep.fit_lockstep(model, dialogues, "output", Settings(rank))
     seconds = time.perf_counter() - start
     peak = memory_bytes("VmHWM")
     assert before is not None and peak is not None

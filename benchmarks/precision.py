@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tp_export import fidelity
-from tp_export.patching import dialogues_for
+from tp_export.dialogues import dialogues_for
 from tp_export.precision import held_out_text
 from tp_export.questions import load_questions
 from tp_export.source import load_model, open_source
@@ -56,9 +56,9 @@ def main() -> None:
             "top1_text": round(float((reference.argmax(-1) == got.argmax(-1)).float().mean()), 3),
         }
         if graph.folder.precision != "fp32":  # it is the reference itself
-            figures["kl_answers"] = round(fidelity.measure(plain, teacher, base, base).kl_patched, 4)
+            figures["kl_answers"] = round(fidelity.measure_fidelity(plain, teacher, base, base).kl_patched, 4)
         if patch is not None:
-            measured = fidelity.measure(prompted, teacher, base, fidelity.runtime_student(graph, patch))
+            measured = fidelity.measure_fidelity(prompted, teacher, base, fidelity.runtime_student(graph, patch))
             figures |= {
                 "kl_prompted_unpatched": round(measured.kl_unpatched, 4),
                 "kl_prompted_patched": round(measured.kl_patched, 4),

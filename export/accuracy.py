@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tp_runtime import engine
+from tp_runtime.engine import generate
 from tp_runtime.errors import CalibrationError
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
@@ -93,7 +93,7 @@ def runtime_answers(source: Source, graph: Graph, patch: Patch | None, max_new_t
         found = []
         with bar(label, len(prompts), "query") as shown:
             for prompt in prompts:
-                ids = engine.generate(
+                ids = generate(
                     graph,
                     prompt,
                     bound,

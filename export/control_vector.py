@@ -21,8 +21,6 @@ from tp_runtime.delta import Delta
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError
 from tp_runtime.patch import Patch
 
-from .weights_only import refuse_prefix
-
 _ARCHITECTURE = "controlvector"
 _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 
@@ -39,7 +37,7 @@ def carried(
     Returns:
         Layer to direction [d]; names of the biases that it cannot carry; names of the pairs, which it never can.
     """
-    refuse_prefix(patch, "control vector")
+    patch.require_weights_only("control vector")
     directions: dict[int, NDArray[np.float32]] = {}
     biases, pairs = [], []
     for (layer, site), delta in patch.deltas.items():

@@ -76,7 +76,7 @@ def runtime_student(graph: Graph, patch: Patch | None = None) -> Student:
     return run
 
 
-def measure(
+def measure_fidelity(
     dialogues: Sequence[Dialogue],
     teacher: Student,
     unpatched: Student,

@@ -10,9 +10,9 @@ from typing import Any
 from tp_runtime.delta import Delta
 from tp_runtime.patch import Patch
 from tp_runtime.patch_config import PatchConfig
-from tp_runtime.probe import measure
+from tp_runtime.probe import measure_probe
 
-from . import fidelity
+from .fidelity import torch_student
 from .questions import load_questions
 from .source import Source
 
@@ -46,5 +46,5 @@ def imported_patch(source: Source, model: Any, deltas: Mapping[tuple[int, str], 
     )
     patch = Patch(deltas, config)
     ids = source.codec.render(" ".join(load_questions(None)[:8]))[:_PROBE_TOKENS]
-    logits = fidelity.torch_student(model, patch)(ids, 0)
-    return Patch(patch.deltas, replace(config, probe=measure(ids, logits.float().cpu().numpy())))
+    logits = torch_student(model, patch)(ids, 0)
+    return Patch(patch.deltas, replace(config, probe=measure_probe(ids, logits.float().cpu().numpy())))

@@ -55,7 +55,7 @@ class _Side:
         return self.batch.rows(self.hidden)
 
 
-def fit(
+def fit_lockstep(
     model: nn.Module,
     dialogues: Sequence[Dialogue],
     method: str,

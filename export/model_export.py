@@ -24,20 +24,21 @@ from tp_runtime.graph import Graph
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
 from tp_runtime.slots import check_base, fit_slots
 
-from . import onnx_names, onnx_slots, onnx_trace
 from .adapters import kv_shape
 from .deltas import patched
-from .genai import write_genai_config
+from .genai_config import write_genai_config
 from .onnx_half import store_in_bf16, to_fp16
+from .onnx_names import name_dimensions, name_nodes, name_vectors, name_weights
 from .onnx_quantise import quantise
 from .onnx_simplify import simplify
+from .onnx_slots import add_first_logit, make_slots_overridable, save_graph
+from .onnx_trace import context_window, trace
 from .precision import MEASURED, check_precision, quantised
 from .progress import clock
 from .repair import repair_patch
 from .slot_modules import SLOT_SETS, slots_of
 from .source import Source, load_model
 from .student import QuantisedStudent, float_weights, log_probabilities, measured_precision
-from .weights_only import refuse_prefix
 
 ROUTES = ("auto", "fused", "optimum")
 # What travels with the graph: what users of Hugging Face and ONNX expect in a folder, and the licence.
@@ -91,7 +92,7 @@ def export_model(
         raise ModelFormatError("unknown slot set", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
     if patch is not None:
         check_base(patch, source.name, source.digest, precision)
-        refuse_prefix(patch, "graph")
+        patch.require_weights_only("graph")
     if repair and (patch is not None or precision in FLOAT_PRECISIONS):
         raise ModelFormatError(
             "nothing to repair" if patch is None else "one default is enough",
@@ -116,16 +117,16 @@ def export_model(
             graph, route = _trace(model, slots, route)
         with clock("write the folder"):
             if route == "fused":  # optimum's names are put right where it exports
-                onnx_names.name_weights(graph)
-                onnx_names.name_vectors(graph, _vectors(model))
+                name_weights(graph)
+                name_vectors(graph, _vectors(model))
                 simplify(graph)
-            onnx_names.name_dimensions(graph)
-            onnx_slots.add_first_logit(graph)
-            carrying = onnx_slots.make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
+            name_dimensions(graph)
+            add_first_logit(graph)
+            carrying = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, route, precision)
             if route == "fused":
-                onnx_names.name_nodes(graph)
-            written = onnx_slots.save(graph, folder, carrying)
+                name_nodes(graph)
+            written = save_graph(graph, folder, carrying)
             written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
             if patch is not None:
                 patch.save(folder / DEFAULT_FILE, "f32")
@@ -142,7 +143,7 @@ def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
     """The graph, and the route it came by. Torch, transformers and onnxscript raise anything at all."""
     if route != "optimum":
         try:
-            return onnx_trace.trace(model, slots), "fused"
+            return trace(model, slots), "fused"
         except Exception as error:
             if route == "fused":
                 raise ModelFormatError(
@@ -217,7 +218,7 @@ def _describe(
         route=route,
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
-        context_window=onnx_trace.context_window(config),
+        context_window=context_window(config),
         kv=KV(*kv_shape(config), "f16" if precision == "fp16" else "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=default,

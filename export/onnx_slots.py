@@ -86,7 +86,7 @@ def _head(logits: ir.Value) -> tuple[ir.Node, int]:
     raise ModelFormatError("the graph has no head", field="logits", fix="report this architecture")
 
 
-def save(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> list[str]:
+def save_graph(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> list[str]:
     """Write `model.onnx`, its weights to `model.onnx_data` and default patch deltas to `patch.onnx_data`.
 
     Returns:

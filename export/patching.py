@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -11,100 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from tp_runtime.errors import CalibrationError, RequestError
+from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
 from tp_runtime.patch_config import PatchConfig
-from tp_runtime.probe import measure as measure_probe
+from tp_runtime.probe import measure_probe
 
-from . import fidelity, lockstep
 from .adapters import blocks_of
 from .deltas import TorchDelta
+from .dialogues import context_digest, dialogues_for
+from .fidelity import measure_fidelity, torch_student
 from .forms import Settings, check_method
-from .prefix import TorchPrefix, check_prefix, choose
+from .lockstep import fit_lockstep
+from .prefix import TorchPrefix
+from .prefix_entries import check_prefix, choose_entries
 from .progress import bar
 from .questions import check_disjoint, query_digest
-from .refine import refine
-from .rollout import complete
+from .refine import refine_deltas
 from .rollout_store import RolloutStore
 from .sequences import Dialogue
 from .source import Source
 from .student import QuantisedStudent, as_student, student_of
 
 _PROBE_TOKENS = 48
-_SAMPLE_TEMPERATURE = 0.7
-
-
-def dialogues_for(
-    source: Source,
-    model: Any,
-    context: str | None,
-    queries: Sequence[str],
-    max_new_tokens: int,
-    *,
-    samples: int = 1,
-    store: RolloutStore | None = None,
-) -> list[Dialogue]:
-    """Have the teacher answer `queries` with the context in front.
-
-    Both prompts come from the model's own chat template, with the context as the system message and without any; a
-    completion-style model gets context and query, or the bare query, after BOS. Without a context (None) both sides get
-    the same prompts: what then tells them apart is the student's precision.
-
-    Returns:
-        The greedy answer to every query, then `samples` - 1 further rounds of sampled ones, each in the queries' order.
-
-    Raises:
-        CalibrationError: there are no queries, the context is empty, or every completion is empty.
-        RequestError: a query cannot be rendered, or does not fit the context window.
-    """
-    if context is not None and not context.strip():
-        raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
-    if not queries:
-        raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
-    teacher = [source.codec.render(query, context) for query in queries]
-    student = [source.codec.render(query) for query in queries]
-    check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
-    eos = source.codec.eos_ids
-    completions = []
-    with bar("teacher completions", samples * len(queries), "answer") as shown:
-        for turn in range(samples):
-            temperature = _SAMPLE_TEMPERATURE if turn else 0.0
-            completions += complete(
-                model,
-                teacher,
-                max_new_tokens,
-                eos,
-                temperature=temperature,
-                seed=turn,
-                store=store,
-                progress=shown.update,
-            )
-    if all(set(completion) <= eos for completion in completions):
-        raise CalibrationError(
-            "every completion is empty",
-            field="queries",
-            got=f"{len(queries)} queries, no answer",
-            wanted="queries that the prompted model answers",
-            fix="look at the prompt: the model ends its turn at once",
-        )
-    prompts = [(tuple(t), tuple(s)) for t, s in zip(teacher, student, strict=True)]
-    return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
-
-
-def check_length(longest: int, window: int) -> None:
-    """Refuses tokens past the context window, which some models would answer with noise and GPT-2 with a crash.
-
-    Raises:
-        RequestError: `longest` tokens do not fit into `window`.
-    """
-    if longest > window:
-        raise RequestError(
-            "prompt, query and answer do not fit the context window",
-            field="prompt",
-            got=f"{longest} tokens",
-            wanted=f"at most {window}",
-            fix="shorten the prompt, or lower --max-new-tokens",
-        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +88,7 @@ def make_patch(
         say what the closed form alone reached (`gap_closed_closed_form`).
 
     Raises:
-        CalibrationError: see `dialogues_for`, `prefix.choose` and `fidelity.measure`; or a held-out query is also
+        CalibrationError: see `dialogues_for`, `choose_entries` and `measure_fidelity`; or a held-out query is also
             fitted, or the form does not apply to the model.
         PatchValueError: a tensor does not fit half precision.
     """
@@ -215,13 +142,13 @@ def make_patch(
     prefix = None
     if recipe.prefix:
         with bar("attention to the context", len(calibration), "query") as shown:
-            prefix = choose(model, calibration, recipe.prefix, shown.update)
+            prefix = choose_entries(model, calibration, recipe.prefix, shown.update)
     deltas = _closed_form(model, calibration, recipe, prefix, student)
     patch = Patch(to_half(deltas), config, None if prefix is None else prefix.numpy())
     figures = _held_out(model, patch, evaluation, student) if evaluation else {}
     if recipe.refine_steps and deltas:
         with bar("refine", recipe.refine_steps, "step") as shown:
-            deltas = refine(
+            deltas = refine_deltas(
                 model,
                 calibration,
                 deltas,
@@ -248,7 +175,7 @@ def _closed_form(
     if recipe.method == "prefix":
         return {}
     with bar(f"fit {recipe.method}", model.config.num_hidden_layers, "layer") as shown:
-        return lockstep.fit(
+        return fit_lockstep(
             model,
             calibration,
             recipe.method,
@@ -263,19 +190,14 @@ def _held_out(
     model: Any, patch: Patch, evaluation: Sequence[Dialogue], student: QuantisedStudent | None
 ) -> dict[str, float]:
     with bar("held-out fidelity", len(evaluation), "query") as shown:
-        measured = fidelity.measure(
+        measured = measure_fidelity(
             evaluation,
-            fidelity.torch_student(model),
-            fidelity.torch_student(model, student=student),
-            fidelity.torch_student(model, patch, student),
+            torch_student(model),
+            torch_student(model, student=student),
+            torch_student(model, patch, student),
             progress=shown.update,
         )
     return measured.to_dict()
-
-
-def context_digest(context: str) -> str:
-    """SHA-256 of the context text."""
-    return hashlib.sha256(context.encode()).hexdigest()
 
 
 def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str], Delta]:
@@ -295,5 +217,5 @@ def _probe(model: Any, patch: Patch, dialogue: Dialogue) -> dict[str, list[Any]]
     """A few ids with the patched model's answer to them, which `check` compares on the device."""
     first = 0 if patch.prefix is None else len(patch.prefix.replaces)
     ids = list(dialogue.student())[: first + _PROBE_TOKENS]
-    logits = fidelity.torch_student(model, patch)(ids, first)
+    logits = torch_student(model, patch)(ids, first)
     return measure_probe(ids, logits.float().cpu().numpy())

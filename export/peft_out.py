@@ -26,7 +26,6 @@ from tp_runtime.patch import Patch
 from tp_runtime.patch_file import slot_name
 
 from .module_names import Beside
-from .weights_only import refuse_prefix
 
 Array = NDArray[np.float32]
 _PREFIX = "base_model.model."
@@ -58,7 +57,7 @@ def pairs(patch: Patch, layers: Mapping[tuple[int, str], Beside]) -> dict[str, P
         PatchTargetError: a slot lies beside no linear layer, or the patch carries a KV prefix.
         PatchShapeError: the base has fewer layers, or others.
     """
-    refuse_prefix(patch, "LoRA")
+    patch.require_weights_only("LoRA")
     merged: dict[str, Delta] = {}
     for slot, delta in patch.deltas.items():
         where = _beside(patch, slot, layers)

@@ -26,7 +26,7 @@ _BATCH = 8
 _RATE = 0.02
 
 
-def refine(
+def refine_deltas(
     model: Any,
     dialogues: Sequence[Dialogue],
     deltas: Mapping[int, Mapping[str, TorchDelta]],

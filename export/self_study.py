@@ -13,7 +13,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
-from .patching import check_length
+from .dialogues import check_length
 from .questions import query_key
 from .rollout import complete
 from .source import Source

@@ -6,12 +6,12 @@ import numpy as np
 
 from tp_runtime.folder import ModelFolder
 from tp_runtime.patch import Patch
-from tp_runtime.prefix import PARTS, KVPrefix
+from tp_runtime.prefix import KV_PARTS, KVPrefix
 
 
 def with_prefix(patch: Patch, folder: ModelFolder, replaces: list[int], entries: int = 5, position: int = 9) -> Patch:
     """`patch` with random entries in front, which stand in for the ids `replaces`."""
     rng = np.random.default_rng(entries)
     shape = (entries, folder.kv.heads, folder.kv.head_dim)
-    kept = {(i, part): rng.standard_normal(shape).astype(np.float32) for i in range(folder.layers) for part in PARTS}
+    kept = {(i, part): rng.standard_normal(shape).astype(np.float32) for i in range(folder.layers) for part in KV_PARTS}
     return Patch(patch.deltas, patch.config, KVPrefix(kept, tuple(replaces), position))

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime import engine
 from tp_runtime.bound_patch import BoundPatch
 from tp_runtime.delta import Delta
+from tp_runtime.engine import generate
 from tp_runtime.errors import PatchTargetError, RequestError
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
@@ -163,9 +163,7 @@ def interleaved(
 def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]:
     """Seconds of the first token and `tokens` more of every arm; turns begin with arm `first`, then the next."""
     runs = [
-        engine.generate(
-            arm.graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset()
-        )
+        generate(arm.graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
         for arm in arms
     ]
     several = len({id(arm.graph) for arm in arms}) > 1
@@ -187,9 +185,7 @@ def python_seconds(arm: Arm, tokens: int) -> list[float]:
     It is less on a small model than beside a run that has swept the processor's caches: measure it on the real one.
     """
     graph, timed = arm.graph, _TimedSession(arm.graph.session)
-    run = engine.generate(
-        graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset()
-    )
+    run = generate(graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
     next(run)
     seconds = []
     graph.session = timed

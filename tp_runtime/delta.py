@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tp_runtime.errors import PatchShapeError, PatchTargetError, PatchValueError
-from tp_runtime.patch_file import MAX_LAYER, PARTS, SITES, slot_name
+from tp_runtime.patch_file import DELTA_PARTS, MAX_LAYER, SITES, slot_name
 
 Array = NDArray[np.float32]
 SlotKey = tuple[int, str]
@@ -44,7 +44,7 @@ class Delta:
 
     def parts(self) -> dict[str, Array]:
         """The arrays that are there, by part name."""
-        return {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+        return {part: getattr(self, part) for part in DELTA_PARTS if getattr(self, part) is not None}
 
     @property
     def rank(self) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-CHOICES = ("auto", "cuda", "cpu")
+DEVICES = ("auto", "cuda", "cpu")
 
 # An fp32 graph computes in fp32: TF32, on by default on recent GPUs, would move the logits away from the ones
 # the patch was probed with.
@@ -66,7 +66,7 @@ class Device:
     """Where a session runs.
 
     Attributes:
-        requested: what the caller asked for, one of `CHOICES`.
+        requested: what the caller asked for, one of `DEVICES`.
         provider: the ONNX Runtime execution provider in use, `CUDA` or `CPU`.
         reason: why CUDA was not given to `auto`; before the session exists, what loading CUDA's libraries
             complained about; None where there is nothing to say.
@@ -131,9 +131,9 @@ def select_device(requested: str) -> Device:
     Raises:
         DeviceUnavailableError: an unknown name, no usable ONNX Runtime, or `cuda` on a build without it.
     """
-    if requested not in CHOICES:
+    if requested not in DEVICES:
         raise DeviceUnavailableError(
-            "unknown device", field="device", got=repr(requested), wanted="one of " + ", ".join(CHOICES)
+            "unknown device", field="device", got=repr(requested), wanted="one of " + ", ".join(DEVICES)
         )
     ort = require_onnxruntime()
     if requested == "cpu":

@@ -26,7 +26,7 @@ from .folder import DEFAULT_FILE, ModelFolder
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .kv_buffers import Fresh, InPlace
 from .patch import FLOAT_PRECISIONS, Patch
-from .prefix import PARTS
+from .prefix import KV_PARTS
 from .prepared import prepared_graph
 from .safe_path import REEXPORT
 from .slots import check_base, fit_slots, slot_arrays
@@ -130,7 +130,7 @@ class Graph:
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlace if folder.route == "fused" else Fresh
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
-        place = input_kinds(self.session, self.device)[f"past_key_values.0.{PARTS[0]}"]
+        place = input_kinds(self.session, self.device)[f"past_key_values.0.{KV_PARTS[0]}"]
         if place != self.device.kind:
             log.warning("attention runs on the CPU: the CUDA provider has none for %s; export with fp16", self.dtype)
         self.kv = buffers(folder, self.session, self.ort, place, self.dtype)

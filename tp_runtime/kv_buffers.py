@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .cache import KVCache
 from .folder import ModelFolder
-from .prefix import PARTS
+from .prefix import KV_PARTS
 from .slots import check_rows
 
 _FIRST_CAPACITY = 256
@@ -49,7 +49,7 @@ class _KVBuffers:
         self._kv, self._window = folder.kv, folder.context_window
         self._session, self.device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
-        parts = [(layer, part) for layer in range(folder.layers) for part in PARTS]
+        parts = [(layer, part) for layer in range(folder.layers) for part in KV_PARTS]
         self.names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
         self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
 

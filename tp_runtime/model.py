@@ -11,16 +11,17 @@ from typing import Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from . import engine, probe
 from .batch import PREFILL_TOKENS
 from .bound_patch import BoundPatch
 from .cache import KVCache
+from .engine import generate, prefill
 from .errors import PatchFormatError, RequestError
 from .folder import ModelFolder
 from .graph import Graph
 from .patch import Patch
 from .patch_table import ACTIVE, Active, PatchChoice, PatchTable, not_a_patch
 from .prefix_cache import PrefixCache
+from .probe import ProbeCheck, check_probe
 from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import TextStream
 from .text import Message, TextCodec
@@ -166,17 +167,17 @@ class PatchedModel:
         with self._table.activate(self._table.resolve(patch, strength)):
             yield self
 
-    def check(self, patch: Patch | str) -> probe.Check:
+    def check(self, patch: Patch | str) -> ProbeCheck:
         """Run a patch's probe: is it live on this device, and does it do what it did on the host?
 
         Raises:
             PatchFormatError: it carries no probe.
             PatchError: it is not loaded or does not fit.
         """
-        return probe.check(self.graph, self._table.by_name(patch).patch if isinstance(patch, str) else patch)
+        return check_probe(self.graph, self._table.by_name(patch).patch if isinstance(patch, str) else patch)
 
     def _require_live(self, patch: Patch) -> None:
-        result = probe.check(self.graph, patch)
+        result = check_probe(self.graph, patch)
         if not result.ok:
             raise PatchFormatError(
                 f"the patch {patch.name!r} does not do here what it did on the host",
@@ -208,7 +209,7 @@ class PatchedModel:
             StaleCacheError: `cache` was made under another patch.
         """
         request = self._encode(Request.of(prompt, **options))
-        ids = engine.generate(
+        ids = generate(
             self.graph,
             request.tokens,
             request.choice.bound,
@@ -295,7 +296,7 @@ class PatchedModel:
             )
         request = self._encode(Request(prompt, system, raw, patch, strength))
         with self._table.using(request.choice.loaded):
-            engine.prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
+            prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""

@@ -120,6 +120,17 @@ class Patch:
         """Whether it changes nothing: no delta and no prefix."""
         return not self.deltas and self.prefix is None
 
+    def require_weights_only(self, form: str) -> None:
+        """Raise PatchTargetError if the patch has a KV prefix: `form`, a file of another tool, cannot hold one."""
+        if self.prefix is not None:
+            raise PatchTargetError(
+                f"a {form} has no place for a KV prefix, and without it these weights are wrong",
+                field="prefix",
+                got=f"{len(self.prefix)} entries a head",
+                wanted="a patch of weights alone",
+                fix="fit the patch without --prefix",
+            )
+
     def __repr__(self) -> str:
         kib = self.nbytes / 1024
         size = f"{len(self.deltas)} slots, rank {self.rank}, {kib:.0f} KiB"

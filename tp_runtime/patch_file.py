@@ -30,7 +30,7 @@ Entries = dict[tuple[int, str], NDArray[np.float32]]
 """(layer, "key" | "value") to array: the KV prefix."""
 
 SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
-PARTS = ("a", "b", "bias", "mean")
+DELTA_PARTS = ("a", "b", "bias", "mean")
 FORMAT = "tp-patch"
 # 1: deltas. 2: also a KV prefix; written only where there is one.
 VERSIONS = ("1", "2")

@@ -21,7 +21,7 @@ from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchValueError
 
 Array = NDArray[np.float32]
 Entry = tuple[int, str]
-PARTS = ("key", "value")
+KV_PARTS = ("key", "value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class KVPrefix:
     position: int
 
     def __post_init__(self) -> None:
-        wanted = [(layer, part) for layer in range(len(self.entries) // 2) for part in PARTS]
+        wanted = [(layer, part) for layer in range(len(self.entries) // 2) for part in KV_PARTS]
         if not self.entries or sorted(self.entries) != wanted:
             raise PatchShapeError(
                 "the KV prefix lacks a layer",

@@ -21,7 +21,7 @@ _TOLERANCE = {"fp32": 5e-3, "fp16": 0.25}
 
 
 @dataclass(frozen=True)
-class Check:
+class ProbeCheck:
     """What `check` found.
 
     Attributes:
@@ -43,7 +43,7 @@ class Check:
         return asdict(self)
 
 
-def measure(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
+def measure_probe(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
     """The probe of a patch file: logits [n, vocab] of the last n of `token_ids` under the patch, in a few numbers."""
     top1 = logits.argmax(1)
     peak = logits.max(1, keepdims=True).astype(np.float64)
@@ -56,7 +56,7 @@ def measure(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list
     }
 
 
-def check(graph: Graph, patch: Patch) -> Check:
+def check_probe(graph: Graph, patch: Patch) -> ProbeCheck:
     """Run the patch's probe on `graph`.
 
     On a quantised graph the logits move by more than rounding; there the patch passes if it brings them closer to the
@@ -93,7 +93,7 @@ def check(graph: Graph, patch: Patch) -> Check:
 
     def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
         logits = graph.run(token_ids, graph.bind(chosen))[-len(probe["top1"]) :]
-        here = measure(token_ids, logits)
+        here = measure_probe(token_ids, logits)
         at_host_top1 = logits[np.arange(len(logits)), probe["top1"]]
         return logits, float(max(np.abs(at_host_top1 - host[0]).max(), np.abs(here["logsumexp"] - host[1]).max()))
 
@@ -103,7 +103,7 @@ def check(graph: Graph, patch: Patch) -> Check:
     live = not np.array_equal(patched, base)
     tolerance = _TOLERANCE.get(graph.folder.precision)
     as_on_host = error < error_base if tolerance is None else error <= tolerance
-    return Check(live, live and as_on_host, agreement, error, error_base)
+    return ProbeCheck(live, live and as_on_host, agreement, error, error_base)
 
 
 def _other_probe(patch: Patch, got: str) -> PatchFormatError:

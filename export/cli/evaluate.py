@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import Patch
     from tp_runtime.slots import check_base
 
-    from .. import accuracy, fidelity
-    from ..patching import context_digest, dialogues_for
+    from ..accuracy import load_answers, measure_accuracy, runtime_answers, torch_answers
+    from ..dialogues import context_digest, dialogues_for
+    from ..fidelity import measure_fidelity, runtime_student, torch_student
     from ..progress import bar, clock
     from ..questions import check_unfitted, load_questions
     from ..source import load_model, open_source
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     patch = Patch.load(args.patch)
     # A patch that only repairs a quantised base has no prompt; what it is held against is the float32 base.
     context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)
-    queries, answers = load_questions(args.queries), accuracy.load_answers(args.queries)
+    queries, answers = load_questions(args.queries), load_answers(args.queries)
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     source = open_source(args.src)
     if context is not None and patch.config.context_digest not in ("", context_digest(context)):
@@ -70,22 +71,22 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(source, torch_device(args.device), offload=args.offload)
     dialogues = dialogues_for(source, model, context, queries, args.max_new_tokens)
     if graph is None:
-        students = fidelity.torch_student(model), fidelity.torch_student(model, patch)
+        students = torch_student(model), torch_student(model, patch)
     else:
-        students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, patch)
+        students = runtime_student(graph), runtime_student(graph, patch)
     with bar("held-out fidelity", len(dialogues), "query") as shown:
-        figures = fidelity.measure(dialogues, fidelity.torch_student(model), *students, progress=shown.update).to_dict()
+        figures = measure_fidelity(dialogues, torch_student(model), *students, progress=shown.update).to_dict()
     if answers and context is not None:
         limit = args.max_new_tokens
-        prompted = accuracy.torch_answers(source, model, None, limit)
+        prompted = torch_answers(source, model, None, limit)
         if graph is None:
-            ways = prompted, accuracy.torch_answers(source, model, patch, limit)
+            ways = prompted, torch_answers(source, model, patch, limit)
         else:
             ways = (
-                accuracy.runtime_answers(source, graph, None, limit),
-                accuracy.runtime_answers(source, graph, patch, limit),
+                runtime_answers(source, graph, None, limit),
+                runtime_answers(source, graph, patch, limit),
             )
-        figures |= accuracy.measure_accuracy(source, context, answers, prompted, *ways).to_dict()
+        figures |= measure_accuracy(source, context, answers, prompted, *ways).to_dict()
     if args.json:
         print(json.dumps({"patch": patch.name, "identity": patch.identity, **figures}))
     else:

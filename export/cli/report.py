@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import Patch
     from tp_runtime.slots import check_base
 
-    from ..patching import context_digest
+    from ..dialogues import context_digest
     from ..progress import clock
     from ..questions import check_unfitted, load_questions
     from ..report import about, compare, measure, page, store

@@ -56,8 +56,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints."""
+    from ..dialogues import check_length
     from ..exact import verify
-    from ..patching import check_length
     from ..progress import bar, clock
     from ..questions import load_questions
     from ..source import load_model, open_source

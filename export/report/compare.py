@@ -18,10 +18,11 @@ import numpy as np
 from tp_runtime.errors import PatchValueError
 from tp_runtime.patch import Delta, Patch
 
-from .. import baselines, lockstep
+from ..baselines import fit_steering, steering_candidates
 from ..deltas import TorchDelta
 from ..fidelity import torch_student
 from ..forms import Settings
+from ..lockstep import fit_lockstep
 from ..patching import to_half
 from ..progress import bar
 from ..questions import query_digest
@@ -110,8 +111,8 @@ def _candidates(
     layers = model.config.num_hidden_layers
     if method == "steering":
         with bar("fit steering", layers, "layer") as shown:
-            vectors = baselines.fit_steering(model, calibration, progress=lambda *_: shown.update())
-        for chosen, strength in baselines.steering_candidates(layers):
+            vectors = fit_steering(model, calibration, progress=lambda *_: shown.update())
+        for chosen, strength in steering_candidates(layers):
             where = f"layer {chosen[0]}" if len(chosen) == 1 else "all layers"
             yield (
                 {i: {"mlp_out": _scaled(vectors[i]["mlp_out"], strength)} for i in chosen},
@@ -122,7 +123,7 @@ def _candidates(
     for ridge in ridges:
         one = replace(settings, ridge=ridge)
         with bar(f"fit {method}", layers, "layer") as shown:
-            deltas = lockstep.fit(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
+            deltas = fit_lockstep(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
         yield deltas, "" if method == "vector" else f"rank {one.rank}, ridge {ridge:g}"
 
 

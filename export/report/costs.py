@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tp_runtime import engine
 from tp_runtime.cache import KVCache
+from tp_runtime.engine import generate
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 from tp_runtime.sampling import Sampling
@@ -77,7 +77,7 @@ def time_ways(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> dict
 
     def once(way: str, dialogue: Dialogue, tokens: int) -> list[float]:
         prompted = way in WAYS[1:3]
-        steps = engine.generate(
+        steps = generate(
             graph,
             dialogue.teacher_prompt if prompted else dialogue.student_prompt,
             bound if way == "patch" else graph.base,

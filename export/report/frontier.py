@@ -11,11 +11,12 @@ from typing import Any
 
 from tp_runtime.patch import Patch
 
-from .. import lockstep
 from ..fidelity import torch_student
 from ..forms import Settings
+from ..lockstep import fit_lockstep
 from ..patching import to_half
-from ..prefix import TorchPrefix, choose
+from ..prefix import TorchPrefix
+from ..prefix_entries import choose_entries
 from ..progress import bar
 from ..sequences import Dialogue
 from .divergence import Arm, diverge, with_prompt, without_prompt
@@ -43,7 +44,7 @@ def measure_frontier(
         prefix = None
         if count:
             with bar(f"{'all' if count == _ALL else count} entries", len(calibration), "query") as shown:
-                prefix = choose(model, calibration, count, shown.update)
+                prefix = choose_entries(model, calibration, count, shown.update)
         weights = (False, True) if prefix is not None and count != _ALL else (prefix is None,)
         for fitted in weights:
             patch = _patch(model, calibration, like, settings, prefix, fitted)
@@ -68,5 +69,5 @@ def _patch(
     if not weights:
         return Patch({}, like.config, kept)
     with bar("fit output", model.config.num_hidden_layers, "layer") as shown:
-        deltas = lockstep.fit(model, calibration, "output", settings, prefix=prefix, progress=lambda *_: shown.update())
+        deltas = fit_lockstep(model, calibration, "output", settings, prefix=prefix, progress=lambda *_: shown.update())
     return Patch(to_half(deltas), like.config, kept)

@@ -13,8 +13,8 @@ from tp_runtime.errors import CalibrationError, RequestError
 from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
 
+from ..dialogues import dialogues_for
 from ..fidelity import runtime_student, torch_student
-from ..patching import dialogues_for
 from ..progress import bar
 from ..sequences import Dialogue
 from ..source import Source

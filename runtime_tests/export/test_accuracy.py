@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tp_export.accuracy import Answers, load_answers, measure_accuracy, runtime_answers, torch_answers
-from tp_export.prefix import choose
+from tp_export.prefix_entries import choose_entries
 from tp_export.questions import load_questions
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
@@ -81,7 +81,7 @@ def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llam
     prompts = [source.codec.render(text) for text in ("Hello", "Who is there?")]
     dialogues = [Dialogue(tuple(source.codec.render("Hello", "Talk like a pirate.")), tuple(prompts[0]), (5, 6, 7))]
     patch = patch_for(graph.folder, scale=0.3)
-    patch = Patch(patch.deltas, patch.config, choose(model, dialogues, entries).numpy() if entries else None)
+    patch = Patch(patch.deltas, patch.config, choose_entries(model, dialogues, entries).numpy() if entries else None)
     for under in (None, patch):
         by_torch = torch_answers(source, model, under, 6)(prompts, "")
         assert runtime_answers(source, graph, under, 6)(prompts, "") == by_torch

@@ -94,7 +94,7 @@ def test_steering_is_the_mean_difference_of_the_residual_stream(model: Any) -> N
 def test_steering_is_not_sequential(model: Any) -> None:
     """The first layer is that of the lock-step vector; above it, `vector` sees a student that is already corrected."""
     data = dialogues()
-    steering, vector = fit_steering(model, data), lockstep.fit(model, data, "vector", Settings())
+    steering, vector = fit_steering(model, data), lockstep.fit_lockstep(model, data, "vector", Settings())
     biases = [(steering[i]["mlp_out"].bias, vector[i]["mlp_out"].bias) for i in (0, 1)]
     assert torch.allclose(*biases[0], atol=1e-4) and not torch.allclose(*biases[1], atol=1e-2)
 

@@ -98,7 +98,7 @@ def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], metho
     data = dialogues()
     ids = torch.tensor([data[0].student()])
     for method in methods:
-        deltas = lockstep.fit(model, data, method, Settings(rank=3))
+        deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3))
         hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
         for block in blocks_of(model):
             with applied(block, deltas[block.index]):

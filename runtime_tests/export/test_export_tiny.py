@@ -151,7 +151,7 @@ def test_the_model_is_left_as_it_was(design: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.nn.Embedding, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model_export.onnx_trace.trace(model, model_export.slots_of(model, "all"))
+            model_export.trace(model, model_export.slots_of(model, "all"))
     assert [name for name, _ in model.named_modules()] == modules
     assert model.config._attn_implementation == attention
     assert not any("forward" in vars(module) for module in model.modules())
@@ -212,7 +212,7 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("traced")
 
-    monkeypatch.setattr(model_export.onnx_trace, "trace", trace)
+    monkeypatch.setattr(model_export, "trace", trace)
 
 
 def fitting(made: Callable[[str], Made]) -> tuple[Any, Patch]:
@@ -279,20 +279,20 @@ def test_an_interruption_leaves_nothing_and_takes_nothing(
         raise error
 
     if stage == "trace":
-        monkeypatch.setattr(model_export.onnx_trace, "trace", fail)
+        monkeypatch.setattr(model_export, "trace", fail)
     else:  # a graph of nothing takes its place: what comes before is not under test
         monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
         for step in ("name_weights", "name_vectors", "name_dimensions", "name_nodes"):
-            monkeypatch.setattr(model_export.onnx_names, step, lambda *_args: None)
-        monkeypatch.setattr(model_export.onnx_slots, "add_first_logit", lambda *_args: None)
+            monkeypatch.setattr(model_export, step, lambda *_args: None)
+        monkeypatch.setattr(model_export, "add_first_logit", lambda *_args: None)
         monkeypatch.setattr(model_export, "simplify", lambda *_args: None)
-        monkeypatch.setattr(model_export.onnx_slots, "make_slots_overridable", lambda *_args: [])
+        monkeypatch.setattr(model_export, "make_slots_overridable", lambda *_args: [])
 
         def save(_graph: Any, folder: Path, _values: Any) -> list[str]:
             (folder / "model.onnx").write_bytes(b"half")
             return fail() if stage == "save" else ["model.onnx"]  # type: ignore[func-returns-value]
 
-        monkeypatch.setattr(model_export.onnx_slots, "save", save)
+        monkeypatch.setattr(model_export, "save_graph", save)
         monkeypatch.setattr(model_export, "check_export", fail)
     with pytest.raises(type(error)):
         export_model(fitting(made)[0], out, route="fused", overwrite=True)

@@ -104,9 +104,9 @@ def test_a_truncated_file_is_the_fit_of_that_rank(model: Any) -> None:
 def test_the_fit_is_what_the_patched_model_computes(model: Any, method: str) -> None:
     """Lock-step and the hooks on the whole model agree: v at the last block is the same both ways."""
     data = dialogues()
-    deltas = lockstep.fit(model, data, method, Settings(rank=3), batch_size=2)
+    deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=2)
     patch = Patch(to_half(deltas), random_config())
-    with_big_batches = lockstep.fit(model, data, method, Settings(rank=3), batch_size=6)
+    with_big_batches = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=6)
     ids = torch.tensor([data[0].student()])
     hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
     for block in blocks_of(model):
@@ -130,7 +130,7 @@ def test_a_fit_costs_one_pass_of_each_side(model: Any) -> None:
         )
         for block in blocks_of(model)
     ]
-    lockstep.fit(model, data, "output", Settings(), batch_size=6)
+    lockstep.fit_lockstep(model, data, "output", Settings(), batch_size=6)
     for handle in handles:
         handle.remove()
     longest = max(len(d.teacher()) for d in data) + max(len(d.student()) for d in data)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tp_export import lockstep
 from tp_export.forms import Settings
+from tp_export.lockstep import fit_lockstep
 from tp_export.offload import load_offloaded, resident
 from tp_export.rollout import complete
 from tp_export.sequences import Dialogue
@@ -52,7 +52,7 @@ def test_the_fit_is_the_same_with_one_layer_loaded(both: tuple[Any, Any]) -> Non
     dialogues = [Dialogue((1, *token_ids(9, seed=s)), (1, 5), tuple(token_ids(8, seed=s + 1))) for s in range(4)]
     most = []
     found = [
-        lockstep.fit(model, dialogues, "output", Settings(rank=3), progress=lambda *_: most.append(len(loaded(disk))))
+        fit_lockstep(model, dialogues, "output", Settings(rank=3), progress=lambda *_: most.append(len(loaded(disk))))
         for model in (memory, disk)
     ]
     for layer, sites in found[0].items():

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from tp_export import model_export, onnx_optimum, onnx_slots, onnx_trace
+from tp_export import model_export, onnx_optimum, onnx_slots
 from tp_export.adapters import ADAPTERS
 from tp_export.deltas import patched
 from tp_export.model_export import export_model
@@ -120,7 +120,7 @@ def test_unbound_slots_are_exactly_the_base(model: Any, graph: Graph, tmp_path: 
     """Rank 0 by default, bound explicitly and after a patch: the same bits, and those of a graph without slots."""
     before = _in_chunks(graph, graph.base, [64])
     bare = trace(model, [])
-    onnx_slots.save(bare, tmp_path, [])
+    onnx_slots.save_graph(bare, tmp_path, [])
     feeds = {
         "input_ids": np.array([IDS]),
         "attention_mask": np.ones((1, 64), np.int64),
@@ -245,7 +245,7 @@ def test_auto_falls_back_and_says_so(
         except NotImplementedError as error:
             raise RuntimeError("export failed") from error
 
-    monkeypatch.setattr(onnx_trace, "trace", refuse)
+    monkeypatch.setattr(model_export, "trace", refuse)
     folder = export_model(open_source(tiny_llama), tmp_path / "m")
     assert ModelFolder.open(folder).route == "optimum"
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tp_export import cli, lockstep, patching
+from tp_export import cli, dialogues, patching
 
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -159,7 +159,7 @@ def test_evaluating_on_another_base(
 def test_completions_all_empty(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(patching, "complete", lambda _model, prompts, *_args, **_kw: [(2,)] * len(prompts))
+    monkeypatch.setattr(dialogues, "complete", lambda _model, prompts, *_args, **_kw: [(2,)] * len(prompts))
     message = refused(patch_arguments(tiny_llama, tmp_path / "p.safetensors"), capsys)
     assert "every completion is empty" in message
 
@@ -170,7 +170,7 @@ def test_an_interrupted_fit_leaves_nothing(
     def interrupted(*_args: Any, **_kw: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lockstep, "fit", interrupted)
+    monkeypatch.setattr(patching, "fit_lockstep", interrupted)
     assert cli.main(patch_arguments(tiny_llama, tmp_path / "p.safetensors")) == 130
     assert list(tmp_path.iterdir()) == []
 

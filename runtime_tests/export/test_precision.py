@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 from tp_export import fidelity
+from tp_export.dialogues import dialogues_for
 from tp_export.model_export import export_model
-from tp_export.patching import Recipe, dialogues_for, make_patch
+from tp_export.patching import Recipe, make_patch
 from tp_export.precision import quantised
 from tp_export.source import Source, load_model, open_source
 from tp_export.student import QuantisedStudent, float_weights, student_of
@@ -167,7 +168,7 @@ def test_a_repair_repairs_the_exported_graph(
     graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
     dialogues = dialogues_for(source, model, None, QUESTIONS[14:], 16)
     students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, repair)
-    assert fidelity.measure(dialogues, fidelity.torch_student(model), *students).gap_closed > 0.2
+    assert fidelity.measure_fidelity(dialogues, fidelity.torch_student(model), *students).gap_closed > 0.2
 
 
 def test_a_repair_acts_on_its_own_precision_alone(repair: Patch, folders: dict[str, Path]) -> None:

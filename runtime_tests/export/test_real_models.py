@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tp_export import fidelity, lockstep
+from tp_export.dialogues import dialogues_for
 from tp_export.forms import Settings
-from tp_export.patching import dialogues_for, to_half
+from tp_export.patching import to_half
 from tp_export.questions import load_questions
 from tp_export.source import load_model, open_source
 
@@ -71,10 +72,10 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     teacher, unpatched = fidelity.torch_student(model), fidelity.torch_student(model)
     closed = {}
     for method in ("vector", "output", "matrix"):
-        deltas = to_half(lockstep.fit(model, fitted, method, Settings(rank=16)))
+        deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16)))
         patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
         student = fidelity.torch_student(model, patch) if method == "matrix" else fidelity.runtime_student(graph, patch)
-        closed[method] = fidelity.measure(held_out, teacher, unpatched, student).gap_closed
+        closed[method] = fidelity.measure_fidelity(held_out, teacher, unpatched, student).gap_closed
     assert closed["output"] > 0.8 and closed["matrix"] > 0.8
     assert closed["vector"] < closed["output"]
 

@@ -10,8 +10,9 @@ import torch
 from tp_export import cli, fidelity, lockstep
 from tp_export.forms import Settings
 from tp_export.patching import Recipe, make_patch, to_half
-from tp_export.prefix import TorchPrefix, choose
-from tp_export.refine import refine
+from tp_export.prefix import TorchPrefix
+from tp_export.prefix_entries import choose_entries
+from tp_export.refine import refine_deltas
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
@@ -36,18 +37,18 @@ def dialogues() -> list[Dialogue]:
 def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
     patch = Patch(to_half(deltas), random_config(), None if prefix is None else prefix.numpy())
     torch_student = fidelity.torch_student
-    return fidelity.measure(
+    return fidelity.measure_fidelity(
         dialogues(), torch_student(model), torch_student(model), torch_student(model, patch)
     ).kl_patched
 
 
 @pytest.mark.parametrize("entries", [0, 4])
 def test_it_brings_the_student_closer_and_changes_nothing_else(model: Any, entries: int) -> None:
-    prefix = choose(model, dialogues(), entries) if entries else None
-    closed = lockstep.fit(model, dialogues(), "output", Settings(rank=2), prefix=prefix)
+    prefix = choose_entries(model, dialogues(), entries) if entries else None
+    closed = lockstep.fit_lockstep(model, dialogues(), "output", Settings(rank=2), prefix=prefix)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     losses: list[float] = []
-    refined = refine(model, dialogues(), closed, 30, prefix=prefix, progress=losses.append)
+    refined = refine_deltas(model, dialogues(), closed, 30, prefix=prefix, progress=losses.append)
     assert len(losses) == 30
     assert divergence(model, refined, prefix) < divergence(model, closed, prefix)
     for name, parameter in model.named_parameters():

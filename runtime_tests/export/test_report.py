@@ -16,7 +16,8 @@ import torch
 from tp_export import fidelity
 from tp_export.cli import main as tp_export_main
 from tp_export.deltas import patched
-from tp_export.patching import Recipe, dialogues_for, make_patch
+from tp_export.dialogues import dialogues_for
+from tp_export.patching import Recipe, make_patch
 from tp_export.questions import load_questions
 from tp_export.report import about, compare, costs, measure, page, running, store
 from tp_export.report.divergence import diverge, with_prompt, without_prompt
@@ -100,7 +101,7 @@ def dialogues(tiny_llama: Path, model: Any) -> list[Dialogue]:
 def test_divergence_is_that_of_evaluate(model: Any, dialogues: list[Dialogue], files: list[Path]) -> None:
     patch = Patch.load(files[0])
     plain, under = fidelity.torch_student(model), fidelity.torch_student(model, patch)
-    wanted = fidelity.measure(dialogues, plain, plain, under)
+    wanted = fidelity.measure_fidelity(dialogues, plain, plain, under)
     found = diverge(dialogues, with_prompt(plain), {"patch": without_prompt(under)})["patch"]
     assert found.mean == pytest.approx(wanted.kl_patched, rel=1e-5)
     assert found.top1 == pytest.approx(wanted.top1_agreement)
@@ -205,11 +206,11 @@ def test_the_fit_is_repeated_and_says_what_its_rank_keeps(whole: tuple[dict[str,
 
 @torch.no_grad()
 def test_a_full_rank_keeps_all_the_energy(model: Any, dialogues: list[Dialogue]) -> None:
-    from tp_export import lockstep
     from tp_export.forms import Settings
+    from tp_export.lockstep import fit_lockstep
 
     kept = {
-        rank: lockstep.fit(model, dialogues, "output", Settings(rank))[0]["mlp_out"].retained for rank in (1, 8, 64)
+        rank: fit_lockstep(model, dialogues, "output", Settings(rank))[0]["mlp_out"].retained for rank in (1, 8, 64)
     }
     assert kept[1] is not None and kept[8] is not None and kept[1] < kept[8] < 1.0001
     assert kept[64] == pytest.approx(1, abs=1e-9)

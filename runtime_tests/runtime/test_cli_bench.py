@@ -14,6 +14,7 @@ from runtime_tests.patches import patch_for, random_config, random_patch
 from tp_runtime import bench
 from tp_runtime.folder import ModelFolder
 from tp_runtime.graph import Graph
+from tp_runtime.sampling import Sampler
 
 QUICK = ("--tokens", "3", "--prompt-tokens", "5", "--rounds", "2", "--device", "cpu")
 
@@ -63,7 +64,7 @@ def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: 
         now[0] += 0.25
         return 1
 
-    monkeypatch.setattr(bench.engine.Sampler, "pick", pick)
+    monkeypatch.setattr(Sampler, "pick", pick)
     graph.session = slow = Slow()  # type: ignore[assignment]
     assert bench.python_seconds(bench.base_arm("base", graph, 4), 3) == [0.25, 0.25, 0.25]
     assert graph.session is slow and now[0] == 4 + 4 * 0.25  # the prompt and three tokens
@@ -77,7 +78,7 @@ def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             order.append(bound)
             yield 0
 
-    monkeypatch.setattr(bench.engine, "generate", steps)
+    monkeypatch.setattr(bench, "generate", steps)
     two = [bench.Arm(name, None, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
     measured = bench.one_round(two, 3, first=1)
     assert order == ["patch", "base", "base", "patch"] * 2
@@ -189,7 +190,7 @@ def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Pat
 def test_sessions_do_not_spin_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
     monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
-    monkeypatch.setattr(bench.engine, "generate", lambda *_, **__: iter(range(3)))
+    monkeypatch.setattr(bench, "generate", lambda *_, **__: iter(range(3)))
     one, other = object(), object()
     alone = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
     bench.one_round(alone, 2, first=0)

@@ -349,7 +349,7 @@ def test_a_task_that_outlives_the_block_it_was_started_in_is_not_served_an_unloa
 def test_load_with_check_takes_what_works_and_leaves_what_does_not(
     model: PatchedModel, patch: Patch, other: Patch
 ) -> None:
-    measured = probe.measure(IDS, model.logits(IDS, patch))
+    measured = probe.measure_probe(IDS, model.logits(IDS, patch))
     good = Patch(patch.deltas, replace(patch.config, probe=measured))
     wrong = Patch(other.deltas, replace(other.config, probe=measured))
     assert model.load_patch(good, "good", check=True) == "good"

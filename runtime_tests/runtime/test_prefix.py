@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tp_export import control_vector, fidelity, genai, patching, peft_out
-from tp_export.prefix import check_prefix, choose, torch_prefix
+from tp_export.prefix import torch_prefix
+from tp_export.prefix_entries import check_prefix, choose_entries
 from tp_export.sequences import Dialogue
 from tp_export.source import load_model, open_source
 
@@ -50,7 +51,7 @@ def dialogues(model: PatchedModel) -> list[Dialogue]:
 
 def prefixed(torch_model: Any, model: PatchedModel, entries: int, patch: Patch | None = None) -> Patch:
     patch = patch or replace_deltas(patch_for(model.graph.folder, seed=1))
-    return Patch(patch.deltas, patch.config, choose(torch_model, dialogues(model), entries).numpy())
+    return Patch(patch.deltas, patch.config, choose_entries(torch_model, dialogues(model), entries).numpy())
 
 
 def replace_deltas(patch: Patch) -> Patch:
@@ -92,7 +93,7 @@ def test_the_entries_attended_to_most_are_kept(pair: tuple[Any, PatchedModel]) -
     """The one kept entry of a head is at the position to which the completion rows attend most."""
     torch_model, model = pair
     found = dialogues(model)
-    whole, one = choose(torch_model, found, 10_000), choose(torch_model, found, 1)
+    whole, one = choose_entries(torch_model, found, 10_000), choose_entries(torch_model, found, 1)
     torch_model.set_attn_implementation("eager")
     masses = 0
     for dialogue in found:
@@ -200,12 +201,12 @@ def test_a_probe_of_another_patch_is_refused(pair: tuple[Any, PatchedModel]) -> 
     assert patch.prefix is not None
     ids = list(dialogues(model)[0].student())
     logits = model.logits(ids, patch=patch)
-    right = replace(patch, config=replace(patch.config, probe=probe.measure(ids, logits)))
+    right = replace(patch, config=replace(patch.config, probe=probe.measure_probe(ids, logits)))
     assert model.check(right).ok
     for wrong in (
-        probe.measure(ids[1:], logits),
-        {**probe.measure(ids, logits), "token_ids": ids[: len(logits)]},
-        probe.measure(ids, logits[1:]),
+        probe.measure_probe(ids[1:], logits),
+        {**probe.measure_probe(ids, logits), "token_ids": ids[: len(logits)]},
+        probe.measure_probe(ids, logits[1:]),
     ):
         with pytest.raises(PatchFormatError, match=r"config\.probe"):
             model.check(replace(patch, config=replace(patch.config, probe=wrong)))
@@ -280,7 +281,7 @@ def test_prompts_that_differ_elsewhere_take_no_prefix(pair: tuple[Any, PatchedMo
     torch_model, model = pair
     one, other, *_ = dialogues(model)
     with pytest.raises(CalibrationError, match="one fixed beginning"):
-        choose(torch_model, [one, replace(other, teacher_prompt=other.teacher_prompt[1:])], 3)
+        choose_entries(torch_model, [one, replace(other, teacher_prompt=other.teacher_prompt[1:])], 3)
 
 
 def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) -> None:

@@ -11,7 +11,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.device import CHOICES
+from tp_runtime.device import DEVICES
 from tp_runtime.errors import PatchTargetError, PatchValueError, RequestError
 from tp_runtime.folder import ModelFolder
 from tp_runtime.model import ACTIVE, PatchChoice, PatchedModel, TextStream
@@ -72,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, --device and --threads."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder written by tp-export")
     parser.add_argument(
-        "--device", choices=CHOICES, default="auto", help="auto takes CUDA if it is there, else the CPU, and says so"
+        "--device", choices=DEVICES, default="auto", help="auto takes CUDA if it is there, else the CPU, and says so"
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of one operator (default: the cores there are)"
