@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tp_export.accuracy import load_answers, measure_accuracy, torch_answers
-from tp_export.forms import Settings
-from tp_export.patching import Recipe, make_patch
-from tp_export.questions import load_questions
-from tp_export.rollout_store import RolloutStore
+from tp_export.fit import Recipe, Settings, make_patch
+from tp_export.measure import load_answers, measure_accuracy, torch_answers
+from tp_export.queries import load_questions
+from tp_export.rollout import RolloutStore
 from tp_export.source import load_model, open_source
 
 HERE = Path(__file__).parent / "contexts"

@@ -48,12 +48,11 @@ def flops(rows: int, width: int, layers: int, rank: int) -> float:
 def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload: bool) -> dict[str, float]:
     """One fit in this process: seconds, and peak resident memory in bytes above what the imports took."""
     import torch
-    from tp_export import lockstep
-    from tp_export.forms import Settings
-    from tp_export.offload import load_offloaded
-    from tp_export.sequences import Dialogue
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from tp_export.fit import Settings, lockstep
+    from tp_export.rollout import Dialogue
+    from tp_export.source import load_offloaded
     from tp_runtime.bench import memory_bytes
 
     def ids(count: int, seed: int) -> tuple[int, ...]:

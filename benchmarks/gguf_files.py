@@ -16,10 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tp_export.manifest import load_manifest
-from tp_export.packages import copy_member, pip_download
-
-from tp_runtime.atomic import atomic_file
+from tp_export.fetch import copy_member, load_manifest, pip_download
+from tp_runtime.storage import atomic_file
 
 FORMATS = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 

@@ -24,8 +24,7 @@ def sample(model: Path, threads: int, huge: bool) -> dict[str, float]:
     import numpy as np
     import onnxruntime  # noqa: F401  (its import is not the model's time)
 
-    from tp_runtime.folder import ModelFolder
-    from tp_runtime.graph import Graph
+    from tp_runtime.session import Graph, ModelFolder
 
     start = time.perf_counter()
     graph = Graph(ModelFolder.open(model), "cpu", threads, huge_pages=huge)

@@ -14,16 +14,14 @@ import json
 from pathlib import Path
 
 import torch
-from tp_export import fidelity
-from tp_export.dialogues import dialogues_for
-from tp_export.precision import held_out_text
-from tp_export.questions import load_questions
-from tp_export.source import load_model, open_source
-from tp_export.student import log_probabilities
 
-from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import Graph
+from tp_export.measure import fidelity
+from tp_export.quantise import held_out_text, log_probabilities
+from tp_export.queries import load_questions
+from tp_export.rollout import dialogues_for
+from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
+from tp_runtime.session import Graph, ModelFolder
 
 DEMO = Path(__file__).parent.parent / "demo"
 

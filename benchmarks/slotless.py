@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
-from tp_export import slot_modules
-from tp_export.model_export import export_model
+from tp_export.decoder import slot_modules
+from tp_export.graph import export_model
 from tp_export.source import open_source
 
 

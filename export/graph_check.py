@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
-from tp_runtime.folder import ModelFolder
-from tp_runtime.safe_path import check_name, checked_file
+from tp_runtime.session import ModelFolder
+from tp_runtime.storage import check_name, checked_file
 
 # What the exporter writes: standard ONNX, and the fused operators compiled into ONNX Runtime itself.
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})

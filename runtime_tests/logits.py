@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tp_export.deltas import patched
 
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import Graph
+from tp_export.decoder import patched
 from tp_runtime.patch import Patch
+from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
 Logits = NDArray[np.float32]
 

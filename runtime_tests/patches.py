@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.folder import ModelFolder
-from tp_runtime.patch import Delta, Patch
-from tp_runtime.patch_config import PatchConfig
+from tp_runtime.patch import Delta, Patch, PatchConfig
+from tp_runtime.session import ModelFolder
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tp_runtime.folder import ModelFolder
-from tp_runtime.patch import Patch
-from tp_runtime.prefix import KV_PARTS, KVPrefix
+from tp_runtime.patch import KV_PARTS, KVPrefix, Patch
+from tp_runtime.session import ModelFolder
 
 
 def with_prefix(patch: Patch, folder: ModelFolder, replaces: list[int], entries: int = 5, position: int = 9) -> Patch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tp_export.forms import Rows
+
+from tp_export.fit.forms import Rows
 
 
 def some_rows(model: Any, count: int) -> Rows:

@@ -9,8 +9,7 @@ print(model.generate("How do I learn to swim?", patch="pirate"))
 
 from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
-from .stream import TextStream
-from .text_batch import Completion, TextBatch
-from .threads import share_threads
+from .session import share_threads
+from .text import Completion, TextBatch, TextStream
 
 __all__ = ["ACTIVE", "Completion", "Delta", "Patch", "PatchedModel", "TextBatch", "TextStream", "share_threads"]

@@ -19,16 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.delta import Delta
-from tp_runtime.engine import generate
-from tp_runtime.errors import PatchTargetError, RequestError
-from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import Graph
-from tp_runtime.model import PatchedModel
-from tp_runtime.patch import Patch
-from tp_runtime.patch_config import PatchConfig
-from tp_runtime.sampling import Sampling
+from .errors import PatchTargetError, RequestError
+from .generation import Sampling, generate
+from .model import PatchedModel
+from .patch import Delta, Patch, PatchConfig
+from .session import BoundPatch, Graph, ModelFolder
 
 RANK = 16
 _SWITCHES = 200

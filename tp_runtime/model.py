@@ -11,21 +11,12 @@ from typing import Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch import PREFILL_TOKENS
-from .bound_patch import BoundPatch
-from .cache import KVCache
-from .engine import generate, prefill
 from .errors import PatchFormatError, RequestError
-from .folder import ModelFolder
-from .graph import Graph
+from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
+from .loaded_patches import ACTIVE, Active, PatchChoice, PatchTable, not_a_patch
 from .patch import Patch
-from .patch_table import ACTIVE, Active, PatchChoice, PatchTable, not_a_patch
-from .prefix_cache import PrefixCache
-from .probe import ProbeCheck, check_probe
-from .request import EncodedRequest, Request, RequestOptions, encode_request
-from .stream import TextStream
-from .text import Message, TextCodec
-from .text_batch import TextBatch
+from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, check_probe
+from .text import EncodedRequest, Message, Request, RequestOptions, TextBatch, TextCodec, TextStream, encode_request
 
 log = logging.getLogger("tp_runtime")
 

@@ -26,7 +26,7 @@ from benchmarks.speed.prepare import BITS, MODELS, prepare, program
 from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
-from tp_runtime.atomic import atomic_file
+from tp_runtime.storage import atomic_file
 from tp_runtime.text import TextCodec
 
 _TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"

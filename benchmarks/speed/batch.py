@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime import PatchedModel, batch
+from tp_runtime import PatchedModel
 from tp_runtime.bench import RANK, random_patch
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.graph import Graph
-from tp_runtime.sampling import Sampling
+from tp_runtime.generation import Sampling, batch
+from tp_runtime.session import BoundPatch, Graph
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 

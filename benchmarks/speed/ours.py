@@ -10,8 +10,8 @@ import onnxruntime  # noqa: F401  (its import is Python's time, not the model's)
 from benchmarks.speed.protocol import Worker, serve
 from tp_runtime import Patch, PatchedModel
 from tp_runtime.bench import random_patch
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.sampling import Sampler, Sampling
+from tp_runtime.generation import Sampler, Sampling
+from tp_runtime.session import BoundPatch
 
 
 class Ours(Worker):

@@ -26,7 +26,8 @@ _OWN_STYLE: dict[Any, Any] = {
 def draw(found: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Every plot that the figures allow; returns file by name."""
     import matplotlib
-    from tp_export.report.plots import STYLE
+
+    from tp_export.report import STYLE
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.speed import targets
 from benchmarks.speed.plots import rank_ratios, share
-from tp_runtime.atomic import atomic_file
+from tp_runtime.storage import atomic_file
 
 Run = dict[str, Any]
 

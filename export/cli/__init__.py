@@ -8,20 +8,7 @@ from collections.abc import Sequence
 
 from tp_runtime.errors import TPError
 
-from . import (
-    adapter,
-    check,
-    control_vector,
-    evaluate,
-    fetch,
-    import_,
-    lora,
-    model,
-    patch,
-    questions,
-    report,
-    verify,
-)
+from . import adapter, check, control_vector, evaluate, fetch, import_, lora, model, patch, questions, report, verify
 
 # A command is a module with add_parser(subparsers), which sets `run` as a default; run(args) returns the exit
 # code. None of them imports torch before run(): `--help` stays instant.

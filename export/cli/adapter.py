@@ -23,10 +23,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file."""
-    from tp_runtime.folder import ModelFolder
     from tp_runtime.patch import Patch
+    from tp_runtime.session import ModelFolder
 
-    from ..genai import write_adapter
+    from ..formats import write_adapter
 
     write_adapter(Patch.load(args.patch), ModelFolder.open(args.folder), args.out)
     print(args.out)

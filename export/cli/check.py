@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.folder import ModelFolder
+from tp_runtime.session import ModelFolder
 
 
 def add_parser(subparsers: Any) -> None:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the file."""
     from tp_runtime.patch import Patch
 
-    from ..control_vector import carried, check_lossless, write_control_vector
+    from ..formats import carried, check_lossless, write_control_vector
 
     patch = Patch.load(args.patch)
     directions, biases, pairs = carried(patch)

@@ -43,16 +43,21 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures."""
-    from tp_runtime.folder import ModelFolder
-    from tp_runtime.graph import Graph
     from tp_runtime.patch import Patch
-    from tp_runtime.slots import check_base
+    from tp_runtime.session import Graph, ModelFolder, check_base
 
-    from ..accuracy import load_answers, measure_accuracy, runtime_answers, torch_answers
-    from ..dialogues import context_digest, dialogues_for
-    from ..fidelity import measure_fidelity, runtime_student, torch_student
+    from ..measure import (
+        load_answers,
+        measure_accuracy,
+        measure_fidelity,
+        runtime_answers,
+        runtime_student,
+        torch_answers,
+        torch_student,
+    )
     from ..progress import bar, clock
-    from ..questions import check_unfitted, load_questions
+    from ..queries import check_unfitted, load_questions
+    from ..rollout import context_digest, dialogues_for
     from ..source import load_model, open_source
 
     patch = Patch.load(args.patch)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..manifest import load_manifest, manifest_names
+from ..fetch import load_manifest, manifest_names
 
 
 def add_parser(subparsers: Any) -> None:

@@ -29,10 +29,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads the adapter, measures its probe and writes the patch."""
-    from ..control_vector import read_control_vector
-    from ..imported import imported_patch
-    from ..module_names import beside, from_config
-    from ..peft_in import is_adapter, read_peft
+    from ..decoder import beside, from_config
+    from ..formats import imported_patch, is_adapter, read_control_vector, read_peft
     from ..progress import clock
     from ..source import load_model, open_source
 

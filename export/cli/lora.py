@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tp_runtime.patch import Patch
 
-    from ..module_names import Beside
+    from ..decoder import Beside
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,10 +42,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the folder."""
     from tp_runtime.patch import Patch
-    from tp_runtime.slots import check_base
+    from tp_runtime.session import check_base
 
-    from ..module_names import beside, from_config
-    from ..peft_out import write_peft
+    from ..decoder import beside, from_config
+    from ..formats import write_peft
     from ..source import open_source
 
     patch = Patch.load(args.patch)
@@ -61,11 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_gguf(patch: Patch, layers: dict[tuple[int, str], Beside], args: argparse.Namespace) -> None:
-    from tp_runtime.atomic import atomic_folder
+    from tp_runtime.storage import atomic_folder
 
-    from ..control_vector import carried, check_lossless, write_control_vector
-    from ..gguf_lora import write_gguf_lora
-    from ..peft_out import pairs
+    from ..formats import carried, check_lossless, pairs, write_control_vector, write_gguf_lora
 
     found = pairs(patch, layers)
     # Without a post-norm the bias of `down` is added to the block's output like that of `mlp_out`.

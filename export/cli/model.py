@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports the model."""
     from tp_runtime.patch import Patch
 
-    from ..model_export import export_model
+    from ..graph import export_model
     from ..source import open_source
 
     patch = None if args.patch is None else Patch.load(args.patch)

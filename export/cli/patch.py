@@ -113,12 +113,11 @@ def run(args: argparse.Namespace) -> int:
     """Computes and writes the patch; its figures go to stderr."""
     from tp_runtime.patch import FLOAT_PRECISIONS
 
-    from ..forms import Settings
-    from ..patching import Recipe, make_patch
-    from ..precision import check_precision
+    from ..fit import Recipe, Settings, make_patch
     from ..progress import clock
-    from ..questions import load_questions, split_holdout
-    from ..rollout_store import RolloutStore
+    from ..quantise import check_precision
+    from ..queries import load_questions, split_holdout
+    from ..rollout import RolloutStore
     from ..source import load_model, open_source
 
     check_precision(args.student_precision)

@@ -32,10 +32,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file."""
-    from tp_runtime.atomic import atomic_file
+    from tp_runtime.storage import atomic_file
 
     from ..progress import bar, clock
-    from ..self_study import statements, write_questions
+    from ..queries import statements, write_questions
     from ..source import load_model, open_source
 
     if args.rounds < 1:

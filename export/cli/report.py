@@ -69,15 +69,13 @@ def run(args: argparse.Namespace) -> int:
     """Measures, draws, writes."""
     import matplotlib  # noqa: F401 - missing, it is found before the minutes of work
 
-    from tp_runtime.folder import ModelFolder
-    from tp_runtime.graph import Graph
     from tp_runtime.patch import Patch
-    from tp_runtime.slots import check_base
+    from tp_runtime.session import Graph, ModelFolder, check_base
 
-    from ..dialogues import context_digest
     from ..progress import clock
-    from ..questions import check_unfitted, load_questions
+    from ..queries import check_unfitted, load_questions
     from ..report import about, compare, measure, page, store
+    from ..rollout import context_digest
     from ..source import load_model, open_source
 
     methods, frontier = _methods(args.baselines), _entries(args.frontier)

@@ -56,10 +56,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints."""
-    from ..dialogues import check_length
-    from ..exact import verify
+    from ..fit import verify
     from ..progress import bar, clock
-    from ..questions import load_questions
+    from ..queries import load_questions
+    from ..rollout import check_length
     from ..source import load_model, open_source
 
     if args.tokens < 1:

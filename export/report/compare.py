@@ -18,16 +18,12 @@ import numpy as np
 from tp_runtime.errors import PatchValueError
 from tp_runtime.patch import Delta, Patch
 
-from ..baselines import fit_steering, steering_candidates
-from ..deltas import TorchDelta
-from ..fidelity import torch_student
-from ..forms import Settings
-from ..lockstep import fit_lockstep
-from ..patching import to_half
+from ..decoder import TorchDelta
+from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
+from ..measure import diverge, torch_student, with_prompt, without_prompt
 from ..progress import bar
-from ..questions import query_digest
-from ..sequences import Dialogue
-from .divergence import diverge, with_prompt, without_prompt
+from ..queries import query_digest
+from ..rollout import Dialogue
 
 METHODS = ("steering", "isotropic", "vector", "output", "matrix")
 _ISOTROPIC_RIDGES = (1.0, 10.0, 100.0)

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from tp_runtime.cache import KVCache
-from tp_runtime.engine import generate
-from tp_runtime.graph import Graph
+from tp_runtime.generation import Sampling, generate
 from tp_runtime.patch import Patch
-from tp_runtime.sampling import Sampling
+from tp_runtime.session import Graph, KVCache
 
+from ..measure import Arm
 from ..progress import bar
-from ..sequences import Dialogue
-from .divergence import Arm
+from ..rollout import Dialogue
 
 WAYS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
 _TOKENS = 24

@@ -11,15 +11,11 @@ from typing import Any
 
 from tp_runtime.patch import Patch
 
-from ..fidelity import torch_student
-from ..forms import Settings
-from ..lockstep import fit_lockstep
-from ..patching import to_half
-from ..prefix import TorchPrefix
-from ..prefix_entries import choose_entries
+from ..decoder import TorchPrefix
+from ..fit import Settings, choose_entries, fit_lockstep, to_half
+from ..measure import Arm, diverge, torch_student, with_prompt, without_prompt
 from ..progress import bar
-from ..sequences import Dialogue
-from .divergence import Arm, diverge, with_prompt, without_prompt
+from ..rollout import Dialogue
 from .figures import Point
 
 _ALL = 1 << 20

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tp_runtime.patch import Patch
 
-from ..fidelity import Student
-from ..questions import load_questions
-from ..rollout import complete
-from ..sequences import Dialogue
+from ..measure import Student
+from ..queries import load_questions
+from ..rollout import Dialogue, complete
 from ..source import Source
 
 

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import CalibrationError, RequestError
-from tp_runtime.graph import Graph
 from tp_runtime.patch import Patch
+from tp_runtime.session import Graph
 
-from ..dialogues import dialogues_for
-from ..fidelity import runtime_student, torch_student
+from ..measure import Arm, Divergence, diverge, runtime_student, torch_student, with_prompt, without_prompt
 from ..progress import bar
-from ..sequences import Dialogue
+from ..rollout import Dialogue, dialogues_for
 from ..source import Source
 from . import compare, costs, locality, running
-from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
 from .figures import Answer, Baseline, Composed, Fits, Layer, PatchReport, Point, Strength, Sweep, Way
 from .frontier import measure_frontier
 from .running import gap_closed

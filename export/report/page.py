@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tp_runtime.atomic import atomic_file
+from tp_runtime.storage import atomic_file
 
 from . import plots
 from .figures import PatchReport, Report

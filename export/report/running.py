@@ -14,14 +14,11 @@ import numpy as np
 
 from tp_runtime.patch import Patch
 
-from ..deltas import patched
-from ..fidelity import torch_student
-from ..prefix import torch_prefix
+from ..decoder import patched, torch_prefix
+from ..measure import Divergence, diverge, torch_student, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import complete
-from ..sequences import Dialogue
+from ..rollout import Dialogue, complete
 from ..source import Source
-from .divergence import Divergence, diverge, with_prompt, without_prompt
 from .figures import Curve, Ending, Long, Turn, Turns
 
 WAYS = ("no prompt", "prompt", "patch")

@@ -9,12 +9,13 @@ import shutil
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, load, numpy_helper, save
-from tp_export.cli import check
-from tp_export.graph_check import check_graph
 
 from runtime_tests.folders import describe
+from tp_export.cli import check
+from tp_export.graph_check import check_graph
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
-from tp_runtime.folder import SLOTS_FILE, write_slots_file
+from tp_runtime.session import write_slots_file
+from tp_runtime.session.model_folder import SLOTS_FILE
 
 BYTES = 4 * 4 * 4  # the weight: [4, 4] in float32
 

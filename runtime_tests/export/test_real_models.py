@@ -7,18 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tp_export import fidelity, lockstep
-from tp_export.dialogues import dialogues_for
-from tp_export.forms import Settings
-from tp_export.patching import to_half
-from tp_export.questions import load_questions
-from tp_export.source import load_model, open_source
 
 from runtime_tests.patches import random_config
-from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import Graph
+from tp_export.fit import Settings, lockstep, to_half
+from tp_export.measure import fidelity
+from tp_export.queries import load_questions
+from tp_export.rollout import dialogues_for
+from tp_export.source import load_model, open_source
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.session import Graph, ModelFolder
 
 pytestmark = pytest.mark.real_model
 

@@ -17,21 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tp_export.model_export import export_model
-from tp_export.source import open_source
 
 from runtime_tests.logits import Logits, furthest, graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from tp_runtime.batch_rows import new_rows
+from tp_export.graph import export_model
+from tp_export.source import open_source
 from tp_runtime.bench import switch_seconds
-from tp_runtime.bound_patch import BoundPatch
-from tp_runtime.device import CUDA, select_device
 from tp_runtime.errors import DeviceUnavailableError
-from tp_runtime.folder import ModelFolder
-from tp_runtime.graph import Graph
+from tp_runtime.generation.rows import new_rows
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session.device import CUDA, select_device
 
 DEVICE = "cuda"
 CHOSEN = select_device("auto")

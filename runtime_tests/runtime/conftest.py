@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from runtime_tests.patches import patch_for
-from tp_runtime.folder import ModelFolder
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.session import ModelFolder
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from tp_runtime.errors import TPError
-
+from ..errors import TPError
 from . import bench, chat, generate, inspect, prepare
 from .printing import note, printable, version
 

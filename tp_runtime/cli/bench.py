@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tp_runtime import bench
-from tp_runtime.atomic import atomic_file
-from tp_runtime.device import require_onnxruntime
-from tp_runtime.errors import RequestError
-from tp_runtime.folder import ModelFolder
-from tp_runtime.model import PatchedModel
-from tp_runtime.patch import Patch
-
+from .. import bench
+from ..errors import RequestError
+from ..model import PatchedModel
+from ..patch import Patch
+from ..session import ModelFolder, require_onnxruntime
+from ..storage import atomic_file
 from .options import add_model_options, open_model
 from .printing import note, plural, print_fields, printable, size, version
 

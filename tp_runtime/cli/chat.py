@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from tp_runtime.errors import PatchTargetError, RequestError, TPError
-from tp_runtime.model import PatchedModel
-from tp_runtime.patch import Patch
-from tp_runtime.request import SamplingOptions
-
+from ..errors import PatchTargetError, RequestError, TPError
+from ..model import PatchedModel
+from ..patch import Patch
+from ..text import SamplingOptions
 from .options import (
     NONE,
     Selection,

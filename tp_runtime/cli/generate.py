@@ -8,9 +8,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from tp_runtime.errors import RequestError
-from tp_runtime.model import TextStream
-
+from ..errors import RequestError
+from ..model import TextStream
 from .options import (
     add_model_options,
     add_patch_option,

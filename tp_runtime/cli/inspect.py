@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.folder import PREPARED, ModelFolder, Slot
-from tp_runtime.patch import Patch
-
+from ..patch import Patch
+from ..session import PREPARED, ModelFolder, Slot
 from .printing import plural, print_fields, printable, size
 
 

@@ -11,14 +11,12 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.device import DEVICES
-from tp_runtime.errors import PatchTargetError, PatchValueError, RequestError
-from tp_runtime.folder import ModelFolder
-from tp_runtime.model import ACTIVE, PatchChoice, PatchedModel, TextStream
-from tp_runtime.patch import Patch
-from tp_runtime.request import Request, SamplingOptions
-from tp_runtime.sampling import Sampling
-
+from ..errors import PatchTargetError, PatchValueError, RequestError
+from ..generation import Sampling
+from ..model import ACTIVE, PatchChoice, PatchedModel, TextStream
+from ..patch import Patch
+from ..session import DEVICES, ModelFolder
+from ..text import Request, SamplingOptions
 from .printing import note, plural
 
 NONE = "none"  # instead of a file: the base model, also where the folder has a default patch

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.folder import PREPARED, ModelFolder
-
+from ..session import PREPARED, ModelFolder
 from .printing import note, size
 
 
@@ -26,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the folder and prints where."""
-    from tp_runtime.prepared import prepare
+    from ..session import prepare
 
     folder = ModelFolder.open(args.model)
     done = prepare(folder, again=args.again)

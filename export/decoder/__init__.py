@@ -1,0 +1,33 @@
+"""Where things are in a transformers decoder: its blocks and their sites, slots, and patches applied by forward hooks.
+
+Knows nothing of files, queries or fits.
+"""
+
+from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
+from .hooks import TorchDelta, applied, patched
+from .kv_prefix import TorchPrefix, torch_prefix
+from .module_names import Beside, beside, from_config
+from .slot_modules import SLOT_SETS, SlotTensors, slots_of, slotted
+
+__all__ = [
+    "SLOT_SETS",
+    "Beside",
+    "Block",
+    "Mlp",
+    "SlotTensors",
+    "TorchDelta",
+    "TorchPrefix",
+    "adapter_for",
+    "applied",
+    "beside",
+    "blocks_of",
+    "from_config",
+    "kv_shape",
+    "layer_inputs",
+    "patched",
+    "plain_inputs",
+    "slots_of",
+    "slotted",
+    "torch_prefix",
+    "weight_of",
+]

@@ -1,0 +1,25 @@
+"""From dialogues to a patch: the lock-step pass, closed forms, KV entries, repairs, and the theorem's exact patches.
+
+Knows nothing of ONNX.
+"""
+
+from .baselines import fit_steering, steering_candidates
+from .exact import verify
+from .forms import Settings
+from .lockstep import fit_lockstep
+from .prefix_entries import choose_entries
+from .recipe import Recipe, make_patch, to_half
+from .repair import repair_patch
+
+__all__ = [
+    "Recipe",
+    "Settings",
+    "choose_entries",
+    "fit_lockstep",
+    "fit_steering",
+    "make_patch",
+    "repair_patch",
+    "steering_candidates",
+    "to_half",
+    "verify",
+]

@@ -1,0 +1,229 @@
+"""Exact token-dependent patches: the theorem, used as the correctness anchor of the architecture adapters.
+
+For one token, block by block, each block solved on the student as already patched below it (Dherin et al. 2025;
+Goldwaser et al. 2025 for gated, post-norm and expert blocks):
+
+    dW = W (z_T - z_S) z_S^T / |z_S|^2      for every linear that reads z (gate and up, or a plain MLP's first; the
+                                            router), so the student's h and choice of experts become the teacher's
+    tau = o_T - v_S                         what the student's branch has to give, e.g. W_down h_T + (v_T - v_S)
+    no post-norm:   u = tau
+    post-norm:      s = sign(tau) sqrt|tau|,   u = r s / rms(s),   r = rms(W_down h_T),   m' = tau / y(u)
+    dW_down = (u - W_down h_T) h_T^T / |h_T|^2, or, where `down` has a bias, db_down = u - W_down h_T
+    experts: the same in every expert chosen, the last line divided by the sum of their routing weights
+
+with m the scale of the post-norm and y the norm without it. The student then equals the teacher at that position.
+Every token is run afresh through the unmodified transformers modules with its patch written into their weights, so a
+mistake in our own hooks cannot hide.
+
+Any u without zeros would do behind a post-norm, but not in a few bits: an error e_i of y_i becomes e_i tau_i / y_i.
+With the length of y given, the sum of squares of these is least for y_i^2 proportional to |tau_i|, which is s. (u along
+tau / m, which changes m by a factor only, lets the few coordinates with m near 0 swallow y: bfloat16 goes astray.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoder import Block, Mlp, blocks_of, layer_inputs, plain_inputs, weight_of
+
+
+@dataclass(frozen=True)
+class Token:
+    """One verified token.
+
+    Attributes:
+        teacher, student, unpatched: the greedy choice of the teacher, and of the student with and without the patch.
+        max_logit_error: largest absolute difference of their logits.
+        unpatched_logit_error: the same without the patch: what the context did. Where it is small, nothing is shown.
+        residual_errors: per layer, max |o_S - o_T| / rms(o_T) at the last position, o the layer's output.
+    """
+
+    teacher: int
+    student: int
+    unpatched: int
+    max_logit_error: float
+    unpatched_logit_error: float
+    residual_errors: tuple[float, ...]
+
+
+def verify(
+    model: Any,
+    teacher_prompt: Sequence[int],
+    student_prompt: Sequence[int],
+    new_tokens: int,
+    *,
+    blocks: Sequence[Block] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Token]:
+    """Generate `new_tokens` greedily with the teacher, and each with a freshly patched student.
+
+    Args:
+        model: a transformers causal language model, float32 or bfloat16; its weights are changed for each token and
+            put back.
+        teacher_prompt: ids of [I ; q].
+        student_prompt: ids of [q].
+        new_tokens: tokens to verify; the completion does not stop at an end-of-sequence token.
+        blocks: the blocks as an adapter sees them; by default those of the model's own adapter.
+        progress: called after each token.
+    """
+    blocks = blocks_of(model) if blocks is None else blocks
+    tokens: list[Token] = []
+    completion: list[int] = []
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            tokens.append(_verify_token(model, blocks, [*teacher_prompt, *completion], [*student_prompt, *completion]))
+            completion.append(tokens[-1].teacher)
+            progress()
+    return tokens
+
+
+def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], student_ids: list[int]) -> Token:
+    cuts: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.at_cut(lambda cut: cuts.append(cut[0, -1])))
+        wanted, teacher = _run(model, blocks, teacher_ids)
+    bare, _ = _run(model, blocks, student_ids)
+    with _Edits() as edits:
+        _patch_all(model, blocks, student_ids, cuts, teacher, edits)
+        got, student = _run(model, blocks, student_ids)
+    return Token(
+        int(wanted.argmax()),
+        int(got.argmax()),
+        int(bare.argmax()),
+        float((wanted - got).abs().max()),
+        float((wanted - bare).abs().max()),
+        tuple(float((s - t).abs().max() / t.square().mean().sqrt()) for s, t in zip(student, teacher, strict=True)),
+    )
+
+
+def _run(model: Any, blocks: Sequence[Block], ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [vocab] and every block's output o [d] at the last position, float32, from one pass of the model."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, out: Any) -> None:
+        outputs.append((out[0] if isinstance(out, tuple) else out)[0, -1].float())
+
+    handles = [block.layer.register_forward_hook(keep) for block in blocks]
+    try:
+        out = model(torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out.logits[0, -1].float(), outputs
+
+
+def _patch_all(
+    model: Any,
+    blocks: Sequence[Block],
+    ids: Sequence[int],
+    cuts: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    edits: _Edits,
+) -> None:
+    """Write this token's patch into every block, bottom up, from the teacher's cut and output of each."""
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    hidden, kwargs = layer_inputs(model, input_ids, plain_inputs(torch.ones_like(input_ids)))
+    for block, teacher, wanted in zip(blocks, cuts, outputs, strict=True):
+        cut = block.attention_half(hidden, kwargs[block.index])
+        _write(block, teacher, wanted.double(), cut[:, -1:], edits)
+        hidden = block.mlp_half(cut)
+
+
+def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits: _Edits) -> None:
+    """Solve one block and write the result into its weights.
+
+    Args:
+        block: the block.
+        teacher: the teacher's cut [d or 2d].
+        wanted: the teacher's output o [d], float64.
+        student: the student's cut [1, 1, d or 2d].
+        edits: records the change.
+    """
+    z_teacher, z_student = block.normed(teacher).double(), block.normed(student).flatten().double()
+    chosen = _chosen(block, teacher)  # before any weight changes: what the student will have
+    share = 1.0 if block.router is None else _routing_sum(block, teacher)
+    branch = block.branch(teacher).flatten().double()
+    tau = wanted - block.residual(student).double().flatten()
+    u = tau if block.post_norm is None else _write_post_norm(block.post_norm, tau, branch, edits)
+    readers = [linear for mlp, _ in chosen for linear in mlp.reads_z.values()]
+    for linear in readers if block.router is None else [block.router, *readers]:
+        weight = weight_of(linear)
+        _add_rank_one(weight, weight.double() @ (z_teacher - z_student), z_student, edits)
+    for mlp, h in chosen:
+        bias: Tensor | None = mlp.down.bias  # type: ignore[assignment]
+        if bias is not None:
+            edits.set(bias, bias.double() + (u - branch) / share)
+        else:
+            _add_rank_one(weight_of(mlp.down), (u - branch) / share, h, edits)
+
+
+def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
+    """The MLP, or the experts that the block's own router chooses at `cut`, each with its h [f], float64."""
+    chosen: list[tuple[Mlp, Tensor]] = []
+    handles = [
+        mlp.down.register_forward_pre_hook(lambda _m, args, mlp=mlp: chosen.append((mlp, args[0].flatten().double())))
+        for mlp in block.mlps
+    ]
+    try:
+        block.branch(cut)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return chosen
+
+
+def _routing_sum(block: Block, cut: Tensor) -> float:
+    """Sum of the routing weights at `cut`: what the experts together return when each of them returns ones."""
+    handles = [mlp.down.register_forward_hook(lambda _m, _args, out: torch.ones_like(out)) for mlp in block.mlps]
+    try:
+        return float(block.branch(cut).flatten()[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_rank_one(weight: Tensor, output: Tensor, inputs: Tensor, edits: _Edits) -> None:
+    """weight [out, in] += output inputs^T / |inputs|^2, so that the linear gives `output` more for `inputs`."""
+    edits.set(weight, weight.double() + torch.outer(output, inputs / inputs.square().sum()))
+
+
+def _write_post_norm(norm: Any, tau: Tensor, branch: Tensor, edits: _Edits) -> Tensor:
+    """Set the post-norm's scale so that it makes tau [d] of u [d], and return u, as large as `branch` [d].
+
+    transformers stores a Gemma scale as m - 1.
+    """
+
+    def unscaled(x: Tensor) -> Tensor:
+        return x / (x.square().mean() + norm.eps).sqrt()
+
+    direction = tau.sign() * tau.abs().sqrt()
+    u = direction * (branch.square().mean() / direction.square().mean()).sqrt()
+    y = unscaled(u)
+    edits.set(norm.weight, torch.where(y == 0, torch.ones_like(y), tau / y) - 1)
+    return u
+
+
+class _Edits:
+    """Weights changed within the context, put back on leaving it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> _Edits:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for weight, before in reversed(self._kept):
+            weight.copy_(before)
+
+    def set(self, weight: Tensor, value: Tensor) -> None:
+        """weight <- value, rounded to the weight's precision."""
+        self._kept.append((weight, weight.clone()))
+        weight.copy_(value)

@@ -1,0 +1,113 @@
+"""The lock-step fit: teacher and student advance together, one block at a time.
+
+At each block: attention of both sides -> v_T, v_S; the form is fitted on the completion rows; the student's MLP half
+runs with the fit applied at EVERY position, the first included, as the runtime will. So errors below are seen and
+corrected above. Fitting all blocks in parallel from one unpatched student would correct the same error at every one.
+
+Cost: one teacher and one student pass over the tokens, plus the MLP halves of the completion rows and the solves. Only
+one block's weights and the two sets of hidden states are in use at a time, so a model bigger than memory is fitted from
+disk (offload.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoder import Block, TorchDelta, TorchPrefix, applied, blocks_of, layer_inputs, plain_inputs
+from ..quantise import QuantisedStudent, as_student
+from ..rollout import Batch, Dialogue, batches
+from ..source import resident
+from .baselines import fit_isotropic
+from .forms import FORMS, Rows, Settings
+
+
+@dataclass
+class _Side:
+    """One side of the pass over one batch: the hidden states, and what transformers hands each layer."""
+
+    batch: Batch
+    hidden: Tensor
+    layer_kwargs: list[dict[str, Any]]
+
+    @classmethod
+    def start(cls, model: nn.Module, batch: Batch, prefix: TorchPrefix | None = None) -> _Side:
+        mask = batch.attention_mask
+        inputs = plain_inputs(mask) if prefix is None else prefix.model_inputs(mask)
+        hidden, kwargs = layer_inputs(model, batch.input_ids, inputs)
+        return cls(batch, hidden, kwargs)
+
+    def attend(self, block: Block) -> None:
+        self.hidden = block.attention_half(self.hidden, self.layer_kwargs[block.index])
+
+    def feed_forward(self, block: Block) -> None:
+        self.hidden = block.mlp_half(self.hidden)
+
+    def rows(self) -> Tensor:
+        return self.batch.rows(self.hidden)
+
+
+def fit_lockstep(
+    model: nn.Module,
+    dialogues: Sequence[Dialogue],
+    method: str,
+    settings: Settings,
+    *,
+    prefix: TorchPrefix | None = None,
+    student: QuantisedStudent | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, dict[str, TorchDelta]]:
+    """Fit a static patch.
+
+    Args:
+        model: a transformers causal language model with an adapter, in eval mode.
+        dialogues: the calibration sequences; every student prompt starts with the same token.
+        method: one of `FORMS`, or `isotropic`.
+        settings: rank, ridge and the first block to patch.
+        prefix: key/value entries that the student will have in front.
+        student: the weights that the student will have, if they are not the teacher's.
+        batch_size: dialogues per forward pass.
+        progress: called with (blocks done, blocks in all).
+
+    Returns:
+        layer -> site -> delta, on the model's device and dtype.
+    """
+    form = {**FORMS, "isotropic": fit_isotropic}[method]
+    blocks = blocks_of(model)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        replaced = 0 if prefix is None else len(prefix.replaces)
+        pairs = list(batches(dialogues, batch_size, device, replaced))
+        teachers = [_Side.start(model, batch) for batch, _own in pairs]
+        with as_student(student):  # the table of tokens is quantised too
+            students = [_Side.start(model, batch, prefix) for _teacher, batch in pairs]
+        deltas: dict[int, dict[str, TorchDelta]] = {}
+        for block in blocks:
+            weights = partial(student.layer, block) if student is not None else nullcontext
+            with resident(block.layer):
+                for teacher in teachers:
+                    teacher.attend(block)
+                with weights():
+                    for side in students:
+                        side.attend(block)
+                rows = Rows(
+                    torch.cat([side.rows() for side in teachers]),
+                    torch.cat([side.rows() for side in students]),
+                    None if prefix is not None else students[0].hidden[:1, 0],
+                    weights,
+                )
+                deltas[block.index] = {} if block.index < settings.first_layer else form(block, rows, settings)
+                for teacher in teachers:
+                    teacher.feed_forward(block)
+                with weights(), applied(block, deltas[block.index]):
+                    for side in students:
+                        side.feed_forward(block)
+            progress(block.index + 1, len(blocks))
+    return deltas

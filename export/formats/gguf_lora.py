@@ -1,0 +1,78 @@
+"""A patch as a LoRA for llama.cpp: one GGUF file of pairs beside the MLP's linear layers.
+
+Tensors `blk.N.ffn_down.weight.lora_a` [rank, in] and `.lora_b` [out, rank], as llama.cpp's own converter names them
+from a PEFT folder; scaling is alpha / rank = 1. llama.cpp's LoRA has no bias: those go into a control vector, as far as
+one can carry them (control_vector.carried).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from tp_runtime.errors import ModelFormatError, PatchTargetError
+from tp_runtime.storage import atomic_file
+
+from .peft_out import Pair
+
+# transformers' model type -> llama.cpp's name, where they differ; the rest are called alike.
+_RENAMED = {"mistral": "llama", "gemma3_text": "gemma3"}
+# The attention's linear layers are permuted or fused on the way to GGUF: that is the converter's work.
+_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+
+
+def write_gguf_lora(pairs: Mapping[str, Pair], architecture: str, layers: int, out: Path) -> None:
+    """Write the file, whole or not at all; biases of the pairs are not written.
+
+    Args:
+        pairs: module name to pair, all of one rank (peft_out.pairs).
+        architecture: the base's model type.
+        layers: its number of layers.
+        out: the .gguf file; one that is there is replaced.
+
+    Raises:
+        ModelFormatError: llama.cpp has no architecture of that name.
+        PatchTargetError: no pair but zeros, or one beside another layer than the MLP's.
+        OSError: the operating system's error; no file is left behind.
+    """
+    name = _RENAMED.get(architecture, architecture)
+    known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    if name not in known:
+        raise ModelFormatError(
+            "the gguf package has no such architecture",
+            field="config.model_type",
+            got=architecture,
+            wanted="one that llama.cpp runs",
+            fix="write the PEFT folder and use llama.cpp's convert_lora_to_gguf.py",
+        )
+    names = gguf.get_tensor_name_map(known[name], layers)
+    real = {module: pair for module, pair in pairs.items() if pair.a.any()}
+    if not real:
+        raise PatchTargetError(
+            "the patch has no pair, only biases", field="PATCH", got=0, wanted="pairs", fix="tp-export control-vector"
+        )
+    rank = next(iter(real.values())).a.shape[0]
+    with atomic_file(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        for module, pair in real.items():
+            tensor = names.get_name(module)
+            if tensor is None or tensor.rpartition(".")[2] not in _MLP:
+                raise PatchTargetError(
+                    "only pairs beside the MLP's linear layers are written as GGUF",
+                    field=module,
+                    got=tensor or "no tensor of that name",
+                    wanted=" | ".join(_MLP),
+                    fix="write the PEFT folder and use llama.cpp's convert_lora_to_gguf.py",
+                )
+            writer.add_tensor(f"{tensor}.weight.lora_a", np.ascontiguousarray(pair.a))
+            writer.add_tensor(f"{tensor}.weight.lora_b", np.ascontiguousarray(pair.b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

@@ -1,0 +1,72 @@
+"""genai_config.json, which onnxruntime-genai needs beside the graph.
+
+The graph needs no change: its inputs and outputs are named in the config, slots and `tp.first_logit` have defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..decoder import kv_shape
+
+CONFIG = "genai_config.json"
+
+
+def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
+    """The config of one exported graph, for onnxruntime-genai's plain decoder.
+
+    Args:
+        config: the transformers text config.
+        eos_ids: token ids that end an answer.
+
+    Returns:
+        Greedy search by default, and a cache of its own for each step's output, which both export routes have.
+    """
+    kv_heads, head_size = kv_shape(config)
+    eos = sorted(eos_ids)
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": eos[0] if config.bos_token_id is None else config.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": eos[0] if config.pad_token_id is None else config.pad_token_id,
+            "context_length": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"provider_options": []},
+                "filename": "model.onnx",
+                "head_size": head_size,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": kv_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": config.max_position_embeddings,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
+    }
+
+
+def write_genai_config(config: Any, eos_ids: Collection[int], folder: Path) -> str:
+    """Write it into `folder`; returns the file's name."""
+    (folder / CONFIG).write_text(json.dumps(genai_config(config, eos_ids), indent=2) + "\n", encoding="utf-8")
+    return CONFIG

@@ -1,0 +1,142 @@
+"""What is left of a traced graph's overhead once its operators are fused.
+
+A decode step of a small model spends microseconds in each operator, so an operator that only moves shapes about costs
+as much as one that computes. Reshapes that undo each other go (queries split into heads, and joined again for the
+attention operator), and products of one input are joined (onnx_products.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .edit import is_read_once, is_weight, replace_node
+from .products import join_products
+
+
+def simplify(model: ir.Model) -> None:
+    """Remove reshapes that undo each other, and join what is computed from one value; in place.
+
+    Args:
+        model: the traced graph, its weights named.
+    """
+    for node in list(model.graph):
+        _multiply_plainly(model, node)
+    _norm_before_transposing(model)
+    _drop_reshapes(model)
+    RemoveUnusedNodesPass()(model)  # before anybody asks who else reads a value
+    join_products(model)
+    for node in list(model.graph):
+        _add_slot_at_once(model, node)
+    RemoveUnusedNodesPass()(model)
+
+
+def _multiply_plainly(model: ir.Model, node: ir.Node) -> None:
+    """Turn a Gemm, which no other pass knows, into a product and a sum; in place.
+
+    It multiplies an expert's rows [n, K], or GPT-2's [B, T, K], which is not flattened for it any more.
+    """
+    said = {name: attribute.value for name, attribute in node.attributes.items()}
+    weight = node.inputs[1] if node.op_type == "Gemm" else None
+    if weight is None or said.get("transA") or any(said.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return
+    if not is_weight(weight, 2) or node.inputs[0] is None:
+        return
+    assert weight.const_value is not None
+    if said.get("transB"):
+        turned = np.ascontiguousarray(weight.const_value.numpy().T)
+        weight.const_value, weight.shape = ir.tensor(turned, name=weight.name), ir.Shape(turned.shape)
+    source, out, gone = node.inputs[0], node.outputs[0], [node]
+    flattened, readers = source.producer(), [use.node for use in out.uses()]
+    if flattened is not None and flattened.op_type == "Reshape" and [r.op_type for r in readers] == ["Reshape"]:
+        whole, unflattened = flattened.inputs[0], readers[0].outputs[0]
+        inputs, outputs = weight.const_value.shape.numpy()
+        if whole is not None and _is_product_of(whole, unflattened, inputs, outputs):
+            source, out, gone = whole, unflattened, [readers[0], node]
+    steps = [ir.node("MatMul", [source, weight], name=node.name)]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        steps.append(ir.node("Add", [steps[0].outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
+    for step in steps:
+        step.outputs[0].type, step.outputs[0].shape = out.type, out.shape
+    model.graph.insert_before(node, steps)
+    name = out.name
+    ir.convenience.replace_all_uses_with(out, steps[-1].outputs[0])
+    model.graph.remove(gone, safe=True)
+    steps[-1].outputs[0].name = name
+
+
+def _is_product_of(source: ir.Value, out: ir.Value, inputs: int, outputs: int) -> bool:
+    """Whether `out` can be [..., outputs] of a `source` [..., inputs]."""
+    if source.shape is None or out.shape is None or len(source.shape) != len(out.shape):
+        return False
+    same = _same_dimensions(source.shape[:-1], out.shape[:-1])
+    return same and source.shape[-1] == inputs and out.shape[-1] == outputs
+
+
+def _norm_before_transposing(model: ir.Model) -> None:
+    """Drop the transposes around a norm of each head (Qwen 3, Gemma 3): it reads the last dimension, which stays."""
+    for node in model.graph:
+        if node.op_type != "Transpose" or node.inputs[0] is None:
+            continue
+        norm = node.inputs[0].producer()
+        if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not is_read_once(norm):
+            continue
+        first = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+        if first is None or first.op_type != "Transpose":
+            continue
+        there, back = (list(t.attributes["perm"].as_ints()) for t in (first, node))
+        last = len(there) - 1
+        if [there[i] for i in back] == list(range(len(there))) and there[last] == last:
+            norm.replace_input_with(0, first.inputs[0])
+            norm.outputs[0].shape = node.outputs[0].shape
+            ir.convenience.replace_all_uses_with(node.outputs[0], norm.outputs[0])
+
+
+def _drop_reshapes(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None:
+            continue
+        origin = node.inputs[0]
+        while (
+            (before := origin.producer()) is not None and before.op_type == "Reshape" and before.inputs[0] is not None
+        ):
+            origin = before.inputs[0]
+        if _same_shape(origin, node.outputs[0]) and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], origin)
+        elif not _takes_from_input(node):
+            node.replace_input_with(0, origin)
+
+
+def _same_shape(one: ir.Value, other: ir.Value) -> bool:
+    if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
+        return False
+    return _same_dimensions(one.shape.dims, other.shape.dims)
+
+
+def _same_dimensions(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return all(
+        a == b and not (isinstance(a, ir.SymbolicDim) and a.value is None) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _takes_from_input(node: ir.Node) -> bool:
+    """Whether a 0 in the wanted shape copies a dimension of what is reshaped, so that it must stay what it is."""
+    wanted = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return wanted is None or bool((wanted.numpy() == 0).any())
+
+
+def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
+    """out + (pair + bias) of a slot as one Sum: unpatched, all that slots cost is the calls of their operators."""
+    if node.op_type != "Add":
+        return
+    for out, slot in (node.inputs, node.inputs[::-1]):
+        inner = slot.producer() if slot is not None else None
+        if inner is None or inner.op_type != "Add" or not is_read_once(inner):
+            continue
+        if any(value is not None and value.is_graph_input() for value in inner.inputs):  # only slots have biases there
+            replace_node(model, node, ir.node("Sum", [out, *inner.inputs], name=node.name))
+            return

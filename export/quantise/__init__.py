@@ -1,0 +1,24 @@
+"""The precisions of an export: weights in blocks of few bits, and the base model as a quantised export computes it.
+
+Knows nothing of graphs or patches.
+"""
+
+from .blocks import BLOCK, Blocks
+from .precision import MEASURED, Precision, check_precision, held_out_text, quantised
+from .student import QuantisedStudent, as_student, float_weights, log_probabilities, measured_precision, student_of
+
+__all__ = [
+    "BLOCK",
+    "MEASURED",
+    "Blocks",
+    "Precision",
+    "QuantisedStudent",
+    "as_student",
+    "check_precision",
+    "float_weights",
+    "held_out_text",
+    "log_probabilities",
+    "measured_precision",
+    "quantised",
+    "student_of",
+]

@@ -1,0 +1,17 @@
+"""The queries that a patch is fitted and measured on: read from files, held out, or written by the model itself.
+
+Knows nothing of fits or figures.
+"""
+
+from .questions import check_disjoint, check_unfitted, load_questions, query_digest, split_holdout
+from .self_study import statements, write_questions
+
+__all__ = [
+    "check_disjoint",
+    "check_unfitted",
+    "load_questions",
+    "query_digest",
+    "split_holdout",
+    "statements",
+    "write_questions",
+]

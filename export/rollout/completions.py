@@ -1,0 +1,119 @@
+"""Completions by transformers' own generate, batched: greedy, or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..decoder import TorchPrefix
+from .store import RolloutStore
+
+
+def complete(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    store: RolloutStore | None = None,
+    prefix: TorchPrefix | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[int, ...]]:
+    """Completions of `prompts`, each up to and with its end-of-sequence token.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids; prompts of similar length share a batch, padded on the left.
+        max_new_tokens: at most this many tokens each.
+        eos_ids: ids that end a completion.
+        temperature: 0.0 is greedy; else ids are sampled from the whole distribution.
+        seed: another seed, other samples; the caller's random state is left as it was.
+        batch_size: prompts a batch.
+        store: answers it has are taken from it, new ones are put into it batch by batch.
+        prefix: key/value entries in front, which stand in for the first ids of every prompt; greedy, a prompt at a
+            time, since transformers' generate cannot place text at a position of its own.
+        progress: called with the number of prompts just finished.
+    """
+    if prefix is not None:
+        found = []
+        for prompt in prompts:
+            found.append(_after_prefix(model, prefix, prompt, max_new_tokens, eos_ids))
+            progress(1)
+        return found
+    completions: list[tuple[int, ...]] = [()] * len(prompts)
+    keys: list[str] = []
+    if store is not None:
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        keys = [store.key(prompt, settings) for prompt in prompts]
+        completions = [store.get(key) or () for key in keys]
+        progress(sum(map(bool, completions)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pad = min(eos_ids)
+    # A configuration of our own: the model's may hold a repetition penalty or a sampler, and none of it is meant.
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad, bos_token_id=None, **how
+    )
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        # Batches are the same in every run, so that a sampled answer does not depend on what was there already.
+        if all(completions[i] for i in part):
+            continue
+        known = sum(bool(completions[i]) for i in part)
+        longest = max(len(prompts[i]) for i in part)
+        ids = torch.full((len(part), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(part):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed + start)
+            out = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=generation,
+                use_model_defaults=False,
+            )
+        for row, i in enumerate(part):
+            completions[i] = _until_eos(out[row, longest:].tolist(), eos_ids)
+        if store is not None:
+            store.put({keys[i]: completions[i] for i in part})
+        progress(len(part) - known)
+    return completions
+
+
+def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> tuple[int, ...]:
+    for i, token in enumerate(tokens):
+        if token in eos_ids:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)
+
+
+def _after_prefix(
+    model: Any, prefix: TorchPrefix, prompt: Sequence[int], max_new_tokens: int, eos_ids: frozenset[int]
+) -> tuple[int, ...]:
+    cache = prefix.cache()
+    ids = torch.tensor([list(prompt[len(prefix.replaces) :])], device=model.device)
+    answer: list[int] = []
+    position = prefix.position
+    while len(answer) < max_new_tokens and not (answer and answer[-1] in eos_ids):
+        where = torch.arange(ids.shape[1], device=model.device)
+        with torch.no_grad():
+            out = model(
+                ids,
+                position_ids=position + where[None],
+                cache_position=cache.get_seq_length() + where,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        position += ids.shape[1]
+        answer.append(int(out.logits[0, -1].argmax()))
+        ids = torch.tensor([answer[-1:]], device=model.device)
+    return tuple(answer)

@@ -1,0 +1,9 @@
+"""Opening a base model: a Hugging Face folder or a hub id, its text side, its digest and its loaded weights.
+
+Knows nothing of patches or exports.
+"""
+
+from .offload import load_offloaded, resident
+from .source import Source, load_model, open_source
+
+__all__ = ["Source", "load_model", "load_offloaded", "open_source", "resident"]

@@ -1,0 +1,181 @@
+"""Every block design at one block: the cut between its halves, the static forms, the sites; on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime_tests.export.fit.test_forms import dialogues
+from runtime_tests.patches import random_config
+from runtime_tests.tiny import VARIANTS, tiny_model
+from tp_export.decoder import (
+    SLOT_SETS,
+    Block,
+    TorchDelta,
+    adapter_for,
+    applied,
+    blocks_of,
+    layer_inputs,
+    patched,
+    plain_inputs,
+    slots_of,
+    weight_of,
+)
+from tp_export.decoder.adapters import ADAPTERS
+from tp_export.fit import Settings, lockstep, to_half
+from tp_export.fit.forms import FORMS, Rows
+from tp_export.fit.ridge import fit_affine
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import CalibrationError, ModelFormatError
+from tp_runtime.patch import Patch
+
+MIXTURES = {"mixtral", "qwen3_moe", "qwen3_moe normalised"}
+
+
+@pytest.fixture(scope="module", params=[*ADAPTERS, *VARIANTS])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A design and a model of it."""
+    folder = tmp_path_factory.mktemp("design")
+    return request.param, load_model(open_source(tiny_model(folder, request.param)))
+
+
+@pytest.fixture(scope="module")
+def methods(case: tuple[str, Any]) -> list[str]:
+    """The forms that apply to the design."""
+    return [method for method in FORMS if method not in ("matrix", "lora") or case[0] not in MIXTURES]
+
+
+def some_rows(block: Block, count: int) -> Rows:
+    g = torch.Generator().manual_seed(1)
+    width = weight_of(block.mlps[0].down).shape[0] * (2 if block.parallel else 1)
+    student = torch.randn(count, width, generator=g)
+    return Rows(student + 0.3 * torch.randn(count, width, generator=g), student, torch.randn(1, width, generator=g))
+
+
+def outputs_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What every layer of the unmodified model returns, o [1, T, d]."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        block.layer.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for block in blocks_of(model)
+    ]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def test_the_halves_make_the_layer(case: tuple[str, Any]) -> None:
+    """Attention half and MLP half one after the other are what the model computes, masks and positions included."""
+    _design, model = case
+    ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
+    for block, wanted in zip(blocks_of(model), outputs_of(model, ids), strict=True):
+        cut = block.attention_half(hidden, kwargs[block.index])
+        assert cut.shape[-1] == (2 if block.parallel else 1) * hidden.shape[-1]
+        if block.parallel:
+            assert torch.equal(block.normed(cut), block.mlp_norm(hidden))
+        hidden = block.mlp_half(cut)
+        assert (hidden - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
+    case: tuple[str, Any], methods: list[str]
+) -> None:
+    """Fewer rows than inputs: the regression can interpolate; a vector gets the mean right whatever it cannot."""
+    block = blocks_of(case[1])[0]
+    rows = some_rows(block, 20)
+    wanted = block.mlp_half(rows.teacher)
+    before = (block.mlp_half(rows.student) - wanted).abs().max()
+    for method in methods:
+        with applied(block, FORMS[method](block, rows, Settings(rank=80, ridge=1e-9))):
+            after = block.mlp_half(rows.student) - wanted
+        if method == "lora" and block.post_norm is not None:  # no pair in front of the norm can be exact
+            assert after.square().mean() < before.square()
+            continue
+        assert (after.mean(0) if method == "vector" else after).abs().max() < 2e-3 * before, method
+
+
+@torch.no_grad()
+def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], methods: list[str]) -> None:
+    """Lock-step and the hooks on the whole model agree on what the last layer returns, and the patch does something."""
+    _design, model = case
+    data = dialogues()
+    ids = torch.tensor([data[0].student()])
+    for method in methods:
+        deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3))
+        hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
+        for block in blocks_of(model):
+            with applied(block, deltas[block.index]):
+                hidden = block.mlp_half(block.attention_half(hidden, kwargs[block.index]))
+        with patched(model, Patch(to_half(deltas), random_config())):
+            wanted = outputs_of(model, ids)[-1]
+        assert (wanted - outputs_of(model, ids)[-1]).abs().max() > 0.02 * wanted.abs().max(), method
+        assert (hidden - wanted).abs().max() < 5e-3 * wanted.abs().max(), method
+
+
+@torch.no_grad()
+def test_matrix_is_one_map_for_every_linear_that_reads_z(case: tuple[str, Any], methods: list[str]) -> None:
+    """dW = W M with the ridge map M of z, for gate and up, for Phi-3's one matrix of both, for a plain MLP's first."""
+    if "matrix" not in methods:
+        block = blocks_of(case[1])[0]
+        for method in ("matrix", "lora"):
+            with pytest.raises(CalibrationError, match="mixture of experts"):
+                FORMS[method](block, some_rows(block, 8), Settings())
+        return
+    block = blocks_of(case[1])[0]
+    rows = some_rows(block, 60)
+    z_teacher, z_student = block.normed(rows.teacher), block.normed(rows.student)
+    m = fit_affine(z_student, z_teacher - z_student, 0.7, block.normed(rows.sink)[0]).matrix
+    deltas = FORMS["matrix"](block, rows, Settings(rank=64, ridge=0.7))
+    assert set(deltas) == {*block.adapter.reads_z, "mlp_out"}
+    for site, linear in block.mlps[0].reads_z.items():
+        delta = deltas[site]
+        assert delta.a is not None and delta.b is not None
+        assert torch.allclose((delta.a @ delta.b).double(), (weight_of(linear).double() @ m).T, atol=5e-4)
+
+
+@torch.no_grad()
+def test_mlp_out_of_experts_reads_what_they_read(tmp_path: Path) -> None:
+    """h differs from expert to expert: the site reads z, and adds to what the mixture returns."""
+    model = load_model(open_source(tiny_model(tmp_path, "mixtral")))
+    block = blocks_of(model)[0]
+    cut = some_rows(block, 7).student
+    assert torch.equal(block.hidden(cut), block.normed(cut))
+    g = torch.Generator().manual_seed(2)
+    delta = TorchDelta(torch.zeros(48), torch.randn(48, 2, generator=g), torch.randn(2, 48, generator=g))
+    wanted = block.mlp_half(cut) + delta(block.normed(cut))
+    with applied(block, {"mlp_out": delta}):
+        assert torch.allclose(block.mlp_half(cut), wanted, atol=1e-5)
+
+
+def test_slots_are_named_after_what_the_architecture_has(case: tuple[str, Any]) -> None:
+    design, model = case
+    sites = {name: {slot.site for slot in slots_of(model, name) if slot.layer == 0} for name in SLOT_SETS}
+    attention = {"phi3": {"qkv", "o"}, "gpt2": {"qkv", "o"}, "gpt_neox": {"qkv", "o"}}
+    reads_z = {"phi3": {"gate_up"}, "gpt2": {"up"}, "gpt_neox": {"up"}}
+    family = design.partition(" ")[0]
+    mlp = set() if design in MIXTURES else reads_z.get(family, {"gate", "up"})
+    down = set() if design in MIXTURES else {"down"}
+    assert sites["output"] == {"mlp_out"}
+    assert sites["mlp"] == {"mlp_out"} | mlp
+    assert sites["all"] == {"mlp_out"} | mlp | down | attention.get(family, {"q", "k", "v", "o"})
+
+
+def test_layers_without_experts_are_ordinary_ones(tmp_path: Path) -> None:
+    """A Qwen mixture may have plain layers in between, with a plain layer's sites and sizes."""
+    model = load_model(open_source(tiny_model(tmp_path, "qwen3_moe")))
+    slots = {(slot.layer, slot.site): (slot.inputs, slot.outputs) for slot in slots_of(model, "all")}
+    assert slots[1, "mlp_out"] == (80, 48) and slots[1, "down"] == (80, 48)
+    assert slots[0, "mlp_out"] == (48, 48) and (0, "down") not in slots
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ModelFormatError) as error:
+        adapter_for("mamba")
+    assert error.value.got == "mamba" and set(str(error.value.wanted).split(" | ")) == set(ADAPTERS)

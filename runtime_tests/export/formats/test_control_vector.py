@@ -1,0 +1,173 @@
+"""GGUF control vectors: written and read by repeng's and llama.cpp's rules, and nothing is lost unsaid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from runtime_tests.logits import furthest, token_ids, torch_logits
+from runtime_tests.patches import random_config
+from tp_export import cli
+from tp_export.formats import read_control_vector
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError
+from tp_runtime.patch import Delta, Patch
+
+SIZE = 64  # of tiny_llama, whose layers are 3
+
+
+def bias_patch(source: Path, layers: range = range(1, 3), pair: bool = False) -> Patch:
+    opened = open_source(source)
+    rng = np.random.default_rng(0)
+    size = opened.config["hidden_size"]
+    deltas = {}
+    for layer in layers:
+        bias = rng.standard_normal(size)
+        a, b = (np.ones((80, 1)), np.ones((1, size))) if pair else (None, None)
+        deltas[layer, "mlp_out"] = Delta(a, b, bias)
+    config = random_config(base_digest=opened.digest, base_model=opened.name, architecture=opened.architecture)
+    return Patch(deltas, config)
+
+
+def written(path: Path, directions: dict[str, np.ndarray], architecture: str = "controlvector", **fields: int) -> Path:
+    """A file as repeng's export_gguf writes it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("controlvector.model_hint", "llama")
+    for key, value in ({"layer_count": len(directions)} | fields).items():
+        writer.add_uint32(f"controlvector.{key}", value)
+    for name, values in directions.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
+def test_there_and_back_is_the_same_patch(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source: Path = request.getfixturevalue(model)
+    patch = bias_patch(source)
+    patch.save(tmp_path / "p.safetensors", dtype="f32")
+    assert cli.main(["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf")]) == 0
+    arguments = ["import", str(tmp_path / "v.gguf"), str(tmp_path / "q.safetensors"), "--base", str(source)]
+    assert cli.main(arguments) == 0
+    back = Patch.load(tmp_path / "q.safetensors")
+    assert back.identity == patch.identity
+    assert (back.config.method, back.name) == ("imported", "v") and back.config.probe is not None
+
+
+def test_the_file_is_what_llama_cpp_and_repeng_read(tiny_llama: Path, tmp_path: Path) -> None:
+    """common_control_vector_load_one: float32, one dimension, direction.<n> with n >= 1; repeng: hint and count."""
+    patch = bias_patch(tiny_llama)
+    patch.save(tmp_path / "p.safetensors", dtype="f32")
+    cli.main(["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf")])
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "llama" and fields["controlvector.layer_count"] == 2
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert set(tensors) == {"direction.1", "direction.2"}
+    for layer in (1, 2):
+        tensor = tensors[f"direction.{layer}"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        assert np.array_equal(tensor.data, patch.deltas[layer, "mlp_out"].bias)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
+def test_direction_n_is_added_to_what_block_n_returns(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """repeng's ControlModule, and llama.cpp's build_cvec, on block n counted from 0."""
+    source = open_source(request.getfixturevalue(model))
+    direction = np.random.default_rng(1).standard_normal(source.config["hidden_size"]).astype(np.float32)
+    file = written(tmp_path / "v.gguf", {"direction.1": direction})
+    torch_model, ids = load_model(source), token_ids(30)
+    patch = Patch(read_control_vector(file, source.config), random_config())
+    got = torch_logits(torch_model, ids, patch)
+
+    def add(_module: Any, _args: Any, out: Any) -> Any:
+        return (out[0] + add.direction, *out[1:]) if isinstance(out, tuple) else out + add.direction  # type: ignore[attr-defined]
+
+    import torch
+
+    add.direction = torch.from_numpy(direction)  # type: ignore[attr-defined]
+    torch_model.model.layers[1].register_forward_hook(add)
+    assert furthest(got, torch_logits(torch_model, ids)) < 1e-4
+
+
+def test_reading_takes_repengs_block_0_and_half_precision(tiny_llama: Path, tmp_path: Path) -> None:
+    values = np.arange(SIZE, dtype=np.float16)
+    file = written(tmp_path / "v.gguf", {"direction.0": values, "direction.2": values})
+    deltas = read_control_vector(file, open_source(tiny_llama).config)
+    assert set(deltas) == {(0, "mlp_out"), (2, "mlp_out")}
+    assert np.array_equal(deltas[0, "mlp_out"].bias, values)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pair", "named"),
+    [(range(3), False, "the bias of layers.0.mlp_out"), (range(1, 3), True, "the pair of layers.1.mlp_out")],
+)
+def test_what_cannot_be_carried_is_refused_or_said(
+    layers: range, pair: bool, named: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = bias_patch(tiny_llama, layers, pair)
+    patch.save(tmp_path / "p.safetensors", dtype="f32")
+    arguments = ["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf")]
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert named in message and "--lossy" in message and not (tmp_path / "v.gguf").exists()
+    assert cli.main([*arguments, "--lossy"]) == 0
+    assert f"left out: {named}" in capsys.readouterr().err
+    deltas = read_control_vector(tmp_path / "v.gguf", open_source(tiny_llama).config)
+    assert {layer for layer, _ in deltas} == {1, 2}
+
+
+def test_a_patch_without_such_biases(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bias_patch(tiny_llama, range(1)).save(tmp_path / "p.safetensors")
+    arguments = ["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf"), "--lossy"]
+    assert cli.main(arguments) == 2
+    assert "nothing that a control vector can carry" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+VALUES = np.ones(SIZE, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("directions", "options", "error", "named"),
+    [
+        ({"direction.1": VALUES}, {"architecture": "llama"}, PatchFormatError, "general.architecture"),
+        ({"direction.1": VALUES}, {"layer_count": 2}, PatchFormatError, "not all there"),
+        ({}, {}, PatchFormatError, "not all there"),
+        ({"direction.1": VALUES.astype(np.float64)}, {}, PatchFormatError, "F64"),
+        ({"direction.x": VALUES}, {}, PatchTargetError, "direction.x"),
+        ({"direction.-1": VALUES}, {}, PatchTargetError, "direction.-1"),
+        ({"steer.1": VALUES}, {}, PatchTargetError, "steer.1"),
+        ({"direction.3": VALUES}, {}, PatchShapeError, "layers 0..2"),
+        ({"direction.1": VALUES[1:]}, {}, PatchShapeError, "63"),
+        ({"direction.1": VALUES[None]}, {}, PatchShapeError, "direction.1"),
+    ],
+)
+def test_files_that_are_no_control_vector_of_the_base(
+    directions: Any, options: Any, error: type[Exception], named: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    file = written(tmp_path / "v.gguf", directions, **options)
+    with pytest.raises(error, match=named):
+        read_control_vector(file, open_source(tiny_llama).config)
+
+
+def test_damaged_files(tiny_llama: Path, tmp_path: Path) -> None:
+    whole = written(tmp_path / "v.gguf", {"direction.1": VALUES, "direction.2": VALUES}).read_bytes()
+    config = open_source(tiny_llama).config
+    file = tmp_path / "damaged.gguf"
+    with pytest.raises(PatchFormatError):
+        read_control_vector(file, config)
+    for content in (b"", b"GGUF", b"PK\x03\x04" + whole, *(whole[:end] for end in range(8, len(whole), 37))):
+        file.write_bytes(content)
+        with pytest.raises(PatchFormatError):
+            read_control_vector(file, config)

@@ -1,0 +1,308 @@
+"""Exports of tiny models: every architecture, refusals, interruptions, and programs that know nothing of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
+from runtime_tests.patches import patch_for
+from runtime_tests.tiny import tiny_model
+from tp_export.decoder.adapters import ADAPTERS
+from tp_export.graph import export as model_export
+from tp_export.graph import export_model
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import BaseMismatchError, ModelFormatError, PatchShapeError, PatchTargetError
+from tp_runtime.patch import Delta, Patch
+from tp_runtime.session import Graph, ModelFolder
+from tp_runtime.text import TextCodec
+
+TOLERANCE = 1e-4
+DESIGNS = [*ADAPTERS, "phi3 longrope", "gpt2 scaled by layer", "gpt_neox sequential"]
+IDS = token_ids(64)
+STEPS = (40, *(1,) * 24)
+
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """architecture -> (source, export): one export each, two of them shared with every other test."""
+    found: dict[str, Made] = {}
+
+    def make(architecture: str) -> Made:
+        if architecture not in found:
+            shared = {"llama": "tiny_llama", "gemma3_text": "tiny_gemma"}.get(architecture)
+            if shared:
+                found[architecture] = request.getfixturevalue(shared), request.getfixturevalue(f"{shared}_export")
+            else:
+                root = tmp_path_factory.mktemp(architecture)
+                layers = 3 if architecture == "gemma2" else 2  # Gemma's alternate, 2 are enough elsewhere
+                source = tiny_model(root / "source", architecture, num_hidden_layers=layers)
+                found[architecture] = (
+                    source,
+                    export_model(open_source(source), root / "export", route="fused", slot_set="all"),
+                )
+        return found[architecture]
+
+    return make
+
+
+# -- architectures -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", DESIGNS)
+def test_logits_are_those_of_eager_attention(made: Callable[[str], Made], architecture: str) -> None:
+    source, export = made(architecture)
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    graph = Graph(ModelFolder.open(export), "cpu")
+    assert graph.folder.architecture == architecture.partition(" ")[0] and graph.folder.route == "fused"
+    wanted = torch_logits(model, IDS)
+    assert furthest(graph_logits(graph, IDS), wanted) < TOLERANCE
+    assert furthest(graph_logits(graph, IDS, chunks=STEPS), wanted) < TOLERANCE
+    patch = patch_for(graph.folder, scale=0.3)
+    patched = torch_logits(model, IDS, patch)
+    assert furthest(patched, wanted) > 100 * TOLERANCE
+    assert furthest(graph_logits(graph, IDS, graph.bind(patch), STEPS), patched) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_every_weight_has_the_name_of_its_module(made: Callable[[str], Made], architecture: str) -> None:
+    source, export = made(architecture)
+    graph = onnx.load(export / "model.onnx", load_external_data=False).graph
+    model = AutoModelForCausalLM.from_pretrained(source)
+    known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
+    # side by side (onnx_products.py)
+    for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"), (".w1.", ".w1_w3.")):
+        known |= {name.replace(first, joint) for name in known}
+    weights = {i.name for i in graph.initializer if i.dims and min(i.dims) >= 16 and not i.name.startswith("tp.")}
+    assert weights and weights <= known
+    assert not any(node.metadata_props for node in graph.node)  # which the names were read from
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_nodes_say_where_they_belong(made: Callable[[str], Made], architecture: str) -> None:
+    _source, export = made(architecture)
+    names = [node.name for node in onnx.load(export / "model.onnx", load_external_data=False).graph.node]
+    assert len(set(names)) == len(names) and not any(name.startswith("node_") for name in names)
+    layer = {name.removeprefix("model.layers.1.") for name in names if name.startswith("model.layers.1.")}
+    wanted = {"self_attn.GroupQueryAttention", "self_attn.qkv_proj.MatMul", "mlp.gate_up_proj.MatMul", "mlp.Mul"}
+    assert wanted | {"mlp.gate_up_proj.Split", "mlp.down_proj.MatMul", "self_attn.o_proj.MatMul"} <= layer
+    assert {"tp.1.mlp_out.MatMul", "tp.1.mlp_out.MatMul_2", "tp.1.mlp_out.Sum"} <= set(names)
+    assert names[-1] in ("lm_head.MatMul", "lm_head.FusedMatMul")  # the second where it is tied
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_a_module_reads_a_value_in_one_product(made: Callable[[str], Made], architecture: str) -> None:
+    _source, export = made(architecture)
+    graph = onnx.load(export / "model.onnx", load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
+    read = [
+        (node.input[0], node.input[1].removesuffix(".weight").rpartition(".")[0])
+        for node in graph.node
+        if node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in weights
+    ]
+    assert read and len(set(read)) == len(read)
+
+
+def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], Made]) -> None:
+    """What the parity above would miss if these did not matter on a tiny model, or if torch itself left them out."""
+    source, _export = made("gemma2")
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    wanted = torch_logits(model, IDS)
+    assert np.array_equal(torch_logits(load_model(open_source(source)), IDS), wanted)  # by default it would be sdpa
+    for change in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
+        options = {change: 64 if change == "sliding_window" else None}
+        other = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options).eval()
+        assert furthest(torch_logits(other, IDS), wanted) > 30 * TOLERANCE, change
+
+
+def test_a_rotary_table_that_depends_on_the_length_ends_the_window(made: Callable[[str], Made]) -> None:
+    """longrope: the graph has the frequencies of short texts and serves no others; transformers changes them."""
+    source, export = made("phi3 longrope")
+    folder = ModelFolder.open(export)
+    assert folder.context_window == 256
+    model = load_model(open_source(source))
+    ids = token_ids(257)
+    assert furthest(graph_logits(Graph(folder, "cpu"), ids[:256]), torch_logits(model, ids[:256])) < TOLERANCE
+    assert furthest(torch_logits(model, ids)[:256], torch_logits(model, ids[:256])) > 30 * TOLERANCE
+
+
+@pytest.mark.parametrize("design", ["llama", "mixtral", "phi3 longrope"])
+def test_the_model_is_left_as_it_was(design: str, tmp_path: Path) -> None:
+    source = open_source(tiny_model(tmp_path, design))
+    model = load_model(source)
+    before = torch_logits(model, IDS)
+    modules, attention = [name for name, _ in model.named_modules()], model.config._attn_implementation
+
+    def interrupted(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.Embedding, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model_export.trace(model, model_export.slots_of(model, "all"))
+    assert [name for name, _ in model.named_modules()] == modules
+    assert model.config._attn_implementation == attention
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert np.array_equal(torch_logits(model, IDS), before)
+
+
+# -- programs that know nothing of slots ---------------------------------------------------------------------
+
+
+def test_a_batch_has_one_patch_or_one_a_row(tiny_llama_export: Path) -> None:
+    folder = ModelFolder.open(tiny_llama_export)
+    graph = Graph(folder, "cpu")
+    rows = [token_ids(20, seed=seed) for seed in (1, 2)]
+    patches = [patch_for(folder, seed=seed, rank=3, scale=0.3) for seed in (1, 2)]
+    bound = [{name: value.numpy() for name, value in graph.bind(patch).values.items()} for patch in patches]
+    shared = plain_session_logits(folder.path, rows, **bound[0])
+    own = plain_session_logits(
+        folder.path, rows, **{name: np.concatenate([b[name] for b in bound]) for name in bound[0]}
+    )
+    for row in range(2):
+        assert furthest(shared[row], graph_logits(graph, rows[row], graph.bind(patches[0]))) < TOLERANCE
+        assert furthest(own[row], graph_logits(graph, rows[row], graph.bind(patches[row]))) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
+def test_optimum_loads_the_folder_and_generates_what_transformers_does(
+    made: Callable[[str], Made], architecture: str
+) -> None:
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    source, export = made(architecture)
+    prompt = torch.tensor([[5, 77, 130, 9, 200]])
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    torch_model = AutoModelForCausalLM.from_pretrained(source)
+    wanted = torch_model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
+    model = ORTModelForCausalLM.from_pretrained(export)
+    assert model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist() == wanted
+    assert len(wanted) == 29
+
+
+def test_the_folder_carries_the_text_side(made: Callable[[str], Made]) -> None:
+    source, export = made("llama")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (export / name).read_bytes() == (source / name).read_bytes()
+    assert set(ModelFolder.open(export, verify=True).files) == {path.name for path in export.iterdir()} - {
+        "patch_slots.json"
+    }
+    assert TextCodec.from_folder(export).render("Hi") == TextCodec.from_folder(source).render("Hi")
+
+
+# -- refusals and interruptions ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals come before the expensive part."""
+
+    def trace(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(model_export, "trace", trace)
+
+
+def fitting(made: Callable[[str], Made]) -> tuple[Any, Patch]:
+    source, export = made("llama")
+    return open_source(source), patch_for(ModelFolder.open(export))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(("option", "got"), [("precision", "fp8"), ("route", "sideways"), ("slot_set", "some")])
+def test_an_unknown_option_is_refused(made: Callable[[str], Made], tmp_path: Path, option: str, got: str) -> None:
+    with pytest.raises(ModelFormatError) as error:
+        export_model(fitting(made)[0], tmp_path / "out", **{option: got})  # type: ignore[arg-type]
+    assert (error.value.field, error.value.got) == (option, got)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_patch_that_does_not_fit_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
+    source, patch = fitting(made)
+    delta = patch.deltas[0, "mlp_out"]
+    bad = {
+        "digest": (BaseMismatchError, Patch(patch.deltas, replace(patch.config, base_digest="0" * 64))),
+        "precision": (BaseMismatchError, Patch(patch.deltas, replace(patch.config, precision="int4"))),
+        "site": (PatchTargetError, Patch({(0, "gate"): delta}, patch.config)),
+        "layer": (PatchShapeError, Patch({(3, "mlp_out"): delta}, patch.config)),
+        "shape": (PatchShapeError, Patch({(0, "mlp_out"): Delta(bias=np.ones(7))}, patch.config)),
+    }
+    for error, wrong in bad.values():
+        with pytest.raises(error):
+            export_model(source, tmp_path / "out", patch=wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_folder_that_is_taken_stays_as_it_is(made: Callable[[str], Made], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for taken in (out, out / "notes.txt"):
+        with pytest.raises(ModelFormatError):
+            export_model(fitting(made)[0], taken)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [
+        ("trace", KeyboardInterrupt()),
+        ("save", KeyboardInterrupt()),
+        ("save", OSError(28, "No space left on device")),
+        ("check_export", KeyboardInterrupt()),
+    ],
+)
+def test_an_interruption_leaves_nothing_and_takes_nothing(
+    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: Any
+) -> None:
+    """Also with `overwrite`: the old folder is there until the new one is whole."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    if stage == "trace":
+        monkeypatch.setattr(model_export, "trace", fail)
+    else:  # a graph of nothing takes its place: what comes before is not under test
+        monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
+        for step in ("name_weights", "name_vectors", "name_dimensions", "name_nodes"):
+            monkeypatch.setattr(model_export, step, lambda *_args: None)
+        monkeypatch.setattr(model_export, "add_first_logit", lambda *_args: None)
+        monkeypatch.setattr(model_export, "simplify", lambda *_args: None)
+        monkeypatch.setattr(model_export, "make_slots_overridable", lambda *_args: [])
+
+        def save(_graph: Any, folder: Path, _values: Any) -> list[str]:
+            (folder / "model.onnx").write_bytes(b"half")
+            return fail() if stage == "save" else ["model.onnx"]  # type: ignore[func-returns-value]
+
+        monkeypatch.setattr(model_export, "save_graph", save)
+        monkeypatch.setattr(model_export, "check_export", fail)
+    with pytest.raises(type(error)):
+        export_model(fitting(made)[0], out, route="fused", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["old.txt"]
+
+
+def test_an_export_that_computes_something_else_is_not_kept(made: Callable[[str], Made], tmp_path: Path) -> None:
+    source, export = made("llama")
+    model = load_model(open_source(source))
+    model_export.check_export(model, export)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 3
+    with pytest.raises(ModelFormatError, match="does not compute"):
+        model_export.check_export(model, export)

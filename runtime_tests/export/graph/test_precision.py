@@ -1,0 +1,246 @@
+"""Exports in every precision, patches fitted for one of them, and folders that repair themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from runtime_tests.logits import graph_logits, token_ids
+from runtime_tests.patches import patch_for
+from runtime_tests.tiny import tiny_model
+from tp_export.fit import Recipe, make_patch
+from tp_export.graph import export_model
+from tp_export.measure import fidelity
+from tp_export.quantise import QuantisedStudent, float_weights, quantised, student_of
+from tp_export.rollout import dialogues_for
+from tp_export.source import Source, load_model, open_source
+from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
+from tp_runtime.patch import FLOAT_PRECISIONS, Patch
+from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
+
+PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4")
+IDS = token_ids(40)
+QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A head tied to the table of tokens, as in small real models, and widths of whole blocks."""
+    folder = tmp_path_factory.mktemp("tied")
+    return open_source(tiny_model(folder, "llama", tie_word_embeddings=True, intermediate_size=128))
+
+
+@pytest.fixture(scope="module")
+def model(source: Source) -> Any:
+    return load_model(source)
+
+
+@pytest.fixture(scope="module")
+def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """precision -> export."""
+    root = tmp_path_factory.mktemp("precisions")
+    return {p: export_model(source, root / p, precision=p, route="fused") for p in ("fp32", *PRECISIONS)}
+
+
+def logits(folder: Path, patch: Patch | None = None) -> torch.Tensor:
+    graph = Graph(ModelFolder.open(folder), "cpu")
+    return torch.from_numpy(graph.run(IDS, graph.bind(patch)))
+
+
+def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    p, q = wanted.log_softmax(-1), got.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_precision_says_what_its_weights_say(folders: dict[str, Path], model: Any, precision: str) -> None:
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        exact = model(ids).logits[0]
+        if precision in FLOAT_PRECISIONS:
+            wanted = exact
+        else:
+            with QuantisedStudent(model, quantised(precision)).whole():
+                wanted = model(ids).logits[0]
+    got = logits(folders[precision])
+    # What is left is the rounding of activations, a fraction of what the weights lost.
+    assert divergence(wanted, got) < (1e-3 if precision in FLOAT_PRECISIONS else 0.02)
+    assert divergence(exact, got) < (0.6 if precision.startswith("int4") else 0.02)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_float_patch_acts_on_each_precision(folders: dict[str, Path], precision: str) -> None:
+    patch = patch_for(ModelFolder.open(folders["fp32"]), scale=0.3)
+    exact, patched = logits(folders["fp32"]), logits(folders["fp32"], patch)
+    here = logits(folders[precision], patch)
+    assert divergence(patched, here) < 0.3 * divergence(patched, exact)
+
+
+def test_the_tied_table_is_held_once(folders: dict[str, Path]) -> None:
+    graph = onnx.load(folders["int4-rtn"] / "model.onnx", load_external_data=False).graph
+    lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    head = [node for node in graph.node if node.op_type == "MatMulNBits"][-1]
+    assert lookup.input[0] == head.input[1] == "lm_head.weight.packed"
+    big = [tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert not [name for name in big if name.endswith(("proj.weight", "head.weight"))]
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "mixtral", "qwen3_moe"])
+def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -> None:
+    """Conv1D, experts and a head with a soft cap are traced otherwise; an expert that no token chose has no rows."""
+    source = open_source(tiny_model(tmp_path / "source", architecture, hidden_size=64))
+    folder = export_model(source, tmp_path / "out", precision="int4-rtn", route="fused")
+    model = load_model(source)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    left = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and tensor.name.endswith(".weight")
+    }
+    assert left <= float_weights(model) | {"transformer.wpe.weight"}
+    assert not any(node.op_type == "Gemm" for node in graph.node)
+    with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0]
+    steps = graph_logits(Graph(ModelFolder.open(folder), "cpu"), IDS, chunks=[1] * len(IDS))
+    assert divergence(wanted, torch.from_numpy(steps)) < 0.02
+
+
+def test_precisions_take_the_room_their_bits_need(folders: dict[str, Path]) -> None:
+    sizes = {p: (folder / "model.onnx_data").stat().st_size for p, folder in folders.items()}
+    assert sizes["fp16"] < 0.55 * sizes["fp32"] and sizes["bf16"] < 0.55 * sizes["fp32"]
+    assert sizes["int4-rtn"] < 0.7 * sizes["int8"] < 0.3 * sizes["fp32"]
+
+
+def test_fp16_slots_and_cache_are_float16(folders: dict[str, Path]) -> None:
+    assert ModelFolder.open(folders["fp16"]).kv.dtype == "f16"
+    graph = onnx.load(folders["fp16"] / "model.onnx", load_external_data=False).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    assert kinds["tp.0.mlp_out.a"] == kinds["past_key_values.0.key"] == onnx.TensorProto.FLOAT16
+
+
+def test_no_fp16_without_fused_operators(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match="fp16"):
+        export_model(source, tmp_path / "out", precision="fp16", route="optimum")
+
+
+# -- students --------------------------------------------------------------------------------------------------
+
+
+def test_the_student_leaves_the_model_as_it_was(model: Any) -> None:
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    student = QuantisedStudent(model, quantised("int4-rtn"))
+    with student.whole():
+        assert not torch.equal(model.lm_head.weight, before["model.embed_tokens.weight"])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_float_precision_has_nothing_to_repair(source: Source, model: Any) -> None:
+    with pytest.raises(CalibrationError, match="quantised"):
+        student_of(source, model, "fp16")
+
+
+def test_neither_prompt_nor_precision(source: Source, model: Any) -> None:
+    with pytest.raises(CalibrationError, match="student-precision"):
+        make_patch(source, model, None, QUESTIONS[:4], [], Recipe(), name="nothing")
+
+
+@pytest.fixture(scope="module")
+def repair(source: Source, model: Any) -> Patch:
+    recipe = Recipe(student_precision="int4-rtn", max_new_tokens=16)
+    return make_patch(source, model, None, QUESTIONS[:14], QUESTIONS[14:], recipe, name="repair")
+
+
+def test_a_repair_closes_part_of_the_quantisation_loss(repair: Patch) -> None:
+    assert repair.config.precision == "int4-rtn" and repair.config.context_digest == ""
+    assert repair.config.fidelity is not None and repair.config.fidelity["gap_closed"] > 0.2
+
+
+def test_a_repair_repairs_the_exported_graph(
+    repair: Patch, folders: dict[str, Path], source: Source, model: Any
+) -> None:
+    graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
+    dialogues = dialogues_for(source, model, None, QUESTIONS[14:], 16)
+    students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, repair)
+    assert fidelity.measure_fidelity(dialogues, fidelity.torch_student(model), *students).gap_closed > 0.2
+
+
+def test_a_repair_acts_on_its_own_precision_alone(repair: Patch, folders: dict[str, Path]) -> None:
+    for other in ("fp32", "int8", "int4-symmetric"):
+        with pytest.raises(BaseMismatchError, match="int4-rtn"):
+            logits(folders[other], repair)
+
+
+def test_a_prompt_and_the_repair_in_one_patch(source: Source, model: Any) -> None:
+    recipe = Recipe(student_precision="int4-rtn", max_new_tokens=16)
+    patch = make_patch(source, model, "Talk like a pirate.", QUESTIONS[:14], QUESTIONS[14:], recipe, name="pirate")
+    assert patch.config.context_digest and patch.config.precision == "int4-rtn"
+    assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
+
+
+# -- folders that repair themselves ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repaired(source: Source, repair: Patch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tp_export.graph.export.repair_patch", lambda *_arguments: repair)
+        out = tmp_path_factory.mktemp("repaired") / "int4"
+        return export_model(source, out, precision="int4-rtn", route="fused", repair=True)
+
+
+def test_the_base_of_a_repaired_folder_is_the_repaired_one(
+    repaired: Path, folders: dict[str, Path], repair: Patch
+) -> None:
+    assert (repaired / DEFAULT_FILE).is_file()
+    wanted = logits(folders["int4-rtn"], repair)
+    assert torch.equal(logits(repaired), wanted)
+    graph = Graph(ModelFolder.open(repaired), "cpu")
+    assert torch.equal(torch.from_numpy(graph.run(IDS, graph.default)), wanted)
+    assert graph.base.key[1] == repair.terms
+
+
+def test_float_patches_are_added_to_the_repair(repaired: Path, folders: dict[str, Path], repair: Patch) -> None:
+    context = patch_for(ModelFolder.open(folders["fp32"]), scale=0.3)
+    graph = Graph(ModelFolder.open(repaired), "cpu")
+    bound = graph.bind(context)
+    assert bound.key[1] == (*repair.terms, *context.terms)
+    both = logits(folders["int4-rtn"], repair + context)
+    assert np.abs(graph.run(IDS, bound) - both.numpy()).max() < 1e-4
+
+
+def test_patches_fitted_for_the_precision_take_the_place_of_the_repair(
+    repaired: Path, folders: dict[str, Path], repair: Patch
+) -> None:
+    graph = Graph(ModelFolder.open(repaired), "cpu")
+    own = Patch({key: delta.scaled(0.5) for key, delta in repair.deltas.items()}, repair.config)
+    assert graph.bind(own).key[1] == own.terms
+    assert torch.equal(torch.from_numpy(graph.run(IDS, graph.bind(own))), logits(folders["int4-rtn"], own))
+
+
+def test_strength_zero_is_the_repaired_base(repaired: Path, repair: Patch) -> None:
+    graph = Graph(ModelFolder.open(repaired), "cpu")
+    assert graph.bind(0.0 * repair) is graph.base
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "int8", "patch": "one"}])
+def test_repairs_that_make_no_sense(source: Source, tmp_path: Path, repair: Patch, options: dict[str, Any]) -> None:
+    if "patch" in options:
+        options = {**options, "patch": patch_for(ModelFolder.open(_any(source, tmp_path)))}
+    with pytest.raises(ModelFormatError, match="repair"):
+        export_model(source, tmp_path / "out", repair=True, **options)
+
+
+def _any(source: Source, tmp_path: Path) -> Path:
+    return export_model(source, tmp_path / "any", route="fused")
+
+
+def test_rotary_tables_are_computed_from_frequencies(folders: dict[str, Path]) -> None:
+    graph = onnx.load(folders["fp32"] / "model.onnx", load_external_data=False).graph
+    assert {node.op_type for node in graph.node} & {"Cos", "Sin"} == {"Cos", "Sin"}
+    assert not any(node.op_type in ("RotaryEmbedding", "Transpose") for node in graph.node)
+    assert all(node.input[1] == "" for node in graph.node if node.op_type == "GroupQueryAttention")  # packed

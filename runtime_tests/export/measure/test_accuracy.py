@@ -1,0 +1,87 @@
+"""Right and wrong answers: which file holds them, what counts, and what of the prompted model's the patch keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime_tests.patches import patch_for
+from tp_export.fit import choose_entries
+from tp_export.measure import load_answers, measure_accuracy, runtime_answers, torch_answers
+from tp_export.measure.accuracy import Answers
+from tp_export.queries import load_questions
+from tp_export.rollout import Dialogue
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import CalibrationError
+from tp_runtime.patch import Patch
+from tp_runtime.session import Graph, ModelFolder
+
+LINES = [{"query": "Who leads it?", "answer": "Ingrid"}, {"query": " When? ", "answer": "nine"}]
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    file = folder / "held.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_one_file_gives_queries_and_answers(tmp_path: Path) -> None:
+    file = write(tmp_path, *LINES, "A query without an answer?", {"query": "Nor has this?", "id": 3})
+    assert load_questions(file) == ["Who leads it?", "When?", "A query without an answer?", "Nor has this?"]
+    assert load_answers(file) == {"Who leads it?": "Ingrid", "When?": "nine"}
+    plain = tmp_path / "held.txt"
+    plain.write_text("Who leads it?\n")
+    assert load_answers(plain) == {}
+
+
+@pytest.mark.parametrize("line", [{"answer": "x"}, {"query": "x", "answer": " "}, {"query": "x", "answer": 7}])
+def test_half_an_entry_is_refused(tmp_path: Path, line: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"held\.jsonl, line 1.*wanted"):
+        load_answers(write(tmp_path, line))
+
+
+@pytest.mark.parametrize("line", [{"answer": "x"}, {"query": 3, "answer": "x"}, 3])
+def test_a_line_that_is_no_query_is_refused(tmp_path: Path, line: Any) -> None:
+    with pytest.raises(CalibrationError, match="something else than text"):
+        load_questions(write(tmp_path, line))
+
+
+def test_what_counts(tiny_llama: Path) -> None:
+    """Prompted 3 of 4, patched 2 of 4, of which 2 are among the prompted model's 3."""
+    source = open_source(tiny_llama)
+    answers = {"a?": "Nine", "b?": "six", "c?": "Oyelaran", "d?": "16"}
+    asked = []
+
+    def says(*texts: str) -> Answers:
+        def run(prompts: Any, _label: str) -> list[tuple[int, ...]]:
+            asked.append(source.codec.decode(prompts[0]))
+            return [tuple(source.codec.render(text, raw=True)) for text in texts]
+
+        return run
+
+    prompted = says("It is NINE.", "At six.", "Marta Oyelaran", "no")
+    unpatched = says("ninety", "sixteen", "no", "it is 16")  # whole words only: 36 is not 6
+    patched = says("nine", "seven", "oyelaran", "116")
+    found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched)
+    assert (found.prompted, found.unpatched, found.patched) == (3 / 4, 1 / 4, 2 / 4)
+    assert found.kept == pytest.approx(2 / 3) and found.questions == 4
+    assert found.to_dict()["accuracy_kept"] == 0.6667
+    assert ["Context" in text for text in asked] == [True, False, False]
+    with pytest.raises(CalibrationError, match="no questions with answers"):
+        measure_accuracy(source, "Context", {}, prompted, unpatched, patched)
+
+
+@pytest.mark.parametrize("entries", [0, 5])
+def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llama_export: Path, entries: int) -> None:
+    source = open_source(tiny_llama)
+    model, graph = load_model(source), Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    prompts = [source.codec.render(text) for text in ("Hello", "Who is there?")]
+    dialogues = [Dialogue(tuple(source.codec.render("Hello", "Talk like a pirate.")), tuple(prompts[0]), (5, 6, 7))]
+    patch = patch_for(graph.folder, scale=0.3)
+    patch = Patch(patch.deltas, patch.config, choose_entries(model, dialogues, entries).numpy() if entries else None)
+    for under in (None, patch):
+        by_torch = torch_answers(source, model, under, 6)(prompts, "")
+        assert runtime_answers(source, graph, under, 6)(prompts, "") == by_torch

@@ -1,0 +1,111 @@
+"""Self-study: what is asked about, what counts as a question, and the command that writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tp_export import cli
+from tp_export.queries import self_study, statements, write_questions
+from tp_export.queries.self_study import question_in
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import CalibrationError, RequestError
+
+MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))  # the rollout is faked
+DOCUMENT = """# The shop
+- We open at nine. We close at six.
+* 1st of May: closed
+
+Ask for Ingrid Solheim, who leads it!
+ok
+"""
+
+
+def test_every_line_and_sentence_is_asked_about() -> None:
+    assert statements(DOCUMENT) == [
+        "We open at nine.",
+        "We close at six.",
+        "1st of May: closed",
+        "Ask for Ingrid Solheim, who leads it!",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "question"),
+    [
+        ("When does the shop open?", "When does the shop open?"),
+        ('Sure! Here is one:\n1. "When does it open?" I hope this helps.', "When does it open?"),
+        ("Question: Who leads the shop? Ingrid.", "Who leads the shop?"),
+        ("The shop opens at nine.", None),
+        ("Why? Because.", None),
+        ("What opens at 9:30 on every Monday?", "What opens at 9:30 on every Monday?"),
+        ("Is it 3.5 kg for a small box?", "Is it 3.5 kg for a small box?"),
+        ("2024 was the year of what?", "2024 was the year of what?"),
+    ],
+)
+def test_the_question_is_taken_out_of_an_answer(answer: str, question: str | None) -> None:
+    assert question_in(answer) == question
+
+
+def fake_answers(monkeypatch: pytest.MonkeyPatch, source: Any, texts: list[str]) -> list[dict[str, Any]]:
+    """Have the rollout answer with `texts`, one after the other and round again."""
+    asked: list[dict[str, Any]] = []
+
+    def complete(_model: Any, prompts: Any, *_: Any, **options: Any) -> list[tuple[int, ...]]:
+        answers = [texts[(len(asked) + i) % len(texts)] for i in range(len(prompts))]
+        asked.extend({"prompt": source.codec.decode(prompt), **options} for prompt in prompts)
+        return [tuple(source.codec.render(text, raw=True)) for text in answers]
+
+    monkeypatch.setattr(self_study, "complete", complete)
+    return asked
+
+
+def test_every_round_asks_about_every_line_with_the_document_in_front(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(tiny_llama)
+    asked = fake_answers(monkeypatch, source, ["When does it open?", "when does  it open?", "Nine.", "Who leads it?"])
+    assert write_questions(source, MODEL, DOCUMENT, 6) == ["When does it open?", "Who leads it?"]
+    assert len(asked) == 6 * 4 and len({(a["prompt"], a["seed"]) for a in asked}) == len(asked)
+    assert all("We close at six." in a["prompt"] for a in asked)
+    assert asked[0]["temperature"] == 0 < asked[-1]["temperature"]  # greedy once a wording, then sampled
+
+
+def test_nothing_to_write_is_refused(tiny_llama: Path, tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(tiny_llama)
+    fake_answers(monkeypatch, source, ["No idea."])
+    with pytest.raises(CalibrationError, match="wrote no question"):
+        write_questions(source, MODEL, DOCUMENT, 2)
+    with pytest.raises(CalibrationError, match="the document is empty"):
+        write_questions(source, MODEL, " \n", 2)
+    with pytest.raises(RequestError, match="context window"):
+        write_questions(source, MODEL, DOCUMENT * 10, 2)
+    base = open_source(tiny_gemma)
+    if base.codec.style == "completion":
+        with pytest.raises(CalibrationError, match="completion-style"):
+            write_questions(base, MODEL, DOCUMENT, 2)
+
+
+def test_the_command_writes_the_file_or_nothing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, out = tmp_path / "d.txt", tmp_path / "q.txt"
+    document.write_text(DOCUMENT)
+    fake_answers(monkeypatch, open_source(tiny_llama), ["When does it open?", "Who leads it?"])
+    assert cli.main(["questions", str(tiny_llama), str(document), str(out), "--rounds=1"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_text() == "When does it open?\nWho leads it?\n"
+    fake_answers(monkeypatch, open_source(tiny_llama), ["No."])
+    assert cli.main(["questions", str(tiny_llama), str(document), str(tmp_path / "none.txt")]) == 2
+    assert not (tmp_path / "none.txt").exists()
+    assert cli.main(["questions", str(tiny_llama), str(document), str(out), "--rounds=0"]) == 2
+
+
+def test_a_real_rollout_runs(tiny_llama: Path) -> None:
+    """Random weights write no question; everything up to that works."""
+    source = open_source(tiny_llama)
+    with pytest.raises(CalibrationError, match="4 answers"):
+        write_questions(source, load_model(source), DOCUMENT, 1)

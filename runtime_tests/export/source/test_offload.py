@@ -1,0 +1,82 @@
+"""Layers on disk: the same logits, rollouts and fits as in memory, one layer loaded at a time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime_tests.logits import furthest, token_ids, torch_logits
+from runtime_tests.tiny import tiny_model
+from tp_export.fit import Settings, fit_lockstep
+from tp_export.rollout import Dialogue, complete
+from tp_export.source import load_model, load_offloaded, open_source, resident
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
+
+IDS = token_ids(20)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt2", "gpt_neox", "mixtral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@pytest.fixture
+def both(folder: Path) -> tuple[Any, Any]:
+    source = open_source(folder)
+    return load_model(source), load_model(source, offload=True)
+
+
+def loaded(model: Any) -> set[str]:
+    """Names of the layers whose weights are in memory."""
+    there = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
+    return {match[0] for name in there if (match := re.match(r"\w+\.\w+\.\d+(?=\.)", name))}
+
+
+def test_logits_and_completions_are_the_same(both: tuple[Any, Any]) -> None:
+    memory, disk = both
+    assert loaded(disk) == set() and len(loaded(memory)) == 3
+    assert furthest(torch_logits(disk, IDS), torch_logits(memory, IDS)) == 0
+    assert complete(disk, [IDS], 5, frozenset({2})) == complete(memory, [IDS], 5, frozenset({2}))
+    assert loaded(disk) == set()
+
+
+def test_the_fit_is_the_same_with_one_layer_loaded(both: tuple[Any, Any]) -> None:
+    memory, disk = both
+    dialogues = [Dialogue((1, *token_ids(9, seed=s)), (1, 5), tuple(token_ids(8, seed=s + 1))) for s in range(4)]
+    most = []
+    found = [
+        fit_lockstep(model, dialogues, "output", Settings(rank=3), progress=lambda *_: most.append(len(loaded(disk))))
+        for model in (memory, disk)
+    ]
+    for layer, sites in found[0].items():
+        for name in ("a", "b", "bias"):
+            assert torch.equal(getattr(sites["mlp_out"], name), getattr(found[1][layer]["mlp_out"], name))
+    assert max(most) <= 1 and loaded(disk) == set()
+
+
+def test_a_layer_that_fails_is_freed(both: tuple[Any, Any]) -> None:
+    _, disk = both
+    block = next(m for n, m in disk.named_modules() if n.endswith(".1") and hasattr(m, "_tp_shelf"))
+    with pytest.raises(RuntimeError, match="on purpose"), resident(block):
+        assert len(loaded(disk)) == 1
+        raise RuntimeError("on purpose")
+    assert loaded(disk) == set()
+
+
+def test_weights_under_other_names_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    weights = load_file(copy / "model.safetensors")
+    save_file({f"other.{name}": value for name, value in weights.items()}, copy / "model.safetensors")
+    with pytest.raises(ModelFormatError, match="under the name the model gives it"):
+        load_offloaded(copy, "cpu", None)
+    with pytest.raises(DeviceUnavailableError, match="--offload"):
+        load_offloaded(folder, "map", None)

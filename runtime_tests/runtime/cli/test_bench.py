@@ -1,0 +1,199 @@
+"""`tp-runtime bench`: that it measures what it says; not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.cli import Cli
+from runtime_tests.patches import patch_for, random_config, random_patch
+from tp_runtime import bench
+from tp_runtime.generation import Sampler
+from tp_runtime.session import Graph, ModelFolder
+
+QUICK = ("--tokens", "3", "--prompt-tokens", "5", "--rounds", "2", "--device", "cpu")
+
+
+def test_a_random_patch_by_default(cli: Cli, tiny_llama_export: Path) -> None:
+    result = cli("bench", tiny_llama_export, *QUICK, "--json")
+    report = result.json
+    assert result.code == 0
+    assert (report["patch"], report["patch_file"], report["patch_rank"]) == ("random", None, 16)
+    assert report["patch_inputs"] == 3 * report["patch_slots"]
+    for name in ("model_load_s", "patch_load_ms", "switch_ms", "switch_first_step_ms", "patch_bytes", "python_ms"):
+        assert report[name] > 0
+    for name in ("first_token", "token"):
+        times = report[f"{name}_ms"]
+        assert min(times.values()) > 0
+        assert report[f"{name}_ratio"] == pytest.approx(times["patched"] / times["unpatched"])
+        assert math.isfinite(report[f"{name}_ratio_per_round"])
+    assert (report["rounds"], report["tokens"], report["prompt_tokens"]) == (2, 3, 5)
+    assert set(report["versions"]) == {"tp-runtime", "numpy", "onnxruntime", "python"}
+
+
+def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "patch.safetensors"
+    folder = ModelFolder.open(tiny_llama_export)
+    patch_for(folder, rank=5).save(file)
+    result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
+    assert f"random-0, rank 5 in {len(folder.slots)} slots" in result.out
+    assert "made for this run" not in result.out
+    for label in ("first token", "each further token", "load a patch", "switch", "python", "medians of 2 rounds"):
+        assert label in result.out
+
+
+def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    session = graph.session
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        """Each run takes a second, and each pick a quarter."""
+
+        def run_with_iobinding(self, binding: object) -> None:
+            now[0] += 1
+            session.run_with_iobinding(binding)
+
+    def pick(_sampler: object, _logits: object, _history: object) -> int:
+        now[0] += 0.25
+        return 1
+
+    monkeypatch.setattr(Sampler, "pick", pick)
+    graph.session = slow = Slow()  # type: ignore[assignment]
+    assert bench.python_seconds(bench.base_arm("base", graph, 4), 3) == [0.25, 0.25, 0.25]
+    assert graph.session is slow and now[0] == 4 + 4 * 0.25  # the prompt and three tokens
+
+
+def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def steps(_graph: object, _prompt: object, bound: str, **_: object) -> object:
+        for _ in range(4):
+            order.append(bound)
+            yield 0
+
+    monkeypatch.setattr(bench, "generate", steps)
+    two = [bench.Arm(name, None, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
+    measured = bench.one_round(two, 3, first=1)
+    assert order == ["patch", "base", "base", "patch"] * 2
+    assert [len(steps) for steps in measured] == [4, 4]
+    assert min(map(min, measured)) > 0
+    order.clear()
+    three = [bench.Arm(name, None, name, [1]) for name in "abc"]  # type: ignore[arg-type]
+    bench.one_round(three, 2, first=0)
+    assert "".join(order) == "abcbcacab"
+
+
+def test_ratios_are_to_the_first_arm(tiny_llama_export: Path) -> None:
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    arms = [bench.base_arm(name, graph, 3) for name in "ab"]
+    times = [bench.Times([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]), bench.Times([2.0, 2.0, 2.0], [3.0, 2.0, 2.0])]
+    base, other = bench.compare(arms, times)
+    assert (base["first_ratio"], base["token_ratio_per_round"]) == (1.0, 1.0)
+    assert (other["first_ms"], other["first_ratio"], other["first_ratio_per_round"]) == (2000.0, 1.0, 1.0)
+    assert (other["token_ratio"], other["token_ratio_per_round"]) == (2.0, 2.0)
+
+
+def test_several_patches_and_ranks(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    folder = ModelFolder.open(tiny_llama_export)
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for number, file in enumerate(files):
+        patch_for(folder, rank=2 + number).save(file)
+    asked = [part for file in files for part in ("--patch", file)]
+    result = cli("bench", tiny_llama_export, *QUICK, *asked, "--ranks", "0,1,3", "--json")
+    arms = result.json["arms"]
+    assert [arm["patch_rank"] for arm in arms] == [None, 2, 3, None, 1, 3]
+    assert [arm["label"] for arm in arms][3:] == ["base again", "random, rank 1", "random, rank 3"]
+    assert [("patch_load_ms" in arm) for arm in arms] == [False, True, True, False, False, False]
+    assert result.json["token_ratio"] == arms[1]["token_ratio"]
+    assert result.json["patch_rank"] == 2
+
+
+def test_against_another_folder(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_export, other)
+    result = cli("bench", tiny_llama_export, *QUICK, "--against", other, "--against", tiny_llama_export, "--json")
+    labels = [arm["label"] for arm in result.json["arms"]]
+    name = tiny_llama_export.name
+    assert labels == ["base", "random", "other: base", "other: random", f"{name}: base", f"{name}: random"]
+    assert result.json["against"] == [str(other), str(tiny_llama_export)]
+
+
+def test_a_folder_that_is_none(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    result = cli("bench", tiny_llama_export, *QUICK, "--against", tmp_path / "nothing")
+    assert (result.code, result.out) == (2, "")
+    assert "no such model folder" in result.err
+
+
+def test_many_loaded_patches(cli: Cli, tiny_llama_export: Path) -> None:
+    result = cli("bench", tiny_llama_export, *QUICK, "--resident", "5,1", "--json")
+    rows = result.json["resident"]
+    assert [row["patches"] for row in rows] == [1, 5]
+    assert min(row["switch_ms"] for row in rows) > 0
+    assert all(row["anonymous_bytes"] is None or isinstance(row["anonymous_bytes"], int) for row in rows)
+    assert "5 loaded" in cli("bench", tiny_llama_export, *QUICK, "--resident", "5").out
+
+
+def test_the_file_holds_what_json_prints(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    result = cli("bench", tiny_llama_export, *QUICK, "--json", "-o", file)
+    assert json.loads(file.read_text(encoding="utf-8")) == result.json
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_file_that_cannot_be_written(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    assert cli("bench", tiny_llama_export, *QUICK, "-o", tmp_path / "no" / "bench.json").code == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--tokens", "1"], "tokens"),
+        (["--rounds", "0"], "rounds"),
+        (["--prompt-tokens", "0"], "prompt_tokens"),
+        (["--prompt-tokens", "1000000"], "context window"),
+        (["--patch", "nothing"], "no such file"),
+        (["--ranks", "1,x"], "ranks"),
+        (["--ranks", "-1"], "ranks"),
+        (["--resident", "0"], "resident"),
+    ],
+)
+def test_numbers_that_cannot_be(cli: Cli, tiny_llama_export: Path, args: list[str], said: str) -> None:
+    result = cli("bench", tiny_llama_export, "--device", "cpu", *args)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+
+
+def test_a_patch_that_does_not_fit(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "patch.safetensors"
+    digest = ModelFolder.open(tiny_llama_export).base_digest
+    random_patch(config=random_config(base_digest=digest)).save(file)
+    result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
+    assert result.code == 2
+    assert "does not fit" in result.err
+
+
+def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "patch.safetensors"
+    patch_for(ModelFolder.open(tiny_llama_export), scale=0.0).save(file)
+    result = cli("bench", tiny_llama_export, *QUICK, "--patch", file)
+    assert result.code == 2
+    assert "changes nothing" in result.err
+
+
+def test_sessions_do_not_spin_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
+    monkeypatch.setattr(bench, "generate", lambda *_, **__: iter(range(3)))
+    one, other = object(), object()
+    alone = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
+    bench.one_round(alone, 2, first=0)
+    assert not waits
+    both = [*alone, bench.Arm("c", other, "c", [1])]  # type: ignore[arg-type]
+    bench.one_round(both, 2, first=0)
+    assert len(waits) == 3 * len(both)

@@ -1,0 +1,282 @@
+"""`tp-runtime chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.cli import Cli, Result
+from runtime_tests.patches import patch_for
+from tp_export.graph import export_model
+from tp_export.source import open_source
+from tp_runtime.cli import chat as chat_module
+from tp_runtime.cli.chat import Chat
+from tp_runtime.cli.options import Selection, read_patches
+from tp_runtime.errors import PatchFormatError, PatchTargetError, RequestError
+from tp_runtime.model import ACTIVE, PatchedModel
+from tp_runtime.patch import Patch
+from tp_runtime.session import ModelFolder
+
+Talk = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def file(tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("patch dir") / "my patch.safetensors"
+    patch_for(ModelFolder.open(tiny_llama_export), 1, rank=3, scale=0.3).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+
+
+@pytest.fixture
+def talk(cli: Cli, tiny_llama_export: Path) -> Talk:
+    """Types lines into a chat."""
+
+    def typed(*lines: str, args: tuple[str, ...] = (), model: Path = tiny_llama_export) -> Result:
+        common = ("--max-new-tokens", "5", "--device", "cpu")
+        return cli("chat", model, *common, *args, typed="".join(f"{line}\n" for line in lines))
+
+    return typed
+
+
+def new_chat(model: PatchedModel, selection: Selection | None = None, tokens: int = 5) -> Chat:
+    return Chat(model, selection or Selection(ACTIVE), None, {"max_new_tokens": tokens})
+
+
+def answers(model: PatchedModel, *turns: tuple[str, Patch | None], system: str | None = None) -> list[str]:
+    """What a conversation must say: the whole history each time, with no cache."""
+    messages: list[dict[str, str]] = []
+    for said, patch in turns:
+        messages.append({"role": "user", "content": said})
+        answer = model.generate(messages, patch=patch, system=system, max_new_tokens=5)
+        messages.append({"role": "assistant", "content": answer})
+    return [message["content"] for message in messages[1::2]]
+
+
+# -- conversations ---------------------------------------------------------------------------------------------
+
+
+def test_remembers_the_conversation(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", "", "two", "//three")
+    assert result.code == 0
+    assert result.out == "".join(f"{a}\n" for a in answers(model, ("one", None), ("two", None), ("/three", None)))
+    assert "/help" in result.err
+
+
+def test_the_system_message_comes_first(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", args=("--system", "Be brief."))
+    assert result.out == answers(model, ("one", None), system="Be brief.")[0] + "\n"
+
+
+def test_a_switch_runs_the_history_again_under_the_new_patch(talk: Talk, model: PatchedModel, file: Path) -> None:
+    patch = Patch.load(file)
+    quoted = f'"{file}"'
+    result = talk("one", f"/patch {quoted}", "two", "/strength -0.5", "three", "/patch", "four")
+    turns = [("one", None), ("two", patch), ("three", -0.5 * patch), ("four", None)]
+    assert result.out == "".join(f"{answer}\n" for answer in answers(model, *turns))
+    switches = [line for line in result.err.splitlines() if line.startswith("under")]
+    assert switches == [
+        "under random-1@1; the next answer first runs the conversation again under it",
+        "under random-1@-0.5; the next answer first runs the conversation again under it",
+        "under no patch; the next answer first runs the conversation again under it",
+    ]
+
+
+def test_starts_under_the_patches_of_the_command_line(talk: Talk, model: PatchedModel, file: Path) -> None:
+    patch = Patch.load(file)
+    result = talk("one", args=("--patch", f"{file}@0.5", "--patch", str(file)))
+    assert result.out == answers(model, ("one", 0.5 * patch + patch))[0] + "\n"
+    assert "under random-1@0.5 + random-1@1." in result.err
+
+
+def test_a_cache_is_kept_until_the_patch_changes(model: PatchedModel, file: Path) -> None:
+    chat = new_chat(model)
+    chat.take("one")
+    cache = chat.cache
+    chat.take("two")
+    assert chat.cache is cache
+    assert len(cache) > 0
+    chat.take(f'/patch "{file}"')
+    assert chat.cache is not cache
+    assert chat.cache.key != cache.key
+
+
+def test_strength_counts_from_the_patch_as_it_was_given(model: PatchedModel, file: Path) -> None:
+    chat = new_chat(model, read_patches([f"{file}@0.5"]))
+    for strength in ("0", "3", "-1", "2"):
+        chat.take(f"/strength {strength}")
+    assert chat.cache.key[1] == Patch.load(file).terms
+
+
+def test_reset_forgets(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", "/reset", "two")
+    assert result.out.splitlines() == answers(model, ("one", None)) + answers(model, ("two", None))
+
+
+def test_quit_ends_it(talk: Talk) -> None:
+    result = talk("/quit", "one")
+    assert (result.code, result.out) == (0, "")
+
+
+def test_a_completion_style_model_gets_each_line_on_its_own(talk: Talk, tiny_gemma_export: Path) -> None:
+    model = PatchedModel.from_pretrained(tiny_gemma_export, "cpu")
+    result = talk("one", "two", model=tiny_gemma_export)
+    assert result.out == "".join(f"{model.generate(text, max_new_tokens=5)}\n" for text in ("one", "two"))
+
+
+def test_a_folders_own_patch_can_be_left_but_not_scaled(
+    talk: Talk, tiny_llama: Path, model: PatchedModel, file: Path, tmp_path: Path
+) -> None:
+    patch = Patch.load(file)
+    folder = export_model(open_source(tiny_llama), tmp_path / "model", patch=patch)
+    result = talk("one", "/strength 2", "two", "/patch", "three", model=folder)
+    assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch), ("three", None))
+    assert "the folder's own patch cannot be scaled" in result.err
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("/patch nothing.safetensors", PatchFormatError),
+        ("/patch a\0b", PatchFormatError),
+        ("/patch ~nobody-of-that-name/p.safetensors", PatchFormatError),
+        ("/patch ./none", PatchFormatError),
+        ('/patch "a', RequestError),
+        ("/bogus", RequestError),
+        ("/", RequestError),
+        ("/strength", RequestError),
+        ("/strength 1 2", RequestError),
+        ("/reset now", RequestError),
+        ("/quit now", RequestError),
+        ("/strength 2", PatchTargetError),
+    ],
+)
+def test_a_command_that_fails_changes_nothing(model: PatchedModel, line: str, error: type[Exception]) -> None:
+    chat = new_chat(model)
+    chat.take("one")
+    before = chat.selection, chat.strength, chat.cache, list(chat.messages), list(chat.cache.tokens)
+    with pytest.raises(error):
+        chat.take(line)
+    assert (chat.selection, chat.strength, chat.cache, chat.messages, chat.cache.tokens) == before
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "x", "1e99"])
+def test_a_strength_that_is_none(talk: Talk, model: PatchedModel, file: Path, strength: str) -> None:
+    result = talk("one", f"/strength {strength}", "two", args=("--patch", str(file)))
+    patch = Patch.load(file)
+    assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch))
+    assert "error: strength: not a strength" in result.err
+
+
+def test_a_patch_that_does_not_fit_leaves_the_old_one(
+    talk: Talk, model: PatchedModel, file: Path, tiny_gemma_export: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    patch_for(ModelFolder.open(tiny_gemma_export)).save(other)
+    result = talk("one", f"/patch {other}", "two", args=("--patch", str(file)))
+    patch = Patch.load(file)
+    assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch))
+    assert "another base model" in result.err
+
+
+def test_a_file_that_cannot_be_read_does_not_end_it(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> Selection:
+        raise PermissionError(13, "Permission denied")
+
+    chat_read = chat_module.read_patches
+    monkeypatch.setattr(chat_module, "read_patches", lambda specs: refuse(specs) if specs else chat_read(specs))
+    result = talk("/patch secret", "one")
+    assert "error: [Errno 13] Permission denied" in result.err
+    assert result.out
+
+
+def test_a_full_context_window_is_said_and_reset_helps(talk: Talk, model: PatchedModel) -> None:
+    half = model.graph.folder.context_window // 2 + 1  # a token a byte
+    result = talk("x" * half, "y" * half, "/reset", "two")
+    assert "leaves no room in the context window" in result.err
+    assert "/reset forgets it" in result.err
+    assert result.out.splitlines()[-1:] == answers(model, ("two", None))
+
+
+def test_a_message_that_is_refused_is_not_remembered(model: PatchedModel) -> None:
+    chat = new_chat(model)
+    chat.take("one")
+    before = list(chat.messages)
+    for bad in ("x" * 100_000, "\udcff"):
+        with pytest.raises(RequestError):
+            chat.take(bad)
+    assert chat.messages == before
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Ctrl-C comes while that piece is printed."""
+    printed: list[str] = []
+
+    def emit(piece: str) -> None:
+        printed.append(piece)
+        if len(printed) == pieces:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module, "emit", emit)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+    model: PatchedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = "".join(pieces := list(model.stream("one", max_new_tokens=20)))
+    assert len(pieces) > 3
+    chat = new_chat(model, tokens=20)
+    interrupt_after(monkeypatch, 2)
+    chat.take("one")
+    said = chat.messages[1]["content"]
+    assert said == "".join(pieces[:2])
+    assert said != whole
+    assert "stopped" in capsys.readouterr().err
+    chat.take("two")  # and it goes on, with the partial answer in its history
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "two"},
+    ]
+    assert chat.messages[3]["content"] == model.generate(messages, max_new_tokens=20)
+
+
+def test_ctrl_c_before_the_first_word_forgets_the_message(
+    model: PatchedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    chat = new_chat(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.graph, "forward", interrupted)
+        chat.take("one")
+    assert chat.messages == []
+    assert "the message is forgotten" in capsys.readouterr().err
+    chat.take("two")
+    assert chat.messages[1]["content"] == model.generate("two", max_new_tokens=5)
+
+
+def test_ctrl_c_during_a_command_changes_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(specs: list[str]) -> Selection:
+        if specs:
+            raise KeyboardInterrupt
+        return Selection(ACTIVE)
+
+    monkeypatch.setattr(chat_module, "read_patches", interrupted)
+    result = talk("/patch slow", "one")
+    assert result.code == 0
+    assert "interrupted; nothing was changed" in result.err
+    assert result.out

@@ -1,0 +1,148 @@
+"""`tp-runtime generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.cli import Cli
+from runtime_tests.patches import patch_for
+from tp_export.graph import export_model
+from tp_export.source import open_source
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+from tp_runtime.session import ModelFolder
+
+SHORT = ("--max-new-tokens", "12", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder, where = ModelFolder.open(tiny_llama_export), tmp_path_factory.mktemp("patches")
+    for seed in (1, 2):
+        patch_for(folder, seed, rank=3, scale=0.3).save(where / f"{seed}.safetensors")
+    return where / "1.safetensors", where / "2.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+
+
+def test_prints_the_text_and_nothing_else(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+    result = cli("generate", tiny_llama_export, "hello", *SHORT)
+    assert result.code == 0
+    assert result.out == model.generate("hello", max_new_tokens=12) + "\n"
+    assert result.err == "stopped after 12 tokens: --max-new-tokens\n"
+
+
+def test_runs_under_the_sum_of_the_patches(
+    cli: Cli, tiny_llama_export: Path, model: PatchedModel, files: tuple[Path, Path]
+) -> None:
+    one, two = map(Patch.load, files)
+    result = cli("generate", tiny_llama_export, "hello", *SHORT, "--patch", f"{files[0]}@0.5", "--patch", files[1])
+    assert result.out == model.generate("hello", max_new_tokens=12, patch=0.5 * one + two) + "\n"
+    assert result.out != model.generate("hello", max_new_tokens=12) + "\n"
+
+
+def test_json_holds_the_text_and_what_it_took(cli: Cli, tiny_llama_export: Path, files: tuple[Path, Path]) -> None:
+    result = cli("generate", tiny_llama_export, "hello", *SHORT, "--json", "--patch", f"{files[0]}@-0.5")
+    report = result.json
+    assert set(report) == {
+        "text",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "patches",
+        "device",
+        "provider",
+        "seconds_to_first_token",
+        "ms_per_token",
+    }
+    assert report["completion_tokens"] == 12
+    assert report["finish_reason"] == "length"
+    assert (report["device"], report["provider"]) == ("cpu", "CPUExecutionProvider")
+    assert report["patches"] == [{"name": "random-1", "identity": Patch.load(files[0]).identity, "strength": -0.5}]
+    assert report["seconds_to_first_token"] > 0
+    assert report["ms_per_token"] > 0
+    assert result.err == ""
+
+
+def test_one_token_has_no_pace(cli: Cli, tiny_llama_export: Path) -> None:
+    report = cli("generate", tiny_llama_export, "hi", "--max-new-tokens", "1", "--device", "cpu", "--json").json
+    assert report["ms_per_token"] is None
+
+
+def test_text_and_options_reach_the_model(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+    sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 7}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampled.items()]
+    result = cli("generate", tiny_llama_export, "-", *SHORT, "--system", "Be brief.", *flags, typed="a\nb\n")
+    assert result.out == model.generate("a\nb", system="Be brief.", max_new_tokens=12, **sampled) + "\n"
+
+
+def test_raw_text_and_stop(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+    whole = model.generate("x", raw=True, max_new_tokens=12)
+    stop = whole[3:5]
+    result = cli("generate", tiny_llama_export, "x", "--raw", *SHORT, "--stop", stop, "--stop", "never there")
+    assert result.out == whole[: whole.index(stop)] + "\n"
+    assert result.err == ""
+
+
+def test_auto_says_in_one_line_why_it_is_on_the_cpu(cli: Cli, tiny_llama_export: Path) -> None:
+    result = cli("generate", tiny_llama_export, "hi", "--max-new-tokens", "1", "--json")
+    if result.json["device"] == "cpu":
+        assert result.err.startswith("warning: running on the CPU: ")
+        assert result.err.count("\n") == 1
+
+
+def test_a_folders_own_patch_is_used_and_named(
+    cli: Cli, tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    patch = Patch.load(files[0])
+    folder = export_model(open_source(tiny_llama), tmp_path / "model", patch=patch)
+    own = cli("generate", folder, "hello", *SHORT, "--json").json
+    base = cli("generate", folder, "hello", *SHORT, "--json", "--patch", "none").json
+    assert own["patches"] == [{"name": "random-1", "identity": patch.identity, "strength": 1.0}]
+    assert base["patches"] == []
+    assert own["text"] != base["text"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["  "], "empty prompt"),
+        (["-"], "empty prompt"),
+        (["hi", "--temperature", "nan"], "temperature"),
+        (["hi", "--top-k", "-1"], "top_k"),
+        (["hi", "--top-p", "0"], "top_p"),
+        (["hi", "--min-p", "1"], "min_p"),
+        (["hi", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["hi", "--seed", "-1"], "seed"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["hi", "--stop", ""], "stop"),
+        (["hi", "--threads", "0"], "threads"),
+        (["hi", "--threads", "100000"], "threads"),
+        (["hi", "--raw", "--system", "x"], "system"),
+        (["x" * 100_000], "context window"),
+        (["\udcff"], "not valid Unicode"),
+        (["hi", "--patch", "nothing.safetensors"], "no such file"),
+        (["hi", "--device", "cuda"], "CUDA was asked for"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(cli: Cli, tiny_llama_export: Path, args: list[str], said: str) -> None:
+    device = [] if "--device" in args else ["--device", "cpu"]
+    result = cli("generate", tiny_llama_export, *args, *device)
+    if "--device" in args and result.code == 0:
+        pytest.skip("there is CUDA here")
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert said in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_patch_of_another_base_is_refused(cli: Cli, tiny_gemma_export: Path, files: tuple[Path, Path]) -> None:
+    result = cli("generate", tiny_gemma_export, "hi", *SHORT, "--patch", files[0])
+    assert result.code == 2
+    assert "another base model" in result.err

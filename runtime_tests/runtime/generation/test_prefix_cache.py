@@ -1,0 +1,301 @@
+"""The prefix cache: output as without it, less that is run, never across patches, within its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime_tests.fake_graph import BASE, PATCH, FakeBatchGraph, expected
+from runtime_tests.logits import furthest, token_ids
+from runtime_tests.patches import patch_for
+from runtime_tests.prefixes import with_prefix
+from tp_runtime.errors import RequestError
+from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Patch
+from tp_runtime.session import BoundPatch, Graph, KVCache, ModelFolder
+
+HALF = BoundPatch({}, ("graph", (("p", 0.5),)))
+BOUNDS = [BASE, PATCH, HALF]
+LEAD = [5, 6, 7]
+
+
+# -- on a fake graph: what is found is what was run ----------------------------------------------------------
+
+
+def fake_content(cache: KVCache) -> dict[str, np.ndarray]:
+    """Eight bytes a token, which show another prompt or another patch."""
+    mark = [hash(cache.key) % 1000, *cache.tokens]
+    return {"past": np.array(mark[1:], np.int64)[None, :, None] + mark[0] * 1000}
+
+
+class FakeStoreGraph(FakeBatchGraph):
+    """Checks that a cache begins with nothing but what its own key and tokens give."""
+
+    def content(self, cache: KVCache) -> dict[str, np.ndarray]:
+        return fake_content(cache)
+
+    def forward(self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, **options: Any) -> np.ndarray:
+        if cache.start is not None:
+            assert np.array_equal(cache.start["past"], fake_content(cache)["past"])
+            assert not cache.start["past"].flags.writeable
+            cache.start = None
+        return super().forward(tokens, cache, bound, **options)
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=12),
+        st.integers(0, 2),
+        st.integers(1, 4),
+        st.sampled_from(["alone", "stopped", "batch", "prefill"]),
+    ),
+    max_size=12,
+)
+
+
+@given(asked=requests, budget=st.integers(1, 400))
+def test_nothing_comes_out_differently_and_the_budget_holds(asked: list[Any], budget: int) -> None:
+    graph, store = FakeStoreGraph(), PrefixCache(budget)
+    for prompt, which, count, how in asked:
+        bound, found = BOUNDS[which], store.hits + store.misses
+        options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": count, "eos_ids": frozenset()}
+        if how == "batch":
+            batch = Batch(graph, 2, store)
+            row = batch.join(prompt, bound, **options)
+            while batch.step():
+                pass
+            got = row.tokens[len(prompt) :]
+        elif how == "prefill":
+            if 8 * len(prompt) > budget:
+                with pytest.raises(RequestError, match="cannot hold"):
+                    engine.prefill(graph, prompt, bound, store)
+            else:
+                engine.prefill(graph, prompt, bound, store)
+            continue
+        else:
+            ids = engine.generate(graph, prompt, bound, store=store, **options)
+            got = [next(ids)] if how == "stopped" else list(ids)
+            count = len(got)
+            ids.close()  # type: ignore[attr-defined]
+        assert got == expected(prompt, count, bound)
+        assert store.hits + store.misses == found + 1
+        assert 0 <= store.bytes <= budget and (store.entries > 0) == (store.bytes > 0)
+
+
+def keep(store: PrefixCache, tokens: Sequence[int], bound: BoundPatch = BASE) -> bool:
+    cache = KVCache(bound.key)
+    cache.tokens[:] = tokens
+    return store.keep(cache, lambda: fake_content(cache))
+
+
+def found(store: PrefixCache, tokens: Sequence[int], bound: BoundPatch = BASE) -> int:
+    """How many of `tokens` and one more the store knows."""
+    cache = KVCache(bound.key)
+    store.fill(cache, [*tokens, 9])
+    return len(cache)
+
+
+def test_the_longest_common_beginning_is_found() -> None:
+    store = PrefixCache(10_000)
+    assert found(store, [1, 2, 3]) == 0
+    for tokens in ([1, 2, 3, 4], [1, 2, 7, 7, 7], [8]):
+        assert keep(store, tokens)
+    assert [found(store, t) for t in ([1, 2, 3, 9], [1, 2, 7, 7], [1, 9], [8, 1], [9], [])] == [3, 4, 1, 1, 0, 0]
+    assert (store.hits, store.misses) == (4, 3)
+    # At least the last id is left to run, whatever is known.
+    cache = KVCache(BASE.key)
+    store.fill(cache, [1, 2, 3, 4])
+    assert cache.tokens == [1, 2, 3]
+
+
+def test_an_entry_takes_the_place_of_those_it_extends_and_no_other() -> None:
+    store = PrefixCache(10_000)
+    keep(store, [1, 2])
+    keep(store, [1, 2, 3])
+    assert store.entries == 1 and store.bytes == 3 * 8
+    keep(store, [1, 2])  # known already
+    keep(store, [1, 2, 4])
+    keep(store, [1, 2, 3, 4], PATCH)
+    assert store.entries == 3 and store.bytes == 10 * 8
+    store.clear()
+    assert (store.entries, store.bytes) == (0, 0) and found(store, [1, 2]) == 0
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    store = PrefixCache(6 * 8)
+    for first in (1, 2, 3):
+        keep(store, [first, 0])
+    assert found(store, [1]) == 1  # used
+    keep(store, [2])  # used as well: an entry has it
+    keep(store, [4, 0])
+    assert [found(store, [first]) for first in (1, 2, 3, 4)] == [1, 1, 0, 1]
+    assert not keep(store, [5] * 7) and store.entries == 3  # larger than everything: nothing is given up for it
+    assert keep(store, [6] * 6) and store.entries == 1 and store.bytes == 6 * 8
+
+
+@pytest.mark.parametrize("budget", [-1, True, 1.5, "1", None])
+def test_a_budget_that_is_none(tiny_llama_export: Path, budget: Any) -> None:
+    for make in (PrefixCache, lambda b: PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=b)):
+        with pytest.raises(RequestError) as error:
+            make(budget)
+        assert error.value.field == "prefix_cache_bytes"
+
+
+# -- on graphs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def graph(request: pytest.FixtureRequest) -> Graph:
+    return Graph(ModelFolder.open(request.getfixturevalue(f"tiny_{request.param}_export")), "cpu")
+
+
+def logits_of(graph: Graph, ids: list[int], bound: BoundPatch, store: PrefixCache | None) -> tuple[np.ndarray, int]:
+    """The last logits, and how many ids were run for them."""
+    cache = graph.new_cache(bound)
+    if store is not None:
+        store.fill(cache, ids)
+    run = ids[len(cache) :]
+    logits = graph.forward(run, cache, bound)
+    if store is not None:
+        assert store.keep(cache, lambda: graph.content(cache))
+    return logits, len(run)
+
+
+def test_logits_are_those_without_it_and_less_is_run(graph: Graph) -> None:
+    patch = patch_for(graph.folder, seed=1, scale=0.2)
+    bounds = [None, patch, 0.5 * patch, with_prefix(patch, graph.folder, LEAD)]
+    store = PrefixCache(1 << 30)
+    for bound in map(graph.bind, bounds):  # each finds nothing of the others
+        shared = [*LEAD, *token_ids(40, seed=1)]
+        one, two = [*shared, *token_ids(9, seed=2)], [*shared, *token_ids(5, seed=3)]
+        lead = len(graph.new_cache(bound))
+        for ids, run in ((one, len(one) - lead), (two, 5), (one, 1), (shared, 1), ([*one, 4, 4], 2)):
+            got, count = logits_of(graph, ids, bound, store)
+            assert count == run
+            assert furthest(got, logits_of(graph, ids, bound, None)[0]) < 1e-5
+    kv, layers = graph.folder.kv, graph.folder.layers
+    position = 2 * layers * kv.heads * kv.head_dim * 4
+    each = 2 * len(shared) + 9 + 2 + 5
+    assert store.entries == 8 and store.bytes == (4 * each + 2 * (5 - len(LEAD))) * position
+
+
+def test_requests_do_not_share_buffers(graph: Graph) -> None:
+    store = PrefixCache(1 << 30)
+    ids = token_ids(30, seed=4)
+    wanted, _run = logits_of(graph, ids, graph.base, store)
+    caches = [graph.new_cache(graph.base) for _ in range(2)]
+    for cache in caches:
+        store.fill(cache, ids)
+    graph.forward(token_ids(20, seed=5), caches[0], graph.base)
+    assert furthest(graph.forward(ids[-1:], caches[1], graph.base), wanted) < 1e-5
+    assert furthest(logits_of(graph, ids, graph.base, store)[0], wanted) < 1e-5
+
+
+def test_rows_of_a_batch_use_it_and_fill_it(graph: Graph) -> None:
+    store = PrefixCache(1 << 30)
+    bounds = [graph.base, graph.bind(patch_for(graph.folder, seed=2, scale=0.2))]
+    prompts = [[*token_ids(20, seed=6), *token_ids(n, seed=n)] for n in (1, 4, 7)]
+
+    def batched(store: PrefixCache | None) -> list[list[int]]:
+        batch = Batch(graph, 4, store)
+        rows = [
+            batch.join(prompt, bounds[place % 2], sampling=Sampling(), max_new_tokens=5 + place, eos_ids=frozenset())
+            for place, prompt in enumerate(prompts)
+        ]
+        while batch.step():
+            pass
+        return [row.tokens for row in rows]
+
+    wanted = batched(None)
+    assert batched(store) == wanted and (store.hits, store.misses) == (1, 2)
+    assert batched(store) == wanted and (store.hits, store.misses) == (4, 2)
+    # What a row leaves behind is of use to a conversation that goes on.
+    ids = [*wanted[2], 3]
+    got, run = logits_of(graph, ids, bounds[0], store)
+    assert run == 2 and furthest(got, logits_of(graph, ids, bounds[0], None)[0]) < 1e-5
+
+
+# -- on a model ----------------------------------------------------------------------------------------------
+
+SYSTEM = "You are a pirate, and you answer every question with one about the sea."
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+
+
+@pytest.fixture
+def model(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1 << 26)
+
+
+def store_of(model: PatchedModel) -> PrefixCache:
+    assert model.prefix_cache is not None
+    return model.prefix_cache
+
+
+def test_texts_are_those_of_a_model_without_it(model: PatchedModel, plain: PatchedModel) -> None:
+    patch = patch_for(model.graph.folder, seed=3, scale=0.5)
+    asked = [
+        {"prompt": prompt, "patch": choice, "system": system, "max_new_tokens": 6}
+        for _ in range(2)
+        for system in (SYSTEM, None)
+        for choice in (None, patch, 0.5 * patch)
+        for prompt in ("Hi", "How far is the moon?")
+    ]
+    wanted = [plain.generate(**one) for one in asked]  # type: ignore[arg-type]
+    assert [model.generate(**one) for one in asked] == wanted  # type: ignore[arg-type]
+    assert store_of(model).misses == 3 and store_of(model).hits == 21  # once for each patch
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda one: model.generate(**one), asked)) == wanted
+
+
+def test_a_system_prompt_run_ahead_of_time(
+    model: PatchedModel, plain: PatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = patch_for(model.graph.folder, seed=4, scale=0.5)
+    model.load_patch(patch, "p")
+    model.prefill([{"role": "system", "content": SYSTEM}], patch="p")
+    forward, ran = model.graph.forward, []
+    monkeypatch.setattr(model.graph, "forward", lambda t, *a, **k: ran.append(len(t)) or forward(t, *a, **k))
+    text = model.generate("Hi", system=SYSTEM, patch="p", max_new_tokens=3)
+    assert text == plain.generate("Hi", system=SYSTEM, patch=patch, max_new_tokens=3)
+    assert ran[0] < 50 < len(model.codec.render("Hi", SYSTEM)) and store_of(model).hits == 1
+    model.unload_patch("p")
+    # A cache of one's own keeps out of it.
+    before = store_of(model).hits, store_of(model).misses, store_of(model).entries
+    model.generate("Hi", system=SYSTEM, cache=model.new_cache(), max_new_tokens=3)
+    assert before == (store_of(model).hits, store_of(model).misses, store_of(model).entries)
+
+
+def test_running_ahead_of_time_that_cannot_be(plain: PatchedModel, tiny_llama_export: Path) -> None:
+    assert plain.prefix_cache is None
+    with pytest.raises(RequestError, match="keeps no prefixes"):
+        plain.prefill("Hi")
+    small = PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1000)
+    with pytest.raises(RequestError, match="cannot hold this prompt"):
+        small.prefill("Hi")
+    assert store_of(small).entries == 0
+    assert small.generate("Hi", max_new_tokens=3) == plain.generate("Hi", max_new_tokens=3)
+    with pytest.raises(RequestError, match="context window"):
+        small.prefill("x" * 600)
+
+
+def test_a_patch_baked_in_or_scaled_to_nothing_is_what_it_is(tiny_llama_export: Path) -> None:
+    """Strength 0 is the base and shares with it; a patch that is the default shares with the same patch bound."""
+    patch: Patch = patch_for(ModelFolder.open(tiny_llama_export), seed=5)
+    model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=patch, prefix_cache_bytes=1 << 26)
+    for choice, strength in ((None, 1.0), (patch, 0.0)):
+        model.generate("Hi", patch=choice, strength=strength, max_new_tokens=2)
+    model.generate("Hi", max_new_tokens=2)
+    model.generate("Hi", patch=patch, max_new_tokens=2)
+    assert (store_of(model).hits, store_of(model).misses) == (2, 2)

@@ -1,0 +1,155 @@
+"""Sampling against transformers' own processors, its distribution, its seed, and every bad value by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tp_runtime.errors import ModelFormatError, RequestError
+from tp_runtime.generation import Sampler, Sampling
+from tp_runtime.generation.sampling import candidates
+
+VOCAB = 2000
+
+
+def row(seed: int, spread: float = 3.0, vocab: int = VOCAB) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, spread, vocab).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": VOCAB + 5},
+        {"top_p": 1e-6},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"top_p": 0.999},
+        {"min_p": 0.05},
+        {"min_p": 0.9},
+        {"top_k": 100, "top_p": 0.8, "min_p": 0.02},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.01},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_kept_set_and_probabilities_equal_transformers(seed: int, temperature: float, settings: dict[str, Any]) -> None:
+    import torch
+    from transformers.generation import logits_process as hf
+
+    logits = row(seed)
+    logits[::7] = -np.inf
+    history = [5, 5, 7, int(logits.argmax())]
+    scores, ids = torch.from_numpy(logits)[None].double(), torch.tensor([history])
+    if "repetition_penalty" in settings:
+        scores = hf.RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"])(ids, scores)
+    scores = hf.TemperatureLogitsWarper(temperature)(ids, scores)
+    if "top_k" in settings:
+        scores = hf.TopKLogitsWarper(settings["top_k"])(ids, scores)
+    if "top_p" in settings:
+        scores = hf.TopPLogitsWarper(settings["top_p"])(ids, scores)
+    if "min_p" in settings:
+        scores = hf.MinPLogitsWarper(settings["min_p"])(ids, scores)
+    want = scores.softmax(-1)[0].numpy()
+
+    sampling = Sampling(temperature=temperature, **settings)
+    kept, probabilities = _after_penalty(logits, history, sampling)
+    assert kept.tolist() == np.flatnonzero(want).tolist()
+    np.testing.assert_allclose(probabilities, want[kept], rtol=1e-5)
+
+
+def _after_penalty(logits: np.ndarray, history: list[int], sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    # The penalty written out, one token at a time, apart from the code under test.
+    scores = logits.astype(np.float64)
+    for token in set(history):
+        up, down = scores[token] / sampling.repetition_penalty, scores[token] * sampling.repetition_penalty
+        scores[token] = down if scores[token] < 0 else up
+    return candidates(scores, sampling)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+    sampler = Sampler(Sampling(temperature=1.0, seed=0))
+    counts = np.bincount([sampler.pick(logits, []) for _ in range(20_000)], minlength=4) / 20_000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.012)
+
+
+def test_seed_repeats_and_none_does_not() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.5, top_p=0.95, seed=seed))
+        return [sampler.pick(row(i), []) for i in range(30)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    logits = np.array([1, 4, 4, -np.inf], dtype=np.float32)
+    assert Sampler(Sampling()).pick(logits, []) == 1
+    assert Sampler(Sampling(temperature=1e-300)).pick(np.array([1, 2, 1], dtype=np.float32), []) == 1
+
+
+def test_greedy_heeds_the_penalty_once_a_token() -> None:
+    logits = np.array([3.0, 2.0, -1.0], dtype=np.float32)
+    assert Sampler(Sampling(repetition_penalty=1.4)).pick(logits, [0, 0, 0, 0]) == 0
+    assert Sampler(Sampling(repetition_penalty=1.6)).pick(logits, [0]) == 1
+    assert logits.tolist() == [3.0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize("size", [50, 256, 257, 5000])
+def test_nucleus_of_equals_is_the_lowest_ids(size: int) -> None:
+    """Also where the nucleus is wider than what is sorted at first."""
+    kept, _ = candidates(np.zeros(size, dtype=np.float32), Sampling(temperature=1.0, top_p=0.5))
+    assert kept.tolist() == list(range(len(kept)))
+    assert abs(len(kept) - size / 2) <= 1
+
+
+def test_half_precision_logits() -> None:
+    logits = row(3).astype(np.float16)
+    assert Sampler(Sampling(repetition_penalty=1.1)).pick(logits, [1]) == int(logits.argmax())
+    assert 0 <= Sampler(Sampling(temperature=1.0)).pick(logits, []) < VOCAB
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_not_finite(temperature: float) -> None:
+    inf, nan = np.inf, np.nan
+    sampler = Sampler(Sampling(temperature=temperature, seed=0))
+    for values, want in (([-inf, 1, -inf], 1), ([nan, 1, -inf], 1), ([1, nan, inf], 2)):
+        assert sampler.pick(np.array(values, dtype=np.float32), []) == want
+    for values in ([nan] * 3, [-inf] * 3, [inf, nan, -inf]):
+        with pytest.raises(ModelFormatError, match="no logit is finite"):
+            sampler.pick(np.array(values, dtype=np.float32), [])
+
+
+@pytest.mark.parametrize("history", [[-1], [VOCAB]])
+def test_history_outside_the_vocabulary(history: list[int]) -> None:
+    with pytest.raises(RequestError, match="history"):
+        Sampler(Sampling(repetition_penalty=1.1)).pick(row(0), history)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", v) for v in (-0.1, float("nan"), float("inf"), "1", None, True)),
+        *(("top_k", v) for v in (-1, 1.5, 4.0, "4", None, False)),
+        *(("top_p", v) for v in (0, 0.0, -0.1, 1.01, float("nan"), "1", None, True)),
+        *(("min_p", v) for v in (-0.1, 1, 1.0, float("nan"), "0", None, False)),
+        *(("repetition_penalty", v) for v in (0, -1.0, float("nan"), float("inf"), "1", None, True)),
+        *(("seed", v) for v in (-1, 1.0, "1", True)),
+    ],
+)
+def test_bad_value_is_named(field: str, value: object) -> None:
+    with pytest.raises(RequestError) as error:
+        Sampling(**{field: value})  # type: ignore[arg-type]
+    assert error.value.field == field and error.value.got == repr(value) and error.value.wanted
+
+
+def test_good_values() -> None:
+    Sampling(1, 0, 1, 0, 1, None)
+    Sampling(np.float32(0.7), np.int64(5), 0.5, 0.99, 1.2, np.int64(3))  # type: ignore[arg-type]

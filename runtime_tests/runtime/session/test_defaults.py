@@ -1,0 +1,189 @@
+"""Patches that need no binding: exported as the slots' defaults, or baked in when the model is opened."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
+from runtime_tests.patches import patch_for
+from tp_export.graph import export_model
+from tp_export.source import load_model, open_source
+from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
+from tp_runtime.generation.rows import new_rows
+from tp_runtime.model import PatchedModel
+from tp_runtime.patch import Delta, Patch
+from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
+
+IDS = token_ids(30)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_llama_export: Path) -> Patch:
+    """A pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
+    whole = patch_for(ModelFolder.open(tiny_llama_export), seed=1, scale=0.3)
+    bias = whole.deltas[2, "mlp_out"].bias
+    return Patch({(0, "mlp_out"): whole.deltas[0, "mlp_out"], (2, "mlp_out"): Delta(bias=bias)}, whole.config)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_llama_export: Path) -> Patch:
+    """Acts in layer 1 alone, where `patch` does not."""
+    whole = patch_for(ModelFolder.open(tiny_llama_export), seed=2, rank=9, scale=0.3)
+    return Patch({(1, "mlp_out"): whole.deltas[1, "mlp_out"]}, whole.config)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama: Path, patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny Llama, exported with `patch` as its default."""
+    return export_model(open_source(tiny_llama), tmp_path_factory.mktemp("export") / "patched", patch=patch)
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_llama: Path, patch: Patch, other: Patch) -> dict[str, Any]:
+    """Logits by torch."""
+    model = load_model(open_source(tiny_llama))
+    found = {name: torch_logits(model, IDS, p) for name, p in {"base": None, "patch": patch, "other": other}.items()}
+    assert min(furthest(found["base"], found[name]) for name in ("patch", "other")) > 0.1
+    assert furthest(found["patch"], found["other"]) > 0.1
+    return found
+
+
+# -- the exported folder -------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_what_its_defaults_are(exported: Path, patch: Patch, tiny_llama_export: Path) -> None:
+    folder, plain = ModelFolder.open(exported), ModelFolder.open(tiny_llama_export)
+    assert "patch.onnx_data" in folder.files and (exported / "patch.onnx_data").stat().st_size >= patch.nbytes / 2
+    assert folder.default_patch is not None and folder.default_patch.identity == patch.identity
+    assert folder.default_patch.terms == patch.terms and folder.default_patch.name == patch.name
+    assert folder.base_digest == plain.base_digest and folder.graph_digest != plain.graph_digest
+    assert plain.default_patch is None and "patch.onnx_data" not in plain.files
+    # The weights are those of the plain export: the patch lies apart.
+    assert folder.files["model.onnx_data"] == plain.files["model.onnx_data"]
+
+
+def test_plain_onnxruntime_computes_the_patched_model(
+    exported: Path, tiny_llama_export: Path, wanted: dict[str, Any]
+) -> None:
+    assert furthest(plain_session_logits(exported, IDS)[0], wanted["patch"]) < TOLERANCE
+    assert furthest(plain_session_logits(tiny_llama_export, IDS)[0], wanted["base"]) < TOLERANCE
+
+
+def test_the_runtime_starts_patched_and_finds_back_to_the_base(
+    exported: Path, tiny_llama_export: Path, wanted: dict[str, Any], patch: Patch, other: Patch
+) -> None:
+    base = PatchedModel.from_pretrained(tiny_llama_export, "cpu").logits(IDS)
+    model = PatchedModel.from_pretrained(exported, "cpu")
+    active = model.logits(IDS)
+    assert furthest(active, wanted["patch"]) < TOLERANCE
+    assert np.array_equal(active, model.logits(IDS, patch))
+    assert np.array_equal(model.logits(IDS, None), base)
+    assert np.array_equal(model.logits(IDS, patch, 0), base)
+    assert model.graph.bind(0 * patch) is model.graph.base  # nothing is bound anew
+    assert furthest(model.logits(IDS, other), wanted["other"]) < TOLERANCE
+    model.load_patch(other, "other")
+    with model.patched("other"):
+        assert furthest(model.logits(IDS), wanted["other"]) < TOLERANCE
+        with model.patched(None):
+            assert np.array_equal(model.logits(IDS), base)
+    model.unload_patch("other")
+    assert np.array_equal(model.logits(IDS), active)
+
+
+def test_opened_without_the_patch_it_is_the_base(
+    exported: Path, tiny_llama_export: Path, wanted: dict[str, Any], patch: Patch
+) -> None:
+    model = PatchedModel.from_pretrained(exported, "cpu", patch=None)
+    assert np.array_equal(model.logits(IDS), PatchedModel.from_pretrained(tiny_llama_export, "cpu").logits(IDS))
+    assert furthest(model.logits(IDS, patch), wanted["patch"]) < TOLERANCE
+    with pytest.raises(StaleCacheError):
+        model.stream("Hi", cache=model.new_cache(patch))
+
+
+def test_a_cache_knows_the_default_patch(exported: Path, patch: Patch) -> None:
+    model = PatchedModel.from_pretrained(exported, "cpu")
+    assert model.generate("Hi", cache=model.new_cache(patch), max_new_tokens=3) == model.generate(
+        "Hi", max_new_tokens=3
+    )
+    for foreign in (None, 0.5 * patch):
+        with pytest.raises(StaleCacheError):
+            model.stream("Hi", cache=model.new_cache(foreign))
+
+
+def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patch, other: Patch) -> None:
+    """The session keeps its initializers to itself: they are read from the patch file in the folder."""
+    graph = Graph(ModelFolder.open(exported), "cpu")
+    bounds = [graph.default, graph.base, graph.bind(other)]
+    caches = [graph.new_cache(bound) for bound in bounds]
+    rows = new_rows(graph, 3)
+    for cache, bound in zip(caches, bounds, strict=True):
+        graph.forward(IDS[:9], cache, bound)
+        rows.add(cache, bound)
+    for place, logits in enumerate(rows.step([IDS[9]] * 3)):
+        assert furthest(logits, graph_logits(graph, IDS[:10], bounds[place])[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["missing", "another"])
+def test_a_default_that_is_not_the_folders_is_refused(
+    exported: Path, tmp_path: Path, patch: Patch, other: Patch, damage: str
+) -> None:
+    folder = ModelFolder.open(shutil.copytree(exported, tmp_path / "m"))
+    if damage == "missing":
+        folder = replace(folder, files={name: record for name, record in folder.files.items() if name != DEFAULT_FILE})
+    else:
+        other.save(folder.path / DEFAULT_FILE)
+    graph = Graph(folder, "cpu")
+    with pytest.raises(ModelFormatError, match="default patch"):
+        graph.deltas(graph.default)
+
+
+# -- baked in at load time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["tiny_llama_export", "exported"])
+def test_a_patch_baked_in_is_the_patch_bound(
+    request: pytest.FixtureRequest, folder: str, wanted: dict[str, Any], patch: Patch, other: Patch, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(folder)
+    per_request = PatchedModel.from_pretrained(path, "cpu", patch=None)
+    other.save(tmp_path / "other.safetensors", "f32")
+    for baked in (other, tmp_path / "other.safetensors"):
+        model = PatchedModel.from_pretrained(path, "cpu", patch=baked)
+        assert furthest(model.logits(IDS), wanted["other"]) < TOLERANCE
+        assert furthest(model.logits(IDS), per_request.logits(IDS, other)) < 1e-6
+        # Requests under it bind nothing; every other choice still works on top of it.
+        assert model.graph.bind(other).values == {}
+        assert furthest(model.logits(IDS, patch), wanted["patch"]) < TOLERANCE
+        assert np.array_equal(model.logits(IDS, None), per_request.logits(IDS))
+        assert furthest(model.logits(IDS, 0.5 * other), per_request.logits(IDS, 0.5 * other)) < 1e-6
+        with model.patched(patch):
+            assert furthest(model.logits(IDS), wanted["patch"]) < TOLERANCE
+        assert furthest(model.logits(IDS), wanted["other"]) < TOLERANCE
+
+
+def test_a_patch_of_strength_zero_bakes_in_the_base(exported: Path, patch: Patch, wanted: dict[str, Any]) -> None:
+    model = PatchedModel.from_pretrained(exported, "cpu", patch=0 * patch)
+    assert furthest(model.logits(IDS), wanted["base"]) < TOLERANCE
+    assert furthest(model.logits(IDS, patch), wanted["patch"]) < TOLERANCE
+
+
+def test_the_session_outlives_the_patch_it_was_opened_with(tiny_llama_export: Path) -> None:
+    """ONNX Runtime reads a baked-in patch where it lies: it must not be freed with the caller's object."""
+    folder = ModelFolder.open(tiny_llama_export)
+    graph = Graph(folder, "cpu", defaults=patch_for(folder, seed=3))
+    first = graph_logits(graph, IDS, graph.default)
+    churn = [np.full((1 << 12,), np.nan, np.float32) for _ in range(500)]
+    assert np.array_equal(graph_logits(graph, IDS, graph.default), first) and len(churn) == 500
+    assert furthest(first, graph_logits(graph, IDS, graph.bind(patch_for(folder, seed=3)))) < 1e-6
+
+
+def test_a_strength_needs_a_patch_that_is_known(exported: Path) -> None:
+    with pytest.raises(PatchTargetError, match="strength"):
+        PatchedModel.from_pretrained(exported, "cpu").logits(IDS, strength=0.5)

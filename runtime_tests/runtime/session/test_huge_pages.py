@@ -1,0 +1,130 @@
+"""Weights on huge pages: which memory is named, and that nothing but its pages changes."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tp_runtime.session import Graph, ModelFolder, huge_pages
+from tp_runtime.session import graph as graph_module
+from tp_runtime.session.huge_pages import (
+    Range,
+    aligned,
+    mapped,
+    mappings,
+    use_huge_pages,
+    use_huge_pages_soon,
+    within,
+    without,
+    written,
+)
+
+MAPS = """\
+00400000-00500000 r-xp 00000000 fe:00 131 /usr/bin/python with a space
+01000000-02000000 rw-p 00000000 00:00 0 [heap]
+7f0000000000-7f0000800000 rw-p 00000000 00:00 0
+7f0001000000-7f0001800000 rw-p 00000000 00:00 0
+7f0002000000-7f0002800000 rw-p 00000000 fe:00 17 /models/model.onnx_data
+7f0003000000-7f0003800000 ---p 00000000 00:00 0
+"""
+RESIDENT = {"00400000": 1024, "01000000": 16384, "7f0000000000": 4096, "7f0001000000": 64, "7f0002000000": 8192}
+SMAPS = "".join(
+    f"{line}\nSize: 1 kB\nRss: {RESIDENT.get(line.split('-')[0], 0):>10} kB\nVmFlags: rd wr\n"
+    for line in MAPS.splitlines()
+)
+ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda pair: (pair[0], sum(pair))), max_size=6)
+
+
+def covered(found: list[Range]) -> set[int]:
+    return {address for first, end in found for address in range(first, end)}
+
+
+def test_own_memory_that_is_written_is_named_and_no_file_or_stack() -> None:
+    assert written(SMAPS) == [(0x1000000, 0x2000000), (0x7F0000000000, 0x7F0000800000)]
+    assert len(mappings(MAPS)) == 6
+
+
+@given(ours=ranges, others=ranges)
+def test_what_was_there_before_is_left_alone(ours: list[Range], others: list[Range]) -> None:
+    assert covered(without(ours, others)) == covered(ours) - covered(others)
+
+
+@given(ours=ranges, others=ranges)
+def test_what_was_not_taken_is_left_alone(ours: list[Range], others: list[Range]) -> None:
+    assert covered(within(ours, others)) == covered(ours) & covered(others)
+
+
+@given(ours=ranges, size=st.integers(1, 8))
+def test_only_whole_pages_inside_a_range(ours: list[Range], size: int) -> None:
+    found = aligned(ours, size)
+    assert covered(found) <= covered(ours)
+    assert all(first % size == 0 and end % size == 0 and first < end for first, end in found)
+
+
+def test_what_the_memory_holds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[Range] = []
+    real = huge_pages._advise
+
+    def advise(address: int, length: int, advice: int) -> None:
+        advised.append((address, address + length))
+        real(address, length, advice)
+
+    monkeypatch.setattr(huge_pages, "_advise", advise)
+    before = mapped()
+    with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        array = np.frombuffer(memory, np.float32)
+        values = np.random.default_rng(0).standard_normal(len(array), np.float32)
+        array[:] = values
+        address = array.ctypes.data
+        asked = use_huge_pages(without(mapped(), before))
+        assert (array == values).all()
+        del array
+    if huge_pages.page_size() is None:
+        assert asked == 0 and not advised
+    else:
+        assert asked >= 60 << 20
+        assert any(first >= address and end <= address + (64 << 20) for first, end in advised)
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]", None])
+def test_switched_off_or_unknown_to_the_system(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(huge_pages, "_advise", lambda *_: pytest.fail("advice is not wanted here"))
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
+        (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    assert use_huge_pages([(0, 1 << 47)]) == 0
+
+
+@pytest.mark.parametrize("first_run", [[1], [1, 2, 3]], ids=["a token", "a prompt"])
+def test_a_session_asks_once_after_its_first_run(
+    tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch, first_run: list[int]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", asked.append)
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    cache = graph.new_cache(graph.base)
+    assert not asked  # somebody waits for the first token
+    graph.forward(first_run, cache, graph.base)
+    graph.forward([4], cache, graph.base)
+    assert len(asked) == 1
+
+
+def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda taken: pytest.fail("asked"))
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1, huge_pages=False)
+    graph.forward([1, 2, 3], graph.new_cache(graph.base), graph.base)
+
+
+def test_the_background_does_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(huge_pages, "use_huge_pages", asked.append)
+    use_huge_pages_soon([(0, 1)]).join(60)
+    assert asked == [[(0, 1)]]

@@ -1,0 +1,22 @@
+"""Token ids in, token ids out: the loop, sampling, prefix cache and batches over a graph.
+
+Knows nothing of text, files or names of patches.
+"""
+
+from .batch import PREFILL_TOKENS, Batch, Row
+from .engine import check_max_new_tokens, check_request, generate, prefill
+from .prefix_cache import PrefixCache
+from .sampling import Sampler, Sampling
+
+__all__ = [
+    "PREFILL_TOKENS",
+    "Batch",
+    "PrefixCache",
+    "Row",
+    "Sampler",
+    "Sampling",
+    "check_max_new_tokens",
+    "check_request",
+    "generate",
+    "prefill",
+]

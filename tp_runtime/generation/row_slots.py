@@ -1,0 +1,91 @@
+"""The patch tensors of a batch: one patch for all rows as it is, or one row for each.
+
+Rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out], where ranks are
+filled up with zeros to the largest of the slot, which adds exactly nothing. A stack is only as long-lived as its
+batch, allocated when the first two rows differ, and written for the rows that changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..patch import Delta, SlotKey
+from ..session import BoundPatch, CacheKey, Slot, check_rows
+
+
+class SlotRows:
+    """What the slots of a graph are bound to while rows come and go.
+
+    Args:
+        slots: of the graph.
+        limit: most rows there can be.
+        dtype: of the slots.
+        deltas: what the slots add under a patch.
+        to_device: an array as an OrtValue on the device; on the CPU it shares the array's memory.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[SlotKey, Slot],
+        limit: int,
+        dtype: np.dtype[Any],
+        deltas: Callable[[BoundPatch], Mapping[SlotKey, Delta]],
+        to_device: Callable[[NDArray], Any],
+    ) -> None:
+        self._slots, self._limit, self._dtype = slots, limit, dtype
+        self._deltas, self._to_device = deltas, to_device
+        self._arrays: dict[SlotKey, tuple[NDArray, NDArray, NDArray]] = {}
+        self._written: list[CacheKey | None] = [None] * limit  # whose tensors each row of the stack holds
+
+    def bind(self, binding: Any, bounds: Sequence[BoundPatch]) -> None:
+        """Bind the tensors of rows under `bounds`, in order, to a fresh binding.
+
+        Raises:
+            ModelFormatError: a row is under the folder's default patch, and its tensors cannot be read.
+            PatchShapeError: a patch bound for another batch.
+        """
+        values = dict(bounds[0].values)
+        if any(bound.key != bounds[0].key for bound in bounds):
+            self._write(bounds)
+            values = {}
+            for key, arrays in self._arrays.items():
+                for part, array in zip(("a", "b", "bias"), arrays, strict=True):
+                    values[f"{self._slots[key].name}.{part}"] = self._to_device(array[: len(bounds)])
+        check_rows(values, len(bounds))
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+
+    def _write(self, bounds: Sequence[BoundPatch]) -> None:
+        changed = [i for i, bound in enumerate(bounds) if self._written[i] != bound.key]
+        deltas = {i: self._deltas(bounds[i]) for i in changed}
+        for i in changed:
+            self._written[i] = None  # until it is whole: memory may run out in between
+        for key, slot in self._slots.items():
+            here = {i: deltas[i].get(key) or Delta() for i in changed}
+            rank = max((delta.rank for delta in here.values()), default=0)
+            a, b, bias = self._room(key, slot, rank)
+            for i, delta in here.items():
+                a[i, :, delta.rank :], b[i, delta.rank :] = 0, 0
+                if delta.a is not None and delta.b is not None:
+                    a[i, :, : delta.rank], b[i, : delta.rank] = delta.a, delta.b
+                bias[i, 0] = 0 if delta.bias is None else delta.bias
+        for i in changed:
+            self._written[i] = bounds[i].key
+
+    def _room(self, key: SlotKey, slot: Slot, rank: int) -> tuple[NDArray, NDArray, NDArray]:
+        """The stack of one slot, with what is in it, at least `rank` wide."""
+        old = self._arrays.get(key)
+        if old is not None and old[0].shape[2] >= rank:
+            return old
+        a = np.zeros((self._limit, slot.inputs, rank), self._dtype)
+        b = np.zeros((self._limit, rank, slot.outputs), self._dtype)
+        bias = np.zeros((self._limit, 1, slot.outputs), self._dtype)
+        if old is not None:
+            narrow = old[0].shape[2]
+            a[:, :, :narrow], b[:, :narrow], bias = old[0], old[1], old[2]
+        self._arrays[key] = a, b, bias
+        return a, b, bias

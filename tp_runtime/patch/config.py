@@ -1,0 +1,221 @@
+"""The description a patch carries: what it was fitted on, how, and how well. Knows nothing of tensors.
+
+Exact keys and exact types: a key this version does not know may change what the patch means, so it is
+refused, not skipped. A description never decides what a patch is; its tensors do (see `Patch.identity`).
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import PatchFormatError, PatchVersionError
+
+METHODS = ("vector", "output", "matrix", "lora", "prefix", "isotropic", "steering", "imported", "composed")
+CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
+MAX_REPORT = 64
+PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHORT_DIGEST = re.compile(r"[0-9a-f]{8}")
+_REFIT = "export the patch again with this version of tp-export"
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """What a patch says about itself.
+
+    Attributes:
+        name: printable, for people; never a key of anything.
+        method: one of `METHODS`; "composed" for a sum of patches, "imported" for another tool's adapter.
+        base_model: the base model's public name.
+        base_digest: SHA-256 of the base model (64 hex digits); a patch acts on no other base.
+        architecture: the base's model type, e.g. "llama", as in `patch_slots.json`.
+        precision: of the base the patch was fitted on: "fp32", "fp16", "int8", ...
+        context_digest: SHA-256 of the context text (64 hex digits), or "" where there is no one context.
+        context: the text itself, only if the exporter was asked to store it.
+        ridge: relative ridge of the fit.
+        calibration: counts `queries`, `rows` (token positions fitted), `max_new_tokens`, `holdout` (queries), and
+            optionally `samples`, answers fitted for each query, and `query_digests`, eight hex digits of each fitted
+            query, so that none is measured on later.
+        fidelity: held-out figures, name to number.
+        licence: of the patch, an SPDX expression.
+        created: ISO 8601 time in UTC.
+        probe: `token_ids` and, for each of the last of their positions under the patch at strength 1, `top1` token id,
+            `top1_logits` and `logsumexp` of the logits (nats).
+        report: summary of the last report on it, name to number, at most `MAX_REPORT` of them.
+    """
+
+    name: str
+    method: str
+    base_model: str
+    base_digest: str
+    architecture: str
+    precision: str
+    context_digest: str
+    context: str | None = None
+    ridge: float | None = None
+    calibration: dict[str, Any] | None = None
+    fidelity: dict[str, float] | None = None
+    licence: str | None = None
+    created: str | None = None
+    probe: dict[str, list[Any]] | None = None
+    report: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("name", "base_model", "architecture", "precision"):
+            text = _text(key, getattr(self, key))
+            # These go to terminals and logs: no control characters, nothing invisible.
+            if not text or not text.isprintable():
+                raise _bad(key, repr(text), "printable text, not empty")
+        if _text("method", self.method) not in METHODS:
+            raise PatchVersionError(
+                "unknown method",
+                field="config.method",
+                got=repr(self.method),
+                wanted=" | ".join(METHODS),
+                fix="update tp-runtime, or export the patch with a known method",
+            )
+        if not _DIGEST.fullmatch(_text("base_digest", self.base_digest)):
+            raise _bad("base_digest", repr(self.base_digest), "64 lower-case hex digits")
+        if self.context_digest != "" and not _DIGEST.fullmatch(_text("context_digest", self.context_digest)):
+            raise _bad("context_digest", repr(self.context_digest), "64 lower-case hex digits, or nothing")
+        for key in ("context", "licence"):
+            if getattr(self, key) is not None:
+                _text(key, getattr(self, key))
+        if self.ridge is not None and _number("ridge", self.ridge) < 0:
+            raise _bad("ridge", self.ridge, "a number >= 0")
+        if self.created is not None:
+            _utc("created", self.created)
+        if self.calibration is not None:
+            _keys("calibration", self.calibration, (*CALIBRATION_KEYS, "samples", "query_digests"), CALIBRATION_KEYS)
+            _check_query_digests(self.calibration.get("query_digests", []))
+            for key in self.calibration.keys() - {"query_digests"}:
+                _count(f"calibration.{key}", self.calibration[key])
+        for figures in ("fidelity", "report"):
+            if getattr(self, figures) is not None:
+                for key, value in _mapping(figures, getattr(self, figures)).items():
+                    _number(f"{figures}.{_text(figures, key)}", value)
+        if self.report is not None and len(self.report) > MAX_REPORT:
+            raise _bad("report", f"{len(self.report)} figures", f"at most {MAX_REPORT}")
+        if self.probe is not None:
+            _check_probe(self.probe)
+        for key in ("calibration", "fidelity", "probe", "report"):  # ours alone from here on: the caller's may change
+            object.__setattr__(self, key, copy.deepcopy(getattr(self, key)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PatchConfig:
+        """Build from the file's JSON object; optional keys may be absent or null.
+
+        Args:
+            data: the parsed JSON object.
+
+        Raises:
+            PatchVersionError: a key or method that this version does not know.
+            PatchFormatError: a key missing, or a value of the wrong type or form.
+        """
+        known = [field.name for field in fields(cls)]
+        required = known[: known.index("context")]
+        _keys("", data, known, required)
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file: the keys that hold something, in declaration order."""
+        values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in fields(self)}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def _bad(key: str, got: object, wanted: str) -> PatchFormatError:
+    return PatchFormatError(
+        "the patch description holds a bad value", field=f"config.{key}", got=got, wanted=wanted, fix=_REFIT
+    )
+
+
+def _keys(key: str, value: Any, known: Any, required: Any = None) -> None:
+    """Exact keys: an unknown one is a newer version's, a missing one is damage."""
+    path = f"config.{key}".rstrip(".")
+    unknown = sorted(str(name) for name in set(_mapping(key, value)) - set(known))
+    if unknown:
+        raise PatchVersionError(
+            "unknown key in the patch description",
+            field=path,
+            got=", ".join(map(repr, unknown[:5])),
+            wanted=", ".join(known),
+            fix="update tp-runtime: a newer version may have written this patch",
+        )
+    missing = [name for name in (known if required is None else required) if name not in value]
+    if missing:
+        raise PatchFormatError(
+            "the patch description lacks a key",
+            field=path,
+            got=", ".join(sorted(value)) or "no keys",
+            wanted=", ".join(missing),
+            fix=_REFIT,
+        )
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _bad(key, type(value).__name__, "an object")
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _bad(key, type(value).__name__, "text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; nothing can print it
+        raise _bad(key, ascii(value), "text that is valid Unicode") from None
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # a bool is an int to Python, not to JSON
+        raise _bad(key, type(value).__name__, "a number")
+    if not abs(value) <= sys.float_info.max:  # false for NaN; an int may be too large for any float
+        raise _bad(key, "NaN, infinity or a number too large", "a finite number")
+    return float(value)
+
+
+def _count(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _bad(key, repr(value), "a whole number >= 0")
+    return value
+
+
+def _utc(key: str, value: Any) -> None:
+    try:
+        offset = datetime.datetime.fromisoformat(_text(key, value)).utcoffset()
+    except ValueError:
+        offset = None
+    if offset != datetime.timedelta(0):
+        raise _bad(key, repr(value), "an ISO 8601 time in UTC, such as 2025-01-31T12:00:00+00:00")
+
+
+def _check_query_digests(digests: Any) -> None:
+    if not isinstance(digests, list) or not all(
+        isinstance(digest, str) and _SHORT_DIGEST.fullmatch(digest) for digest in digests
+    ):
+        raise _bad("calibration.query_digests", type(digests).__name__, "a list of 8 lower-case hex digits each")
+
+
+def _check_probe(probe: Any) -> None:
+    _keys("probe", probe, PROBE_KEYS)
+    for key in PROBE_KEYS:
+        if not isinstance(probe[key], list):
+            raise _bad(f"probe.{key}", type(probe[key]).__name__, "a list")
+        for value in probe[key]:
+            if key in ("token_ids", "top1"):
+                _count(f"probe.{key}", value)
+            else:
+                _number(f"probe.{key}", value)
+    lengths = [len(probe[key]) for key in PROBE_KEYS]
+    # Ids that a KV prefix stands in for have no logits.
+    if not 0 < lengths[1] <= lengths[0] or len(set(lengths[1:])) != 1:
+        raise _bad("probe", f"lists of {lengths} entries", "one entry per position in every list, at least one")

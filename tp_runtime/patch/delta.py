@@ -1,0 +1,193 @@
+"""What a patch adds to one slot, and the arithmetic of that. Knows nothing of layers, files or descriptions.
+
+Errors name the slot all the same: whoever calls says which slot it is.
+"""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PatchShapeError, PatchTargetError, PatchValueError
+from .file import DELTA_PARTS, MAX_LAYER, SITES, slot_name
+
+Array = NDArray[np.float32]
+SlotKey = tuple[int, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """x -> x @ a @ b + bias, for x [..., in]. Arrays become read-only float32 copies.
+
+    Attributes:
+        a: [in, rank], directions in order of energy.
+        b: [rank, out].
+        bias: [out].
+        mean: [in], the mean of x over the fitted rows; needed only to truncate.
+
+    Raises:
+        PatchValueError: an array that is not made of numbers.
+    """
+
+    a: Array | None = None
+    b: Array | None = None
+    bias: Array | None = None
+    mean: Array | None = None
+
+    def __post_init__(self) -> None:
+        for part, values in self.parts().items():
+            object.__setattr__(self, part, _frozen(values, part))
+
+    def parts(self) -> dict[str, Array]:
+        """The arrays that are there, by part name."""
+        return {part: getattr(self, part) for part in DELTA_PARTS if getattr(self, part) is not None}
+
+    @property
+    def rank(self) -> int:
+        """Number of directions; 0 for a bias alone."""
+        return 0 if self.a is None else self.a.shape[1]
+
+    def scaled(self, strength: float) -> Delta:
+        """The delta times `strength`: b and bias alone, for scaling a as well would scale twice."""
+
+        def times(values: Array | None) -> Array | None:
+            return None if values is None else (values * np.float64(strength)).astype(np.float32)  # one rounding
+
+        with np.errstate(over="ignore", under="ignore"):  # infinity is reported by `check`, with the slot's name
+            return replace(self, b=times(self.b), bias=times(self.bias))
+
+    def joined(self, other: Delta, slot: SlotKey) -> Delta:
+        """The sum: ranks one after the other, biases added. No mean, as a sum cannot be truncated.
+
+        Raises:
+            PatchShapeError: the two do not have the same [in] or [out].
+        """
+        for part, axis in (("a", 0), ("b", 1), ("bias", 0)):
+            one, two = getattr(self, part), getattr(other, part)
+            if one is not None and two is not None and one.shape[axis] != two.shape[axis]:
+                raise _misfit(slot, part, two.shape, f"{one.shape[axis]} in dimension {axis}, to be added")
+        with np.errstate(over="ignore"):
+            bias = self.bias + other.bias if self.bias is not None and other.bias is not None else None
+        if self.a is None or self.b is None or other.a is None or other.b is None:
+            pair = self if other.a is None else other
+            a, b = pair.a, pair.b
+        else:
+            a, b = np.concatenate([self.a, other.a], axis=1), np.concatenate([self.b, other.b], axis=0)
+        if bias is None:
+            bias = other.bias if self.bias is None else self.bias
+        return Delta(a, b, bias)
+
+    def truncated(self, rank: int, slot: SlotKey) -> Delta:
+        """The first `rank` directions; the bias takes the mean effect of the others.
+
+        Raises:
+            PatchValueError: there are directions to drop and no mean.
+        """
+        if self.a is None or self.b is None or self.rank <= rank:
+            return self
+        if self.mean is None:
+            raise PatchValueError(
+                "the slot has directions to drop but no mean to correct its bias with",
+                field=slot_name(*slot, "mean"),
+                got="no such tensor",
+                wanted=f"the mean input, [{self.a.shape[0]}]",
+                fix=f"export the patch at rank {rank}, or keep rank >= {self.rank}",
+            )
+        # Over the fitted rows the dropped part is, on average, this constant.
+        constant = (self.mean.astype(np.float64) @ self.a[:, rank:]) @ self.b[rank:]
+        bias = constant if self.bias is None else self.bias + constant
+        return Delta(self.a[:, :rank], self.b[:rank], bias.astype(np.float32), self.mean)
+
+    def check(self, slot: SlotKey) -> None:
+        """Check that the parts belong together and that every value is finite.
+
+        Raises:
+            PatchTargetError: half of a pair, a mean without a pair, or nothing at all.
+            PatchShapeError: parts that do not fit each other, or an empty array.
+            PatchValueError: NaN or infinity.
+        """
+        parts = self.parts()
+        half = ("a" in parts) != ("b" in parts)
+        if half or not {"b", "bias"} & set(parts) or ("mean" in parts and "a" not in parts):
+            raise PatchTargetError(
+                "half of a pair" if half else "nothing to add, or a mean without a pair",
+                field=slot_name(*slot, "a|b|bias|mean"),
+                got=" and ".join(parts) or "no tensor",
+                wanted="a with b, or a bias, or both (a mean only beside a pair)",
+                fix="export the patch again; leave out slots that nothing is added to",
+            )
+        for part, values in parts.items():
+            dimensions = 2 if part in ("a", "b") else 1
+            if values.ndim != dimensions or values.size == 0:
+                raise _misfit(slot, part, values.shape, f"{dimensions} dimension(s), none of size 0")
+            if not np.isfinite(values).all():
+                raise PatchValueError(
+                    "NaN or infinity",
+                    field=slot_name(*slot, part),
+                    got=f"{np.count_nonzero(~np.isfinite(values))} of {values.size} values",
+                    wanted="finite float32 values",
+                    fix="fit the patch again with a larger ridge, or scale it by less",
+                )
+        if self.a is None or self.b is None:
+            return
+        (inputs, rank), out = self.a.shape, self.b.shape[1]
+        if self.b.shape[0] != rank:
+            raise _misfit(slot, "b", self.b.shape, f"[{rank}, {out}], as a is {[inputs, rank]}")
+        if self.bias is not None and self.bias.shape[0] != out:
+            raise _misfit(slot, "bias", self.bias.shape, f"[{out}], as b is {[rank, out]}")
+        if self.mean is not None and self.mean.shape[0] != inputs:
+            raise _misfit(slot, "mean", self.mean.shape, f"[{inputs}], as a is {[inputs, rank]}")
+
+
+def check_slot(slot: Any) -> None:
+    """Check that a key is (layer, site).
+
+    Raises:
+        PatchTargetError: it is not, or no such site exists.
+    """
+    if isinstance(slot, tuple) and len(slot) == 2:
+        layer, site = slot
+        whole = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+        if whole and 0 <= layer <= MAX_LAYER and isinstance(site, str) and site in SITES:
+            return
+    raise PatchTargetError(
+        "no such slot",
+        field="deltas",
+        got=repr(slot),
+        wanted=f"(layer in 0..{MAX_LAYER}, {' | '.join(SITES)})",
+        fix="use one of these sites",
+    )
+
+
+def _frozen(values: Any, part: str) -> Array:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise PatchValueError(
+            "not an array of numbers",
+            field=part,
+            got=f"dtype {array.dtype}",
+            wanted="float32",
+            fix="convert it to float32",
+        )
+    # A read-only view may still change under us through its base; an array that owns its values cannot.
+    ours = array.dtype == np.float32 and array.flags.c_contiguous and array.flags.owndata
+    if ours and not array.flags.writeable:
+        return array
+    with np.errstate(over="ignore"):  # infinity is reported by `check`, with the slot's name
+        array = np.array(array, np.float32, order="C")
+    array.setflags(write=False)
+    return array
+
+
+def _misfit(slot: SlotKey, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:
+    return PatchShapeError(
+        "a shape does not fit",
+        field=slot_name(*slot, part),
+        got=list(got),
+        wanted=wanted,
+        fix="use patches of one base model; leave out a pair of rank 0",
+    )

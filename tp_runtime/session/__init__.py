@@ -1,0 +1,43 @@
+"""One exported graph on one device: the model folder, the ONNX Runtime session, its slots and KV caches, bound patches.
+
+Knows nothing of text, of sampling, or of where a completion ends.
+"""
+
+from .bound_patch import BoundPatch
+from .device import DEVICES, require_onnxruntime
+from .graph import FIRST_LOGIT, Graph
+from .kv_buffers import grown_capacity
+from .kv_cache import CacheKey, KVCache
+from .model_folder import DEFAULT_FILE, KV, PREPARED, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
+from .prepared import prepare
+from .probe import ProbeCheck, check_probe, measure_probe
+from .slots import check_base, check_rows, fit_slots, slot_arrays
+from .threads import share_threads
+
+__all__ = [
+    "DEFAULT_FILE",
+    "DEVICES",
+    "FIRST_LOGIT",
+    "KV",
+    "PREPARED",
+    "BoundPatch",
+    "CacheKey",
+    "DefaultPatch",
+    "Graph",
+    "KVCache",
+    "ModelFolder",
+    "ProbeCheck",
+    "Slot",
+    "check_base",
+    "check_probe",
+    "check_rows",
+    "describe_files",
+    "fit_slots",
+    "grown_capacity",
+    "measure_probe",
+    "prepare",
+    "require_onnxruntime",
+    "share_threads",
+    "slot_arrays",
+    "write_slots_file",
+]

@@ -1,0 +1,142 @@
+"""A patch against the slots of a graph: does it fit, and what exactly is bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
+from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
+from .model_folder import Slot
+
+
+def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) -> None:
+    """Check that `patch` was fitted on this base; one that repairs a quantised base acts on no other precision.
+
+    Raises:
+        BaseMismatchError: it was not.
+    """
+    if patch.config.base_digest != base_digest:
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} was fitted on another base model",
+            field="base_digest",
+            got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
+            wanted=f"{base_digest[:16]} ({base_model})",
+            fix="fit the patch on this base, or use the base it was fitted on",
+        )
+    if patch.config.precision not in (precision, *FLOAT_PRECISIONS):
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} repairs a quantised base",
+            field="precision",
+            got=patch.config.precision,
+            wanted=precision,
+            fix=f"use the {patch.config.precision} export of the base, or fit the patch on this one",
+        )
+
+
+def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, Delta]:
+    """The deltas of `patch`, once each is known to have a slot of its shape.
+
+    Raises:
+        PatchTargetError: the graph has no such slot.
+        PatchShapeError: the graph has fewer layers, or the slot another shape.
+    """
+    layers = 1 + max((layer for layer, _ in slots), default=-1)
+    sites = sorted({site for _, site in slots})
+    for (layer, site), delta in patch.deltas.items():
+        field = f"layers.{layer}.{site}"
+        if layer >= layers:
+            raise PatchShapeError(
+                f"the patch {patch.name!r} has more layers than the graph",
+                field=field,
+                got=f"layer {layer}",
+                wanted=f"0..{layers - 1}",
+                fix="use the base model that the patch was fitted on",
+            )
+        slot = slots.get((layer, site))
+        if slot is None:
+            raise PatchTargetError(
+                f"the graph has no slot for this part of the patch {patch.name!r}",
+                field=field,
+                got=f"site {site}",
+                wanted=f"one of {', '.join(sites) or 'no sites at all'}",
+                fix="export the model with --slots mlp or --slots all, or fit the patch with --method output",
+            )
+        wanted = {"a": slot.inputs, "b": slot.outputs, "bias": slot.outputs}
+        got = {
+            "a": slot.inputs if delta.a is None else delta.a.shape[0],
+            "b": slot.outputs if delta.b is None else delta.b.shape[1],
+            "bias": slot.outputs if delta.bias is None else delta.bias.shape[0],
+        }
+        for part, size in wanted.items():
+            if got[part] != size:
+                raise PatchShapeError(
+                    f"the patch {patch.name!r} does not fit the slot",
+                    field=f"{field}.{part}",
+                    got=got[part],
+                    wanted=f"{size} {'inputs' if part == 'a' else 'outputs'}",
+                    fix="use the base model that the patch was fitted on",
+                )
+    return patch.deltas
+
+
+def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, NDArray]:
+    """The tensors bound to one slot, by graph input name.
+
+    Args:
+        delta: what the patch has for the slot; None for nothing, which is rank 0 and a bias of zero: exactly the base.
+        slot: the slot.
+        dtype: the dtype of the graph's slots.
+
+    Returns:
+        a [1, in, rank], b [1, rank, out], bias [1, 1, out].
+
+    Raises:
+        PatchValueError: a value does not fit the dtype.
+    """
+    delta = delta or Delta()
+    parts = {
+        "a": np.zeros((slot.inputs, 0), dtype) if delta.a is None else delta.a,
+        "b": np.zeros((0, slot.outputs), dtype) if delta.b is None else delta.b,
+        "bias": np.zeros((1, slot.outputs), dtype) if delta.bias is None else delta.bias[None],
+    }
+    arrays = {}
+    for part, values in parts.items():
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(values[None], dtype)
+        if not np.isfinite(cast).all():
+            raise PatchValueError(
+                "a value does not fit the slot's precision",
+                field=f"layers.{slot.layer}.{slot.site}.{part}",
+                got=float(np.abs(values).max()),
+                wanted=f"at most {np.finfo(dtype).max}",
+                fix="use a smaller strength, or an fp32 export",
+            )
+        arrays[f"{slot.name}.{part}"] = cast
+    return arrays
+
+
+def check_rows(values: Mapping[str, Any], batch: int) -> None:
+    """Check that each slot tensor has one row for the whole batch, or one for each of its sequences.
+
+    ONNX would broadcast a batch of one over the rows of a patch, and give out the logits of the first.
+
+    Args:
+        values: graph input name -> OrtValue.
+        batch: sequences in the run.
+
+    Raises:
+        PatchShapeError: it has another number of rows.
+    """
+    for name, value in values.items():
+        if (rows := value.shape()[0]) not in (1, batch):
+            raise PatchShapeError(
+                "a slot tensor has the rows of another batch",
+                field=name,
+                got=f"{rows} rows",
+                wanted="1" if batch == 1 else f"1 or {batch}",
+                fix="bind one patch for the whole batch, or one row for each sequence",
+            )

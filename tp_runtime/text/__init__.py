@@ -1,0 +1,23 @@
+"""Text in, text out: tokenizer and chat template, requests, streams, and batches of texts.
+
+Knows nothing of how a graph runs.
+"""
+
+from .batch import Completion, TextBatch
+from .codec import Message, Style, TextCodec
+from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
+from .stream import TextStream
+
+__all__ = [
+    "Completion",
+    "EncodedRequest",
+    "Message",
+    "Request",
+    "RequestOptions",
+    "SamplingOptions",
+    "Style",
+    "TextBatch",
+    "TextCodec",
+    "TextStream",
+    "encode_request",
+]
