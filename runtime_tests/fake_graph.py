@@ -36,7 +36,7 @@ class FakeGraph:
         bound: BoundPatch,
         *,
         all_logits: bool = False,
-        lasting: bool = True,
+        copy: bool = True,
     ) -> np.ndarray:
         assert tokens and not all_logits
         assert len(cache) + len(tokens) <= self.folder.context_window

@@ -1,6 +1,6 @@
 """The patches beside a model: loaded by name, bound when first used, and which one is active where.
 
-Knows nothing of text. A request asks for a choice, runs under what is bound in it, and says that it is using it.
+Knows nothing of text. A request resolves the patch that it names, runs under what is bound, and says that it uses it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PatchChoice = Patch | str | None | Active
 
 
 @dataclass(eq=False)
-class Loaded:
+class LoadedPatch:
     """A patch that was given a name, and how many requests and `patched` blocks use it right now."""
 
     name: str
@@ -43,15 +43,15 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ResolvedPatch:
     """What a request runs under: the loaded patch it came from, if any, the patch, if known, and what is bound."""
 
-    loaded: Loaded | None
+    loaded: LoadedPatch | None
     patch: Patch | None
     bound: BoundPatch
 
 
-class PatchTable:
+class LoadedPatches:
     """Patches by name, for any number of threads.
 
     Args:
@@ -61,11 +61,11 @@ class PatchTable:
 
     def __init__(self, graph: Graph, default: BoundPatch) -> None:
         self._graph, self._default = graph, default
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, LoadedPatch] = {}
         self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
         # Reentrant: a stream that was dropped is released by the garbage collector, in whichever line that runs.
         self.lock = threading.RLock()
-        self._active: ContextVar[Choice | None] = ContextVar("patch", default=None)
+        self._active: ContextVar[ResolvedPatch | None] = ContextVar("patch", default=None)
 
     def view(self) -> Mapping[str, Patch]:
         """The loaded patches by name."""
@@ -87,7 +87,7 @@ class PatchTable:
                     wanted=f"none of {sorted(self._loaded)}",
                     fix="unload_patch it first, or load_patch(..., name='another')",
                 )
-            self._loaded[name] = Loaded(name, patch, bound)
+            self._loaded[name] = LoadedPatch(name, patch, bound)
 
     def remove(self, name: str) -> None:
         """Forget a patch.
@@ -108,16 +108,16 @@ class PatchTable:
             del self._loaded[name]
 
     @contextmanager
-    def activate(self, choice: Choice) -> Iterator[None]:
-        """Within the context, requests of this thread or task run under `choice` unless they name another."""
-        with self.using(choice.loaded):
-            token = self._active.set(choice)
+    def activate(self, resolved: ResolvedPatch) -> Iterator[None]:
+        """Within the context, requests of this thread or task run under `resolved` unless they name another."""
+        with self.using(resolved.loaded):
+            token = self._active.set(resolved)
             try:
                 yield
             finally:
                 self._active.reset(token)
 
-    def by_name(self, name: str) -> Loaded:
+    def by_name(self, name: str) -> LoadedPatch:
         """The loaded patch of that name.
 
         Raises:
@@ -134,27 +134,27 @@ class PatchTable:
                 fix="load_patch(path, name) first",
             ) from None
 
-    def resolve(self, patch: PatchChoice, strength: float) -> Choice:
+    def resolve(self, patch: PatchChoice, strength: float) -> ResolvedPatch:
         """What a request runs under; the strength applies to whatever that is.
 
         Raises:
             PatchError: the patch is not loaded or does not fit.
         """
         if isinstance(patch, Active):
-            choice = self._active.get() or Choice(None, None, self._default)
+            resolved = self._active.get() or ResolvedPatch(None, None, self._default)
         elif isinstance(patch, str):
             loaded = self.by_name(patch)
-            choice = Choice(loaded, loaded.patch, loaded.bound)
+            resolved = ResolvedPatch(loaded, loaded.patch, loaded.bound)
         elif isinstance(patch, Patch):
             scaled = strength * patch
-            return Choice(None, scaled, self._bind(scaled))
+            return ResolvedPatch(None, scaled, self._bind(scaled))
         elif patch is None:
-            choice = Choice(None, None, self._graph.base)
+            resolved = ResolvedPatch(None, None, self._graph.base)
         else:
             raise not_a_patch(patch, "a name, a Patch, or None")
         if strength == 1.0:
-            return choice
-        if choice.patch is None:
+            return resolved
+        if resolved.patch is None:
             raise PatchTargetError(
                 "a strength, and no patch it could scale",
                 field="strength",
@@ -162,8 +162,8 @@ class PatchTable:
                 wanted="1.0, or a patch",
                 fix="pass patch=",
             )
-        scaled = strength * choice.patch
-        return Choice(choice.loaded, scaled, self._bind(scaled))
+        scaled = strength * resolved.patch
+        return ResolvedPatch(resolved.loaded, scaled, self._bind(scaled))
 
     def _bind(self, patch: Patch) -> BoundPatch:
         """Bind an expression, or find it bound: the last few are kept."""
@@ -181,7 +181,7 @@ class PatchTable:
         return bound
 
     @contextmanager
-    def using(self, loaded: Loaded | None) -> Iterator[None]:
+    def using(self, loaded: LoadedPatch | None) -> Iterator[None]:
         """Within the context `loaded` cannot be unloaded; PatchTargetError if it already was."""
         if loaded is None:
             yield

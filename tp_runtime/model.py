@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import PatchFormatError, RequestError
 from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
-from .loaded_patches import ACTIVE, Active, PatchChoice, PatchTable, not_a_patch
+from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice, not_a_patch
 from .patch import Patch
 from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, check_probe
 from .text import EncodedRequest, Message, Request, RequestOptions, TextBatch, TextCodec, TextStream, encode_request
@@ -42,7 +42,7 @@ class PatchedModel:
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         self.graph, self.codec, self.prefix_cache = graph, codec, prefix_cache
-        self._table = PatchTable(graph, default or graph.default)
+        self._patches = LoadedPatches(graph, default or graph.default)
 
     @classmethod
     def from_pretrained(
@@ -112,7 +112,7 @@ class PatchedModel:
     @property
     def patches(self) -> Mapping[str, Patch]:
         """The loaded patches by name."""
-        return self._table.view()
+        return self._patches.view()
 
     def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
         """Load a patch beside the model, ready to be switched on by name.
@@ -136,7 +136,7 @@ class PatchedModel:
         bound = self.graph.bind(patch)
         if check:
             self._require_live(patch)
-        self._table.add(name, patch, bound)
+        self._patches.add(name, patch, bound)
         return name
 
     def unload_patch(self, name: str) -> None:
@@ -146,7 +146,7 @@ class PatchedModel:
             PatchTargetError: no patch of that name is loaded.
             PatchInUseError: a request or a `patched` block is using it.
         """
-        self._table.remove(name)
+        self._patches.remove(name)
 
     @contextmanager
     def patched(self, patch: Patch | str | None, strength: float = 1.0) -> Iterator[PatchedModel]:
@@ -155,7 +155,7 @@ class PatchedModel:
         Raises:
             PatchError: the patch is not loaded or does not fit; nothing is changed then.
         """
-        with self._table.activate(self._table.resolve(patch, strength)):
+        with self._patches.activate(self._patches.resolve(patch, strength)):
             yield self
 
     def check(self, patch: Patch | str) -> ProbeCheck:
@@ -165,7 +165,7 @@ class PatchedModel:
             PatchFormatError: it carries no probe.
             PatchError: it is not loaded or does not fit.
         """
-        return check_probe(self.graph, self._table.by_name(patch).patch if isinstance(patch, str) else patch)
+        return check_probe(self.graph, self._patches.by_name(patch).patch if isinstance(patch, str) else patch)
 
     def _require_live(self, patch: Patch) -> None:
         result = check_probe(self.graph, patch)
@@ -203,18 +203,18 @@ class PatchedModel:
         ids = generate(
             self.graph,
             request.tokens,
-            request.choice.bound,
+            request.patch.bound,
             sampling=request.sampling,
             max_new_tokens=request.max_new_tokens,
             eos_ids=self.codec.eos_ids,
             cache=cache,
-            store=self.prefix_cache,
+            prefix_cache=self.prefix_cache,
         )
-        using = self._table.using(request.choice.loaded)
+        using = self._patches.using(request.patch.loaded)
         return TextStream(ids, self.codec, request.scanner, len(request.tokens), using)
 
     def _encode(self, request: Request) -> EncodedRequest:
-        return encode_request(request, self.codec, self._table)
+        return encode_request(request, self.codec, self._patches)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
@@ -258,7 +258,7 @@ class PatchedModel:
             prefill_tokens: while some wait for their next token, at most so many tokens of others' prompts are run
                 before it. More of them let a prompt begin to answer sooner, and the others wait longer for a token.
         """
-        return TextBatch(self.graph, self.codec, self._table, rows, self.prefix_cache, prefill_tokens)
+        return TextBatch(self.graph, self.codec, self._patches, rows, self.prefix_cache, prefill_tokens)
 
     def prefill(
         self,
@@ -286,12 +286,12 @@ class PatchedModel:
                 fix="from_pretrained(..., prefix_cache_bytes=...)",
             )
         request = self._encode(Request(prompt, system, raw, patch, strength))
-        with self._table.using(request.choice.loaded):
-            prefill(self.graph, request.tokens, request.choice.bound, self.prefix_cache)
+        with self._patches.using(request.patch.loaded):
+            prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""
-        return self.graph.new_cache(self._table.resolve(patch, strength).bound)
+        return self.graph.new_cache(self._patches.resolve(patch, strength).bound)
 
     def logits(
         self, token_ids: Sequence[int], patch: PatchChoice = ACTIVE, strength: float = 1.0
@@ -303,9 +303,9 @@ class PatchedModel:
                 patch's KV prefix cannot stand in for.
             PatchError: the patch is not loaded or does not fit.
         """
-        choice = self._table.resolve(patch, strength)
-        with self._table.using(choice.loaded):
-            return self.graph.run(list(token_ids), choice.bound)
+        resolved = self._patches.resolve(patch, strength)
+        with self._patches.using(resolved.loaded):
+            return self.graph.run(list(token_ids), resolved.bound)
 
 
 def _is_several(prompt: Any) -> bool:

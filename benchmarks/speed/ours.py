@@ -45,7 +45,7 @@ class Ours(Worker):
 
     def step(self, ids: Sequence[int]) -> int:
         """One forward step and the pick."""
-        logits = self.graph.forward(ids, self.cache, self.bound, lasting=False)
+        logits = self.graph.forward(ids, self.cache, self.bound, copy=False)
         return int(self.sampler.pick(logits[-1], self.cache.tokens))
 
 

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import Patch
     from tp_runtime.session import ModelFolder
 
-    from ..formats import write_adapter
+    from ..formats import write_onnx_adapter
 
-    write_adapter(Patch.load(args.patch), ModelFolder.open(args.folder), args.out)
+    write_onnx_adapter(Patch.load(args.patch), ModelFolder.open(args.folder), args.out)
     print(args.out)
     return 0

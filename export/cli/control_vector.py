@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """Writes the file."""
     from tp_runtime.patch import Patch
 
-    from ..formats import carried, check_lossless, write_control_vector
+    from ..formats import check_lossless, control_vector_parts, write_control_vector
 
     patch = Patch.load(args.patch)
-    directions, biases, pairs = carried(patch)
+    directions, biases, pairs = control_vector_parts(patch)
     if not args.lossy:
         fix = "fit it with tp-export patch --method vector --first-layer 1"
         check_lossless(patch, pairs + biases, "a control vector", fix)

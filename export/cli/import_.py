@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads the adapter, measures its probe and writes the patch."""
-    from ..decoder import beside, from_config
-    from ..formats import imported_patch, is_adapter, read_control_vector, read_peft
+    from ..decoder import model_without_weights, site_linears
+    from ..formats import imported_patch, is_lora_folder, read_control_vector, read_peft
     from ..progress import clock
     from ..source import load_model, open_source
 
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.base)
     if args.adapter.suffix == ".gguf":
         deltas, base = read_control_vector(args.adapter, source.config), ""
-    elif is_adapter(args.adapter):
-        deltas, base = read_peft(args.adapter, beside(from_config(source.config)))
+    elif is_lora_folder(args.adapter):
+        deltas, base = read_peft(args.adapter, site_linears(model_without_weights(source.config)))
     else:
         raise PatchFormatError(
             "neither a LoRA folder nor a control vector",

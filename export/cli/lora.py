@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tp_runtime.patch import Patch
 
-    from ..decoder import Beside
+    from ..decoder import SiteLinear
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import Patch
     from tp_runtime.session import check_base
 
-    from ..decoder import beside, from_config
+    from ..decoder import model_without_weights, site_linears
     from ..formats import write_peft
     from ..source import open_source
 
     patch = Patch.load(args.patch)
     source = open_source(args.base)
     check_base(patch, source.name, source.digest, "fp32")
-    layers = beside(from_config(source.config))
+    layers = site_linears(model_without_weights(source.config))
     if args.gguf:
         _write_gguf(patch, layers, args)
     else:
@@ -60,15 +60,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_gguf(patch: Patch, layers: dict[tuple[int, str], Beside], args: argparse.Namespace) -> None:
+def _write_gguf(patch: Patch, layers: dict[tuple[int, str], SiteLinear], args: argparse.Namespace) -> None:
     from tp_runtime.storage import atomic_folder
 
-    from ..formats import carried, check_lossless, pairs, write_control_vector, write_gguf_lora
+    from ..formats import check_lossless, control_vector_parts, pairs, write_control_vector, write_gguf_lora
 
     found = pairs(patch, layers)
     # Without a post-norm the bias of `down` is added to the block's output like that of `mlp_out`.
     sites = {"mlp_out", "down"} if (0, "mlp_out") in layers else {"mlp_out"}
-    directions, lost, _ = carried(patch, sites)
+    directions, lost, _ = control_vector_parts(patch, sites)
     if not args.lossy:
         fix = "fit it with tp-export patch --method output --first-layer 1, or --method lora --no-bias"
         check_lossless(patch, lost, "llama.cpp", fix)

@@ -115,12 +115,12 @@ def run(args: argparse.Namespace) -> int:
         )
     with clock("load weights"):
         model = load_model(source, torch_device(args.device))
-    bench = measure.Bench(source, model, graph, args.max_new_tokens, args.long, methods, frontier)
+    setup = measure.Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier)
     for subject in subjects:
-        measure.check_long(bench, subject)
-    reports = [measure.measure_patch(bench, subject) for subject in subjects]
-    composition = measure.measure_composition(bench, subjects) if count > 1 else []
-    report = about.describe(bench, reports, composition)
+        measure.check_long(setup, subject)
+    reports = [measure.measure_patch(setup, subject) for subject in subjects]
+    composition = measure.measure_composition(setup, subjects) if count > 1 else []
+    report = about.describe(setup, reports, composition)
     page.write(report, args.output)
     if args.store:
         for subject, measured in zip(subjects, reports, strict=True):

@@ -6,26 +6,26 @@ Knows nothing of files, queries or fits.
 from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
 from .hooks import TorchDelta, applied, patched
 from .kv_prefix import TorchPrefix, torch_prefix
-from .module_names import Beside, beside, from_config
+from .module_names import SiteLinear, model_without_weights, site_linears
 from .slot_modules import SLOT_SETS, SlotTensors, slots_of, slotted
 
 __all__ = [
     "SLOT_SETS",
-    "Beside",
     "Block",
     "Mlp",
+    "SiteLinear",
     "SlotTensors",
     "TorchDelta",
     "TorchPrefix",
     "adapter_for",
     "applied",
-    "beside",
     "blocks_of",
-    "from_config",
     "kv_shape",
     "layer_inputs",
+    "model_without_weights",
     "patched",
     "plain_inputs",
+    "site_linears",
     "slots_of",
     "slotted",
     "torch_prefix",

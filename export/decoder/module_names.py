@@ -18,7 +18,7 @@ from .slot_modules import slots_of
 
 
 @dataclass(frozen=True)
-class Beside:
+class SiteLinear:
     """The linear layer that a site lies beside.
 
     Attributes:
@@ -31,7 +31,7 @@ class Beside:
     outputs: int
 
 
-def from_config(config: Mapping[str, Any]) -> nn.Module:
+def model_without_weights(config: Mapping[str, Any]) -> nn.Module:
     """A causal language model without weights, from a parsed config.json; ModelFormatError if there is no adapter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def from_config(config: Mapping[str, Any]) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
-def beside(model: nn.Module) -> dict[tuple[int, str], Beside]:
+def site_linears(model: nn.Module) -> dict[tuple[int, str], SiteLinear]:
     """(layer, site) to the linear layer it lies beside, for every site of the model that is a linear layer's own.
 
     `mlp_out` is the same as `down` where nothing follows `down` in the branch; behind a post-norm, and of a mixture of
@@ -57,5 +57,5 @@ def beside(model: nn.Module) -> dict[tuple[int, str], Beside]:
             module = block.mlps[0].down
         else:
             module = block.layer.get_submodule(block.linears[slot.site])
-        found[slot.layer, slot.site] = Beside(names[module], slot.inputs, slot.outputs)
+        found[slot.layer, slot.site] = SiteLinear(names[module], slot.inputs, slot.outputs)
     return found

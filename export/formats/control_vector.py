@@ -24,7 +24,7 @@ _ARCHITECTURE = "controlvector"
 _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 
 
-def carried(
+def control_vector_parts(
     patch: Patch, sites: Collection[str] = ("mlp_out",)
 ) -> tuple[dict[int, NDArray[np.float32]], list[str], list[str]]:
     """What a control vector can carry of a patch, and what not.

@@ -12,7 +12,7 @@ from tp_runtime.session import ModelFolder, check_base, fit_slots, require_onnxr
 from tp_runtime.storage import atomic_file
 
 
-def write_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
+def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
     """Write a patch as an `.onnx_adapter` for the slots of one exported folder, whole or not at all.
 
     Args:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError, PatchVersionError
 from tp_runtime.patch import Delta, read_tensors
 
-from ..decoder import Beside
+from ..decoder import SiteLinear
 
 Array = NDArray[np.float32]
 Deltas = dict[tuple[int, str], Delta]
@@ -52,12 +52,12 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias)")
 
 
-def is_adapter(path: Path) -> bool:
+def is_lora_folder(path: Path) -> bool:
     """Whether `path` is a folder with an adapter's config."""
     return (path / "adapter_config.json").is_file()
 
 
-def read_peft(folder: Path, layers: Mapping[tuple[int, str], Beside]) -> tuple[Deltas, str]:
+def read_peft(folder: Path, layers: Mapping[tuple[int, str], SiteLinear]) -> tuple[Deltas, str]:
     """Read an adapter folder.
 
     Args:
@@ -159,7 +159,7 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _delta(module: str, parts: Mapping[str, Array], where: Beside, config: Mapping[str, Any]) -> Delta:
+def _delta(module: str, parts: Mapping[str, Array], where: SiteLinear, config: Mapping[str, Any]) -> Delta:
     if not {"A.weight", "B.weight"} <= set(parts):
         raise PatchTargetError(
             "half of a pair", field=module, got=" and ".join(sorted(parts)), wanted="lora_A and lora_B"

@@ -23,7 +23,7 @@ from tp_runtime.errors import PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch, slot_name
 from tp_runtime.storage import atomic_folder
 
-from ..decoder import Beside
+from ..decoder import SiteLinear
 
 Array = NDArray[np.float32]
 _PREFIX = "base_model.model."
@@ -44,7 +44,7 @@ class Pair:
     bias: Array | None
 
 
-def pairs(patch: Patch, layers: Mapping[tuple[int, str], Beside]) -> dict[str, Pair]:
+def pairs(patch: Patch, layers: Mapping[tuple[int, str], SiteLinear]) -> dict[str, Pair]:
     """The patch as LoRA pairs, module name to pair, all of the patch's largest rank (1 for a patch of biases alone).
 
     Args:
@@ -67,7 +67,9 @@ def pairs(patch: Patch, layers: Mapping[tuple[int, str], Beside]) -> dict[str, P
     return {module: _pair(delta, rank, sizes[module]) for module, delta in merged.items()}
 
 
-def write_peft(patch: Patch, layers: Mapping[tuple[int, str], Beside], out: Path, base: str, overwrite: bool) -> None:
+def write_peft(
+    patch: Patch, layers: Mapping[tuple[int, str], SiteLinear], out: Path, base: str, overwrite: bool
+) -> None:
     """Write the folder, whole or not at all.
 
     Args:
@@ -112,7 +114,7 @@ def write_peft(patch: Patch, layers: Mapping[tuple[int, str], Beside], out: Path
         (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
-def _beside(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str], Beside]) -> Beside:
+def _beside(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str], SiteLinear]) -> SiteLinear:
     where = layers.get(slot)
     if where is not None:
         return where
@@ -134,7 +136,7 @@ def _beside(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str]
     )
 
 
-def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, where: Beside) -> None:
+def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, where: SiteLinear) -> None:
     for part, values, axis, size in (
         ("a", delta.a, 0, where.inputs),
         ("b", delta.b, 1, where.outputs),
@@ -150,7 +152,7 @@ def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, where: Besid
             )
 
 
-def _pair(delta: Delta, rank: int, where: Beside) -> Pair:
+def _pair(delta: Delta, rank: int, where: SiteLinear) -> Pair:
     a = np.zeros((rank, where.inputs), np.float32)
     b = np.zeros((where.outputs, rank), np.float32)
     if delta.a is not None and delta.b is not None:

@@ -10,22 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .figures import Composed, PatchReport, Report
-from .measure import Bench
+from .measure import Setup
 
 
-def describe(bench: Bench, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:
+def describe(setup: Setup, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:
     """Put the measured parts together with where they were measured."""
     names = ["tp-runtime", "torch", "transformers"]
     runtime = None
-    if bench.graph is not None:
-        folder = bench.graph.folder
-        runtime = f"{folder.path.name}, {folder.precision}, on {bench.graph.device.provider}"
-        names.append("onnxruntime-gpu" if bench.graph.device.kind == "cuda" else "onnxruntime")
+    if setup.graph is not None:
+        folder = setup.graph.folder
+        runtime = f"{folder.path.name}, {folder.precision}, on {setup.graph.device.provider}"
+        names.append("onnxruntime-gpu" if setup.graph.device.kind == "cuda" else "onnxruntime")
     return Report(
-        base_model=bench.source.name,
-        architecture=bench.source.architecture,
+        base_model=setup.source.name,
+        architecture=setup.source.architecture,
         runtime=runtime,
-        device=str(bench.model.device),
+        device=str(setup.model.device),
         versions={name: version(name) for name in names},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,6 +1,6 @@
-"""What each way costs under tp_runtime: time to the first token, time per token, bytes of keys and values.
+"""What each variant costs under tp_runtime: time to the first token, time per token, bytes of keys and values.
 
-The ways take turns on every query, and who starts rotates, so that a machine that slows down slows all of them.
+The variants take turns on every query, and who starts rotates, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..measure import Arm
 from ..progress import bar
 from ..rollout import Dialogue
 
-WAYS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
+VARIANTS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
 _TOKENS = 24
 
 
@@ -65,24 +65,24 @@ def cached_prefix_arm(graph: Graph, prefix: Sequence[int]) -> Arm:
     return run
 
 
-def time_ways(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> dict[str, Times]:
-    """Generate a few tokens to every query in every way. Completions do not stop early: all ways do the same work."""
+def time_variants(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> dict[str, Times]:
+    """Generate a few tokens to every query in every variant. No completion stops early: all do the same work."""
     bound = graph.bind(patch)
     prefix = dialogues[0].teacher_prompt[: shared_prefix([d.teacher_prompt for d in dialogues])]
     cache = _prefix_cache(graph, prefix)
-    first: dict[str, list[float]] = {way: [] for way in WAYS}
-    later: dict[str, list[float]] = {way: [] for way in WAYS}
+    first: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    later: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
 
-    def once(way: str, dialogue: Dialogue, tokens: int) -> list[float]:
-        prompted = way in WAYS[1:3]
+    def once(variant: str, dialogue: Dialogue, tokens: int) -> list[float]:
+        prompted = variant in VARIANTS[1:3]
         steps = generate(
             graph,
             dialogue.teacher_prompt if prompted else dialogue.student_prompt,
-            bound if way == "patch" else graph.base,
+            bound if variant == "patch" else graph.base,
             sampling=Sampling(),
             max_new_tokens=tokens,
             eos_ids=frozenset(),
-            cache=cache if way == WAYS[2] else None,
+            cache=cache if variant == VARIANTS[2] else None,
         )
         seconds, start = [], time.perf_counter()
         for _ in steps:
@@ -90,18 +90,20 @@ def time_ways(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> dict
             start = time.perf_counter()
         return seconds
 
-    for way in WAYS:
-        once(way, dialogues[0], 2)  # warm-up
+    for variant in VARIANTS:
+        once(variant, dialogues[0], 2)  # warm-up
     with bar("times", len(dialogues), "query") as shown:
         for i, dialogue in enumerate(dialogues):
-            for way in (WAYS[i % len(WAYS) :] + WAYS)[: len(WAYS)]:
-                seconds = once(way, dialogue, _TOKENS)
-                first[way].append(seconds[0])
-                later[way] += seconds[1:]
+            for variant in (VARIANTS[i % len(VARIANTS) :] + VARIANTS)[: len(VARIANTS)]:
+                seconds = once(variant, dialogue, _TOKENS)
+                first[variant].append(seconds[0])
+                later[variant] += seconds[1:]
             shown.update()
     return {
-        way: Times(1e3 * statistics.median(first[way]), 1e3 * statistics.median(later[way] or first[way]))
-        for way in WAYS
+        variant: Times(
+            1e3 * statistics.median(first[variant]), 1e3 * statistics.median(later[variant] or first[variant])
+        )
+        for variant in VARIANTS
     }
 
 

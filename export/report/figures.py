@@ -7,13 +7,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Way:
-    """One row of the comparison: a way to get the prompt's behaviour.
+class Variant:
+    """One row of the comparison: a variant to get the prompt's behaviour.
 
     Attributes:
         name: no prompt, prompt, prompt with cached prefix, patch.
         kl, gap_closed, top1: against the prompted model, on the held-out queries.
-        text_kl: KL(base || this way) on unrelated plain text.
+        text_kl: KL(base || this variant) on unrelated plain text.
         question_kl: the same on the base's answers to unrelated questions.
         first_token_ms, token_ms: medians under tp_runtime; None without it.
         session_bytes: of KV that each session carries beyond one with no prompt.
@@ -80,7 +80,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out query answered three ways, greedily; `kl` of the patch on the prompted answer."""
+    """One held-out query answered three variants, greedily; `kl` of the patch on the prompted answer."""
 
     query: str
     kl: float
@@ -91,7 +91,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ending:
-    """How free-running completions of one way end: share with an end of turn, share empty, mean tokens."""
+    """How free-running completions of one variant end: share with an end of turn, share empty, mean tokens."""
 
     name: str
     ended: float
@@ -198,7 +198,7 @@ class PatchReport:
     added_tokens: int
     queries: int
     completion_tokens: int
-    ways: list[Way]
+    variants: list[Variant]
     positions: Curve
     layers: list[Layer]
     sweep: Sweep | None
@@ -209,9 +209,9 @@ class PatchReport:
     answers: list[Answer]
     worst: list[Answer]
 
-    def way(self, name: str) -> Way:
+    def variant(self, name: str) -> Variant:
         """A row of the comparison by its name."""
-        return next(way for way in self.ways if way.name == name)
+        return next(variant for variant in self.variants if variant.name == name)
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,11 @@ class Report:
 
 def summary(report: PatchReport) -> dict[str, float]:
     """The few numbers that go into the patch's own description, name -> number."""
-    patch, prompt = report.way("patch"), report.way("prompt")
+    patch, prompt = report.variant("patch"), report.variant("prompt")
     figures: dict[str, float | None] = {
         "gap_closed": patch.gap_closed,
         "kl": patch.kl,
-        "kl_no_prompt": report.way("no prompt").kl,
+        "kl_no_prompt": report.variant("no prompt").kl,
         "queries": report.queries,
         "unrelated_text_kl": patch.text_kl,
         "unrelated_text_kl_prompt": prompt.text_kl,

@@ -18,7 +18,7 @@ from ..progress import bar
 from ..rollout import Dialogue, dialogues_for
 from ..source import Source
 from . import compare, costs, locality, running
-from .figures import Answer, Baseline, Composed, Fits, Layer, PatchReport, Point, Strength, Sweep, Way
+from .figures import Answer, Baseline, Composed, Fits, Layer, PatchReport, Point, Strength, Sweep, Variant
 from .frontier import measure_frontier
 from .running import gap_closed
 
@@ -49,7 +49,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     """What everything is measured with: the source, the loaded model, a graph or none, and the sizes.
 
     Attributes:
@@ -68,41 +68,41 @@ class Bench:
     frontier: tuple[int, ...] = ()
 
 
-def check_long(bench: Bench, subject: Subject) -> None:
+def check_long(setup: Setup, subject: Subject) -> None:
     """Find before the minutes of work that the long completions do not fit.
 
     Raises:
         RequestError: prompt, query and completion are longer than the context window.
     """
-    longest = max(len(bench.source.codec.render(query, subject.context)) for query in subject.queries[:_LONG])
-    window = bench.model.config.max_position_embeddings
-    if longest + bench.long > window:
+    longest = max(len(setup.source.codec.render(query, subject.context)) for query in subject.queries[:_LONG])
+    window = setup.model.config.max_position_embeddings
+    if longest + setup.long > window:
         raise RequestError(
             "a long completion does not fit the context window",
             field="--long",
-            got=f"{longest + bench.long} tokens with the prompt",
+            got=f"{longest + setup.long} tokens with the prompt",
             wanted=f"at most {window}",
             fix="pass a smaller --long, or 0 to leave it out",
         )
 
 
-def measure_patch(bench: Bench, subject: Subject) -> PatchReport:
+def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
     """Everything that is reported of one patch.
 
     Raises:
         CalibrationError: no queries, empty completions, or a prompt without effect.
         RequestError: a query does not fit the context window.
     """
-    source, model, patch = bench.source, bench.model, subject.patch
-    held = dialogues_for(source, model, subject.context, subject.queries, bench.max_new_tokens)
-    ways, base, own = _ways(bench, subject, held)
-    long = running.measure_long(source, model, patch, held[:_LONG], bench.long) if bench.long else None
+    source, model, patch = setup.source, setup.model, subject.patch
+    held = dialogues_for(source, model, subject.context, subject.queries, setup.max_new_tokens)
+    variants, base, own = _variants(setup, subject, held)
+    long = running.measure_long(source, model, patch, held[:_LONG], setup.long) if setup.long else None
     openings, follow_ups = subject.queries[:_DIALOGUES], locality.built_in("follow-ups")
-    turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, bench.max_new_tokens)
+    turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, setup.max_new_tokens)
     some = held[:_SUBSET]
     short = [replace(d, completion=d.completion[:_SUBSET_TOKENS]) for d in some]
-    fits, retained = _fits(bench, subject, held, base.mean)
-    shown, worst = _answers(bench, subject, held, own)
+    fits, retained = _fits(setup, subject, held, base.mean)
+    shown, worst = _answers(setup, subject, held, own)
     return PatchReport(
         name=patch.name,
         identity=patch.identity,
@@ -117,11 +117,11 @@ def measure_patch(bench: Bench, subject: Subject) -> PatchReport:
         added_tokens=len(held[0].teacher_prompt) - len(held[0].student_prompt),
         queries=len(held),
         completion_tokens=sum(len(d.completion) for d in held),
-        ways=ways,
-        positions=running.curve(base, own, max(1, bench.max_new_tokens // 24)),
+        variants=variants,
+        positions=running.curve(base, own, max(1, setup.max_new_tokens // 24)),
         layers=layer_effects(model, patch, short, retained),
-        sweep=sweep(bench, subject, some),
-        frontier=_frontier(bench, subject, held),
+        sweep=sweep(setup, subject, some),
+        frontier=_frontier(setup, subject, held),
         long=long,
         turns=turns,
         fits=fits,
@@ -130,9 +130,9 @@ def measure_patch(bench: Bench, subject: Subject) -> PatchReport:
     )
 
 
-def _ways(bench: Bench, subject: Subject, held: list[Dialogue]) -> tuple[list[Way], Divergence, Divergence]:
+def _variants(setup: Setup, subject: Subject, held: list[Dialogue]) -> tuple[list[Variant], Divergence, Divergence]:
     """The four rows, and the unpatched and the patched divergence by token."""
-    source, model, graph, patch = bench.source, bench.model, bench.graph, subject.patch
+    source, model, graph, patch = setup.source, setup.model, setup.graph, subject.patch
     shared = costs.shared_prefix([d.teacher_prompt for d in held])
     torch_base, prompted = torch_student(model), with_prompt(torch_student(model))
     if graph is None:
@@ -158,21 +158,21 @@ def _ways(bench: Bench, subject: Subject, held: list[Dialogue]) -> tuple[list[Wa
     reference = without_prompt(torch_base)
     passages = locality.plain_text(source, subject.context, locality.built_in("neutral-passages"))
     neutral = locality.built_in("neutral-questions")
-    unrelated = locality.base_answers(source, model, subject.context, neutral, bench.max_new_tokens)
+    unrelated = locality.base_answers(source, model, subject.context, neutral, setup.max_new_tokens)
     with bar("locality", len(passages) + len(unrelated), "text") as progress:
         behind = {**elsewhere, "patch": without_prompt(locality.behind_prefix(torch_student(model, patch), patch))}
         text = diverge(passages, reference, behind, progress.update)
         asked = diverge(unrelated, reference, elsewhere, progress.update)
-    times = {} if graph is None else costs.time_ways(graph, patch, held[:_TIMED])
+    times = {} if graph is None else costs.time_variants(graph, patch, held[:_TIMED])
     per_token = costs.kv_token_bytes(graph, model)
     session = {"prompt": (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token}
     if patch.prefix is not None:  # every session holds the entries, and not the ids they stand in for
         session["patch"] = (len(patch.prefix) - len(patch.prefix.replaces)) * per_token
-    ways = []
+    variants = []
     for name in names:
         kind = name.partition(",")[0]
-        ways.append(
-            Way(
+        variants.append(
+            Variant(
                 name,
                 found[name].mean,
                 gap_closed(unpatched, found[name].mean),
@@ -185,7 +185,7 @@ def _ways(bench: Bench, subject: Subject, held: list[Dialogue]) -> tuple[list[Wa
                 {"prompt, cached prefix": shared * per_token, "patch": subject.file.stat().st_size}.get(name, 0),
             )
         )
-    return ways, found["no prompt"], found["patch"]
+    return variants, found["no prompt"], found["patch"]
 
 
 def layer_effects(
@@ -210,12 +210,12 @@ def without_layer(patch: Patch, layer: int) -> Patch:
     return Patch(kept, replace(patch.config, probe=None, fidelity=None, report=None), patch.prefix)
 
 
-def sweep(bench: Bench, subject: Subject, dialogues: Sequence[Dialogue]) -> Sweep | None:
+def sweep(setup: Setup, subject: Subject, dialogues: Sequence[Dialogue]) -> Sweep | None:
     """The patch at strengths from -1 to 2: KL on the prompted answers, and what it writes by itself.
 
     None for a patch with a KV prefix, which has no strengths.
     """
-    source, model, patch = bench.source, bench.model, subject.patch
+    source, model, patch = setup.source, setup.model, subject.patch
     if patch.prefix is not None:
         return None
     scaled = {strength: strength * patch for strength in STRENGTHS}
@@ -223,7 +223,7 @@ def sweep(bench: Bench, subject: Subject, dialogues: Sequence[Dialogue]) -> Swee
     with bar("strengths", len(dialogues), "query") as progress:
         found = diverge(dialogues, with_prompt(torch_student(model)), arms, progress.update)
     prompts = [d.student_prompt for d in dialogues]
-    write = partial(running.answers, source, model, limit=bench.max_new_tokens)
+    write = partial(running.answers, source, model, limit=setup.max_new_tokens)
     written = {s: write(under, prompts, label=f"strength {s:g}") for s, under in scaled.items()}
     return Sweep(
         query=subject.queries[0],
@@ -237,34 +237,34 @@ def sweep(bench: Bench, subject: Subject, dialogues: Sequence[Dialogue]) -> Swee
 
 
 def _answers(
-    bench: Bench, subject: Subject, held: list[Dialogue], own: Divergence
+    setup: Setup, subject: Subject, held: list[Dialogue], own: Divergence
 ) -> tuple[list[Answer], list[Answer]]:
     """The first few held-out queries, and the worst others by the patch's KL."""
     kl = own.by_dialogue()
     first = list(range(len(held)))[:_SHOWN]
     worst = sorted(range(len(first), len(held)), key=lambda i: -kl[i])[:_WORST]
     prompts = [held[i].student_prompt for i in first + worst]
-    write = partial(running.answers, bench.source, bench.model, prompts=prompts, limit=bench.max_new_tokens)
+    write = partial(running.answers, setup.source, setup.model, prompts=prompts, limit=setup.max_new_tokens)
     plain, patched = write(patch=None, label="answers, no prompt"), write(patch=subject.patch, label="answers, patch")
     text = [
-        Answer(subject.queries[i], kl[i], *(bench.source.codec.decode(c).strip() for c in (p, held[i].completion, q)))
+        Answer(subject.queries[i], kl[i], *(setup.source.codec.decode(c).strip() for c in (p, held[i].completion, q)))
         for i, p, q in zip(first + worst, plain, patched, strict=True)
     ]
     return text[: len(first)], text[len(first) :]
 
 
 def _fits(
-    bench: Bench, subject: Subject, held: list[Dialogue], unpatched: float
+    setup: Setup, subject: Subject, held: list[Dialogue], unpatched: float
 ) -> tuple[Fits, dict[int, dict[str, float]]]:
     """The methods beside each other; and the energy that the patch's own fit keeps, layer -> site -> share."""
-    if not bench.methods:
+    if not setup.methods:
         return Fits(0, 0, False, [], "left out with --baselines none"), {}
     if not subject.fitted:
         why = "the queries this patch was fitted on are not among those given (--calibration FILE)"
         return Fits(0, 0, False, [], why), {}
-    model, patch = bench.model, subject.patch
-    calibration = _calibration(bench, subject)
-    fits = {method: compare.fit_method(model, calibration, method, patch) for method in bench.methods}
+    model, patch = setup.model, subject.patch
+    calibration = _calibration(setup, subject)
+    fits = {method: compare.fit_method(model, calibration, method, patch) for method in setup.methods}
     arms = {m: without_prompt(torch_student(model, fit.patch)) for m, fit in fits.items() if fit is not None}
     with bar("methods on held-out queries", len(held), "query") as progress:
         found = diverge(held, with_prompt(torch_student(model)), arms, progress.update)
@@ -282,27 +282,27 @@ def _fits(
     return Fits(len(subject.fitted), rows, exact, methods), same.retained if same is not None and exact else {}
 
 
-def _calibration(bench: Bench, subject: Subject) -> list[Dialogue]:
+def _calibration(setup: Setup, subject: Subject) -> list[Dialogue]:
     """The dialogues that the patch was fitted on, made again."""
     made = subject.patch.config.calibration or {}
-    limit, samples = int(made.get("max_new_tokens", bench.max_new_tokens)), int(made.get("samples", 1))
-    return dialogues_for(bench.source, bench.model, subject.context, subject.fitted, limit, samples=samples)
+    limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
+    return dialogues_for(setup.source, setup.model, subject.context, subject.fitted, limit, samples=samples)
 
 
-def _frontier(bench: Bench, subject: Subject, held: list[Dialogue]) -> list[Point]:
-    if not bench.frontier or not subject.fitted:
+def _frontier(setup: Setup, subject: Subject, held: list[Dialogue]) -> list[Point]:
+    if not setup.frontier or not subject.fitted:
         return []
-    return measure_frontier(bench.model, _calibration(bench, subject), held, subject.patch, bench.frontier)
+    return measure_frontier(setup.model, _calibration(setup, subject), held, subject.patch, setup.frontier)
 
 
-def measure_composition(bench: Bench, subjects: Sequence[Subject]) -> list[Composed]:
+def measure_composition(setup: Setup, subjects: Sequence[Subject]) -> list[Composed]:
     """What the sum of all patches keeps of each one, on that one's own held-out queries and prompt."""
-    source, model = bench.source, bench.model
+    source, model = setup.source, setup.model
     results = []
     for subject in subjects:
         others = reduce(add, (s.patch for s in subjects if s is not subject))
         everything = subject.patch + others
-        held = dialogues_for(source, model, subject.context, subject.queries, bench.max_new_tokens)
+        held = dialogues_for(source, model, subject.context, subject.queries, setup.max_new_tokens)
         under = {"none": None, "alone": subject.patch, "others": others, "together": everything}
         arms = {name: without_prompt(torch_student(model, patch)) for name, patch in under.items()}
         with bar(f"composition, {subject.patch.name}", len(held), "query") as progress:
@@ -310,7 +310,7 @@ def measure_composition(bench: Bench, subjects: Sequence[Subject]) -> list[Compo
         gaps = {name: gap_closed(found["none"].mean, found[name].mean) for name in ("alone", "others", "together")}
         prompt = [held[0].student_prompt]
         texts = [
-            source.codec.decode(running.answers(source, model, p, prompt, bench.max_new_tokens, label)[0]).strip()
+            source.codec.decode(running.answers(source, model, p, prompt, setup.max_new_tokens, label)[0]).strip()
             for p, label in ((subject.patch, "alone"), (everything, "together"))
         ]
         results.append(

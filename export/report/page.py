@@ -49,7 +49,7 @@ def _plots(patch: PatchReport) -> dict[str, Any]:
         "strengths": "" if patch.sweep is None else plots.strengths(patch.sweep),
         "long": plots.long_answers(patch.long.forced, patch.long.own) if patch.long else None,
         "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
-        "methods": plots.methods(patch.fits.methods, patch.way("patch").gap_closed) if patch.fits.methods else None,
+        "methods": plots.methods(patch.fits.methods, patch.variant("patch").gap_closed) if patch.fits.methods else None,
     }
     return {name: None if text is None else Markup(text) for name, text in svg.items()}
 

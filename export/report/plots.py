@@ -66,7 +66,7 @@ def long_answers(forced: Curve, own: Curve) -> str:
 
 
 def turns(measured: Sequence[Turn]) -> str:
-    """Gap closed by turn, both ways."""
+    """Gap closed by turn, both variants."""
     with _drawn("turns", (3.6, 2.5)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [turn.turn for turn in measured]

@@ -21,7 +21,7 @@ from ..rollout import Dialogue, complete
 from ..source import Source
 from .figures import Curve, Ending, Long, Turn, Turns
 
-WAYS = ("no prompt", "prompt", "patch")
+VARIANTS = ("no prompt", "prompt", "patch")
 _BINS = 8
 Completion = tuple[int, ...]
 
@@ -36,7 +36,7 @@ def answers(
 
 
 def endings(source: Source, completions: dict[str, list[Completion]]) -> list[Ending]:
-    """How the completions of each way end."""
+    """How the completions of each variant end."""
     eos = source.codec.eos_ids
     return [
         Ending(
@@ -70,13 +70,16 @@ def measure_long(source: Source, model: Any, patch: Patch, dialogues: Sequence[D
         "patch": (patch, [d.student_prompt for d in dialogues]),
     }
     found = {
-        way: answers(source, model, under, of, limit, f"{limit} tokens, {way}") for way, (under, of) in prompts.items()
+        variant: answers(source, model, under, of, limit, f"{limit} tokens, {variant}")
+        for variant, (under, of) in prompts.items()
     }
     width = max(1, -(-limit // _BINS))
     curves = {}
-    for way in ("prompt", "patch"):
-        texts = [Dialogue(d.teacher_prompt, d.student_prompt, c) for d, c in zip(dialogues, found[way], strict=True)]
-        curves[way] = curve(*_both(model, patch, texts, f"fidelity along the text of {way}"), width)
+    for variant in ("prompt", "patch"):
+        texts = [
+            Dialogue(d.teacher_prompt, d.student_prompt, c) for d, c in zip(dialogues, found[variant], strict=True)
+        ]
+        curves[variant] = curve(*_both(model, patch, texts, f"fidelity along the text of {variant}"), width)
     return Long(limit, len(dialogues), curves["prompt"], curves["patch"], endings(source, found))
 
 
@@ -101,34 +104,34 @@ def measure_turns(
     """
     if source.style != "chat":
         return Turns(0, limit, [], {}, "the model is of completion style: it has no turns")
-    messages: dict[str, list[list[dict[str, str]]]] = {way: [[] for _ in openings] for way in WAYS}
+    messages: dict[str, list[list[dict[str, str]]]] = {variant: [[] for _ in openings] for variant in VARIANTS}
     measured: list[Turn] = []
     why_not = ""
     for turn in range(turns):
-        for of_way in messages.values():
-            for i, dialogue in enumerate(of_way):
+        for of_variant in messages.values():
+            for i, dialogue in enumerate(of_variant):
                 said = openings[i] if turn == 0 else follow_ups[(i + turn - 1) % len(follow_ups)]
                 dialogue.append({"role": "user", "content": said})
-        plain = {way: [tuple(source.codec.render(m)) for m in messages[way]] for way in WAYS}
-        framed = {way: [tuple(source.codec.render(m, context)) for m in messages[way]] for way in WAYS}
+        plain = {variant: [tuple(source.codec.render(m)) for m in messages[variant]] for variant in VARIANTS}
+        framed = {variant: [tuple(source.codec.render(m, context)) for m in messages[variant]] for variant in VARIANTS}
         if max(len(ids) for of in framed.values() for ids in of) + limit > model.config.max_position_embeddings:
             why_not = f"turn {turn + 1} does not fit the context window"
             break
         found = {
-            way: answers(
+            variant: answers(
                 source,
                 model,
-                patch if way == "patch" else None,
-                (framed if way == "prompt" else plain)[way],
+                patch if variant == "patch" else None,
+                (framed if variant == "prompt" else plain)[variant],
                 limit,
-                f"turn {turn + 1}, {way}",
+                f"turn {turn + 1}, {variant}",
             )
-            for way in WAYS
+            for variant in VARIANTS
         }
         both = {}
-        for way in ("prompt", "patch"):
-            texts = [Dialogue(*parts) for parts in zip(framed[way], plain[way], found[way], strict=True)]
-            both[way] = _both(model, patch, texts, f"fidelity of turn {turn + 1}, text of {way}")
+        for variant in ("prompt", "patch"):
+            texts = [Dialogue(*parts) for parts in zip(framed[variant], plain[variant], found[variant], strict=True)]
+            both[variant] = _both(model, patch, texts, f"fidelity of turn {turn + 1}, text of {variant}")
         (forced_base, forced), (own_base, own) = both["prompt"], both["patch"]
         measured.append(
             Turn(
@@ -142,10 +145,10 @@ def measure_turns(
                 endings(source, found),
             )
         )
-        for way, of_way in messages.items():
-            for dialogue, completion in zip(of_way, found[way], strict=True):
+        for variant, of_variant in messages.items():
+            for dialogue, completion in zip(of_variant, found[variant], strict=True):
                 dialogue.append({"role": "assistant", "content": source.codec.decode(completion).strip()})
-    shown = {way: [(m["role"], m["content"]) for m in messages[way][0]] for way in WAYS}
+    shown = {variant: [(m["role"], m["content"]) for m in messages[variant][0]] for variant in VARIANTS}
     return Turns(len(openings), limit, measured, shown, why_not)
 
 

@@ -23,24 +23,24 @@ from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 
 from ..decoder import adapter_for
 
-_SHELF = "_tp_shelf"
+_WEIGHTS = "_tp_weights"
 
 
-class _Shelf:
+class _LayerWeights:
     """Where one layer's weights lie, and whether they are loaded."""
 
     def __init__(self, layer: nn.Module, name: str, files: dict[str, Path], device: str) -> None:
         self._layer, self._name, self._files, self._device = layer, name, files, device
         self._users = 0
 
-    def take(self) -> None:
+    def load(self) -> None:
         """Load the weights unless they are loaded."""
         self._users += 1
         if self._users == 1:
             for name, file in self._files.items():
                 _load(self._layer, name, file, f"{self._name}.{name}", self._device)
 
-    def put_back(self) -> None:
+    def release(self) -> None:
         """Free them once nobody uses them."""
         self._users -= 1
         if self._users == 0:
@@ -75,7 +75,7 @@ def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
     files = _where_weights_are(path)
     model.tie_weights()
     layers = list(model.get_submodule(adapter.layers).children())
-    shelved: dict[int, dict[str, Path]] = {i: {} for i in range(len(layers))}
+    offloaded: dict[int, dict[str, Path]] = {i: {} for i in range(len(layers))}
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     for name, _parameter in list(model.named_parameters()):
         if name not in files:
@@ -90,12 +90,12 @@ def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
             )
         if name.startswith(f"{adapter.layers}."):
             index, _, rest = name.removeprefix(f"{adapter.layers}.").partition(".")
-            shelved[int(index)][rest] = files[name]
+            offloaded[int(index)][rest] = files[name]
         else:
             _load(model, name, files[name], name, device)
     model.tie_weights()
     for index, layer in enumerate(layers):
-        _shelve(layer, f"{adapter.layers}.{index}", shelved[index], device)
+        _offload(layer, f"{adapter.layers}.{index}", offloaded[index], device)
     for name, buffer in model.named_buffers():
         set_module_tensor_to_device(model, name, device, buffer)
     return model.eval().requires_grad_(False)
@@ -104,23 +104,23 @@ def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
     """Within the context a layer's weights are loaded; of a model that is not offloaded they always are."""
-    shelf: _Shelf | None = getattr(layer, _SHELF, None)
-    if shelf is None:
+    weights: _LayerWeights | None = getattr(layer, _WEIGHTS, None)
+    if weights is None:
         yield
         return
-    shelf.take()
+    weights.load()
     try:
         yield
     finally:
-        shelf.put_back()
+        weights.release()
 
 
-def _shelve(layer: nn.Module, name: str, files: dict[str, Path], device: str) -> None:
-    shelf = _Shelf(layer, name, files, device)
-    object.__setattr__(layer, _SHELF, shelf)
-    layer.register_forward_pre_hook(lambda *_: shelf.take())
+def _offload(layer: nn.Module, name: str, files: dict[str, Path], device: str) -> None:
+    weights = _LayerWeights(layer, name, files, device)
+    object.__setattr__(layer, _WEIGHTS, weights)
+    layer.register_forward_pre_hook(lambda *_: weights.load())
     # Also where the forward raises: the fit stops layers halfway.
-    layer.register_forward_hook(lambda *_: shelf.put_back(), always_call=True)
+    layer.register_forward_hook(lambda *_: weights.release(), always_call=True)
 
 
 def _where_weights_are(path: Path) -> dict[str, Path]:

@@ -197,8 +197,10 @@ def test_a_mixed_batch(pair: Pair) -> None:
 def test_what_can_be_captured_is(pair: Pair, captured: Graph) -> None:
     """The CUDA provider's attention operator has no float32 kernel: then with the reason, and step by step."""
     halves = pair.cuda.folder.kv.dtype == "f16"
-    assert (captured.lane is not None, captured.no_lane is None) == (halves, halves), captured.no_lane
-    print(f"\n{named(pair)}: captured: {captured.no_lane or 'yes'}")
+    assert (captured.captured is not None, captured.capture_failure is None) == (halves, halves), (
+        captured.capture_failure
+    )
+    print(f"\n{named(pair)}: captured: {captured.capture_failure or 'yes'}")
 
 
 def captured_close(pair: Pair, got: Logits, wanted: Logits) -> None:
@@ -256,7 +258,7 @@ def test_milliseconds_of_a_step(pair: Pair, captured: Graph) -> None:
     times = {}
     for label, patch in (("base", None), ("rank 16", pair.patch(16))):
         times[label] = step_ms(pair.cuda, pair.cuda.bind(patch))
-        if captured.lane is not None:
+        if captured.captured is not None:
             times[f"{label} captured"] = step_ms(captured, captured.bind(patch))
     record(f"ms a step, {named(pair)}", times)
 
@@ -268,13 +270,13 @@ def test_milliseconds_of_a_switch(pair: Pair, captured: Graph) -> None:
     for name, patch in patches.items():
         model.load_patch(patch, name)
     times["bound"] = 1e3 * median(switch_seconds(model, list(patches)))
-    if captured.lane is not None:
+    if captured.captured is not None:
         bounds = [captured.bind(patch) for patch in patches.values()]
         seconds = []
         for turn in range(50):
             bound = bounds[turn % 2]
             start = time.perf_counter()
-            captured.lane.switch(bound.key, captured.deltas(bound))
+            captured.captured.switch(bound.key, captured.deltas(bound))
             seconds.append(time.perf_counter() - start)
         times["in place"] = 1e3 * median(seconds)
     record(f"ms a switch, {named(pair)}", times)

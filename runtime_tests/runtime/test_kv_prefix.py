@@ -273,8 +273,8 @@ def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel]
     patch = prefixed(torch_model, model, 4, patch_for(model.graph.folder, seed=3))
     for write in (
         lambda: peft_out.pairs(patch, {}),
-        lambda: control_vector.carried(patch),
-        lambda: genai.write_adapter(patch, model.graph.folder, tmp_path / "p.onnx_adapter"),
+        lambda: control_vector.control_vector_parts(patch),
+        lambda: genai.write_onnx_adapter(patch, model.graph.folder, tmp_path / "p.onnx_adapter"),
     ):
         with pytest.raises(PatchTargetError, match="no place for a KV prefix"):
             write()

@@ -247,7 +247,7 @@ def test_a_dropped_stream_releases_its_patch_wherever_the_collector_runs(model: 
     def drop() -> None:
         stream = model.stream("Hi", patch="p", max_new_tokens=200)
         next(stream)
-        with model._table.lock:  # as the collector may, in the middle of loading another patch
+        with model._patches.lock:  # as the collector may, in the middle of loading another patch
             del stream
 
     thread = threading.Thread(target=drop, daemon=True)

@@ -32,7 +32,7 @@ class Row:
         eos_ids: ids that end it.
         sampler: picks its ids.
         cache: what of it has been run.
-        begun: whether any of its prompt has been run, or found in the batch's store.
+        begun: whether any of its prompt has been run, or found in the prefix cache.
         finish_reason: "eos", "length", "left" or "error" once it has left the batch, None before.
         error: why its prompt could not be run, or nothing be picked from its logits; only with "error".
     """
@@ -55,7 +55,7 @@ class Batch:
     Args:
         graph: where the steps are run.
         rows: most sequences at once.
-        store: where prompts find what was run before, and leave what they have run.
+        prefix_cache: where prompts find what was run before, and leave what they have run.
         prefill_tokens: of prompts, run between two tokens of the rows that wait for theirs.
 
     Raises:
@@ -63,12 +63,12 @@ class Batch:
     """
 
     def __init__(
-        self, graph: Graph, rows: int, store: PrefixCache | None = None, prefill_tokens: int = PREFILL_TOKENS
+        self, graph: Graph, rows: int, prefix_cache: PrefixCache | None = None, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
         for name, value in (("rows", rows), ("prefill_tokens", prefill_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"not a number of {name}", field=name, got=repr(value), wanted="a whole number >= 1")
-        self._graph, self._limit, self._store, self._piece = graph, rows, store, prefill_tokens
+        self._graph, self._limit, self._prefix_cache, self._piece = graph, rows, prefix_cache, prefill_tokens
         self._joining: list[Row] = []  # whose prompts are not run to their end yet
         self._running: list[Row] = []  # in the order of the graph's rows
         self._rows = new_rows(graph, rows)
@@ -179,15 +179,15 @@ class Batch:
     def _run_prompt(self, row: Row, most: int | None) -> int:
         """Run the next ids of a row's prompt, all but the last; with these run, it takes part. Returns how many."""
         cache, prompt = row.cache, row.tokens
-        if self._store is not None and not row.begun:
-            self._store.fill(cache, prompt)
+        if self._prefix_cache is not None and not row.begun:
+            self._prefix_cache.fill(cache, prompt)
         row.begun = True
         early = prompt[len(cache) : -1][:most]
         if early:
             self._graph.forward(early, cache, row.bound)
         if len(cache) == len(prompt) - 1:
-            if early and self._store is not None:
-                self._store.keep(cache, lambda: self._graph.content(cache))
+            if early and self._prefix_cache is not None:
+                self._prefix_cache.keep(cache, lambda: self._graph.content(cache))
             self._rows.add(cache, row.bound)
             self._joining.remove(row)
             self._running.append(row)
@@ -195,8 +195,8 @@ class Batch:
 
     def _end(self, row: Row, reason: str) -> None:
         at = self._running.index(row)
-        if self._store is not None and reason != "error":
-            self._store.keep(row.cache, lambda: self._rows.content(at))
+        if self._prefix_cache is not None and reason != "error":
+            self._prefix_cache.keep(row.cache, lambda: self._rows.content(at))
         self._rows.remove(at)
         self._running[at] = self._running[-1]
         del self._running[-1]

@@ -33,9 +33,9 @@ class Steps(Protocol):
         bound: BoundPatch,
         *,
         all_logits: bool = False,
-        lasting: bool = True,
+        copy: bool = True,
     ) -> NDArray[np.float32]:
-        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`; `lasting`: the caller's own."""
+        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`; `copy`: the caller's own."""
 
     def content(self, cache: KVCache) -> Content:
         """Keys and values that `cache` holds."""
@@ -50,7 +50,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: frozenset[int],
     cache: KVCache | None = None,
-    store: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[int]:
     """Yield the ids of a completion, the end-of-sequence id included if it is reached.
 
@@ -67,8 +67,8 @@ def generate(
         cache: of an earlier completion under the same patch; what it shares with `prompt` is not run again. It is left
             holding everything run here, so that a conversation can go on from it. Completions that take turns on one
             cache cost each other a new prefill and nothing else.
-        store: without a `cache`, where the prompt finds what was run before; it gets what is run here, after the prompt
-            and at the end.
+        prefix_cache: without a `cache`, where the prompt finds what was run before. What is run here is put into it
+            after the prompt and at the end.
 
     Raises:
         RequestError: an empty prompt, one that leaves no room for a token or cannot follow the patch's KV prefix, or
@@ -77,29 +77,29 @@ def generate(
     """
     if cache is not None:
         cache.require_key(bound.key)  # before anything in it is given up
-        store = None
+        prefix_cache = None
     full = check_request(graph.folder, prompt, bound, max_new_tokens)
     if cache is None:
         cache = graph.new_cache(bound)
     ids = _loop(graph, list(prompt), bound, Sampler(sampling), full, eos_ids, cache)
-    return ids if store is None else _stored(graph, prompt, ids, cache, store)
+    return ids if prefix_cache is None else _stored(graph, prompt, ids, cache, prefix_cache)
 
 
-def prefill(graph: Steps, prompt: Sequence[int], bound: BoundPatch, store: PrefixCache) -> None:
-    """Run a prompt for what others share with it, and put its keys and values into `store`.
+def prefill(graph: Steps, prompt: Sequence[int], bound: BoundPatch, prefix_cache: PrefixCache) -> None:
+    """Run a prompt for what others share with it, and put its keys and values into `prefix_cache`.
 
     Raises:
-        RequestError: the prompt cannot be served, or the store cannot hold it.
+        RequestError: the prompt cannot be served, or the prefix_cache cannot hold it.
     """
     check_request(graph.folder, prompt, bound, 1)
     cache = graph.new_cache(bound)
-    store.fill(cache, prompt)
+    prefix_cache.fill(cache, prompt)
     graph.forward(prompt[len(cache) :], cache, bound)
-    if not store.keep(cache, lambda: graph.content(cache)):
+    if not prefix_cache.keep(cache, lambda: graph.content(cache)):
         raise RequestError(
             "the prefix cache cannot hold this prompt",
             field="prefix_cache_bytes",
-            got=store.budget,
+            got=prefix_cache.budget,
             wanted=f"at least {sum(array.nbytes for array in graph.content(cache).values())}",
             fix="open the model with a larger prefix_cache_bytes, or shorten the prompt",
         )
@@ -151,7 +151,7 @@ def _loop(
         # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
         #    position only.
         kept = cache.keep_prefix(tokens)
-        logits = graph.forward(tokens[kept:], cache, bound, lasting=False)
+        logits = graph.forward(tokens[kept:], cache, bound, copy=False)
         # 2. Pick, hand out, stop.
         token = sampler.pick(logits[-1], tokens)
         tokens.append(token)
@@ -161,18 +161,18 @@ def _loop(
 
 
 def _stored(
-    graph: Steps, prompt: Sequence[int], ids: Iterator[int], cache: KVCache, store: PrefixCache
+    graph: Steps, prompt: Sequence[int], ids: Iterator[int], cache: KVCache, prefix_cache: PrefixCache
 ) -> Iterator[int]:
-    """`ids`, which run in `cache`, with `store` before the prompt, after it and at the end."""
-    store.fill(cache, prompt)
+    """`ids`, which run in `cache`, with `prefix_cache` before the prompt, after it and at the end."""
+    prefix_cache.fill(cache, prompt)
     fresh = True
     for token in ids:
         if fresh:
-            store.keep(cache, lambda: graph.content(cache))
+            prefix_cache.keep(cache, lambda: graph.content(cache))
             fresh = False
         try:
             yield token
         except GeneratorExit:  # stopped early; after a run that failed nothing is kept
-            store.keep(cache, lambda: graph.content(cache))
+            prefix_cache.keep(cache, lambda: graph.content(cache))
             raise
-    store.keep(cache, lambda: graph.content(cache))
+    prefix_cache.keep(cache, lambda: graph.content(cache))

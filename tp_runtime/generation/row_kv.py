@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..session import KV, grown_capacity
 
 
-class KVRows:
+class StackedKV:
     """The buffers of a batch.
 
     Args:

@@ -17,7 +17,7 @@ from ..patch import Delta, SlotKey
 from ..session import BoundPatch, CacheKey, Slot, check_rows
 
 
-class SlotRows:
+class StackedSlots:
     """What the slots of a graph are bound to while rows come and go.
 
     Args:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..session import BoundPatch, Graph, KVCache
-from .row_kv import KVRows
-from .row_slots import SlotRows
+from .row_kv import StackedKV
+from .row_slots import StackedSlots
 
 
 class Rows(Protocol):
@@ -38,7 +38,7 @@ class Rows(Protocol):
         """Keys and values of a row by graph input name, [heads, filled, head dim]; valid until the next call."""
 
 
-class RowsTogether:
+class BatchedRows:
     """Rows of a fused graph: every step is one run over all of them, whatever their lengths and patches.
 
     The attention operator takes each row's length from its row of the mask, and appends in place.
@@ -50,8 +50,8 @@ class RowsTogether:
         self._bounds: list[BoundPatch] = []
         folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
         to_kv, shared = partial(self._to, kv_device), kv_device == "cpu"
-        self._kv = KVRows(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
-        self._slots = SlotRows(folder.slots, limit, graph.dtype, graph.deltas, partial(self._to, graph.device.kind))
+        self._kv = StackedKV(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
+        self._slots = StackedSlots(folder.slots, limit, graph.dtype, graph.deltas, partial(self._to, graph.device.kind))
         self._binding: Any = None  # None: rows or capacity changed since the last step
 
     def _to(self, device: str, array: NDArray) -> Any:
@@ -113,7 +113,7 @@ class RowsTogether:
         return self._kv.get(row, self._caches[row].filled)
 
 
-class RowsInTurn:
+class SequentialRows:
     """Rows of a graph that concatenates (the `optimum` route): each steps by itself, in the cache it came with."""
 
     def __init__(self, graph: Graph) -> None:
@@ -152,4 +152,4 @@ def new_rows(graph: Graph, limit: int) -> Rows:
 
     Only a fused graph takes several sequences of different lengths in one run.
     """
-    return RowsTogether(graph, limit) if graph.folder.route == "fused" else RowsInTurn(graph)
+    return BatchedRows(graph, limit) if graph.folder.route == "fused" else SequentialRows(graph)

@@ -45,7 +45,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import DeviceUnavailableError, RequestError
 from ..patch import Delta, SlotKey
-from .kv_buffers import InPlace
+from .kv_buffers import InPlaceBuffers
 from .kv_cache import CacheKey, KVCache
 from .model_folder import ModelFolder
 from .slots import slot_arrays
@@ -99,7 +99,7 @@ class _Bucket:
     key: CacheKey | None = None
 
 
-class Lane:
+class CapturedDecode:
     """The buffers, the thread that runs the session, and the sequence whose keys and values are in them.
 
     Whoever uses it, or a cache that may be in it, does so within `alone`; `run` needs no such care.
@@ -127,7 +127,7 @@ class Lane:
         device: str,
         dtypes: tuple[np.dtype[Any], DTypeLike],
         first_logit: tuple[str, Any],
-        kv: InPlace,
+        kv: InPlaceBuffers,
     ) -> None:
         self._slots, self._dtype, self._kv, self._session = folder.slots, dtypes[0], kv, session
         self._ort, self._device = ort, device
@@ -135,7 +135,7 @@ class Lane:
         self._thread_id = self._thread.submit(threading.get_ident).result()
         self._owner: weakref.ref[KVCache] | None = None
         self.capacity = min(CAPACITY, folder.context_window)
-        self.buffers = kv.lane_buffers(self.capacity)
+        self.buffers = kv.fixed_buffers(self.capacity)
         self._mask = np.zeros((1, self.capacity), np.int64)
         shapes = {"input_ids": (1, 1), "position_ids": (1, 1), "attention_mask": (1, self.capacity)}
         self._inputs = {name: self._value(np.zeros(shape, np.int64)) for name, shape in shapes.items()}
@@ -174,7 +174,7 @@ class Lane:
         return arrays
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Within the context no other thread uses the lane.
 
         On the lane's own thread nobody is waited for: the garbage collector may end a dropped completion there, while

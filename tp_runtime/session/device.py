@@ -204,7 +204,7 @@ def create_session(
         model_path: the ONNX file.
         device: what `select_device` returned.
         session_options: left as they were found.
-        cuda_graphs: on CUDA, a session whose runs can be captured (cuda_lane.py says what that asks of every run).
+        cuda_graphs: on CUDA, a session whose runs can be captured (cuda_graphs.py says what that asks of every run).
         cuda_options: of the CUDA provider, as `check_cuda_options` returns them; without CUDA they mean nothing.
 
     Returns:

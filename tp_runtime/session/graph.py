@@ -20,10 +20,10 @@ from ..errors import ModelFormatError, RequestError
 from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
 from ..storage import REEXPORT
 from .bound_patch import BoundPatch
-from .cuda_graphs import Lane, check_capturable
+from .cuda_graphs import CapturedDecode, check_capturable
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
-from .kv_buffers import Fresh, InPlace
+from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import KVCache
 from .model_folder import DEFAULT_FILE, ModelFolder
 from .prepared import prepared_graph
@@ -47,8 +47,8 @@ class Graph:
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
         spin: whether the session's threads wait actively between runs.
-        cuda_graphs: capture decode steps of single sequences and replay them (cuda_lane.py). Asks for CUDA: `auto` does
-            not fall back then. A graph that cannot be captured runs as without, with the reason logged.
+        cuda_graphs: capture decode steps of single sequences and replay them (cuda_graphs.py). This needs CUDA, so
+            `auto` does not fall back then. A graph that cannot be captured runs as without, with the reason logged.
         huge_pages: whether weights in the process's memory are put on huge pages (huge_pages.py).
         cuda_options: of ONNX Runtime's CUDA provider (`gpu_mem_limit`, `arena_extend_strategy`, ...).
 
@@ -58,7 +58,7 @@ class Graph:
         dtype: of slots, keys and values.
         kv: how the keys and values of one sequence are kept.
         lane: where captured steps run; None if nothing is captured.
-        no_lane: why nothing is captured, where that was asked for.
+        capture_failure: why nothing is captured, where that was asked for.
         base: the base model, bound.
         default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
         repair: of a quantised folder that has one: the patch that makes up for the quantisation, part of the base.
@@ -101,9 +101,9 @@ class Graph:
             self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
                 options.add_initializer(name, value)
-        self.lane: Lane | None = None
-        self.no_lane: str | None = None
-        self._alone: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
+        self.captured: CapturedDecode | None = None
+        self.capture_failure: str | None = None
+        self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
         chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
         self._huge_pages = huge_pages
         self._taken: list[Range] = []  # memory that is to be on huge pages after the first run
@@ -126,7 +126,7 @@ class Graph:
         self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
         from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
-        buffers = InPlace if folder.route == "fused" else Fresh
+        buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
         place = input_kinds(self.session, self.device)[f"past_key_values.0.{KV_PARTS[0]}"]
         if place != self.device.kind:
@@ -134,24 +134,24 @@ class Graph:
         self.kv = buffers(folder, self.session, self.ort, place, self.dtype)
 
     def _capture(self, device: Device, options: Any) -> bool:
-        """Open a session with captured steps; False, with the reason in `no_lane`, if another has to be opened."""
+        """Open a session with captured steps; False, with the reason in `capture_failure`, if that fails."""
         try:
             self._open(device, options, cuda_graphs=True)
-            self._start_lane()
+            self._start_captured()
         except Exception as error:  # ONNX Runtime's own have no class in common
-            self.lane, self._alone = None, nullcontext
-            self.no_lane = " ".join(str(error.__cause__ or error).split())
-            log.warning("decode steps are not captured: %s", self.no_lane)
+            self.captured, self._exclusive = None, nullcontext
+            self.capture_failure = " ".join(str(error.__cause__ or error).split())
+            log.warning("decode steps are not captured: %s", self.capture_failure)
             return False
         return True
 
-    def _start_lane(self) -> None:
-        assert isinstance(self.kv, InPlace)
+    def _start_captured(self) -> None:
+        assert isinstance(self.kv, InPlaceBuffers)
         first = FIRST_LOGIT, self._first_logit[False]
         kind, dtypes = self.device.kind, (self.dtype, self._logits_dtype)
-        self.lane = Lane(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
-        self._alone = self.lane.alone
-        self.lane.capture()
+        self.captured = CapturedDecode(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
+        self._exclusive = self.captured.exclusive
+        self.captured.capture()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Put a patch on the device, ready to run; None is the base.
@@ -235,7 +235,7 @@ class Graph:
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
         """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
-        with self._alone():
+        with self._exclusive():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
 
@@ -256,7 +256,7 @@ class Graph:
         bound: BoundPatch,
         *,
         all_logits: bool = False,
-        lasting: bool = True,
+        copy: bool = True,
     ) -> NDArray[np.float32]:
         """Run `tokens` after what is in `cache`, and append them to it.
 
@@ -265,7 +265,7 @@ class Graph:
             cache: made by `new_cache` under the same patch.
             bound: the patch.
             all_logits: logits of every token instead of the last one only.
-            lasting: whether the logits are the caller's own. If not, the cache's next run may overwrite them: it
+            copy: whether the logits are the caller's own. If not, the cache's next run may overwrite them: it
                 saves a copy, which takes longer than picking a token does.
 
         Returns:
@@ -286,8 +286,8 @@ class Graph:
                 wanted=f"at most {self.folder.context_window}",
                 fix="shorten the prompt or the conversation",
             )
-        with self._alone():
-            logits = self._run(tokens, position, cache, bound, all_logits, lasting)
+        with self._exclusive():
+            logits = self._run(tokens, position, cache, bound, all_logits, copy)
             cache.tokens.extend(tokens)
         return logits
 
@@ -298,10 +298,10 @@ class Graph:
             use_huge_pages_soon(taken)
 
     def _run(
-        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, lasting: bool
+        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, copy: bool
     ) -> NDArray[np.float32]:
         steps, length = len(tokens), cache.filled + len(tokens)
-        lane = self.lane
+        lane = self.captured
         if lane is not None:
             taken = lane.take(cache, length, bound.values)
             if taken and steps == 1 and lane.switch(bound.key, self.deltas(bound)):
@@ -310,7 +310,7 @@ class Graph:
         mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
             logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
-            logits = logits.copy() if lasting else logits
+            logits = logits.copy() if copy else logits
             self._after_run()
         else:
             cache.step = None  # what it has bound is bound to something else now
@@ -353,7 +353,7 @@ class Graph:
         rows, steps = ids.shape
         logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
-        run = self.session.run_with_iobinding if self.lane is None else self.lane.run
+        run = self.session.run_with_iobinding if self.captured is None else self.captured.run
         run(binding)  # one that fails leaves the caches' tokens as they were
         self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)

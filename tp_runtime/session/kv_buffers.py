@@ -82,7 +82,7 @@ class _KVBuffers:
         return binding
 
 
-class InPlace(_KVBuffers):
+class InPlaceBuffers(_KVBuffers):
     """One buffer a tensor, read as past and written as present; doubled when it is full."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
@@ -102,8 +102,8 @@ class InPlace(_KVBuffers):
         cache.capacity = buffers[self.names[0][0]].shape()[2]
         cache.start = None
 
-    def lane_buffers(self, capacity: int) -> dict[str, Any]:
-        """Buffers of zeros that one sequence after the other will run in (cuda_lane.py), by graph input name."""
+    def fixed_buffers(self, capacity: int) -> dict[str, Any]:
+        """Buffers of zeros that one sequence after the other will run in (cuda_graphs.py), by graph input name."""
         return {past: self._value(capacity) for past, _present in self.names}
 
     def refill(self, buffer: Any, content: NDArray[Any]) -> None:
@@ -114,7 +114,7 @@ class InPlace(_KVBuffers):
         """Nothing to do after a run: it wrote where the next one reads."""
 
 
-class Fresh(_KVBuffers):
+class ConcatenatedBuffers(_KVBuffers):
     """Each step's present becomes the next step's past."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ from typing import Unpack
 
 from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
-from ..loaded_patches import PatchTable
+from ..loaded_patches import LoadedPatches
 from ..session import Graph
 from .codec import Message, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, encode_request
-from .stream import Pieces
+from .stream import StoppingDecoder
 
 
 class Completion:
@@ -40,7 +40,7 @@ class Completion:
         error: what ended it; only with "error".
     """
 
-    def __init__(self, batch: TextBatch, request: EncodedRequest, pieces: Pieces, using: ExitStack) -> None:
+    def __init__(self, batch: TextBatch, request: EncodedRequest, pieces: StoppingDecoder, using: ExitStack) -> None:
         self.prompt_tokens = len(request.tokens)
         self.text = ""
         self.token_ids: list[int] = []
@@ -67,7 +67,7 @@ class TextBatch:
         codec: the tokenizer and chat template.
         patches: where requests find their patches.
         rows: at most this many completions run at once.
-        store: where prompts find what was run before; None runs each from its start.
+        prefix_cache: where prompts find what was run before; None runs each from its start.
         prefill_tokens: of prompts, run between two tokens of the completions that wait for theirs.
 
     Raises:
@@ -78,13 +78,13 @@ class TextBatch:
         self,
         graph: Graph,
         codec: TextCodec,
-        patches: PatchTable,
+        patches: LoadedPatches,
         rows: int,
-        store: PrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self._graph, self._codec, self._patches = graph, codec, patches
-        self._batch = Batch(graph, rows, store, prefill_tokens)
+        self._batch = Batch(graph, rows, prefix_cache, prefill_tokens)
         self._waiting: deque[Completion] = deque()
         self._running: dict[Row, Completion] = {}
         self._lock = threading.RLock()
@@ -107,14 +107,14 @@ class TextBatch:
                 "a batch keeps caches of its own", field="cache", got="a cache", fix="leave it out, or use stream"
             )
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
-        check_request(self._graph.folder, request.tokens, request.choice.bound, request.max_new_tokens)
+        check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.check_ids(request.tokens)
         with self._lock:
             if self._closed:
                 raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
             using = ExitStack()
-            using.enter_context(self._patches.using(request.choice.loaded))
-            completion = Completion(self, request, Pieces(self._codec, request.scanner), using)
+            using.enter_context(self._patches.using(request.patch.loaded))
+            completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner), using)
             self._waiting.append(completion)
             return completion
 
@@ -163,7 +163,7 @@ class TextBatch:
             request = completion._request
             row = self._batch.join(
                 request.tokens,
-                request.choice.bound,
+                request.patch.bound,
                 sampling=request.sampling,
                 max_new_tokens=request.max_new_tokens,
                 eos_ids=self._codec.eos_ids,

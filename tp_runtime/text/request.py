@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import RequestError
 from ..generation import Sampling, check_max_new_tokens
-from ..loaded_patches import ACTIVE, Choice, PatchChoice, PatchTable
+from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
 from .codec import Message, TextCodec
 from .detokenize import StopScanner
 
@@ -93,31 +93,31 @@ class EncodedRequest:
 
     Attributes:
         tokens: the ids of the prompt.
-        choice: the patch that it runs under.
+        patch: the patch that it runs under.
         sampling: how each token is chosen.
         max_new_tokens: the completion has at most this many tokens.
         scanner: finds the stop strings in the text of this completion.
     """
 
     tokens: list[int]
-    choice: Choice
+    patch: ResolvedPatch
     sampling: Sampling
     max_new_tokens: int
     scanner: StopScanner
 
 
-def encode_request(request: Request, codec: TextCodec, patches: PatchTable) -> EncodedRequest:
+def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -> EncodedRequest:
     """Encode the prompt of `request` and find the patch that it runs under; the prompt's length is not checked yet.
 
     Raises:
         RequestError: the prompt cannot be encoded, or has a system message that the patch's KV prefix replaces.
         PatchError: the patch is not loaded or does not fit.
     """
-    choice = patches.resolve(request.patch, request.strength)
-    if choice.bound.prefix is not None:
+    patch = patches.resolve(request.patch, request.strength)
+    if patch.bound.prefix is not None:
         _refuse_system(request.prompt, request.system)
     tokens = codec.render(request.prompt, request.system, raw=request.raw)
-    return EncodedRequest(tokens, choice, request.sampling, request.max_new_tokens, StopScanner(request.stop))
+    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(request.stop))
 
 
 def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:

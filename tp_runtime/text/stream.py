@@ -36,7 +36,7 @@ class TextStream:
         self.seconds = 0.0
         self.finish_reason: str | None = None
         # A weak reference: with a strong one a stream that is dropped midway would hold its patch until a collection.
-        self._pieces = _run(weakref.proxy(self), ids, Pieces(codec, scanner), using)
+        self._pieces = _run(weakref.proxy(self), ids, StoppingDecoder(codec, scanner), using)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -49,7 +49,7 @@ class TextStream:
         self._pieces.close()
 
 
-class Pieces:
+class StoppingDecoder:
     """The text of one completion, id by id, and how it ended.
 
     Attributes:
@@ -77,7 +77,9 @@ class Pieces:
         return text if stopped else text + self._scanner.flush()
 
 
-def _run(stream: TextStream, ids: Iterator[int], pieces: Pieces, using: AbstractContextManager[None]) -> Generator[str]:
+def _run(
+    stream: TextStream, ids: Iterator[int], pieces: StoppingDecoder, using: AbstractContextManager[None]
+) -> Generator[str]:
     """The pieces of `stream`, whose figures are kept up to date on the way."""
     start = time.perf_counter()
     with using:

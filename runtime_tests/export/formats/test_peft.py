@@ -217,12 +217,12 @@ def altered(adapter: Path, **changes: Any) -> Path:
     ],
 )
 def test_settings_a_patch_cannot_represent(key: str, value: Any, tiny_llama: Path, tmp_path: Path) -> None:
-    from tp_export.decoder import beside, from_config
+    from tp_export.decoder import model_without_weights, site_linears
     from tp_export.formats import read_peft
 
     adapter = altered(trained(tiny_llama, tmp_path / "adapter", **TRAINED["attention"]), **{key: value})
     with pytest.raises(PatchVersionError, match=key):
-        read_peft(adapter, beside(from_config(open_source(tiny_llama).config)))
+        read_peft(adapter, site_linears(model_without_weights(open_source(tiny_llama).config)))
 
 
 def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -254,13 +254,13 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_tensors_that_do_not_fit(
     change: Any, error: type[Exception], named: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    from tp_export.decoder import beside, from_config
+    from tp_export.decoder import model_without_weights, site_linears
     from tp_export.formats import read_peft
 
     adapter = trained(tiny_llama, tmp_path / "adapter", **TRAINED["attention"])
     change_tensors(adapter, change)
     with pytest.raises(error, match=named):
-        read_peft(adapter, beside(from_config(open_source(tiny_llama).config)))
+        read_peft(adapter, site_linears(model_without_weights(open_source(tiny_llama).config)))
 
 
 def test_pickles_are_never_opened(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,14 +71,14 @@ def model(tiny_llama: Path) -> Any:
 def report(files: list[Path], tiny_llama: Path, tiny_llama_export: Path, model: Any) -> Report:
     """Everything measured of two patches, through the exported graph where that is measured there."""
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
-    bench = measure.Bench(open_source(tiny_llama), model, graph, 6, 8, compare.METHODS, (2, 8))
+    setup = measure.Setup(open_source(tiny_llama), model, graph, 6, 8, compare.METHODS, (2, 8))
     subjects = []
     for file, prompt in zip(files, (PIRATE, FRENCH), strict=True):
         patch = Patch.load(file)
         fitted = compare.fitted_queries(patch, load_questions(None))
         subjects.append(measure.Subject(patch, file, prompt, QUERIES, fitted))
-    parts = [measure.measure_patch(bench, subject) for subject in subjects]
-    return about.describe(bench, parts, measure.measure_composition(bench, subjects))
+    parts = [measure.measure_patch(setup, subject) for subject in subjects]
+    return about.describe(setup, parts, measure.measure_composition(setup, subjects))
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +116,17 @@ def test_positions_add_up_to_the_total(model: Any, dialogues: list[Dialogue]) ->
 
 def test_rows_hold_what_they_must(whole: tuple[dict[str, Any], str], files: list[Path]) -> None:
     report = whole[0]["patches"][0]
-    ways = {way["name"]: way for way in report["ways"]}
-    assert list(ways) == ["no prompt", "prompt", "prompt, cached prefix", "patch"]
-    assert ways["no prompt"]["gap_closed"] == 0 and ways["no prompt"]["text_kl"] == 0
+    variants = {variant["name"]: variant for variant in report["variants"]}
+    assert list(variants) == ["no prompt", "prompt", "prompt, cached prefix", "patch"]
+    assert variants["no prompt"]["gap_closed"] == 0 and variants["no prompt"]["text_kl"] == 0
     for exact in ("prompt", "prompt, cached prefix"):  # through the graph, against torch
-        assert ways[exact]["kl"] < 1e-4 * ways["no prompt"]["kl"]
-    assert ways["patch"]["shared_bytes"] == files[0].stat().st_size
-    assert ways["prompt"]["session_bytes"] > 0 == ways["patch"]["session_bytes"]
-    assert all(way["first_token_ms"] > 0 and way["token_ms"] > 0 for way in ways.values())
-    assert all(ways[name]["text_kl"] > 0 for name in ("prompt", "patch"))
+        assert variants[exact]["kl"] < 1e-4 * variants["no prompt"]["kl"]
+    assert variants["patch"]["shared_bytes"] == files[0].stat().st_size
+    assert variants["prompt"]["session_bytes"] > 0 == variants["patch"]["session_bytes"]
+    assert all(variant["first_token_ms"] > 0 and variant["token_ms"] > 0 for variant in variants.values())
+    assert all(variants[name]["text_kl"] > 0 for name in ("prompt", "patch"))
     curve = report["positions"]
-    assert np.average(curve["patched"], weights=curve["tokens"]) == pytest.approx(ways["patch"]["kl"])
+    assert np.average(curve["patched"], weights=curve["tokens"]) == pytest.approx(variants["patch"]["kl"])
 
 
 def test_strength_zero_is_no_patch_and_one_is_the_patch(
@@ -179,11 +179,11 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     patch = make_patch(source, model, PIRATE, ["Hello?", "Who is there?"], QUERIES, recipe, name="prefix")
     file = tmp_path / "prefix.safetensors"
     patch.save(file)
-    bench = measure.Bench(source, model, None, 6, 8, ())
-    found = measure.measure_patch(bench, measure.Subject(patch, file, PIRATE, QUERIES, []))
+    setup = measure.Setup(source, model, None, 6, 8, ())
+    found = measure.measure_patch(setup, measure.Subject(patch, file, PIRATE, QUERIES, []))
     assert found.sweep is None and found.frontier == [] and found.layers == []
     assert [answer.patch for answer in found.answers] == [answer.prompt for answer in found.answers]
-    assert "has no strengths" in page.render(about.describe(bench, [found], []))
+    assert "has no strengths" in page.render(about.describe(setup, [found], []))
     store.store(file, Patch.load(file), found)
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == patch.identity and stored.prefix is not None
@@ -195,8 +195,8 @@ def test_the_fit_is_repeated_and_says_what_its_rank_keeps(whole: tuple[dict[str,
         assert fits["exact"] and fits["queries"] == 6
         methods = {m["method"]: m for m in fits["methods"]}
         assert set(methods) == set(compare.METHODS)
-        ways = {way["name"]: way for way in report["ways"]}
-        assert methods["output"]["kl"] == pytest.approx(ways["patch"]["kl"], rel=2e-2)
+        variants = {variant["name"]: variant for variant in report["variants"]}
+        assert methods["output"]["kl"] == pytest.approx(variants["patch"]["kl"], rel=2e-2)
         assert all(0 < layer["retained"]["mlp_out"] <= 1 for layer in report["layers"])
         assert methods["steering"]["bytes"] < methods["output"]["bytes"]
 
@@ -253,7 +253,7 @@ def test_composition_is_the_sum(
     row = whole[0]["composition"][0]
     assert row["others"] == pytest.approx(1 - found["q"].mean / found["none"].mean, rel=1e-3)
     assert row["together"] == pytest.approx(1 - found["p+q"].mean / found["none"].mean, rel=1e-3)
-    assert row["alone"] == pytest.approx(whole[0]["patches"][0]["ways"][3]["gap_closed"], rel=1e-3)
+    assert row["alone"] == pytest.approx(whole[0]["patches"][0]["variants"][3]["gap_closed"], rel=1e-3)
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def test_a_kept_prefix_changes_nothing(tiny_llama_export: Path, model: Any, dial
 # -- the page ----------------------------------------------------------------------------------------------------
 
 SECTIONS = (
-    *("Four ways to the same behaviour", "Along the answer", "Long answers, unattended", "Dialogues", "Layers"),
+    *("Four variants to the same behaviour", "Along the answer", "Long answers, unattended", "Dialogues", "Layers"),
     *("Strength", "Against the heuristics", "Answers", "The worst answers", "Their sum", "How it was measured"),
 )
 
@@ -318,11 +318,11 @@ def test_what_others_wrote_is_text(whole: tuple[dict[str, Any], str]) -> None:
 
 def test_what_was_not_measured_says_so(report: Report) -> None:
     one = report.patches[0]
-    ways = [replace(way, first_token_ms=None, token_ms=None) for way in one.ways]
+    variants = [replace(variant, first_token_ms=None, token_ms=None) for variant in one.variants]
     fits = Fits(0, 0, False, [], "left out with --baselines none")
     turns = Turns(0, 64, [], {}, "the model is of completion style: it has no turns")
     layers = [replace(layer, retained={}) for layer in one.layers]
-    less = replace(one, ways=ways, fits=fits, turns=turns, layers=layers, long=None)
+    less = replace(one, variants=variants, fits=fits, turns=turns, layers=layers, long=None)
     text = page.render(replace(report, patches=[less], composition=[], runtime=None))
     for said in ("--runtime)", "--baselines none", "it has no turns", "Energy kept is not known"):
         assert said in text
@@ -365,7 +365,9 @@ def test_the_command_writes_prints_and_stores(
     assert "--runtime)" in out.read_text() and figures["runtime"] is None
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == figures["patches"][0]["identity"]
-    assert stored.config.report["gap_closed"] == pytest.approx(figures["patches"][0]["ways"][3]["gap_closed"], abs=1e-5)
+    assert stored.config.report["gap_closed"] == pytest.approx(
+        figures["patches"][0]["variants"][3]["gap_closed"], abs=1e-5
+    )
     assert "ends_turn" not in stored.config.report and "first_token_ms" not in stored.config.report
 
 

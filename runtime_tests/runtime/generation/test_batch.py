@@ -19,7 +19,7 @@ from tp_export.graph import export_model
 from tp_export.source import open_source
 from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, StaleCacheError
 from tp_runtime.generation import Batch, Row, Sampling, engine
-from tp_runtime.generation.row_kv import KVRows
+from tp_runtime.generation.row_kv import StackedKV
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
@@ -305,7 +305,7 @@ def test_buffers_grow_under_the_rows_up_to_the_window(graph: Graph) -> None:
 
 def test_a_device_that_does_not_share_memory(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA: buffers are copied there and back at every change of rows."""
-    monkeypatch.setattr(KVRows, "bind", copying_bind)
+    monkeypatch.setattr(StackedKV, "bind", copying_bind)
     test_joining_and_leaving_midway_does_not_disturb_the_others(graph)
 
 

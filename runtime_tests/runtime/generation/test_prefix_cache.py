@@ -81,7 +81,7 @@ def test_nothing_comes_out_differently_and_the_budget_holds(asked: list[Any], bu
                 engine.prefill(graph, prompt, bound, store)
             continue
         else:
-            ids = engine.generate(graph, prompt, bound, store=store, **options)
+            ids = engine.generate(graph, prompt, bound, prefix_cache=store, **options)
             got = [next(ids)] if how == "stopped" else list(ids)
             count = len(got)
             ids.close()  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from tp_runtime.errors import DeviceUnavailableError, RequestError
 from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
-from tp_runtime.session import cuda_graphs as cuda_lane
+from tp_runtime.session import cuda_graphs as cuda_graphs
 from tp_runtime.session import graph as graph_module
 from tp_runtime.session.device import CUDA, Device
 
@@ -39,13 +39,13 @@ def plain(request: pytest.FixtureRequest) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def laned(plain: Graph) -> Graph:
+def capturing(plain: Graph) -> Graph:
     return with_lane(plain.folder)
 
 
 def with_lane(folder: ModelFolder) -> Graph:
     graph = Graph(folder, "cpu")
-    graph._start_lane()
+    graph._start_captured()
     graph._steps_in_place = False  # as on CUDA
     return graph
 
@@ -72,31 +72,31 @@ class Counted:
 @pytest.mark.parametrize("rank", [None, 0, 1, 4, 5, 16, 60, 64, 65])
 @pytest.mark.parametrize("chunks", [STEPS, (1,) * 40, (5, 1, 1, 20, 1, 1, 11)], ids=["prefill", "steps", "chunks"])
 def test_steps_in_the_lane_are_ordinary_steps(
-    plain: Graph, laned: Graph, rank: int | None, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    plain: Graph, capturing: Graph, rank: int | None, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch = None if rank is None else patch_for(plain.folder, seed=1, rank=rank, scale=0.2)
     wanted = graph_logits(plain, IDS, plain.bind(patch), chunks)
-    stepped = Counted(monkeypatch, laned.lane, "step")
-    assert furthest(graph_logits(laned, IDS, laned.bind(patch), chunks), wanted) < CLOSE
+    stepped = Counted(monkeypatch, capturing.captured, "step")
+    assert furthest(graph_logits(capturing, IDS, capturing.bind(patch), chunks), wanted) < CLOSE
     assert stepped.calls == (0 if rank == 65 else chunks.count(1))  # 65 has no bucket
     if patch is not None:
         assert furthest(wanted, graph_logits(plain, IDS)) > 0.05  # or the patch tests nothing
 
 
-def test_mixed_ranks_missing_parts_and_layers(plain: Graph, laned: Graph) -> None:
+def test_mixed_ranks_missing_parts_and_layers(plain: Graph, capturing: Graph) -> None:
     wide, narrow = rank_patches(plain, 9, 2)
     one, two = wide.deltas[0, "mlp_out"], narrow.deltas[1, "mlp_out"]
     patch = Patch({(0, "mlp_out"): Delta(one.a, one.b), (1, "mlp_out"): Delta(bias=two.bias)}, wide.config)
-    laned.forward([1], cache := laned.new_cache(full := laned.bind(rank_patches(plain, 12)[0])), full)
+    capturing.forward([1], cache := capturing.new_cache(full := capturing.bind(rank_patches(plain, 12)[0])), full)
     assert cache.tokens == [1]  # fills the bucket that comes next with something else
     wanted = graph_logits(plain, IDS, plain.bind(patch), STEPS)
-    assert furthest(graph_logits(laned, IDS, laned.bind(patch), STEPS), wanted) < CLOSE
+    assert furthest(graph_logits(capturing, IDS, capturing.bind(patch), STEPS), wanted) < CLOSE
 
 
-def test_a_kv_prefix(plain: Graph, laned: Graph) -> None:
+def test_a_kv_prefix(plain: Graph, capturing: Graph) -> None:
     patch = with_prefix(rank_patches(plain, 3)[0], plain.folder, replaces=[7, 8], entries=5, position=9)
     wanted, got = ([], [])
-    for graph, logits in ((plain, wanted), (laned, got)):
+    for graph, logits in ((plain, wanted), (capturing, got)):
         bound = graph.bind(patch)
         cache = graph.new_cache(bound)
         logits.append(graph.forward(IDS[:4], cache, bound))
@@ -107,178 +107,183 @@ def test_a_kv_prefix(plain: Graph, laned: Graph) -> None:
 def test_a_patch_baked_in(plain: Graph) -> None:
     patch = rank_patches(plain, 5)[0]
     graph = Graph(plain.folder, "cpu", defaults=patch)
-    graph._start_lane()
+    graph._start_captured()
     for bound, same in ((graph.default, plain.bind(patch)), (graph.base, plain.base)):
         wanted = graph_logits(plain, IDS, same, STEPS)
         assert furthest(graph_logits(graph, IDS, bound, STEPS), wanted) < CLOSE
 
 
 def test_a_sequence_that_outgrows_the_lane_goes_on_without(plain: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_lane, "CAPACITY", 24)
+    monkeypatch.setattr(cuda_graphs, "CAPACITY", 24)
     graph = with_lane(plain.folder)
-    stepped = Counted(monkeypatch, graph.lane, "step")
+    stepped = Counted(monkeypatch, graph.captured, "step")
     wanted = graph_logits(plain, IDS, chunks=STEPS)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), wanted) < CLOSE
     assert stepped.calls == 24 - 9
     cache = graph.new_cache(graph.base)  # and one that is too long from the start
     assert furthest(graph.forward(IDS, cache, graph.base, all_logits=True), wanted) < CLOSE
-    assert graph.lane is not None and not graph.lane.holds(cache)
+    assert graph.captured is not None and not graph.captured.holds(cache)
 
 
-def test_rewinding_and_going_on_as_a_conversation_does(plain: Graph, laned: Graph) -> None:
-    bound = laned.bind(rank_patches(plain, 4)[0])
-    cache = laned.new_cache(bound)
-    laned.forward(IDS[:20], cache, bound)
+def test_rewinding_and_going_on_as_a_conversation_does(plain: Graph, capturing: Graph) -> None:
+    bound = capturing.bind(rank_patches(plain, 4)[0])
+    cache = capturing.new_cache(bound)
+    capturing.forward(IDS[:20], cache, bound)
     for token in IDS[20:30]:
-        laned.forward([token], cache, bound)
+        capturing.forward([token], cache, bound)
     ids = [*IDS[:15], *token_ids(12, seed=2)]
     common = cache.keep_prefix(ids)
-    got = [laned.forward(ids[common:-3], cache, bound), *(laned.forward([t], cache, bound) for t in ids[-3:])]
+    got = [capturing.forward(ids[common:-3], cache, bound), *(capturing.forward([t], cache, bound) for t in ids[-3:])]
     wanted = graph_logits(plain, ids, plain.bind(rank_patches(plain, 4)[0]))
     assert furthest(np.concatenate(got), wanted[-4:]) < CLOSE
 
 
-def test_logits_handed_out_are_the_callers(laned: Graph) -> None:
-    cache = laned.new_cache(laned.base)
-    first = laned.forward(IDS[:1], cache, laned.base)
+def test_logits_handed_out_are_the_callers(capturing: Graph) -> None:
+    cache = capturing.new_cache(capturing.base)
+    first = capturing.forward(IDS[:1], cache, capturing.base)
     copy = first.copy()
-    laned.forward(IDS[1:2], cache, laned.base)
+    capturing.forward(IDS[1:2], cache, capturing.base)
     assert np.array_equal(first, copy)
 
 
 # -- nothing moves -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_bound_or_allocated_between_steps(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = laned.lane
+def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = capturing.captured
     assert lane is not None
-    bound, other = (laned.bind(patch) for patch in rank_patches(laned, 3, 4))
-    caches = {bound.key: laned.new_cache(bound)}
-    laned.forward(IDS[:5], caches[bound.key], bound)
+    bound, other = (capturing.bind(patch) for patch in rank_patches(capturing, 3, 4))
+    caches = {bound.key: capturing.new_cache(bound)}
+    capturing.forward(IDS[:5], caches[bound.key], bound)
     values = [lane._logits, *lane._inputs.values(), *lane.buffers.values()]
     values += [value for bucket in lane.buckets for value in bucket.slots.values()]
     before = [(value.data_ptr(), value.shape()) for value in values]
-    made = Counted(monkeypatch, laned.ort.OrtValue, "ortvalue_from_numpy")
-    bindings = Counted(monkeypatch, laned.session, "io_binding")
+    made = Counted(monkeypatch, capturing.ort.OrtValue, "ortvalue_from_numpy")
+    bindings = Counted(monkeypatch, capturing.session, "io_binding")
     bound_anew = [Counted(monkeypatch, b.binding, f"bind_{n}_input") for b in lane.buckets for n in ("ortvalue", "cpu")]
     for token in IDS[5:12]:
-        laned.forward([token], caches[bound.key], bound)
-    lane.switch(other.key, laned.deltas(other))  # a switch writes in place too
+        capturing.forward([token], caches[bound.key], bound)
+    lane.switch(other.key, capturing.deltas(other))  # a switch writes in place too
     assert (made.calls, bindings.calls, [count.calls for count in bound_anew]) == (0, 0, [0] * 2 * len(lane.buckets))
     assert [(value.data_ptr(), value.shape()) for value in values] == before
 
 
 def test_every_bucket_has_an_id_of_its_own_and_ordinary_runs_have_none(
-    laned: Graph, monkeypatch: pytest.MonkeyPatch
+    capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane = laned.lane
+    lane = capturing.captured
     assert lane is not None
     seen: list[str] = []
 
     class Session:
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
             seen.append(options.get_run_config_entry("gpu_graph_id"))
-            laned.session.run_with_iobinding(binding, options)
+            capturing.session.run_with_iobinding(binding, options)
 
     monkeypatch.setattr(lane, "_session", Session())
-    for patch in (None, *rank_patches(laned, 4, 16, 64)):
-        bound = laned.bind(patch)
-        cache = laned.new_cache(bound)
-        laned.forward(IDS[:3], cache, bound)
-        laned.forward(IDS[3:4], cache, bound)
+    for patch in (None, *rank_patches(capturing, 4, 16, 64)):
+        bound = capturing.bind(patch)
+        cache = capturing.new_cache(bound)
+        capturing.forward(IDS[:3], cache, bound)
+        capturing.forward(IDS[3:4], cache, bound)
     assert seen == ["-1", "1", "-1", "2", "-1", "3", "-1", "4"]
 
 
-def test_every_run_is_on_one_thread(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_is_on_one_thread(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[int] = set()
-    session = laned.session
+    session = capturing.session
 
     class Session:
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
             threads.add(threading.get_ident())
             session.run_with_iobinding(binding, options)
 
-    assert laned.lane is not None
-    monkeypatch.setattr(laned.lane, "_session", Session())
-    monkeypatch.setattr(laned, "session", None)  # nobody else runs it
+    assert capturing.captured is not None
+    monkeypatch.setattr(capturing.captured, "_session", Session())
+    monkeypatch.setattr(capturing, "session", None)  # nobody else runs it
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: graph_logits(laned, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
+        list(pool.map(lambda _: graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
     assert len(threads) == 1
 
 
-def test_a_switch_back_writes_nothing(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches of different buckets do not displace each other; in one bucket the last one counts."""
-    lane = laned.lane
+    lane = capturing.captured
     assert lane is not None
-    small, large = (laned.bind(patch) for patch in rank_patches(laned, 2, 30))
+    small, large = (capturing.bind(patch) for patch in rank_patches(capturing, 2, 30))
     for bound in (small, large):
-        lane.switch(bound.key, laned.deltas(bound))
+        lane.switch(bound.key, capturing.deltas(bound))
     padded = Counted(monkeypatch, lane, "_padded")
     for bound in (small, large, small, large):
-        assert lane.switch(bound.key, laned.deltas(bound))
+        assert lane.switch(bound.key, capturing.deltas(bound))
     assert padded.calls == 0
-    other = laned.bind(rank_patches(laned, 3)[0])
-    lane.switch(other.key, laned.deltas(other))
-    lane.switch(small.key, laned.deltas(small))
+    other = capturing.bind(rank_patches(capturing, 3)[0])
+    lane.switch(other.key, capturing.deltas(other))
+    lane.switch(small.key, capturing.deltas(small))
     assert padded.calls == 2
 
 
 # -- turns ---------------------------------------------------------------------------------------------------
 
 
-def test_sequences_that_take_turns(plain: Graph, laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_that_take_turns(plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     patches = [None, *rank_patches(plain, 4, 4, 20)]
     wanted = [graph_logits(plain, IDS, plain.bind(patch)) for patch in patches]
-    bounds = [laned.bind(patch) for patch in patches]
-    caches = [laned.new_cache(bound) for bound in bounds]
+    bounds = [capturing.bind(patch) for patch in patches]
+    caches = [capturing.new_cache(bound) for bound in bounds]
     for bound, cache in zip(bounds, caches, strict=True):
-        laned.forward(IDS[:9], cache, bound)
-    taken = Counted(monkeypatch, laned.kv, "refill")
+        capturing.forward(IDS[:9], cache, bound)
+    taken = Counted(monkeypatch, capturing.kv, "refill")
     for at in range(9, 30):
         for bound, cache, logits in zip(bounds, caches, wanted, strict=True):
-            assert furthest(laned.forward(IDS[at : at + 1], cache, bound), logits[at : at + 1]) < CLOSE
-    assert laned.lane is not None and [laned.lane.holds(cache) for cache in caches] == [False, False, False, True]
+            assert furthest(capturing.forward(IDS[at : at + 1], cache, bound), logits[at : at + 1]) < CLOSE
+    assert capturing.captured is not None and [capturing.captured.holds(cache) for cache in caches] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert taken.calls == 0  # decode steps carry nothing about
-    laned.forward(IDS[30:36], caches[1], bounds[1])  # its next turn brings the first patch's sequence back
-    assert laned.lane.holds(caches[1]) and taken.calls == len(laned.kv.names)
+    capturing.forward(IDS[30:36], caches[1], bounds[1])  # its next turn brings the first patch's sequence back
+    assert capturing.captured.holds(caches[1]) and taken.calls == len(capturing.kv.names)
     for at in range(36, 40):
         for i in (1, 3):
-            logits = laned.forward(IDS[at : at + 1] if i == 1 else [IDS[at - 6]], caches[i], bounds[i])
+            logits = capturing.forward(IDS[at : at + 1] if i == 1 else [IDS[at - 6]], caches[i], bounds[i])
             assert furthest(logits, wanted[i][at : at + 1] if i == 1 else wanted[i][at - 6 : at - 5]) < CLOSE
 
 
-def test_threads_that_take_turns(plain: Graph, laned: Graph) -> None:
+def test_threads_that_take_turns(plain: Graph, capturing: Graph) -> None:
     patches = [None, *rank_patches(plain, 3, 7, 30)]
     wanted = [graph_logits(plain, IDS, plain.bind(patch), STEPS) for patch in patches]
-    bounds = [laned.bind(patch) for patch in patches]
+    bounds = [capturing.bind(patch) for patch in patches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            got = list(pool.map(lambda bound: graph_logits(laned, IDS, bound, STEPS), bounds))
+            got = list(pool.map(lambda bound: graph_logits(capturing, IDS, bound, STEPS), bounds))
             assert all(furthest(one, other) < CLOSE for one, other in zip(got, wanted, strict=True))
 
 
-def test_a_dropped_sequence_leaves_no_copy_behind(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    laned.forward(IDS[:9], cache := laned.new_cache(laned.base), laned.base)
+def test_a_dropped_sequence_leaves_no_copy_behind(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing.forward(IDS[:9], cache := capturing.new_cache(capturing.base), capturing.base)
     del cache
     gc.collect()
-    read = Counted(monkeypatch, laned.kv, "content")
-    laned.forward(IDS[:9], laned.new_cache(laned.base), laned.base)
-    assert read.calls == len(laned.kv.names)  # of the new one, which holds nothing
+    read = Counted(monkeypatch, capturing.kv, "content")
+    capturing.forward(IDS[:9], capturing.new_cache(capturing.base), capturing.base)
+    assert read.calls == len(capturing.kv.names)  # of the new one, which holds nothing
 
 
 def test_a_run_that_fails_leaves_the_sequence_as_it_was(
-    plain: Graph, laned: Graph, monkeypatch: pytest.MonkeyPatch
+    plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = graph_logits(plain, IDS)
-    cache = laned.new_cache(laned.base)
-    laned.forward(IDS[:9], cache, laned.base)
-    assert laned.lane is not None
+    cache = capturing.new_cache(capturing.base)
+    capturing.forward(IDS[:9], cache, capturing.base)
+    assert capturing.captured is not None
     with monkeypatch.context() as broken:
-        broken.setattr(laned.lane, "_session", None)
+        broken.setattr(capturing.captured, "_session", None)
         with pytest.raises(AttributeError):
-            laned.forward(IDS[9:10], cache, laned.base)
+            capturing.forward(IDS[9:10], cache, capturing.base)
     assert cache.tokens == IDS[:9]
-    assert furthest(laned.forward(IDS[9:10], cache, laned.base), wanted[9:10]) < CLOSE
+    assert furthest(capturing.forward(IDS[9:10], cache, capturing.base), wanted[9:10]) < CLOSE
 
 
 # -- beside other things -------------------------------------------------------------------------------------
@@ -290,30 +295,32 @@ def completion(graph: Graph, bound: BoundPatch, **options: Any) -> list[int]:
     )
 
 
-def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, laned: Graph) -> None:
+def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, capturing: Graph) -> None:
     patches = [None, *rank_patches(plain, 4, 20)]
     wanted = [completion(plain, plain.bind(patch)) for patch in patches]
     store = PrefixCache(2**24)
     for _ in range(2):
-        assert [completion(laned, laned.bind(patch), store=store) for patch in patches] == wanted
+        assert [completion(capturing, capturing.bind(patch), prefix_cache=store) for patch in patches] == wanted
     assert store.hits == 3
-    batch = Batch(laned, 4)
-    kept = laned.new_cache(laned.base)
-    laned.forward(IDS[:9], kept, laned.base)  # in the lane while the batch is filled and run
+    batch = Batch(capturing, 4)
+    kept = capturing.new_cache(capturing.base)
+    capturing.forward(IDS[:9], kept, capturing.base)  # in the lane while the batch is filled and run
     rows = [
-        batch.join(IDS[:9], laned.bind(patch), sampling=Sampling(), max_new_tokens=12, eos_ids=frozenset())
+        batch.join(IDS[:9], capturing.bind(patch), sampling=Sampling(), max_new_tokens=12, eos_ids=frozenset())
         for patch in patches
     ]
     while batch.step():
         pass
     assert [row.tokens[9:] for row in rows] == wanted
-    assert furthest(laned.forward(IDS[9:10], kept, laned.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
+    assert furthest(capturing.forward(IDS[9:10], kept, capturing.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
 
 
-def test_a_completion_that_the_lanes_thread_drops(laned: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_that_the_lanes_thread_drops(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage collector ends it there while another sequence waits for that very thread."""
-    store, session, options = PrefixCache(2**24), laned.session, {"sampling": Sampling(), "eos_ids": frozenset()}
-    dropped: list[Any] = [engine.generate(laned, IDS[:9], laned.base, max_new_tokens=12, store=store, **options)]
+    store, session, options = PrefixCache(2**24), capturing.session, {"sampling": Sampling(), "eos_ids": frozenset()}
+    dropped: list[Any] = [
+        engine.generate(capturing, IDS[:9], capturing.base, max_new_tokens=12, prefix_cache=store, **options)
+    ]
     next(dropped[0])
     next(dropped[0])
 
@@ -322,10 +329,10 @@ def test_a_completion_that_the_lanes_thread_drops(laned: Graph, monkeypatch: pyt
             dropped.clear()
             session.run_with_iobinding(binding, options)
 
-    assert laned.lane is not None
-    monkeypatch.setattr(laned.lane, "_session", Session())
+    assert capturing.captured is not None
+    monkeypatch.setattr(capturing.captured, "_session", Session())
     before = store.bytes
-    laned.forward(IDS[:1], laned.new_cache(laned.base), laned.base)
+    capturing.forward(IDS[:1], capturing.new_cache(capturing.base), capturing.base)
     assert store.bytes > before and not dropped
 
 
@@ -371,7 +378,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
 def test_captured_graphs_given(plain: Graph, on_cuda: Callable[[Exception | None], list[bool]]) -> None:
     asked = on_cuda(None)
     graph = Graph(plain.folder, "auto", cuda_graphs=True)
-    assert asked == [True] and graph.lane is not None and graph.no_lane is None
+    assert asked == [True] and graph.captured is not None and graph.capture_failure is None
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
 
 
@@ -382,9 +389,9 @@ def test_captured_graphs_refused_are_said_once_and_done_without(
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         graph = Graph(plain.folder, "cuda", cuda_graphs=True)
         assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
-    assert asked == [True, False] and graph.lane is None
-    assert graph.no_lane == "all compute graph nodes have not been partitioned to the CUDA provider"
-    assert [record.message for record in caplog.records] == [f"decode steps are not captured: {graph.no_lane}"]
+    assert asked == [True, False] and graph.captured is None
+    assert graph.capture_failure == "all compute graph nodes have not been partitioned to the CUDA provider"
+    assert [record.message for record in caplog.records] == [f"decode steps are not captured: {graph.capture_failure}"]
 
 
 def test_a_capture_that_fails_is_said_and_done_without(
@@ -392,12 +399,12 @@ def test_a_capture_that_fails_is_said_and_done_without(
 ) -> None:
     asked = on_cuda(None)
 
-    def fail(self: cuda_lane.Lane) -> None:
+    def fail(self: cuda_graphs.CapturedDecode) -> None:
         raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_lane.Lane, "capture", fail)
+    monkeypatch.setattr(cuda_graphs.CapturedDecode, "capture", fail)
     graph = Graph(plain.folder, "cuda", cuda_graphs=True)
-    assert asked == [True, False] and graph.lane is None and "CUDA failure 900" in str(graph.no_lane)
+    assert asked == [True, False] and graph.captured is None and "CUDA failure 900" in str(graph.capture_failure)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
 
 

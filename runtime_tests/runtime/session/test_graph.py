@@ -251,9 +251,9 @@ def test_logits_that_need_not_last_are_the_same_and_are_not_copied(graph: Graph)
     kept, lent = graph.new_cache(graph.base), graph.new_cache(graph.base)
     for tokens in ([1, 2, 3], [4], [5]):
         wanted = graph.forward(tokens, kept, graph.base)
-        got = graph.forward(tokens, lent, graph.base, lasting=False)
+        got = graph.forward(tokens, lent, graph.base, copy=False)
         np.testing.assert_array_equal(got, wanted)
-    graph.forward([6], lent, graph.base, lasting=False)
+    graph.forward([6], lent, graph.base, copy=False)
     assert not np.array_equal(got, wanted)
 
 
