@@ -27,7 +27,7 @@ def sample(model: Path, threads: int, huge: bool) -> dict[str, float]:
     from tp_runtime.session import Graph, ModelFolder
 
     start = time.perf_counter()
-    graph = Graph(ModelFolder.open(model), "cpu", threads, huge_pages=huge)
+    graph = Graph(ModelFolder.open(model), "cpu", threads=threads, huge_pages=huge)
     prompt = np.random.default_rng(0).integers(0, graph.folder.vocab_size, _PROMPT).tolist()
     cache = graph.new_cache(graph.base)
     graph.forward(prompt, cache, graph.base)

@@ -15,7 +15,7 @@ from .errors import PatchFormatError, RequestError
 from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice, not_a_patch
 from .patch import Patch
-from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, check_probe
+from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, SessionOptions, check_probe
 from .text import EncodedRequest, Message, Request, RequestOptions, TextBatch, TextCodec, TextStream, encode_request
 
 log = logging.getLogger("tp_runtime")
@@ -51,13 +51,9 @@ class PatchedModel:
         device: str = "auto",
         *,
         patch: Patch | str | Path | Active | None = ACTIVE,
-        threads: int | None = None,
-        spin: bool = True,
         prefix_cache_bytes: int = 0,
         verify: bool = False,
-        cuda_graphs: bool = False,
-        huge_pages: bool = True,
-        cuda_options: Mapping[str, str | int] | None = None,
+        **options: Unpack[SessionOptions],
     ) -> PatchedModel:
         """Open an exported folder.
 
@@ -66,17 +62,10 @@ class PatchedModel:
             device: `cuda`, `cpu`, or `auto`: CUDA if it is there, else the CPU with the reason logged.
             patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
                 for the base model. By default what the folder was exported with.
-            threads: threads of one operator; None takes the cores there are, or what `share_threads` set.
-            spin: whether idle threads wait actively, which is quickest where the cores have nothing else to do; False
-                leaves them to other models and programs.
             prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
                 the same patch share with them is not run again; 0 keeps none.
             verify: check the digest of every file, the weights too.
-            cuda_graphs: capture decode steps and replay them; asks for CUDA and an fp16 export (docs/serving.md). Not
-                run on a GPU yet.
-            huge_pages: on the CPU, put the weights that a load leaves in memory of its own on huge pages where the
-                system has them, after the first run (huge_pages.py): tokens are faster from then on.
-            cuda_options: of ONNX Runtime's CUDA provider: `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
+            options: how the session runs; see SessionSettings.
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not what was exported.
@@ -93,16 +82,7 @@ class PatchedModel:
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):
             raise not_a_patch(patch, "a Patch, its file, or None")
-        graph = Graph(
-            folder,
-            device,
-            threads,
-            patch if isinstance(patch, Patch) else None,
-            spin,
-            cuda_graphs,
-            huge_pages,
-            cuda_options,
-        )
+        graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
         if graph.device.requested == "auto" and graph.device.reason:
             log.warning("running on the CPU: %s", graph.device.reason)
         return cls(graph, codec, graph.base if patch is None else graph.default, store)

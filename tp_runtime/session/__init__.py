@@ -11,6 +11,7 @@ from .kv_cache import CacheKey, KVCache
 from .model_folder import DEFAULT_FILE, KV, PREPARED, DefaultPatch, ModelFolder, Slot, describe_files, write_slots_file
 from .prepared import prepare
 from .probe import ProbeCheck, check_probe, measure_probe
+from .settings import SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
 
@@ -27,6 +28,8 @@ __all__ = [
     "KVCache",
     "ModelFolder",
     "ProbeCheck",
+    "SessionOptions",
+    "SessionSettings",
     "Slot",
     "check_base",
     "check_probe",

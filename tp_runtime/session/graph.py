@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import KVCache
 from .model_folder import DEFAULT_FILE, ModelFolder
 from .prepared import prepared_graph
+from .settings import SessionOptions, SessionSettings
 from .slots import check_base, fit_slots, slot_arrays
 from .step_io import StepIO
 from .threads import set_threads
@@ -43,14 +44,9 @@ class Graph:
     Args:
         folder: the opened folder.
         device: `auto`, `cuda` or `cpu`.
-        threads: threads of one operator; None takes the cores there are, or the shared pool (threads.py).
         defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
             nothing. None leaves the folder's own defaults.
-        spin: whether the session's threads wait actively between runs.
-        cuda_graphs: capture decode steps of single sequences and replay them (cuda_graphs.py). This needs CUDA, so
-            `auto` does not fall back then. A graph that cannot be captured runs as without, with the reason logged.
-        huge_pages: whether weights in the process's memory are put on huge pages (huge_pages.py).
-        cuda_options: of ONNX Runtime's CUDA provider (`gpu_mem_limit`, `arena_extend_strategy`, ...).
+        options: how the session runs; see SessionSettings.
 
     Attributes:
         folder, device: the folder, and the device the session is really on.
@@ -75,21 +71,19 @@ class Graph:
         self,
         folder: ModelFolder,
         device: str = "auto",
-        threads: int | None = None,
+        *,
         defaults: Patch | None = None,
-        spin: bool = True,
-        cuda_graphs: bool = False,
-        huge_pages: bool = True,
-        cuda_options: Mapping[str, str | int] | None = None,
+        **options: Unpack[SessionOptions],
     ) -> None:
-        self._cuda_options = check_cuda_options(cuda_options)
-        if cuda_graphs:
+        settings = SessionSettings(**options)
+        self._cuda_options = check_cuda_options(settings.cuda_options)
+        if settings.cuda_graphs:
             check_capturable(folder, device)
         self.ort = require_onnxruntime()
         self.folder = folder
         self.dtype = _DTYPES[folder.kv.dtype]
-        options = self.ort.SessionOptions()
-        set_threads(options, threads, spin)
+        session_options = self.ort.SessionOptions()
+        set_threads(session_options, settings.threads, settings.spin)
         self.repair = self._folder_default if folder.default_patch and folder.default_patch.repair else None
         terms = folder.default_patch.terms if folder.default_patch else ()
         deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
@@ -100,15 +94,15 @@ class Graph:
             # The session reads these where they are: they must outlive it.
             self._baked = self._slot_values(deltas, "cpu")
             for name, value in self._baked.items():
-                options.add_initializer(name, value)
+                session_options.add_initializer(name, value)
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
         self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
-        chosen = select_device("cuda" if cuda_graphs and device == "auto" else device)
-        self._huge_pages = huge_pages
+        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
+        self._huge_pages = settings.huge_pages
         self._taken: list[Range] = []  # memory that is to be on huge pages after the first run
-        if not cuda_graphs or not self._capture(chosen, options):
-            self._open(chosen, options)
+        if not settings.cuda_graphs or not self._capture(chosen, session_options):
+            self._open(chosen, session_options)
         prefix = None if defaults is None else defaults.prefix
         self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
         self.base = self._bind_base()

@@ -47,7 +47,7 @@ def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -
 
 
 def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1)
     session = graph.session
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])

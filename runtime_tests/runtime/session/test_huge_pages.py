@@ -109,7 +109,7 @@ def test_a_session_asks_once_after_its_first_run(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(graph_module, "use_huge_pages_soon", asked.append)
-    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1)
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1)
     cache = graph.new_cache(graph.base)
     assert not asked  # somebody waits for the first token
     graph.forward(first_run, cache, graph.base)
@@ -119,7 +119,7 @@ def test_a_session_asks_once_after_its_first_run(
 
 def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda taken: pytest.fail("asked"))
-    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", 1, huge_pages=False)
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1, huge_pages=False)
     graph.forward([1, 2, 3], graph.new_cache(graph.base), graph.base)
 
 

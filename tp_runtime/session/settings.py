@@ -1,0 +1,41 @@
+"""How a session runs: what `Graph` and `PatchedModel.from_pretrained` take besides a folder and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class SessionOptions(TypedDict, total=False):
+    """The keyword arguments of a session; `SessionSettings` says what each means and what its default is."""
+
+    threads: int | None
+    spin: bool
+    cuda_graphs: bool
+    cuda_options: Mapping[str, str | int] | None
+    huge_pages: bool
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """The settings of a session.
+
+    Attributes:
+        threads: the number of threads of one operator. None takes one for each core, or the pool that `share_threads`
+            set up.
+        spin: whether idle threads wait actively for the next run. That is fastest if the cores have nothing else to
+            do; False leaves them to other models and programs.
+        cuda_graphs: capture the decode steps of single sequences and replay them (cuda_graphs.py, docs/serving.md).
+            This needs CUDA and an fp16 export, so `auto` does not fall back to the CPU then. A graph that cannot be
+            captured runs without capture, and the reason is logged. Not run on a GPU yet.
+        cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
+        huge_pages: on the CPU, move the weights that loading placed in the process's own memory to huge pages if the
+            system has them, after the first run (huge_pages.py). Tokens are faster from then on.
+    """
+
+    threads: int | None = None
+    spin: bool = True
+    cuda_graphs: bool = False
+    cuda_options: Mapping[str, str | int] | None = None
+    huge_pages: bool = True
