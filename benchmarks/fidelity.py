@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tp_export.fit import Recipe, Settings, make_patch
-from tp_export.measure import load_answers, measure_accuracy, torch_answers
-from tp_export.queries import load_questions
+from tp_export.measure import measure_accuracy, torch_answers
+from tp_export.queries import load_answers, load_questions
 from tp_export.rollout import RolloutStore
 from tp_export.source import load_model, open_source
 

@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.session import Graph, ModelFolder, check_base
 
     from ..measure import (
-        load_answers,
         measure_accuracy,
         measure_fidelity,
         runtime_answers,
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         torch_student,
     )
     from ..progress import bar, clock
-    from ..queries import check_unfitted, load_questions
+    from ..queries import check_unfitted, load_answers, load_questions
     from ..rollout import context_digest, dialogues_for
     from ..source import load_model, open_source
 

@@ -3,7 +3,7 @@
 Knows nothing of how a patch was made.
 """
 
-from .accuracy import load_answers, measure_accuracy, runtime_answers, torch_answers
+from .accuracy import measure_accuracy, runtime_answers, torch_answers
 from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
 from .fidelity import Student, measure_fidelity, runtime_student, torch_student
 
@@ -12,7 +12,6 @@ __all__ = [
     "Divergence",
     "Student",
     "diverge",
-    "load_answers",
     "measure_accuracy",
     "measure_fidelity",
     "runtime_answers",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import CalibrationError
@@ -46,30 +44,6 @@ class Accuracy:
         """For JSON, the names that say what they are."""
         values = asdict(self)
         return {f"accuracy_{key}": round(values[key], 4) for key in ("prompted", "patched", "unpatched", "kept")}
-
-
-def load_answers(path: Path) -> dict[str, str]:
-    """Query to expected answer, of a .jsonl file whose lines are {"query": text, "answer": text}; of others, nothing.
-
-    Raises:
-        CalibrationError: a line has other keys, or an empty answer.
-    """
-    if path.suffix.lower() != ".jsonl":
-        return {}
-    answers = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        entry = json.loads(line) if line.strip() else None
-        if not isinstance(entry, dict) or "answer" not in entry:
-            continue
-        if not all(isinstance(entry.get(key), str) and entry[key].strip() for key in ("query", "answer")):
-            raise CalibrationError(
-                "not a query with its answer",
-                field=f"{path}, line {number}",
-                got=line[:60],
-                wanted='{"query": text, "answer": text}',
-            )
-        answers[entry["query"].strip()] = entry["answer"]
-    return answers
 
 
 def torch_answers(source: Source, model: Any, patch: Patch | None, max_new_tokens: int) -> Answers:

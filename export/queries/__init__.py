@@ -3,12 +3,13 @@
 Knows nothing of fits or figures.
 """
 
-from .questions import check_disjoint, check_unfitted, load_questions, query_digest, split_holdout
+from .questions import check_disjoint, check_unfitted, load_answers, load_questions, query_digest, split_holdout
 from .self_study import statements, write_questions
 
 __all__ = [
     "check_disjoint",
     "check_unfitted",
+    "load_answers",
     "load_questions",
     "query_digest",
     "split_holdout",

@@ -6,12 +6,13 @@ Knows nothing of models or tokens: a query is one line of text that a user might
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.storage import parse_json
 
 _SHOWN = 5
 
@@ -32,28 +33,61 @@ def load_questions(path: Path | None) -> list[str]:
         OSError: when the file cannot be read.
     """
     where = "built-in questions" if path is None else str(path)
-    source = files("tp_export.data") / "questions.txt" if path is None else path
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-        suffix = "" if path is None else path.suffix.lower()
-        if suffix == ".json":
-            found = json.loads(text)
-        elif suffix == ".jsonl":
-            found = [_query(json.loads(line)) for line in text.splitlines() if line.strip()]
-        else:
-            found = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    except ValueError as error:  # JSON and UTF-8 errors both
-        raise CalibrationError(f"cannot be read: {error}", field=where) from error
-    if not isinstance(found, list) or not all(isinstance(query, str) for query in found):
-        raise CalibrationError("holds something else than text", field=where, wanted="a list of strings")
-    # The first of each repetition: a query twice in the list could land on both sides of the split.
-    queries = list({query_key(query): query.strip() for query in reversed(found) if query.strip()}.values())[::-1]
+    entries = [_query(entry) for entry in _entries(path).values()]
+    if not all(isinstance(query, str) for query in entries):
+        raise CalibrationError("the file holds something else than text", field=where, wanted="a list of strings")
+    # The first of equal queries counts: a query twice in the list could land on both sides of the split.
+    queries = list({query_key(query): query.strip() for query in reversed(entries) if query.strip()}.values())[::-1]
     if not queries:
-        raise CalibrationError("holds no query", field=where, fix="write one query a line")
+        raise CalibrationError("the file holds no query", field=where, fix="write one query a line")
     return queries
 
 
-def _query(entry: object) -> object:
+def load_answers(path: Path) -> dict[str, str]:
+    """Read the expected answers of a `.jsonl` file whose lines are {"query": text, "answer": text}.
+
+    Returns:
+        Query to expected answer. Lines without an answer are left out, and so are all lines of other kinds of files.
+
+    Raises:
+        CalibrationError: the file is not valid JSON or UTF-8, or an entry with an answer lacks its query.
+        OSError: the file cannot be read.
+    """
+    if path.suffix.lower() != ".jsonl":
+        return {}
+    answers = {}
+    for number, entry in _entries(path).items():
+        if not isinstance(entry, dict) or "answer" not in entry:
+            continue
+        if not all(isinstance(entry.get(key), str) and entry[key].strip() for key in ("query", "answer")):
+            raise CalibrationError(
+                "the entry is not a query with its answer",
+                field=f"{path}, line {number}",
+                got=str(entry)[:60],
+                wanted='{"query": text, "answer": text}',
+            )
+        answers[entry["query"].strip()] = entry["answer"]
+    return answers
+
+
+def _entries(path: Path | None) -> dict[int, Any]:
+    """The entries of a query file by their line (in a `.json` list: by their place), parsed but not checked."""
+    source = files("tp_export.data") / "questions.txt" if path is None else path
+    suffix = "" if path is None else path.suffix.lower()
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+        if suffix == ".json":
+            found = parse_json(text)
+            return dict(enumerate(found if isinstance(found, list) else [found], 1))
+        lines = enumerate(text.splitlines(), 1)
+        if suffix == ".jsonl":
+            return {number: parse_json(line) for number, line in lines if line.strip()}
+    except ValueError as error:  # JSON and UTF-8 errors both
+        raise CalibrationError(f"the file cannot be read: {error}", field=str(path)) from error
+    return {number: line for number, line in lines if not line.lstrip().startswith("#")}
+
+
+def _query(entry: Any) -> Any:
     return entry.get("query") if isinstance(entry, dict) else entry
 
 

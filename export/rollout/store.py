@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.storage import parse_json_object
 
 _BEGINNING = b'{"asked": "'
 
@@ -40,7 +41,7 @@ class RolloutStore:
         lines = [*whole.splitlines(), *([] if _BEGINNING.startswith(half[: len(_BEGINNING)]) else [half])]
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json_object(line)
                 self._answers[entry["asked"]] = tuple(int(token) for token in entry["answer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CalibrationError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.storage import parse_json_object, read_json_object
 from tp_runtime.text import Style, TextCodec
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -167,13 +168,7 @@ def _source_record(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFormatError(f"cannot be read: {error}", field=str(path), fix="fetch the model again") from error
-    if not isinstance(data, dict):
-        raise ModelFormatError("not a JSON object", field=str(path), got=type(data).__name__)
-    return data
+    return read_json_object(path, ModelFormatError, "fetch the model again", lenient=True)
 
 
 def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
@@ -183,7 +178,7 @@ def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
         with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
             size = int.from_bytes(view[:8], "little")
             try:
-                header = json.loads(view[8 : 8 + size])
+                header = parse_json_object(view[8 : 8 + size])
                 end = max(
                     8 + size + int(entry["data_offsets"][1]) for k, entry in header.items() if k != "__metadata__"
                 )

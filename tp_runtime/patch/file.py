@@ -22,7 +22,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError
-from ..storage import atomic_file
+from ..storage import StrictJSONError, atomic_file, parse_json_object
 
 Slots = dict[tuple[int, str], dict[str, NDArray[np.float32]]]
 """(layer, site) to part ("a" | "b" | "bias" | "mean") to array."""
@@ -184,7 +184,7 @@ def _checked_header(raw: bytes, where: Path) -> dict[str, Any]:
         _malformed(where, "header length over the cap", length, f"<= {MAX_HEADER_BYTES} bytes")
     if length > len(raw) - 8:
         _malformed(where, "header length over the file", length, f"<= {len(raw) - 8} bytes")
-    header = _strict_json(raw[8 : 8 + length], where, "header")
+    header = _json_object(raw[8 : 8 + length], where, "header")
     spans = []
     for name, entry in header.items():
         if name != "__metadata__":
@@ -261,33 +261,15 @@ def _checked_metadata(metadata: Any, where: Path) -> dict[str, Any]:
         )
     if not isinstance(metadata.get("config"), str):
         _malformed(where, "the patch has no config", repr(metadata.get("config")), "a JSON text")
-    return _strict_json(metadata["config"].encode("utf-8", "surrogatepass"), where, "config")
+    return _json_object(metadata["config"].encode("utf-8", "surrogatepass"), where, "config")
 
 
-def _strict_json(raw: bytes, where: Path, what: str) -> dict[str, Any]:
-    """A JSON object with no duplicate key at any depth (two readers could pick two values) and no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            _malformed(where, f"the {what} holds a duplicate key", ascii(twice), "every key once")
-        return found
-
-    def no_constant(text: str) -> NoReturn:
-        _malformed(where, f"the {what} holds a number that JSON does not have", text, "finite numbers")
-
+def _json_object(raw: bytes, where: Path, what: str) -> dict[str, Any]:
+    """The JSON object that is the header or the config of the file."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # bad UTF-8, bad JSON, a 5,000-digit number, nested too deep
-        _malformed(where, f"the {what} is not valid JSON", str(error), "one JSON object")
-    if not isinstance(value, dict):
-        _malformed(where, f"the {what} is not a JSON object", type(value).__name__, "one JSON object")
-    return value
+        return parse_json_object(raw)
+    except StrictJSONError as error:
+        _malformed(where, f"the {what} {error.problem}", error.got, error.wanted)
 
 
 def _whole_numbers(value: Any) -> bool:

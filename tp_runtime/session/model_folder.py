@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ModelFormatError
 from ..patch import SITES
-from ..storage import REEXPORT, atomic_file, check_name, checked_file
+from ..storage import REEXPORT, StrictJSONError, atomic_file, check_name, checked_file, parse_json_object
 
 PRECISIONS = (
     *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
@@ -244,11 +244,17 @@ def _check_content(file: Path, name: str, record: FileRecord, verify: bool) -> N
 
 def _parse(root: Path, raw: bytes) -> ModelFolder:
     try:
-        data = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError("is not readable JSON", field=SLOTS_FILE, got=error, fix=REEXPORT) from error
+        data = parse_json_object(raw)
+    except StrictJSONError as error:
+        raise ModelFormatError(
+            f"the description {error.problem}",
+            field=SLOTS_FILE,
+            got=f"{error.got!s:.200}",
+            wanted=error.wanted,
+            fix=REEXPORT,
+        ) from error
     # Format and version first: another version has other keys, and is not "a file with unknown keys".
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+    if data.pop("format", None) != FORMAT:
         raise _bad("format", "something else", FORMAT)
     version = _integer(data.pop("version", None), "version")
     if version != VERSION:
@@ -333,19 +339,6 @@ def _files(value: Any) -> dict[str, FileRecord]:
             bytes=_integer(item["bytes"], f"files.{name}.bytes", 0, 2**63 - 1),
         )
     return files
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _bad(f"key {key!a}", "it twice", "each key once")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _keys(value: Any, field: str, wanted: set[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TPError
-from ..storage import atomic_folder, checked_file
+from ..storage import atomic_folder, checked_file, parse_json_object
 from .device import CPU, Device, create_session, require_onnxruntime
 from .model_folder import PREPARED, ModelFolder
 
@@ -82,7 +82,7 @@ def _misfit(folder: ModelFolder) -> str | None:
         record = checked_file(root, _RECORD)
         if record.stat().st_size > _RECORD_CAP:
             return f"{_RECORD} is too large"
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = parse_json_object(record.read_bytes())
         wanted = {**_machine(), "graph_digest": folder.graph_digest}
         for key, value in wanted.items():
             if found.get(key) != value:

@@ -5,5 +5,16 @@ Knows nothing of patches, models or sessions.
 
 from .atomic import atomic_file, atomic_folder
 from .safe_path import REEXPORT, check_name, checked_file
+from .strict_json import StrictJSONError, parse_json, parse_json_object, read_json_object
 
-__all__ = ["REEXPORT", "atomic_file", "atomic_folder", "check_name", "checked_file"]
+__all__ = [
+    "REEXPORT",
+    "StrictJSONError",
+    "atomic_file",
+    "atomic_folder",
+    "check_name",
+    "checked_file",
+    "parse_json",
+    "parse_json_object",
+    "read_json_object",
+]

@@ -20,10 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, RequestError
+from ..storage import read_json_object
 
 Style = Literal["chat", "completion"]
 Message = Mapping[str, Any]
 _T = TypeVar("_T")
+
+_FIX = "export the model again, or copy the file from its source"
 
 # The names transformers hands to a template; one that is not set stays undefined there and here.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -291,8 +294,7 @@ def _empty(field: str, got: str, fix: str = "pass some text") -> RequestError:
 
 
 def _broken(path: Path, problem: str, got: object, wanted: str) -> ModelFormatError:
-    fix = "export the model again, or copy the file from its source"
-    return ModelFormatError(problem, field=str(path), got=got, wanted=wanted, fix=fix)
+    return ModelFormatError(problem, field=str(path), got=got, wanted=wanted, fix=_FIX)
 
 
 def _read_text(path: Path) -> str:
@@ -309,13 +311,7 @@ def _read(path: Path, read: Callable[[], _T]) -> _T:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _broken(path, "not valid JSON", got=error, wanted="a JSON object") from None
-    if not isinstance(value, dict):
-        raise _broken(path, "not a JSON object", got=type(value).__name__, wanted="a JSON object")
-    return value
+    return read_json_object(path, ModelFormatError, _FIX, lenient=True)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -10,9 +10,9 @@ import pytest
 
 from runtime_tests.patches import patch_for
 from tp_export.fit import choose_entries
-from tp_export.measure import load_answers, measure_accuracy, runtime_answers, torch_answers
+from tp_export.measure import measure_accuracy, runtime_answers, torch_answers
 from tp_export.measure.accuracy import Answers
-from tp_export.queries import load_questions
+from tp_export.queries import load_answers, load_questions
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime_tests.logits import furthest, token_ids, torch_logits
-from runtime_tests.tiny import tiny_model
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, token_ids
+from runtime_tests.export.tiny import tiny_model
 from tp_export.fit import Settings, fit_lockstep
 from tp_export.rollout import Dialogue, complete
 from tp_export.source import load_model, load_offloaded, open_source, resident
@@ -60,7 +61,7 @@ def test_the_fit_is_the_same_with_one_layer_loaded(both: tuple[Any, Any]) -> Non
 
 def test_a_layer_that_fails_is_freed(both: tuple[Any, Any]) -> None:
     _, disk = both
-    block = next(m for n, m in disk.named_modules() if n.endswith(".1") and hasattr(m, "_tp_shelf"))
+    block = next(m for n, m in disk.named_modules() if n.endswith(".1") and hasattr(m, "_tp_weights"))
     with pytest.raises(RuntimeError, match="on purpose"), resident(block):
         assert len(loaded(disk)) == 1
         raise RuntimeError("on purpose")

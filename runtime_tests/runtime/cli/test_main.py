@@ -57,7 +57,7 @@ def test_the_systems_errors(
         raise raised
 
     monkeypatch.setattr(generate, "run", fail)
-    monkeypatch.setattr("tp_runtime.cli._drop_stdout", lambda: None)
+    monkeypatch.setattr("tp_runtime.cli.program._drop_stdout", lambda: None)
     result = cli("generate", "x", "hi")
     assert (result.code, result.out, result.err) == (code, "", said)
 

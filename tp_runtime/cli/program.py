@@ -1,0 +1,173 @@
+"""What every command line of this project does around its subcommands: exit codes, errors, logs, pipes and signals.
+
+`tp-runtime` and `tp-export` are both run by it. A command is a module with `add_parser(subparsers)`, which sets a
+function `run(args) -> exit code` as the parser's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, Protocol
+
+from ..errors import TPError
+from .printing import note, printable, version
+
+_INTERRUPTED = 130  # the exit code that a shell reports of a program that SIGINT ended
+_CLOSED_PIPE = 141  # the same for SIGPIPE
+
+
+class Command(Protocol):
+    """A subcommand: a module that adds its parser, whose default `run` does the work."""
+
+    def add_parser(self, subparsers: Any) -> None:
+        """Add the subcommand to the parser."""
+
+
+class _Signalled(BaseException):
+    """Unwinds the stack when the system asks the program to end, so that temporary files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def run_program(
+    name: str,
+    description: str,
+    commands: Sequence[Command],
+    argv: Sequence[str] | None,
+    extras: Mapping[str, str] | None = None,
+) -> int:
+    """Parse a command line and run one subcommand.
+
+    Args:
+        name: the program's name.
+        description: what the program does, for its help.
+        commands: the subcommands, in the order in which the help lists them.
+        argv: the arguments without the program's name; None takes those of the process.
+        extras: top-level module to the extra of this project that installs it. A missing module that is not in it is a
+            defect and keeps its traceback.
+
+    Returns:
+        The exit code: 0 if the command is done, 2 for bad input, 1 if the system refused (disk, permission, missing
+        package), 130 after Ctrl-C, 141 if the reader of stdout went away, and 128 + n after signal n.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("--version", action=_Version)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands:
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    with _log_on_stderr(), _escaping_stdout(), _ending_on_signals():
+        try:
+            code = int(args.run(args))
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, while a full disk or a closed pipe can still be reported
+            return code
+        except TPError as error:
+            return _fail(str(error), 2)
+        except KeyboardInterrupt:
+            note("interrupted")
+            return _INTERRUPTED
+        except _Signalled as ended:
+            return 128 + ended.number
+        except BrokenPipeError:
+            _drop_stdout()
+            return _CLOSED_PIPE
+        except OSError as error:
+            _drop_stdout()
+            return _fail(str(error), 1)
+        except ModuleNotFoundError as error:
+            extra = (extras or {}).get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            return _fail(f"{error.name} is not installed; run: pip install 'tp-runtime[{extra}]'", 1)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: reading a package's metadata takes longer than `--help`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, help="print the version and exit", **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(parser.prog, version("tp-runtime"))
+        parser.exit()
+
+
+def _fail(message: str, code: int) -> int:
+    """Print an error. Further lines, such as what pip printed, are indented, so that none can pose as another error."""
+    note("error: " + "\n  ".join(map(printable, message.split("\n"))))
+    return code
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Print the log of tp_runtime, one line for each message; a process that calls `main` keeps its own handlers."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(_lower_level)
+    logger = logging.getLogger("tp_runtime")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _lower_level(record: logging.LogRecord) -> bool:
+    record.levelname = record.levelname.lower()
+    return True
+
+
+@contextmanager
+def _escaping_stdout() -> Iterator[None]:
+    """Print the code of a character that the terminal lacks; the default is a traceback in the middle of a text."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is None:
+        yield
+        return
+    before = sys.stdout.errors
+    reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it flushes
+            reconfigure(errors=before)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Unwind the stack on SIGTERM and SIGHUP instead of ending at once, unless they are handled or ignored already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would interrupt the cleaning up
+        raise _Signalled(number)
+
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _drop_stdout() -> None:
+    """Discard what stdout still holds: Python would try to write it once more on exit, and complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

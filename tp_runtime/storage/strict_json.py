@@ -1,0 +1,96 @@
+"""The one JSON reader: every file and every header that this project parses as JSON goes through it.
+
+Python's own reader takes the last of two equal keys and accepts NaN, so two readers of one file could take two values.
+Here both are refused, as are text that is not UTF-8, numbers too long to convert, and nesting too deep for the stack.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import TPError
+
+
+class StrictJSONError(ValueError):
+    """The text is not JSON of the expected form.
+
+    Attributes:
+        problem: a clause to put after the name of what was read, such as "is not valid JSON".
+        got: what was found.
+        wanted: what would have been accepted.
+    """
+
+    def __init__(self, problem: str, got: object, wanted: str) -> None:
+        super().__init__(f"{problem}; got {got}")
+        self.problem, self.got, self.wanted = problem, got, wanted
+
+
+def parse_json(raw: bytes | str, *, lenient: bool = False) -> Any:
+    """Parse JSON text.
+
+    Args:
+        raw: the text, or its UTF-8 bytes.
+        lenient: accept duplicate keys (the last one counts), NaN and Infinity, as Hugging Face's tools write and read
+            them. This is for files that those tools made; formats of this project are always read strictly.
+
+    Raises:
+        StrictJSONError: the text is not valid JSON, or holds a duplicate key or a number that JSON does not have.
+    """
+    strict = {} if lenient else {"object_pairs_hook": _unique, "parse_constant": _refuse_constant}
+    try:
+        return json.loads(raw.decode("utf-8") if isinstance(raw, bytes) else raw, **strict)  # type: ignore[arg-type]
+    except StrictJSONError:
+        raise
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a 5,000-digit number, nesting too deep
+        raise StrictJSONError("is not valid JSON", str(error), "one JSON object") from error
+
+
+def parse_json_object(raw: bytes | str, *, lenient: bool = False) -> dict[str, Any]:
+    """Parse a JSON object; arguments and errors are those of `parse_json`.
+
+    Raises:
+        StrictJSONError: also if the text is another JSON value than an object.
+    """
+    value = parse_json(raw, lenient=lenient)
+    if not isinstance(value, dict):
+        raise StrictJSONError("is not a JSON object", type(value).__name__, "one JSON object")
+    return value
+
+
+def read_json_object(path: Path, error: type[TPError], fix: str, *, lenient: bool = False) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: the file.
+        error: the class of the error to raise; it names the file as the field at fault.
+        fix: what the user can do about a bad file.
+        lenient: see `parse_json`.
+
+    Raises:
+        TPError: of class `error`: the file is missing, cannot be read, or does not hold a JSON object.
+    """
+    try:
+        return parse_json_object(path.read_bytes(), lenient=lenient)
+    except FileNotFoundError:
+        raise error("the file is missing", field=str(path), got="no file", wanted="a JSON object", fix=fix) from None
+    except OSError as problem:
+        raise error("the file cannot be read", field=str(path), got=problem, wanted="a JSON object", fix=fix) from None
+    except StrictJSONError as problem:
+        raise error(
+            f"the file {problem.problem}", field=str(path), got=problem.got, wanted=problem.wanted, fix=fix
+        ) from problem
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise StrictJSONError("holds a duplicate key", ascii(twice), "every key once")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise StrictJSONError("holds a number that JSON does not have", text, "finite numbers")
