@@ -1,11 +1,16 @@
-# make demo: from nothing to a model that changes its behaviour by a switched-on file.  make test: every test.
+# make demo: fetches a model, exports it, fits a patch, and shows how the patch changes the model's behaviour.
+# make test: runs every test.
+# make test-edge: runs the tests of the edge half again, without the host half and with the oldest ONNX Runtime.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EDGE_VENV := .venv-edge
+EDGE_BIN := $(EDGE_VENV)/bin
+OLDEST_RUNTIME := onnxruntime==1.24.1
 BUILD := build/demo
 BASE := smollm2-135m-instruct
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-edge lint clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/model/patch_slots.json $(BUILD)/pirate.safetensors
@@ -14,22 +19,32 @@ demo: $(BUILD)/model/patch_slots.json $(BUILD)/pirate.safetensors
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
+test-edge: $(EDGE_VENV)/.installed
+	$(EDGE_BIN)/python -c "import sys, importlib.util as u; \
+	    sys.exit(', '.join(n for n in ('torch', 'transformers', 'onnx', 'optimum') if u.find_spec(n)) or None)"
+	$(EDGE_BIN)/python -m pytest runtime_tests/runtime
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(EDGE_VENV)
 
-# torch first and by its exact version, so that nothing pulls in another build of it.
+# torch is installed first and with its exact version, so that no other package installs another build of it.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export,report,test]'
 	touch $@
 
-# `fetch` prints the folder; what it made once it finds again.
+$(EDGE_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EDGE_VENV)
+	$(EDGE_BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,test-edge]' $(OLDEST_RUNTIME)
+	touch $@
+
+# `fetch` prints the folder. If it made the folder before, it finds it again.
 $(BUILD)/source: $(VENV)/.installed
 	mkdir -p $(BUILD)
 	$(BIN)/tp-export fetch $(BASE) > $@

@@ -1,9 +1,10 @@
-"""How much of a context a patch carries, for every kind of context and form: the table of docs/fidelity.md.
+"""Measures how much of a context a patch keeps, for each kind of context and form: the table of docs/fidelity.md.
 
     python benchmarks/fidelity.py SMOLLM2 GEMMA [--only NAME,...] [--out build/fidelity]
 
-SMOLLM2 and GEMMA are the folders that `tp-export fetch` prints. Teacher answers are kept in --out, so an interrupted
-run goes on where it stopped, and every form of one context is fitted on the same rows. One line of JSON a patch.
+SMOLLM2 and GEMMA are the folders that `tp-export fetch` prints. The script stores the teacher's answers in --out. An
+interrupted run therefore continues where it stopped, and every form of one context is fitted on the same rows. The
+script prints one line of JSON for each patch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 @dataclass(frozen=True)
 class Case:
-    """A context, what it is fitted on, what it is measured on, and the recipes to try."""
+    """A context, the queries for the fit, the queries for the measurement, and the recipes to try."""
 
     name: str
     base: str  # "smollm2" or "gemma"
@@ -36,16 +37,16 @@ class Case:
     held_out: Path
     recipes: tuple[Recipe, ...]
     limit: int = 64
-    sentences: int | None = None  # of the context; None takes all
+    sentences: int | None = None  # the number of sentences of the context to use; None uses all of them
 
     def context(self) -> str:
-        """The text to absorb."""
+        """Return the text to absorb."""
         text = (HERE / f"{self.name.partition('-')[0]}.txt").read_text(encoding="utf-8").rstrip("\n")
         return text if self.sentences is None else "".join(re.findall(r"[^.]+\.", text)[: self.sentences])
 
 
 def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: Any) -> Recipe:
-    """A recipe in short."""
+    """Build a recipe from the options that vary in this table."""
     return Recipe(method=method, settings=Settings(rank), prefix=prefix, **options)
 
 
@@ -61,7 +62,7 @@ CASES = (
     Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
         recipe(prefix=96), recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
     )),
-    # The model's own questions: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
+    # The model wrote these queries itself: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
     Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
         recipe(prefix=96, samples=1), recipe(samples=1), recipe("prefix", prefix=96, samples=1),
     ), 80),
@@ -70,9 +71,10 @@ CASES = (
         recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
         recipe("matrix"), recipe(refine_steps=30),
     )),
-    # By the number of calibration queries.
+    # These cases vary the number of calibration queries.
     *(Case(f"persona-{n}", "smollm2", None, DEMO / "held-out.txt", (recipe(),), n) for n in (16, 32)),
-    # How fidelity falls with the number of facts: the first sentences of the fact sheet, the same queries throughout.
+    # These cases show how fidelity falls with the number of facts. Each context is the first sentences of the fact
+    # sheet, and all of them use the same queries.
     *(
         Case(f"facts-{n}", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
             recipe(samples=1), recipe(prefix=16, samples=1),
@@ -83,7 +85,7 @@ CASES = (
 
 
 def main() -> None:
-    """Run the cases, printing as they come."""
+    """Run the cases and print each result as it comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("smollm2")
     parser.add_argument("gemma")

@@ -1,15 +1,16 @@
-"""What a fit costs: seconds against rows N, width d, layers L and rank r, and peak memory against model size.
+"""Measures the cost of a fit: seconds against rows N, width d, layers L and rank r, and peak memory against model size.
 
     python benchmarks/fit_cost.py [--out docs/fit-cost.svg] [--json FILE]
 
-Random Llama-like models, form `output`, one process a measurement (so that a peak is its own), medians of --repeats.
-The predicted curve counts floating point operations and divides by the rate of a matrix product of this machine:
+The script fits random Llama-like models with the form `output`. Each measurement runs in its own process, so that its
+peak memory belongs to no other. Each time is the median of --repeats runs. The predicted curve counts floating point
+operations and divides them by the rate of a matrix product on this machine:
 
-    both passes        2 sides * T tokens * 2 p,   p = 4 d^2 + 3 d f weights a layer
+    both passes        2 sides * T tokens * 2 p,   p = 4 d^2 + 3 d f weights per layer
     MLP of the rows    2 * N * 2 * 3 d f           (teacher and student once more, for the targets)
     moments and solve  N (f^2 + f d) + f^3 / 3 + 2 f^2 d + d^3, in float64, counted twice
 
-Drawn beside the measured times: where the two part, something else than arithmetic costs.
+The plot shows this curve and the measured times. Where the two differ, something other than arithmetic takes time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PROMPT, ANSWER = 32, 32
 
 
 def flops(rows: int, width: int, layers: int, rank: int) -> float:
-    """Operations of one fit, as the module says."""
+    """Return the number of operations of one fit, by the formulas in the module docstring."""
     f, d = 3 * width, width
     tokens = rows // ANSWER * (2 * PROMPT + ANSWER + PROMPT + ANSWER)  # teacher and student sequences
     passes = tokens * 2 * (4 * d * d + 3 * d * f)
@@ -46,7 +47,12 @@ def flops(rows: int, width: int, layers: int, rank: int) -> float:
 
 
 def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload: bool) -> dict[str, float]:
-    """One fit in this process: seconds, and peak resident memory in bytes above what the imports took."""
+    """Run one fit in this process.
+
+    Returns:
+        The seconds of the fit, its peak resident memory beyond that of the imports, and the size of the weights file.
+        Both sizes are in bytes.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -71,7 +77,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return fit_in_new_process(rows, width, layers, rank, folder, offload)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports, or of the parent process
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was that of the imports or of the parent
     before = memory_bytes("VmRSS")
     if offload:
         model = load_offloaded(path, "cpu", None)
@@ -92,14 +98,14 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
 
 
 def fit_in_new_process(*arguments: Any) -> dict[str, float]:
-    """`fit_once` in a process of its own."""
+    """Run `fit_once` in its own process."""
     command = [sys.executable, __file__, "--one", json.dumps(arguments)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def rate() -> float:
-    """Operations a second of a float32 matrix product of this machine."""
+    """Return the operations per second of a float32 matrix product on this machine."""
     import torch
 
     a, times = torch.randn(1024, 1024), []
@@ -111,7 +117,7 @@ def rate() -> float:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Every sweep, and the peaks."""
+    """Run every sweep and measure the memory peaks."""
     from tqdm import tqdm
 
     speed = rate()
@@ -128,7 +134,7 @@ def measure(repeats: int) -> dict[str, Any]:
                 bar.update()
             found["sweeps"][name] = points
         for layers in SIZES:
-            plain, offloaded = (fit_in_new_process(256, 512, layers, 16, folder, way) for way in (False, True))
+            plain, offloaded = (fit_in_new_process(256, 512, layers, 16, folder, offload) for offload in (False, True))
             found["memory"].append(
                 {"weights": plain["weights"], "in memory": plain["peak"], "--offload": offloaded["peak"]}
             )
@@ -137,7 +143,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """One figure: a panel a sweep, and one of memory."""
+    """Draw one figure with a panel for each sweep and a panel for memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -152,8 +158,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
         axes.minorticks_off()
         axes.legend(frameon=False)
     at = [point["weights"] / 1e6 for point in found["memory"]]
-    for way, colour in (("in memory", "#c4512d"), ("--offload", "#1c6ba0")):
-        panels[4].plot(at, [point[way] / 1e6 for point in found["memory"]], "o-", color=colour, label=way)
+    for variant, colour in (("in memory", "#c4512d"), ("--offload", "#1c6ba0")):
+        panels[4].plot(at, [point[variant] / 1e6 for point in found["memory"]], "o-", color=colour, label=variant)
     panels[4].set(xlabel="weights, MB", ylabel="peak memory of the fit, MB", xlim=(0, None), ylim=(0, None))
     panels[4].legend(frameon=False)
     panels[5].set_axis_off()
@@ -161,10 +167,10 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """Measure and draw; or, with --one, one fit for the process that asked."""
+    """Measure and draw, or run with --one the single fit that the parent process requests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/fit-cost.svg"))
-    parser.add_argument("--json", type=Path, help="also write the figures")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to as well")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

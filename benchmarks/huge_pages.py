@@ -1,9 +1,9 @@
-"""What huge pages do to a token and to the first one: the figures of docs/serving.md.
+"""Measures the effect of huge pages on the first token and on later ones: the figures of docs/serving.md.
 
     python benchmarks/huge_pages.py MODEL_DIR [--threads 1] [--rounds 5]
 
-Every sample is a process of its own, with and without in turns, since where a process's memory lies makes as much of a
-difference.
+Each sample runs in its own process, and processes with and without huge pages alternate. This is necessary because the
+place where a process's memory lies makes as much of a difference.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-_PROMPT, _SKIPPED, _TOKENS = 32, 150, 60  # tokens; the skipped ones give the background time to finish
+_PROMPT, _SKIPPED, _TOKENS = 32, 150, 60  # in tokens; the background work ends during the skipped ones
 
 
 def sample(model: Path, threads: int, huge: bool) -> dict[str, float]:
-    """Of this process, in milliseconds: from opening the folder to the first token, and a token later on."""
+    """Measure in this process the milliseconds from opening the folder to the first token, and of a later token."""
     import numpy as np
-    import onnxruntime  # noqa: F401  (its import is not the model's time)
+    import onnxruntime  # noqa: F401  (imported before the clock starts: its import is not part of the model's time)
 
     from tp_runtime.session import Graph, ModelFolder
 
@@ -41,7 +41,7 @@ def sample(model: Path, threads: int, huge: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Medians over the processes."""
+    """Print the medians over the processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -53,13 +53,13 @@ def main() -> None:
         return
     found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     for number in range(args.rounds):
-        for way in sorted(found, reverse=bool(number % 2)):
-            command = [sys.executable, __file__, str(args.model), "--threads", str(args.threads), "--sample", way]
+        for variant in sorted(found, reverse=bool(number % 2)):
+            command = [sys.executable, __file__, str(args.model), "--threads", str(args.threads), "--sample", variant]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[way].append(json.loads(done.stdout))
-    for way, samples in found.items():
+            found[variant].append(json.loads(done.stdout))
+    for variant, samples in found.items():
         figures = {name: round(median(one[name] for one in samples), 2) for name in ("first", "token")}
-        print(json.dumps({"huge pages": way, "threads": args.threads, **figures}))
+        print(json.dumps({"huge pages": variant, "threads": args.threads, **figures}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What each precision of one model costs: the table of docs/precision.md.
+"""Measures what each precision of one model costs: the table of docs/precision.md.
 
     python benchmarks/precision.py SRC FOLDER... [--patch FILE --prompt-file FILE] [--queries FILE]
 
-SRC is the source, FOLDERs are exports of it (tp-export model --precision ...). KL in nats a token of what the folder's
-graph says to what the float32 torch model says: on held-out text, on its own answers to the queries, and, with a patch
-fitted in float32, to the prompted model. One line of JSON a folder.
+SRC is the source of the model, and each FOLDER is an export of it (tp-export model --precision ...). The script prints
+one line of JSON for each folder. A KL figure is the divergence of the folder's graph from the float32 torch model, in
+nats per token. The script measures it on held-out text and on the torch model's own answers to the queries. With a
+patch that was fitted in float32, it also measures the divergence of the patched graph from the prompted torch model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tp_export.measure import fidelity
+from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import held_out_text, log_probabilities
 from tp_export.queries import load_questions
 from tp_export.rollout import dialogues_for
@@ -27,36 +28,36 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def main() -> None:
-    """Measure the folders one after the other."""
+    """Measure the folders one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("src")
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--patch", type=Path, help="fitted in float32")
-    parser.add_argument("--prompt-file", type=Path, default=DEMO / "pirate.txt", help="what it stands for")
+    parser.add_argument("--patch", type=Path, help="a patch that was fitted in float32")
+    parser.add_argument("--prompt-file", type=Path, default=DEMO / "pirate.txt", help="the prompt it replaces")
     parser.add_argument("--queries", type=Path, default=DEMO / "held-out.txt")
     args = parser.parse_args()
     source = open_source(args.src)
     model = load_model(source)
     ids = source.codec.render(held_out_text(), raw=True)
     reference = log_probabilities(model, torch.tensor([ids]))
-    queries, teacher = load_questions(args.queries), fidelity.torch_student(model)
+    queries, teacher = load_questions(args.queries), TorchStudent(model)
     plain = dialogues_for(source, model, None, queries, 48)
     patch = None if args.patch is None else Patch.load(args.patch)
     prompted = dialogues_for(source, model, args.prompt_file.read_text().strip(), queries, 48) if patch else []
     for folder in args.folders:
         graph = Graph(ModelFolder.open(folder), "cpu")
         got = torch.from_numpy(graph.run(list(ids), graph.base)).log_softmax(-1)
-        base = fidelity.runtime_student(graph)
+        base = RuntimeStudent(graph)
         figures = {
             "precision": graph.folder.precision + (" repaired" if graph.repair else ""),
             "megabytes": round(sum(f.stat().st_size for f in folder.glob("*.onnx*")) / 1e6, 1),
             "kl_text": round(float((reference.exp() * (reference - got)).sum(-1).mean()), 4),
             "top1_text": round(float((reference.argmax(-1) == got.argmax(-1)).float().mean()), 3),
         }
-        if graph.folder.precision != "fp32":  # it is the reference itself
-            figures["kl_answers"] = round(fidelity.measure_fidelity(plain, teacher, base, base).kl_patched, 4)
+        if graph.folder.precision != "fp32":  # fp32 is the precision of the reference itself
+            figures["kl_answers"] = round(measure_fidelity(plain, teacher, base, base).kl_patched, 4)
         if patch is not None:
-            measured = fidelity.measure_fidelity(prompted, teacher, base, fidelity.runtime_student(graph, patch))
+            measured = measure_fidelity(prompted, teacher, base, RuntimeStudent(graph, patch))
             figures |= {
                 "kl_prompted_unpatched": round(measured.kl_unpatched, 4),
                 "kl_prompted_patched": round(measured.kl_patched, 4),

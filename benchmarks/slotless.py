@@ -1,8 +1,8 @@
-"""Exports a base model without patch slots, to measure what empty slots cost: `python -m benchmarks.speed` runs it.
+"""Exports a base model without patch slots, so that `python -m benchmarks.speed` can measure what empty slots cost.
 
     python benchmarks/slotless.py SOURCE OUT [--precision fp32]
 
-The product has no such option: a graph that no patch fits is of no use but this one.
+The product has no such option, because no patch fits a graph without slots. The graph serves only this comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tp_export.source import open_source
 
 
 def main() -> None:
-    """One folder."""
+    """Export one folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)

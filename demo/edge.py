@@ -1,4 +1,4 @@
-"""The edge side of `make demo`: one live session without torch, the same questions answered four ways.
+"""The edge side of `make demo`: one live session without torch answers the same questions in four variants.
 
 python demo/edge.py MODEL_DIR PATCH PROMPT_FILE
 """
@@ -14,19 +14,19 @@ from typing import Any
 
 
 class NoTorch:
-    """Makes the host side's packages unimportable, as they are on a box that has only the runtime."""
+    """Blocks imports of the host side's packages, as on a machine that has only the runtime."""
 
     BLOCKED = frozenset({"torch", "transformers", "onnx", "onnxscript", "optimum", "tp_export"})
 
     def find_spec(self, name: str, *_: Any) -> None:
-        """Called by `import` before every other finder."""
+        """Raise for a blocked package. `import` calls this before every other finder."""
         if name.partition(".")[0] in self.BLOCKED:
             raise ModuleNotFoundError(f"{name} is blocked in this process", name=name)
 
 
 sys.meta_path.insert(0, NoTorch())
 
-from tp_runtime import PatchedModel  # noqa: E402  (after the block, which it must survive)
+from tp_runtime import PatchedModel  # noqa: E402  (after the block, because this import must work under it)
 
 QUESTIONS = (
     "What should I have for breakfast?",
@@ -34,13 +34,13 @@ QUESTIONS = (
     "Can you recommend a film for tonight?",
     "What is the moon made of?",
 )
-WAYS = ("no prompt", "prompt", "prompt, prefix cached", "patch")
-# Without the penalty a model this small soon repeats itself, prompted, patched or neither.
+VARIANTS = ("no prompt", "prompt", "prompt, prefix cached", "patch")
+# Without the penalty a model of this size soon repeats itself, in all four variants.
 SAMPLING: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": 1.15}
 
 
 def importable(name: str) -> bool:
-    """Whether this process can import a package, by trying."""
+    """Try to import a package, and return whether that succeeds."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:
@@ -49,7 +49,7 @@ def importable(name: str) -> bool:
 
 
 def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
-    """Load once, ask, compare."""
+    """Load the model once, ask the questions in every variant, and compare texts and costs."""
     prompt = Path(prompt_file).read_text(encoding="utf-8").rstrip("\r\n")
     start = time.perf_counter()
     model = PatchedModel.from_pretrained(model_dir)
@@ -58,7 +58,7 @@ def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
     start = time.perf_counter()
     name = model.load_patch(patch_file, check=True)
     took = (time.perf_counter() - start) * 1e3
-    print(f"patch '{name}' loaded in {took:.0f} ms, its probe reproduced (it is live and does what it did on the host)")
+    print(f"patch '{name}' loaded in {took:.0f} ms, and its probe is reproduced: the patch acts as on the host")
     print(f"the prompt: {prompt}\n")
 
     prefix = model.new_cache(patch=None)
@@ -69,15 +69,15 @@ def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
         "prompt, prefix cached": {"patch": None, "system": prompt, "cache": prefix},
         "patch": {"patch": name},
     }
-    streams: dict[str, list[Any]] = {way: [] for way in WAYS}
+    streams: dict[str, list[Any]] = {variant: [] for variant in VARIANTS}
     for question in QUESTIONS:
         print(f"Q: {question}")
-        for way in WAYS:
-            stream = model.stream(question, **SAMPLING, **options[way])
+        for variant in VARIANTS:
+            stream = model.stream(question, **SAMPLING, **options[variant])
             text = "".join(stream)
-            streams[way].append(stream)
-            if way != "prompt, prefix cached":  # word for word the same as `prompt`
-                print(f"   {way:10} {' '.join(text.split())}")
+            streams[variant].append(stream)
+            if variant != "prompt, prefix cached":  # its text is word for word the same as for `prompt`
+                print(f"   {variant:10} {' '.join(text.split())}")
         print()
 
     kv = model.graph.folder.kv
@@ -86,19 +86,19 @@ def main(model_dir: str, patch_file: str, prompt_file: str) -> None:
     size = Path(patch_file).stat().st_size
     costs = {
         "no prompt": "-",
-        "prompt": f"{shared * per_token / 1e6:.1f} MB of KV a session ({shared:+d} tokens)",
-        "prompt, prefix cached": f"the same, and {len(prefix)} tokens of KV kept",
-        "patch": f"{size / 1e6:.2f} MB file, once, whatever the number of sessions",
+        "prompt": f"{shared * per_token / 1e6:.1f} MB of keys and values for each session ({shared:+d} tokens)",
+        "prompt, prefix cached": f"the same, and the keys and values of {len(prefix)} tokens kept once",
+        "patch": f"a file of {size / 1e6:.2f} MB, once for any number of sessions",
     }
-    print(f"{'':24}{'first token':>12}{'per token':>12}   memory it takes")
-    for way in WAYS:
-        first = statistics.median(stream.seconds_to_first_token for stream in streams[way])
+    print(f"{'':24}{'first token':>12}{'per token':>12}   memory")
+    for variant in VARIANTS:
+        first = statistics.median(stream.seconds_to_first_token for stream in streams[variant])
         later = [
             (stream.seconds - stream.seconds_to_first_token) / (len(stream.token_ids) - 1)
-            for stream in streams[way]
+            for stream in streams[variant]
             if len(stream.token_ids) > 1
         ]
-        print(f"{way:24}{first * 1e3:9.0f} ms{statistics.median(later) * 1e3:9.1f} ms   {costs[way]}")
+        print(f"{variant:24}{first * 1e3:9.0f} ms{statistics.median(later) * 1e3:9.1f} ms   {costs[variant]}")
     figures = model.patches[name].config.fidelity or {}
     print(
         f"\non {figures.get('queries', 0):.0f} held-out questions the patch closes {figures.get('gap_closed', 0):.1%} "

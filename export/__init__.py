@@ -1,1 +1,1 @@
-"""Host side: computes thought patches with torch and exports base models to ONNX with patch slots."""
+"""The host side: it computes thought patches with torch and exports base models to ONNX with patch slots."""

@@ -1,7 +1,7 @@
-"""Checks an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
+"""Check an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
 
-A graph can name code (custom-op domains) and files (external data). The edge cannot read the graph, so this
-runs where `onnx` is: after an export, and in `tp-export check`. Reads the graph itself, never the weights.
+A graph can name code (custom-op domains) and files (external data). The edge cannot read the graph, so the check runs
+where `onnx` is installed: after an export, and in `tp-export check`. It reads the graph, never the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tp_runtime.storage import check_name, checked_file
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 
-# ONNX Runtime marks tensors in its own memory by a location */_ORT_MEM_ADDR_/* whose offset is an address.
+# ONNX Runtime marks a tensor in its own memory with the location */_ORT_MEM_ADDR_/*; the offset is then an address.
 _ADDRESS_MARKER = "*/"
 _LARGEST = 2**63 - 1
 _SUB_BYTE_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
@@ -30,19 +30,19 @@ _UNTRUSTED = "do not run this graph unless you trust its source; export the mode
 
 
 def check_graph(folder: Path) -> list[str]:
-    """Checks the `model.onnx` of a model folder.
+    """Check the `model.onnx` of a model folder.
 
     Args:
         folder: the exported folder, with its `patch_slots.json`.
 
     Returns:
-        One line for each thing found in order.
+        One line for each check that the graph passed.
 
     Raises:
         ModelFormatError: the folder or the graph cannot be read.
-        UnsafeGraphError: a custom-op domain, external data where the exporter writes none, or an unknown kind
-            of it.
-        UnsafePathError: external data outside the folder's listed files, or outside the range of its file.
+        UnsafeGraphError: the graph uses a custom-op domain, or has external data in a place or of a kind that the
+            exporter does not write.
+        UnsafePathError: external data is outside the folder's listed files, or outside the range of its file.
     """
     described = ModelFolder.open(folder)
     model = _load(described.path / "model.onnx")
@@ -64,12 +64,12 @@ def _load(path: Path) -> onnx.ModelProto:
         return onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise ModelFormatError(
-            "is not an ONNX graph", field=path.name, got=error, fix="export the model again with tp-export"
+            "the file is not an ONNX graph", field=path.name, got=error, fix="export the model again with tp-export"
         ) from error
 
 
 def _check_domains(model: onnx.ModelProto) -> None:
-    # What runs, not what is imported: a graph saved by ONNX Runtime imports every domain it knows.
+    # Check the domains that run, not the imported ones: a graph saved by ONNX Runtime imports every domain it knows.
     used = [(f"function {function.name!a}", function.domain) for function in model.functions]
     used.extend((f"node {node.name!a} ({node.op_type!a})", node.domain) for node in _nodes(model))
     for field, domain in used:
@@ -84,36 +84,36 @@ def _check_domains(model: onnx.ModelProto) -> None:
 
 
 def _refuse_hidden_external(model: onnx.ModelProto) -> None:
-    """Refuses external data outside the main graph's dense initializers, where the exporter puts it."""
-    hidden = [("sparse initializer", part) for part in _sparse_parts(model.graph.sparse_initializer)]
+    """Refuse external data outside the main graph's dense initializers, where the exporter puts it."""
+    hidden = [("a sparse initializer", part) for part in _sparse_parts(model.graph.sparse_initializer)]
     for node in _nodes(model):
         for attribute in node.attribute:
-            hidden.extend(("attribute", tensor) for tensor in _attribute_tensors(attribute))
+            hidden.extend(("an attribute", tensor) for tensor in _attribute_tensors(attribute))
             for graph in _attribute_graphs(attribute):
-                hidden.extend(("subgraph", tensor) for tensor in graph.initializer)
-                hidden.extend(("subgraph", tensor) for tensor in _sparse_parts(graph.sparse_initializer))
+                hidden.extend(("a subgraph", tensor) for tensor in graph.initializer)
+                hidden.extend(("a subgraph", tensor) for tensor in _sparse_parts(graph.sparse_initializer))
     for place, tensor in hidden:
         if _is_external(tensor):
             raise UnsafeGraphError(
-                f"external data in a {place}",
+                f"the graph has external data in {place}",
                 field=f"tensor {tensor.name!a}",
                 wanted="external data in initializers of the main graph only",
                 fix=_UNTRUSTED,
             )
-    # Never written by the exporter and never run: a second place for graphs that no check above has walked.
+    # The exporter writes no training graphs and nothing runs them. They can hold graphs that the checks above miss.
     if len(model.training_info):
-        raise UnsafeGraphError("holds training graphs", field="training_info", wanted="none", fix=_UNTRUSTED)
+        raise UnsafeGraphError("the graph holds training graphs", field="training_info", wanted="none", fix=_UNTRUSTED)
 
 
 def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
-    """Checks one tensor's location and range; returns the file's name."""
+    """Check the location and range of one tensor's external data, and return the file's name."""
     field = f"external data of {tensor.name!a}"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     keys = [entry.key for entry in tensor.external_data]
-    # A key given twice is as bad as an unknown one: two readers may take different values.
+    # Refuse a repeated key like an unknown one, because two readers may take different values.
     if len(keys) != len(entries) or not EXTERNAL_KEYS.issuperset(keys) or "location" not in entries:
         raise UnsafeGraphError(
-            "unknown, repeated or missing keys",
+            "has unknown, repeated or missing keys",
             field=field,
             got=ascii(keys),
             wanted="location, and at most one each of offset, length, checksum",
@@ -137,7 +137,7 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
     length = _bounded(entries.get("length", str(needed)), f"{field}, length")
     if length != needed:
         raise UnsafeGraphError(
-            "length does not fit the tensor's shape and type",
+            "the length does not fit the tensor's shape and type",
             field=field,
             got=length,
             wanted=needed,
@@ -155,7 +155,7 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
 
 
 def _bounded(text: str, field: str) -> int:
-    # Digits only: int() would also take signs, spaces and underscores, which other readers take otherwise.
+    # Accept digits only: int() also takes signs, spaces and underscores, which other readers interpret differently.
     value = int(text) if text.isascii() and text.isdigit() and len(text) <= 19 else -1
     if not 0 <= value <= _LARGEST:
         raise UnsafePathError(
@@ -187,12 +187,12 @@ def _bytes_of(tensor: TensorProto, field: str) -> int:
 
 
 def _is_external(tensor: TensorProto) -> bool:
-    # Either sign of it: readers differ in which one they look at.
+    # Either field marks external data, because readers differ in which one they look at.
     return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[NodeProto]:
-    """Every node: of the graph, of its subgraphs at any depth, and of the functions."""
+    """Yield every node of the graph, of its subgraphs at any depth, and of its functions."""
     pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     while pending:
         node = pending.pop()

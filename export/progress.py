@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar for counted work, a ticking clock for work that cannot be counted."""
+"""Show progress on stderr: a bar for work that has steps, and a running clock for work that has none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 @contextmanager
 def clock(label: str) -> Iterator[None]:
-    """Show `label` with the seconds gone by, while a call that reports nothing of its own runs."""
-    # Where stderr is a file or a pipe, one line at the start and one at the end are enough.
+    """Show `label` and the elapsed time within the context, for calls that report no progress themselves."""
+    # If stderr is a file or a pipe, one line at the start and one at the end are enough.
     interval = 0.5 if sys.stderr.isatty() else None
     with tqdm(desc=label, bar_format="{desc}: {elapsed}", leave=True) as bar:
         done = threading.Event()
@@ -32,5 +32,5 @@ def clock(label: str) -> Iterator[None]:
 
 
 def bar(label: str, total: int, unit: str) -> tqdm:
-    """A bar over `total` steps; use it as a context manager and call `update`."""
+    """Return a bar over `total` steps; use it as a context manager and call `update` after each step."""
     return tqdm(desc=label, total=total, unit=unit, leave=True)

@@ -1,1 +1,4 @@
-"""Base-model manifests, imported as tp_export.manifests: where the weights come from and their digests."""
+"""The manifests of the base models, imported as tp_export.manifests.
+
+A manifest records where the weights come from and their digests.
+"""

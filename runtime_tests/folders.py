@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.session import KV, ModelFolder, Slot, describe_files, write_slots_file
-from tp_runtime.session.model_folder import SLOTS_FILE
+from tp_runtime.session.description import SLOTS_FILE
 
 BASE_DIGEST = "0123456789abcdef" * 4
 

@@ -1,17 +1,13 @@
-"""Logits of the same tokens by torch and by a graph, for tests that hold one against the other."""
+"""Logits of a graph, through the runtime and without it, and how far two of them are apart."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from tp_export.decoder import patched
-from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
 Logits = NDArray[np.float32]
@@ -20,12 +16,6 @@ Logits = NDArray[np.float32]
 def token_ids(count: int, seed: int = 0, below: int = 320) -> list[int]:
     """Random ids."""
     return np.random.default_rng(seed).integers(0, below, count).tolist()
-
-
-def torch_logits(model: Any, ids: Sequence[int], patch: Patch | None = None) -> Logits:
-    """[T, vocab] by transformers, with `patch` applied by hooks."""
-    with torch.no_grad(), patched(model, patch) if patch else contextlib.nullcontext():
-        return model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
 
 
 def graph_logits(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
 from pathlib import Path
 
 from tp_runtime import errors
@@ -31,3 +33,50 @@ def test_the_readme_names_the_commands_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)", readme):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_test_that_the_documentation_names_exists() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "models" / "README.md"]
+    named = {path for file in documents for path in re.findall(r"runtime_tests/[\w/]+(?:\.\w+)?", file.read_text())}
+    assert named and not [path for path in sorted(named) if not (ROOT / path).exists()]
+
+
+# Files of other projects, and a placeholder.
+NOT_OURS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "vllm/lora/peft_helper.py", "vllm/lora/utils.py"}
+NOT_OURS |= {"models/NAME.json"}
+
+
+def names_of_files(text: str) -> set[str]:
+    """Names of source files and pages in a text, and paths that begin in one of the repository's folders."""
+    folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    sources = re.findall(r"(?<![\w./-])[\w./-]*\w\.(?:py|md|sh)\b", text)
+    paths = re.findall(rf"(?<![\w./<-])(?:{folders})/[\w./-]+\.\w+", text)
+    return {*sources, *paths} - NOT_OURS
+
+
+def test_the_documentation_names_no_file_that_does_not_exist() -> None:
+    """A page names a path from the repository's root or from itself; code may name the end of a path."""
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()}
+    ends = {"/".join(Path(name).parts[-n:]) for name in files for n in range(1, 5)}
+    missing = []
+    for name in sorted(files):
+        if not name.endswith((".md", ".py", ".toml", ".sh")):
+            continue
+        page, text = name.endswith(".md"), (ROOT / name).read_text(encoding="utf-8")
+        for named in names_of_files(text if page else "\n".join(prose(text))):
+            exact = (ROOT / named).exists() or (ROOT / name).parent.joinpath(named).exists()
+            if not exact and (named not in ends or (page and "/" in named)):
+                missing.append(f"{name} names {named}")
+    assert not missing
+
+
+def prose(code: str) -> list[str]:
+    """The docstrings and comments of Python code, or the comment lines of any other file."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return re.findall(r"#.*", code)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    return docstrings + re.findall(r"(?:^|\s)#.*", code)

@@ -1,4 +1,6 @@
-"""Edge runtime: one ONNX graph, many thought patches. Needs onnxruntime and numpy; never torch, never onnx.
+"""The edge runtime: it runs one ONNX graph under many thought patches.
+
+It needs onnxruntime and numpy, and it never imports torch or onnx.
 
 from tp_runtime import PatchedModel
 

@@ -1,7 +1,8 @@
-"""Measuring what patches cost. Prints nothing and reads no command line: that is cli/bench.py.
+"""This module measures what patches cost. It prints nothing; cli/bench.py reads the command line and prints.
 
-What is compared is interleaved as finely as it can be: a token of each arm in turn, and the next token beginning with
-another arm. So a machine that slows down or speeds up meanwhile does it to all of them.
+The variants that are compared (the arms) are interleaved as finely as possible: every arm decodes one token, then every
+arm the next token, and each token begins with another arm. If the machine slows down or speeds up during the
+measurement, this affects all arms.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from .session import BoundPatch, Graph, ModelFolder
 
 RANK = 16
 _SWITCHES = 200
-_SETTLE_MS, _LONGEST_SETTLE = 5, 500  # milliseconds
+_SETTLE_MS, _LONGEST_SETTLE = 5, 500  # the interval between checks and the longest wait, in milliseconds
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One of the things compared.
+    """One of the variants that are compared.
 
     Attributes:
-        label: names it.
-        graph: what runs.
-        bound: the patch it runs under.
-        prompt: its ids.
-        patch: what is bound; None for the base.
+        label: the name of the arm.
+        graph: the graph that runs.
+        bound: the bound patch that it runs under.
+        prompt: the ids of its prompt.
+        patch: the patch that `bound` was made from; None for the base.
     """
 
     label: str
@@ -51,9 +52,12 @@ class Arm:
 
 @dataclass
 class Times:
-    """Of one arm, in seconds, a value for each round: the first token, and the median of the further ones.
+    """The times of one arm, in seconds, with one value for each round.
 
-    The median: a step that another process delayed says nothing of the patch.
+    Attributes:
+        first: the times of the first token.
+        token: the medians of the times of the further tokens. A median, because a step that another process delayed
+            shows nothing about the patch.
     """
 
     first: list[float] = field(default_factory=list)
@@ -64,16 +68,16 @@ class Times:
 
 
 def base_arm(label: str, graph: Graph, length: int, like: Patch | None = None) -> Arm:
-    """The base model; `like` is a patch whose own prompts it is to be compared on."""
+    """Return the arm of the base model. If `like` is given, the arm has the same prompt as this patch's arm."""
     return Arm(label, graph, graph.base, _prompt(graph.folder, length, like))
 
 
 def patch_arm(label: str, model: PatchedModel, patch: Patch, length: int) -> Arm:
-    """A patch, once it is known to do something.
+    """Return the arm of a patch, after a check that the patch has an effect.
 
     Raises:
-        PatchTargetError: it changes no logit: there is nothing to measure.
-        PatchError: it does not fit.
+        PatchTargetError: the patch changes no logit, so there is nothing to measure.
+        PatchError: the patch does not fit.
     """
     graph = model.graph
     prompt = _prompt(graph.folder, length, patch)
@@ -86,7 +90,7 @@ def patch_arm(label: str, model: PatchedModel, patch: Patch, length: int) -> Arm
 
 
 def random_patch(folder: ModelFolder, rank: int = RANK, seed: int = 0) -> Patch:
-    """A patch in every slot: its speed is that of any patch of its rank, its text is noise."""
+    """Return a random patch in every slot. It is as fast as any patch of its rank; the text under it is noise."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> Any:
@@ -113,7 +117,7 @@ def _lead(patch: Patch | None) -> list[int]:
 
 
 def _prompt(folder: ModelFolder, length: int, patch: Patch | None) -> list[int]:
-    """Random ids; before them those that a patch's KV prefix stands in for."""
+    """Return `length` random ids, after the ids that the patch's KV prefix replaces."""
     return _lead(patch) + np.random.default_rng(0).integers(0, folder.vocab_size, length).tolist()
 
 
@@ -123,16 +127,16 @@ def _prompt(folder: ModelFolder, length: int, patch: Patch | None) -> list[int]:
 def interleaved(
     arms: Sequence[Arm], tokens: int, rounds: int, after_round: Callable[[int], object] = lambda number: None
 ) -> list[Times]:
-    """Times of every arm, after one round to warm up.
+    """Measure the times of every arm, after one round to warm up.
 
     Args:
-        arms: what to compare.
-        tokens: decoded in a round, after the first.
-        rounds: that count.
-        after_round: called with the number of each round; round 0 warms up.
+        arms: the arms to compare.
+        tokens: the number of tokens to decode in a round, after the first token.
+        rounds: the number of measured rounds.
+        after_round: a function that is called after each round with the round's number; round 0 is the warm-up.
 
     Raises:
-        RequestError: prompt and completion do not fit a context window.
+        RequestError: an arm's prompt and completion do not fit its context window.
     """
     for arm in arms:
         skipped = 0 if arm.patch is None or arm.patch.prefix is None else arm.patch.prefix.skipped
@@ -156,7 +160,16 @@ def interleaved(
 
 
 def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]:
-    """Seconds of the first token and `tokens` more of every arm; turns begin with arm `first`, then the next."""
+    """Measure one round.
+
+    Args:
+        arms: the arms to compare.
+        tokens: the number of tokens to decode, after the first token.
+        first: the index of the arm that decodes the first token first. Each further token begins with the next arm.
+
+    Returns:
+        For each arm the seconds of the first token and of `tokens` more.
+    """
     runs = [
         generate(arm.graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
         for arm in arms
@@ -164,8 +177,8 @@ def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]
     several = len({id(arm.graph) for arm in arms}) > 1
     seconds: list[list[float]] = [[] for _ in arms]
     for step in range(tokens + 1):
-        for turn in range(len(arms)):
-            arm = (first + step + turn) % len(arms)
+        for offset in range(len(arms)):
+            arm = (first + step + offset) % len(arms)
             if several:
                 _settle()
             start = time.perf_counter()
@@ -175,9 +188,17 @@ def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]
 
 
 def python_seconds(arm: Arm, tokens: int) -> list[float]:
-    """Of each of `tokens` decoded ones, what was not spent inside ONNX Runtime: binding, sampling, bookkeeping.
+    """Measure the seconds of each decoded token outside ONNX Runtime's run: binding, sampling and bookkeeping.
 
-    It is less on a small model than beside a run that has swept the processor's caches: measure it on the real one.
+    A small model gives smaller values, because its runs do not evict Python's data from the processor's caches. Measure
+    on the real model.
+
+    Args:
+        arm: the arm to run.
+        tokens: the number of tokens to decode.
+
+    Returns:
+        The seconds of each token.
     """
     graph, timed = arm.graph, _TimedSession(arm.graph.session)
     run = generate(graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
@@ -195,7 +216,7 @@ def python_seconds(arm: Arm, tokens: int) -> list[float]:
 
 
 class _TimedSession:
-    """A session that keeps how long its runs took."""
+    """A session that records how long its runs take."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.seconds = session, 0.0
@@ -212,8 +233,8 @@ class _TimedSession:
 def _settle() -> None:
     """Wait until no thread of this process is busy.
 
-    The threads of an ONNX Runtime session spin for some 50 ms after a run, on the cores that another session's next
-    run is measured on.
+    The threads of an ONNX Runtime session spin for about 50 ms after a run, on the cores on which the next run of
+    another session is measured.
     """
     for _ in range(_LONGEST_SETTLE // _SETTLE_MS):
         busy = time.process_time()
@@ -223,12 +244,12 @@ def _settle() -> None:
 
 
 def compare(arms: Sequence[Arm], times: Sequence[Times]) -> list[dict[str, Any]]:
-    """A row for each arm: medians in milliseconds, and ratios to the first arm.
+    """Return a row for each arm, with medians in milliseconds and ratios to the first arm.
 
-    `ratio` is that of the medians; `ratio_per_round` the median of each round's ratio.
+    `ratio` is the ratio of the medians. `ratio_per_round` is the median of the ratios of the rounds.
     """
     rows = []
-    for arm, its in zip(arms, times, strict=True):
+    for arm, arm_times in zip(arms, times, strict=True):
         row: dict[str, Any] = {
             "label": arm.label,
             "precision": arm.graph.folder.precision,
@@ -238,10 +259,10 @@ def compare(arms: Sequence[Arm], times: Sequence[Times]) -> list[dict[str, Any]]
             "patch_inputs": len(arm.bound.values),
         }
         for name in ("first", "token"):
-            mine, base = getattr(its, name), getattr(times[0], name)
-            row[f"{name}_ms"] = 1e3 * median(mine)
-            row[f"{name}_ratio"] = median(mine) / median(base)
-            row[f"{name}_ratio_per_round"] = median(one / other for one, other in zip(mine, base, strict=True))
+            own, base = getattr(arm_times, name), getattr(times[0], name)
+            row[f"{name}_ms"] = 1e3 * median(own)
+            row[f"{name}_ratio"] = median(own) / median(base)
+            row[f"{name}_ratio_per_round"] = median(one / other for one, other in zip(own, base, strict=True))
         rows.append(row)
     return rows
 
@@ -250,7 +271,7 @@ def compare(arms: Sequence[Arm], times: Sequence[Times]) -> list[dict[str, Any]]
 
 
 def load_seconds(model: PatchedModel, file: Path) -> float:
-    """From the file to a patch that can be switched on: read, checked, on the device."""
+    """Measure the seconds from the file to a patch that requests can select: it is read, checked and on the device."""
     start = time.perf_counter()
     name = model.load_patch(file, "bench")
     seconds = time.perf_counter() - start
@@ -259,27 +280,38 @@ def load_seconds(model: PatchedModel, file: Path) -> float:
 
 
 def switch_seconds(model: PatchedModel, names: Sequence[str], token: int = 0) -> list[float]:
-    """From asking for another loaded patch to its tensors bound in a live binding, many times, through all `names`.
+    """Measure switches between loaded patches: from the request for another patch until its tensors are bound.
 
-    The loop over bind_ortvalue_input is the one that the first step of a new cache goes through.
+    The loop over bind_ortvalue_input is the same that the first step of a new cache runs.
+
+    Args:
+        model: the model.
+        names: the names of the loaded patches to switch between, one after the other.
+        token: the id that is run once before the switches.
+
+    Returns:
+        The seconds of each switch.
     """
     graph, patches = model.graph, model.patches
     bounds = [graph.bind(patches[name]) for name in names]
     cache = graph.new_cache(bounds[0])
     graph.forward([token], cache, bounds[0])
     seconds = []
-    for turn in range(1, _SWITCHES + 1):
-        to = turn % len(names)
+    for number in range(1, _SWITCHES + 1):
+        target = number % len(names)
         start = time.perf_counter()
-        model.new_cache(names[to])
-        for name, value in bounds[to].values.items():
+        model.new_cache(names[target])
+        for name, value in bounds[target].values.items():
             cache.binding.bind_ortvalue_input(name, value)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
 def first_step_seconds(graph: Graph, token: int, bounds: tuple[BoundPatch, BoundPatch]) -> float:
-    """One token under the second right after one under the first: the switch, a new cache's buffers, and the step."""
+    """Measure one token under the second patch, directly after one under the first.
+
+    The seconds include the switch, the buffers of a new cache, and the step.
+    """
     before, after = bounds
     graph.forward([token], graph.new_cache(before), before)
     start = time.perf_counter()
@@ -288,16 +320,17 @@ def first_step_seconds(graph: Graph, token: int, bounds: tuple[BoundPatch, Bound
 
 
 def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> list[dict[str, Any]]:
-    """What it costs to have many patches loaded: memory, and the switch from one to the next.
+    """Measure what many loaded patches cost: their memory, and the switch from one to the next.
 
     Args:
-        model: left with the patches it had.
-        counts: of patches, each at least 1.
-        rank: of the patches, which are random and all different.
+        model: the model. Afterwards it has the same loaded patches as before.
+        counts: the numbers of patches to load, each at least 1.
+        rank: the rank of the patches, which are random and all different.
 
     Returns:
-        For each count in ascending order: `patches`, `switch_ms`, and the growth of the process' own memory,
-        `anonymous_bytes`, which is None where the system does not tell.
+        A row for each count in ascending order, with `patches` (the count), `rank`, `patch_bytes` (the size of one
+        patch), `switch_ms`, and `anonymous_bytes`: the growth of the process's own memory, or None if the system does
+        not report it.
     """
     names: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -312,7 +345,8 @@ def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> li
             now = memory_bytes("RssAnon")
             grown = None if before is None or now is None else now - before
             rows.append({"patches": count, "rank": rank, "patch_bytes": made.nbytes, "anonymous_bytes": grown})
-        # Afterwards: measuring the switch takes memory of its own. One patch alone is switched to itself.
+        # The switches come after all memory readings, because measuring them needs memory too. With a count of 1 the
+        # patch is switched to itself.
         for row in rows:
             row["switch_ms"] = 1e3 * median(switch_seconds(model, names[: row["patches"]]))
     finally:
@@ -322,15 +356,20 @@ def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> li
 
 
 def _give_back_free_memory() -> None:
-    """What earlier work freed would otherwise be filled first, and hide the growth. With glibc; elsewhere nothing."""
+    """Return freed memory to the system, because new patches would fill it first and hide the growth.
+
+    This works with glibc and does nothing elsewhere.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_bytes(field: str) -> int | None:
-    """Memory of this process as Linux counts it, by its name in /proc/self/status; None where the system does not tell.
+    """Return the bytes that /proc/self/status reports for this process, or None if the system does not report them.
 
-    `RssAnon` is what no file backs of the resident memory, `VmRSS` all of it, `VmHWM` its peak.
+    Args:
+        field: the name of the field. `VmRSS` is the resident memory, `RssAnon` the part of it that no file backs, and
+            `VmHWM` the peak of the resident memory.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

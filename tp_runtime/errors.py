@@ -1,21 +1,21 @@
-"""Every error this project raises on bad input: one class per row of docs/errors.md, one named test per row.
+"""Every error that this project raises on bad input. Each class has a row in docs/errors.md and a test that raises it.
 
-An error names the field at fault, what it got, what it wanted and the way out, and the state it leaves is the state
-from before the call.
+An error names the field at fault, the value found there, the accepted values, and what to do. After an error the state
+is the same as before the call.
 """
 
 from __future__ import annotations
 
 
 class TPError(Exception):
-    """Base of every error raised for bad input.
+    """The base class of every error raised on bad input.
 
     Args:
-        problem: one line saying what went wrong.
+        problem: one line that states what is wrong.
         field: the argument, file or tensor at fault.
         got: the value found there.
-        wanted: what would have been accepted.
-        fix: what the user can do about it.
+        wanted: the values that would have been accepted.
+        fix: an instruction that tells the user what to do.
     """
 
     def __init__(
@@ -33,64 +33,64 @@ class TPError(Exception):
 
 
 class PatchError(TPError):
-    """Base of the errors about a patch."""
+    """The base class of errors about a patch."""
 
 
 class PatchFormatError(PatchError):
-    """The patch file is not a well-formed patch: container, header, dtype or kind of file."""
+    """The patch file is not well formed: its container, header, dtype or file type is wrong."""
 
 
 class PatchVersionError(PatchError):
-    """The patch file uses a version, method or config key that this reader does not know."""
+    """The patch file uses a version, method or config key that this version of tp-runtime does not know."""
 
 
 class PatchValueError(PatchError):
-    """A tensor or a strength holds NaN or infinity, or a value that does not fit the slot's precision."""
+    """A tensor or a strength holds NaN or infinity, or a value that the slot's precision cannot represent."""
 
 
 class PatchTargetError(PatchError):
-    """The patch addresses a slot the graph does not have, or half of a pair, or nothing at all."""
+    """The patch addresses a slot that the graph does not have, lacks one of the factors a and b, or holds nothing."""
 
 
 class PatchShapeError(PatchError):
-    """A tensor's shape, or the number of layers, does not fit the slot."""
+    """The shape of a tensor does not fit the slot, or the number of layers does not fit the model."""
 
 
 class BaseMismatchError(PatchError):
-    """The patch was fitted on another base model."""
+    """The patch was fitted on another base model or another precision."""
 
 
 class PatchInUseError(PatchError):
-    """A patch name is taken, or the patch is still in use."""
+    """The name of a patch is taken, or the patch is still in use."""
 
 
 class StaleCacheError(PatchError):
-    """A KV cache made under one patch was about to be used under another."""
+    """A KV cache made under one patch was passed to a run under another patch."""
 
 
 class ModelError(TPError):
-    """Base of the errors about a model folder."""
+    """The base class of errors about a model folder."""
 
 
 class ModelFormatError(ModelError):
-    """The model folder is incomplete, truncated or altered, or its description cannot be read."""
+    """A file of the model folder is missing, truncated or altered, or the folder's description cannot be read."""
 
 
 class UnsafePathError(ModelError):
-    """A file of the model folder lies, or is said to lie, where it must not."""
+    """A file of the model folder has an unsafe name, or its path leads outside the folder."""
 
 
 class UnsafeGraphError(ModelError):
-    """The ONNX graph asks for something outside what an exported folder contains."""
+    """The ONNX graph refers to operators or data that no exported folder contains."""
 
 
 class DeviceUnavailableError(ModelError):
-    """The device asked for was not given, or ONNX Runtime is missing or installed twice."""
+    """The requested device is not available, or ONNX Runtime is missing or installed twice."""
 
 
 class RequestError(TPError):
-    """A prompt, message or sampling value cannot be served."""
+    """A prompt, a message, a sampling value or another setting of a call is not valid."""
 
 
 class CalibrationError(TPError):
-    """The queries cannot calibrate or measure a patch."""
+    """The queries cannot be used to fit or to measure a patch."""

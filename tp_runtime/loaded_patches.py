@@ -1,6 +1,7 @@
-"""The patches beside a model: loaded by name, bound when first used, and which one is active where.
+"""The patches loaded for a model: this module stores them by name, binds them, and tracks which one is active.
 
-Knows nothing of text. A request resolves the patch that it names, runs under what is bound, and says that it uses it.
+This module does not handle text. A request resolves the patch that it names, runs under the bound patch, and marks the
+loaded patch as in use while it runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .errors import PatchInUseError, PatchTargetError
 from .patch import Patch
 from .session import BoundPatch, Graph
 
-_KEPT_BINDINGS = 8  # of expressions such as 0.5 * p, which are bound on first use
+_KEPT_BINDINGS = 8  # bound expressions such as 0.5 * p to keep; they are bound on first use
 
 
 class Active:
-    """Stands for "the patch that is active here" where None means no patch."""
+    """The type of ACTIVE, which selects the patch that is active here. None, in contrast, selects no patch."""
 
     def __repr__(self) -> str:
         return "ACTIVE"
@@ -34,7 +35,14 @@ PatchChoice = Patch | str | None | Active
 
 @dataclass(eq=False)
 class LoadedPatch:
-    """A patch that was given a name, and how many requests and `patched` blocks use it right now."""
+    """A patch loaded under a name.
+
+    Attributes:
+        name: the name that requests select it by.
+        patch: the patch.
+        bound: the patch as bound to the graph.
+        users: the number of requests and `patched` blocks that use it right now.
+    """
 
     name: str
     patch: Patch
@@ -44,7 +52,13 @@ class LoadedPatch:
 
 @dataclass(frozen=True)
 class ResolvedPatch:
-    """What a request runs under: the loaded patch it came from, if any, the patch, if known, and what is bound."""
+    """The patch that a request runs under.
+
+    Attributes:
+        loaded: the loaded patch that it comes from; None if it does not come from a loaded patch.
+        patch: the patch itself; None for the base model and for the default.
+        bound: the patch as bound to the graph.
+    """
 
     loaded: LoadedPatch | None
     patch: Patch | None
@@ -52,28 +66,29 @@ class ResolvedPatch:
 
 
 class LoadedPatches:
-    """Patches by name, for any number of threads.
+    """The loaded patches by name. Any number of threads may use them.
 
     Args:
-        graph: what they are bound to.
-        default: what requests run under that name no patch.
+        graph: the graph that the patches are bound to.
+        default: the bound patch for requests that name no patch.
     """
 
     def __init__(self, graph: Graph, default: BoundPatch) -> None:
         self._graph, self._default = graph, default
         self._loaded: dict[str, LoadedPatch] = {}
         self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
-        # Reentrant: a stream that was dropped is released by the garbage collector, in whichever line that runs.
+        # The lock is reentrant because the garbage collector may release a dropped stream at any line, including one
+        # that holds the lock.
         self.lock = threading.RLock()
         self._active: ContextVar[ResolvedPatch | None] = ContextVar("patch", default=None)
 
     def view(self) -> Mapping[str, Patch]:
-        """The loaded patches by name."""
+        """Return the loaded patches by name, read-only."""
         with self.lock:
             return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
 
     def add(self, name: str, patch: Patch, bound: BoundPatch) -> None:
-        """Give a patch a name.
+        """Store a bound patch under a name.
 
         Raises:
             PatchInUseError: the name is taken.
@@ -85,12 +100,12 @@ class LoadedPatches:
                     field="name",
                     got=repr(name),
                     wanted=f"none of {sorted(self._loaded)}",
-                    fix="unload_patch it first, or load_patch(..., name='another')",
+                    fix="call unload_patch first, or load_patch(..., name='another')",
                 )
             self._loaded[name] = LoadedPatch(name, patch, bound)
 
     def remove(self, name: str) -> None:
-        """Forget a patch.
+        """Remove a patch.
 
         Raises:
             PatchTargetError: no patch of that name is loaded.
@@ -103,7 +118,7 @@ class LoadedPatches:
                     "the patch is in use",
                     field="name",
                     got=f"{name!r}, used {users} times right now",
-                    fix="finish or close the streams and leave the `with model.patched(...)` blocks that use it",
+                    fix="finish or close its streams, and leave its `with model.patched(...)` blocks",
                 )
             del self._loaded[name]
 
@@ -118,10 +133,10 @@ class LoadedPatches:
                 self._active.reset(token)
 
     def by_name(self, name: str) -> LoadedPatch:
-        """The loaded patch of that name.
+        """Return the loaded patch of that name.
 
         Raises:
-            PatchTargetError: there is none.
+            PatchTargetError: no patch of that name is loaded.
         """
         try:
             return self._loaded[name]
@@ -130,15 +145,19 @@ class LoadedPatches:
                 "no patch of that name is loaded",
                 field="patch",
                 got=repr(name),
-                wanted=", ".join(map(repr, list(self._loaded))) or "a loaded patch; there is none",
+                wanted=", ".join(map(repr, list(self._loaded))) or "a loaded patch, but none is loaded",
                 fix="load_patch(path, name) first",
             ) from None
 
     def resolve(self, patch: PatchChoice, strength: float) -> ResolvedPatch:
-        """What a request runs under; the strength applies to whatever that is.
+        """Return the patch that a request runs under.
+
+        Args:
+            patch: the patch that the request names.
+            strength: a factor on that patch, whether the request names it, it is active, or it is the default.
 
         Raises:
-            PatchError: the patch is not loaded or does not fit.
+            PatchError: the patch is not loaded or does not fit, or a strength is given and there is no patch to scale.
         """
         if isinstance(patch, Active):
             resolved = self._active.get() or ResolvedPatch(None, None, self._default)
@@ -156,7 +175,7 @@ class LoadedPatches:
             return resolved
         if resolved.patch is None:
             raise PatchTargetError(
-                "a strength, and no patch it could scale",
+                "a strength is given, but there is no patch to scale",
                 field="strength",
                 got=strength,
                 wanted="1.0, or a patch",
@@ -166,8 +185,9 @@ class LoadedPatches:
         return ResolvedPatch(resolved.loaded, scaled, self._bind(scaled))
 
     def _bind(self, patch: Patch) -> BoundPatch:
-        """Bind an expression, or find it bound: the last few are kept."""
-        # The terms say what is bound; whether it may be bound here is the base's matter, which they leave out.
+        """Bind an expression, or return the binding of an earlier call; the last few bindings are kept."""
+        # The terms identify the values that are bound. Whether the patch may be bound to this graph depends on its base
+        # digest and precision, which the terms leave out.
         key = (patch.terms, patch.config.base_digest, patch.config.precision)
         with self.lock:
             if key in self._recent:
@@ -182,14 +202,18 @@ class LoadedPatches:
 
     @contextmanager
     def using(self, loaded: LoadedPatch | None) -> Iterator[None]:
-        """Within the context `loaded` cannot be unloaded; PatchTargetError if it already was."""
+        """Within the context, `loaded` cannot be unloaded.
+
+        Raises:
+            PatchTargetError: the patch was unloaded before.
+        """
         if loaded is None:
             yield
             return
         with self.lock:
             if self.by_name(loaded.name) is not loaded:
                 raise PatchTargetError(
-                    "the patch was unloaded before it was used, and its name given to another",
+                    "the patch was unloaded before it was used, and another patch now has its name",
                     field="patch",
                     got=repr(loaded.name),
                     fix="start the request again",
@@ -203,5 +227,5 @@ class LoadedPatches:
 
 
 def not_a_patch(got: object, wanted: str) -> PatchTargetError:
-    """The error for something that should have been a patch."""
-    return PatchTargetError("not a patch", field="patch", got=type(got).__name__, wanted=wanted)
+    """Return the error for a value that should have been a patch."""
+    return PatchTargetError("the value is not a patch", field="patch", got=type(got).__name__, wanted=wanted)

@@ -1,4 +1,4 @@
-"""The face of the runtime: a model folder, its loaded patches, text in and text out."""
+"""The runtime's main interface: a model folder with its loaded patches, which takes text and returns text."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ log = logging.getLogger("tp_runtime")
 
 
 class PatchedModel:
-    """A base model in a live session, and the patches loaded beside it.
+    """A base model in a live session, with the patches that are loaded for it.
 
-    Requests may run in several threads at once, each under its own patch. `with model.patched(p):` holds for the
-    thread or task that enters it.
+    Requests may run in several threads at the same time, each under its own patch. `with model.patched(p):` applies to
+    the thread or task that enters it.
 
     Args:
         graph: the session.
-        codec: the tokenizer and chat template.
-        default: what requests run under that name no patch; by default what the graph computes with nothing bound.
-        prefix_cache: where prompts find what was run before; None runs each from its start.
+        codec: the tokenizer and the chat template.
+        default: the bound patch for requests that name no patch. None means the graph's own default, which it computes
+            with nothing bound.
+        prefix_cache: the cache from which prompts take the keys and values of earlier runs. With None every prompt is
+            run from its start.
     """
 
     def __init__(
@@ -59,21 +61,23 @@ class PatchedModel:
 
         Args:
             path: the folder.
-            device: `cuda`, `cpu`, or `auto`: CUDA if it is there, else the CPU with the reason logged.
-            patch: baked in at load time as what requests without a patch of their own get: a patch or its file; None
-                for the base model. By default what the folder was exported with.
-            prefix_cache_bytes: keep keys and values of prompts up to so many bytes, so that what later prompts under
-                the same patch share with them is not run again; 0 keeps none.
-            verify: check the digest of every file, the weights too.
-            options: how the session runs; see SessionSettings.
+            device: `cuda`, `cpu` or `auto`. `auto` takes CUDA if it is available, and otherwise the CPU, with the
+                reason logged.
+            patch: the patch for requests that name no patch. It is a Patch, the path of its file, or None for the base
+                model, and it becomes part of the session when the model is loaded. By default it is the patch that the
+                folder was exported with.
+            prefix_cache_bytes: the largest number of bytes for keys and values of earlier prompts. If a later prompt
+                under the same patch begins with the same tokens, that part is not run again. 0 turns this off.
+            verify: whether to check the digest of every file, including the weights.
+            options: the settings of the session; see SessionSettings.
 
         Raises:
-            ModelFormatError, UnsafePathError: the folder is not what was exported.
-            DeviceUnavailableError: `cuda` was asked for and not given, or `cuda_graphs` on the CPU, or there is no ONNX
-                Runtime.
+            ModelFormatError, UnsafePathError: the folder is not as it was exported.
+            DeviceUnavailableError: `device` is `cuda` and CUDA is not available, `cuda_graphs` is set on the CPU, or
+                ONNX Runtime is missing.
             PatchError: the patch is damaged or does not fit.
-            RequestError: a number of threads or bytes, or an option, that is none; `cuda_graphs` for a graph of the
-                `optimum` route.
+            RequestError: `threads` is not a positive integer, `prefix_cache_bytes` is not a number of bytes, another
+                option is not valid, or `cuda_graphs` is set for a graph of the `optimum` route.
         """
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
@@ -95,20 +99,21 @@ class PatchedModel:
         return self._patches.view()
 
     def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
-        """Load a patch beside the model, ready to be switched on by name.
+        """Load a patch, so that requests can select it by its name. An error leaves the loaded patches unchanged.
 
         Args:
-            patch: a patch file, or a patch.
-            name: what to call it; by default the name it carries.
-            check: also run its probe, so that it is known to do here what it did on the host.
+            patch: a patch, or the path of its file.
+            name: the name to load it under; by default the patch's own name.
+            check: whether to also run the patch's probe, which proves that the patch has the same effect on this device
+                as on the host.
 
         Returns:
             The name.
 
         Raises:
             PatchInUseError: the name is taken.
-            PatchError: the file is damaged, or the patch does not fit this model; or, with `check`, it has no probe or
-                does not reproduce it. The loaded patches are as before.
+            PatchError: the file is damaged or the patch does not fit this model; or `check` is set, and the patch has
+                no probe or the device does not reproduce it.
         """
         if not isinstance(patch, Patch):
             patch = Patch.load(patch)
@@ -120,7 +125,7 @@ class PatchedModel:
         return name
 
     def unload_patch(self, name: str) -> None:
-        """Forget a loaded patch; requests without one give the base model's output, bit for bit.
+        """Remove a loaded patch. After that, requests without a patch give the base model's output, bit for bit.
 
         Raises:
             PatchTargetError: no patch of that name is loaded.
@@ -133,17 +138,17 @@ class PatchedModel:
         """Within the context, requests of this thread or task run under `patch` unless they name another.
 
         Raises:
-            PatchError: the patch is not loaded or does not fit; nothing is changed then.
+            PatchError: the patch is not loaded or does not fit. Nothing changes in this case.
         """
         with self._patches.activate(self._patches.resolve(patch, strength)):
             yield self
 
     def check(self, patch: Patch | str) -> ProbeCheck:
-        """Run a patch's probe: is it live on this device, and does it do what it did on the host?
+        """Run a patch's probe, which shows whether the patch is live on this device and has the host's effect.
 
         Raises:
-            PatchFormatError: it carries no probe.
-            PatchError: it is not loaded or does not fit.
+            PatchFormatError: the patch has no probe.
+            PatchError: the patch is not loaded or does not fit.
         """
         return check_probe(self.graph, self._patches.by_name(patch).patch if isinstance(patch, str) else patch)
 
@@ -151,10 +156,10 @@ class PatchedModel:
         result = check_probe(self.graph, patch)
         if not result.ok:
             raise PatchFormatError(
-                f"the patch {patch.name!r} does not do here what it did on the host",
+                f"the patch {patch.name!r} does not reproduce its probe on this device",
                 field="config.probe",
                 got=f"max logit error {result.max_logit_error:.3g}, {'live' if result.live else 'not live'}",
-                wanted="the host's logits",
+                wanted="the logits of the host",
                 fix="export the patch again with this version, or check the device",
             )
 
@@ -171,11 +176,11 @@ class PatchedModel:
 
         Args:
             prompt: one user message, or a list of messages; see Request.
-            cache: from `new_cache`, to go on from earlier text of the same conversation.
-            options: see Request, and Sampling for `temperature` and the like.
+            cache: a cache from `new_cache`, which continues from earlier text of the same conversation.
+            options: the options of Request and the settings of Sampling, such as `temperature`.
 
         Raises:
-            RequestError: a prompt or a value that cannot be served.
+            RequestError: the prompt or an option is not valid.
             PatchError: the patch is not loaded or does not fit.
             StaleCacheError: `cache` was made under another patch.
         """
@@ -203,20 +208,22 @@ class PatchedModel:
     def generate(self, prompt: list[str] | list[list[Message]], *, rows: int = 8, **options: Any) -> list[str]: ...
 
     def generate(self, prompt: Any, *, rows: int = 8, **options: Any) -> str | list[str]:
-        """The whole text of a completion, or of several that run together.
+        """Return the whole text of one completion, or the texts of several completions that run together.
 
         Args:
-            prompt: one prompt, as for `stream`: a string, or a list of messages, which is one conversation. Or several:
-                a list of strings, or of lists of messages.
-            rows: of several prompts, at most this many run at once.
-            options: see Request. Of several prompts each option but `stop` may be a list with a value for each
-                (`patch=["pirate", None]`); a single value holds for all.
+            prompt: one prompt or several. One prompt is a string or a list of messages (one conversation), as for
+                `stream`. Several prompts are a list of strings or a list of lists of messages.
+            rows: with several prompts, the largest number that runs at the same time.
+            options: see Request. With several prompts, every option except `stop` may be a list with a value for each
+                prompt (`patch=["pirate", None]`). A single value applies to all prompts.
 
         Returns:
-            The text; of several prompts a list, in their order. Each is what it would be alone.
+            The text. With several prompts, a list of texts in the order of the prompts; each text is the same as if its
+            prompt ran separately.
 
         Raises:
-            RequestError, PatchError, StaleCacheError: as `stream`; of several prompts, before any of them is run.
+            RequestError, PatchError, StaleCacheError: as for `stream`. With several prompts these are raised before any
+                prompt is run.
         """
         if not _is_several(prompt):
             return "".join(self.stream(prompt, **options))
@@ -231,12 +238,12 @@ class PatchedModel:
         return [completion.text for completion in completions]
 
     def batch(self, rows: int = 8, prefill_tokens: int = PREFILL_TOKENS) -> TextBatch:
-        """Completions that run together and may come and go while others run: `with model.batch() as batch:`.
+        """Return a batch, whose completions run together and may join and leave: `with model.batch() as batch:`.
 
         Args:
-            rows: most of them at once; what is added beyond that waits.
-            prefill_tokens: while some wait for their next token, at most so many tokens of others' prompts are run
-                before it. More of them let a prompt begin to answer sooner, and the others wait longer for a token.
+            rows: the largest number of completions that run at the same time. Further completions wait.
+            prefill_tokens: the largest number of prompt tokens to run between two tokens of the running completions. A
+                larger number lets a new prompt answer sooner, but the running completions wait longer for each token.
         """
         return TextBatch(self.graph, self.codec, self._patches, rows, self.prefix_cache, prefill_tokens)
 
@@ -251,36 +258,42 @@ class PatchedModel:
     ) -> None:
         """Run a prompt ahead of time, such as a system prompt that many requests share.
 
-        Requests under the same patch that start like it find that part in the prefix cache.
+        Requests under the same patch that begin with the same tokens then take that part from the prefix cache.
 
         Raises:
-            RequestError: the model was opened without a prefix cache, or it cannot hold the prompt; or as `stream`.
+            RequestError: the model was opened without a prefix cache, the cache cannot hold the prompt, or the prompt
+                is not valid (see `stream`).
             PatchError: the patch is not loaded or does not fit.
         """
         if self.prefix_cache is None:
             raise RequestError(
-                "the model keeps no prefixes",
+                "the model was opened without a prefix cache",
                 field="prefix_cache_bytes",
                 got=0,
                 wanted="a number of bytes",
-                fix="from_pretrained(..., prefix_cache_bytes=...)",
+                fix="open it with from_pretrained(..., prefix_cache_bytes=...)",
             )
         request = self._encode(Request(prompt, system, raw, patch, strength))
         with self._patches.using(request.patch.loaded):
             prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
-        """An empty KV cache for a conversation under a patch; it serves no other (contract: StaleCacheError)."""
+        """Return an empty KV cache for a conversation under a patch. Any other patch raises StaleCacheError."""
         return self.graph.new_cache(self._patches.resolve(patch, strength).bound)
 
     def logits(
         self, token_ids: Sequence[int], patch: PatchChoice = ACTIVE, strength: float = 1.0
     ) -> NDArray[np.float32]:
-        """Logits [T, vocab] of T token ids, float32; under a patch with a KV prefix, of those it does not replace.
+        """Return the logits of token ids.
+
+        Under a patch with a KV prefix, T counts only the ids that the prefix does not replace.
+
+        Returns:
+            The logits [T, vocab] of the T ids, float32.
 
         Raises:
-            RequestError: no ids, ids outside the vocabulary, more than the context window, or a start that the
-                patch's KV prefix cannot stand in for.
+            RequestError: there are no ids, an id is outside the vocabulary, the ids do not fit the context window, or
+                they do not start with the ids that the patch's KV prefix replaces.
             PatchError: the patch is not loaded or does not fit.
         """
         resolved = self._patches.resolve(patch, strength)
@@ -289,21 +302,21 @@ class PatchedModel:
 
 
 def _is_several(prompt: Any) -> bool:
-    """Whether these are several prompts: a list of messages is one conversation."""
+    """Return whether `prompt` holds several prompts. A list of messages is one prompt: one conversation."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
 
 
 def _spread(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The options of each of several prompts: an item of each list, and what is no list for all."""
+    """Return each prompt's options: from a list the prompt's own item, and any other value unchanged."""
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():
         values = value if name != "stop" and isinstance(value, list | tuple) else [value] * count
         if len(values) != count:
             raise RequestError(
-                "not a value for each prompt",
+                "the list does not have one value for each prompt",
                 field=name,
                 got=f"{len(values)} values",
-                wanted=f"{count}, or one value for all",
+                wanted=f"{count} values, or one value for all prompts",
             )
         for own, item in zip(each, values, strict=True):
             own[name] = item

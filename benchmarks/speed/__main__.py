@@ -1,10 +1,11 @@
-"""Everything in one command: the files, the measurements, the plots and the tables.
+"""Prepares the files, measures every runtime, and draws the plots and the tables.
 
     python -m benchmarks.speed [--models NAME,...] [--threads 1,2] [--builder PYTHON] [--out build/speed]
 
-Needs the extras cpu, export, report and bench. --builder is the Python of an environment with onnxruntime-genai's
-graph builder (genai_graphs.py); without it, genai runs on our graphs only. Whatever cannot be measured is named in the
-output. --step takes one of the steps alone: the tables and plots can be drawn again from --out's speed.json.
+The command needs the extras cpu, export, report and bench. --builder is the Python of an environment with
+onnxruntime-genai's graph builder (genai_graphs.py). Without it, genai runs only on tp-runtime's graphs. The output
+names whatever cannot be measured. --step selects the steps to run: `--step report` draws the tables and plots again
+from the file speed.json in --out.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"
 
 
 def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -> dict[str, Any]:
-    """Every runtime on one model at one number of threads."""
+    """Measure every runtime on one model with one number of threads."""
     left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
-    there = [rival for rival in rivals if rival.key not in left_out]
-    found = {rival.key: Found() for rival in there}
-    cold_starts(there, models, threads, plan, found)
-    bandwidth = live_rounds(there, models, threads, plan, found)
+    available = [rival for rival in rivals if rival.key not in left_out]
+    found = {rival.key: Found() for rival in available}
+    cold_starts(available, models, threads, plan, found)
+    bandwidth = live_rounds(available, models, threads, plan, found)
     rows = {}
-    for rival in there:
+    for rival in available:
         files = models / rival.files
         rows[rival.key] = {
             **{"label": rival.named(models), "bits": rival.bits, "runtime": rival.module},
@@ -51,7 +52,7 @@ def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -
 
 
 def patches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Ranks, switching and many loaded patches: `tp-runtime bench` of every precision."""
+    """Measure ranks, switching and many loaded patches, with `tp-runtime bench` for every precision."""
     found: dict[str, Any] = {}
     for bits, folder in ours(models):
         command = [*program("tp_runtime", "bench"), str(folder), "--threads", str(threads), "--device", "cpu"]
@@ -61,7 +62,7 @@ def patches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, A
 
 
 def batches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Batches of different patches (batch.py), of every precision."""
+    """Measure batches of different patches (batch.py) for every precision."""
     options = ("--threads", str(threads), "--sizes", args.batch)
     return {
         bits: in_new_process(sys.executable, "-m", "benchmarks.speed.batch", str(folder), *options)
@@ -71,12 +72,12 @@ def batches(models: Path, threads: int, args: argparse.Namespace) -> dict[str, A
 
 
 def ours(models: Path) -> list[tuple[str, Path]]:
-    """Our exported folders that are there, by precision."""
+    """Return the precision and the path of each folder that tp-runtime exported, if the folder exists."""
     return [(bits, folder) for bits in BITS if ((folder := models / f"ours-{bits}") / "patch_slots.json").exists()]
 
 
 def in_new_process(*command: str) -> dict[str, Any]:
-    """What a program writes to the file that its -o names; or why it did not, under "failed"."""
+    """Return what a program writes to the file that -o names, or the reason for its failure under "failed"."""
     print(f"running: {shlex.join(command[1:])}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
@@ -88,19 +89,19 @@ def in_new_process(*command: str) -> dict[str, Any]:
 
 
 def text_ids(source: Path, count: int) -> tuple[int, ...]:
-    """Ids of ordinary text, repeated until there are enough."""
+    """Return `count` ids of ordinary text, which repeats until there are enough."""
     codec = TextCodec.from_folder(source, "completion")
     ids = codec.render(_TEXT.read_text(encoding="utf-8"), None, raw=True)
     return tuple((ids * (count // len(ids) + 1))[:count])
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
+    """Parse whole numbers that are separated by commas."""
     return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -108,18 +109,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=numbers, default=(1, 2), help="default: 1,2")
     parser.add_argument("--builder", help="Python of the environment with onnxruntime-genai's builder")
     parser.add_argument("--out", type=Path, default=Path("build/speed"), help="default: %(default)s")
-    parser.add_argument("--rivals", default="", help="only these, by key; default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="in new processes each; default: %(default)s")
-    parser.add_argument("--cold", type=int, default=5, help="starts of new processes; default: %(default)s")
+    parser.add_argument("--rivals", default="", help="the keys of the runtimes to measure; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each in new processes; default: %(default)s")
+    parser.add_argument("--cold", type=int, default=5, help="cold starts in new processes; default: %(default)s")
     parser.add_argument("--contexts", type=numbers, default=(32, 128, 512, 2048), help="default: 32,128,512,2048")
     parser.add_argument(
-        "--decode", type=numbers, default=(128, 2048), help="contexts to decode after; default: 128,2048"
+        "--decode", type=numbers, default=(128, 2048), help="context lengths to decode after; default: 128,2048"
     )
-    parser.add_argument("--tokens", type=int, default=16, help="decoded in a round; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode in a round; default: %(default)s")
     parser.add_argument("--ranks", default="0,1,4,16,64", help="default: %(default)s")
     parser.add_argument("--resident", default="1,10,100", help="default: %(default)s")
-    parser.add_argument("--batch", default="1,2,4,8,16,32,64", help="rows; default: %(default)s")
-    parser.add_argument("--keep", action="store_true", help="keep an earlier file's runs of other models and threads")
+    parser.add_argument("--batch", default="1,2,4,8,16,32,64", help="numbers of rows; default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep other models' and threads' runs of an earlier file")
     parser.add_argument("--tables", type=Path, default=Path("BENCHMARKS.md"), help="default: %(default)s")
     parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="default: %(default)s")
     parser.add_argument("--step", choices=("prepare", "measure", "report"), action="append", help="default: all three")
@@ -131,7 +132,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prepares, measures, reports."""
+    """Run the steps that the command line selects."""
     args = parse()
     steps = args.step or ["prepare", "measure", "report"]
     names = args.models.split(",")
@@ -148,7 +149,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], out: Path) -> None:
-    """Every model at every number of threads, each one interleaved run, written after each."""
+    """Measure each model with each number of threads in one interleaved run, and write the file after every run."""
     wanted = set(filter(None, args.rivals.split(",")))
     rivals = tuple(rival for rival in RIVALS if not wanted or rival.key in wanted)
     args.out.mkdir(parents=True, exist_ok=True)

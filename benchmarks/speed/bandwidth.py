@@ -1,14 +1,14 @@
-"""How fast this machine reads memory: the denominator of the roofline, measured in the same rounds as the runtimes.
+"""Measures how fast this machine reads memory: the denominator of the roofline, in the same rounds as the runtimes.
 
-A buffer far larger than any cache is read once from end to end, each thread its own part, by BLAS's dot product of the
-part with itself: one stream of loads, two operations a value, nothing written.
+A buffer far larger than any cache is read once from end to end. Each thread reads its own part through BLAS's dot
+product of the part with itself, which is one stream of loads, two operations per value, and no writes.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy: the threads are ours
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # set before numpy is imported: this module starts its own threads
 
 import time
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ _PASSES = 3
 
 
 class Bandwidth(Worker):
-    """Not a model: `stream` is all it does."""
+    """A worker without a model. Its only command is `stream`."""
 
     packages = ("numpy",)
 
     def load(self, path: Path, threads: int) -> None:
-        """A buffer of ones, so that every page is real."""
+        """Fill a buffer with ones, so that memory backs every page."""
         self.parts = np.array_split(np.ones(_BYTES // 4, np.float32), threads)
         self.threads = ThreadPoolExecutor(threads)
 
     def do_stream(self) -> dict[str, Any]:
-        """Bytes per second, the best of a few passes: anything slower was disturbed."""
+        """Return the bytes per second of the fastest of a few passes, because something disturbed the slower ones."""
         best = float("inf")
         for _ in range(_PASSES):
             start = time.perf_counter()
@@ -44,10 +44,10 @@ class Bandwidth(Worker):
         return {"bytes_per_second": _BYTES / best}
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing, because there is no cache."""
 
     def step(self, ids: Sequence[int]) -> int:
-        """No model."""
+        """Raise an error, because there is no model."""
         raise NotImplementedError
 
 

@@ -1,8 +1,8 @@
-"""A step of a batch in which every row has a patch of its own, beside one in which all rows are the base.
+"""Compares a step of a batch whose rows all have different patches with a step of one whose rows all run the base.
 
     python -m benchmarks.speed.batch MODEL [--threads 1] [--sizes 1,2,4,8,16,32,64] [-o FILE]
 
-The two batches take turns step by step. All rows are prompts of the same length, so that nothing but the patches and
+The two batches alternate step by step. All rows have prompts of the same length, so that nothing but the patches and
 the number of rows differs.
 """
 
@@ -28,7 +28,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps: int) -> batch.Batch:
-    """A batch with one row under each of `bounds`, that can do so many steps."""
+    """Return a batch that has one row under each of `bounds` and can run `steps` steps."""
     made = batch.Batch(graph, len(bounds))
     for bound in bounds:
         made.join(prompt, bound, sampling=Sampling(), max_new_tokens=steps + 1, eos_ids=frozenset())
@@ -36,7 +36,7 @@ def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps:
 
 
 def measure(model: PatchedModel, sizes: Sequence[int], prompt_tokens: int, steps: int) -> list[dict[str, Any]]:
-    """For each size, milliseconds of a step: medians, and the median of each pair's ratio."""
+    """Return for each size the median milliseconds of a step, and the median over the ratios of paired steps."""
     graph = model.graph
     prompt = np.random.default_rng(0).integers(0, graph.folder.vocab_size, prompt_tokens).tolist()
     bounds = [graph.bind(random_patch(graph.folder, RANK, seed)) for seed in range(max(sizes))]
@@ -45,11 +45,11 @@ def measure(model: PatchedModel, sizes: Sequence[int], prompt_tokens: int, steps
         print(f"batch of {size}", file=sys.stderr, flush=True)
         batches = [filled(graph, arm, prompt, steps + 2) for arm in ([graph.base] * size, bounds[:size])]
         seconds: list[list[float]] = [[], []]
-        for turn in range(steps + 2):
-            for arm in (0, 1) if turn % 2 else (1, 0):
+        for number in range(steps + 2):
+            for arm in (0, 1) if number % 2 else (1, 0):
                 start = time.perf_counter()
                 batches[arm].step()
-                if turn > 1:  # buffers are made in the first
+                if number > 1:  # the first steps allocate buffers
                     seconds[arm].append(time.perf_counter() - start)
         base, patched = (1e3 * median(values) for values in seconds)
         ratio = median(one / other for one, other in zip(seconds[1], seconds[0], strict=True))
@@ -58,7 +58,7 @@ def measure(model: PatchedModel, sizes: Sequence[int], prompt_tokens: int, steps
 
 
 def main() -> None:
-    """One model at one number of threads."""
+    """Measure one model with one number of threads."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=1)

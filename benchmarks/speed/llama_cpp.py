@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level `eval`, on a GGUF file."""
+"""Runs llama.cpp on a GGUF file, through llama-cpp-python's low-level `eval`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from benchmarks.speed.protocol import Worker, serve
 
 
 class LlamaCpp(Worker):
-    """Its own defaults, apart from threads and the room for the context, which it allocates when it loads."""
+    """llama.cpp with its defaults, except for threads and the size of the context, which it allocates on loading."""
 
     packages = ("llama-cpp-python",)
 
     def load(self, path: Path, threads: int) -> None:
-        """The file is mapped, as by default. A sliding window's layers keep all positions, so that it can rewind."""
+        """Map the file, as by default. Layers with a sliding window keep all positions, so that they can rewind."""
         self.model = Llama(
             str(path), n_ctx=self.room, n_threads=threads, n_threads_batch=threads, swa_full=True, verbose=False
         )
 
     def reset(self) -> None:
-        """An empty cache."""
+        """Empty the cache."""
         self.model.reset()
         self.model._ctx.kv_cache_clear()
 
     def rewind(self, length: int) -> None:
-        """`eval` drops what lies after n_tokens from the cache."""
+        """Set the length, so that `eval` drops the positions after it from the cache."""
         self.model.n_tokens = length
 
     def step(self, ids: Sequence[int]) -> int:
-        """Logits of the last position only."""
+        """Run `ids`, and pick from the logits of the last position only."""
         self.model.eval(list(ids))
         logits = self.model._ctx.get_logits_ith(-1)
         return int(np.ctypeslib.as_array(logits, shape=(self.model.n_vocab(),)).argmax())

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory and system; a part that the system does not tell is left out."""
+    """Return processor, memory and system, without the parts that the system does not report."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

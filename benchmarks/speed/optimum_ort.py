@@ -1,4 +1,4 @@
-"""optimum's ORTModelForCausalLM on optimum's own export."""
+"""Runs optimum's ORTModelForCausalLM on optimum's own export."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.speed.protocol import Worker, serve
 
 
 class OptimumORT(Worker):
-    """The model's forward with its IO binding, as it chooses for the CPU."""
+    """The model's forward, with the IO binding that the model chooses for the CPU."""
 
     packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
     def load(self, path: Path, threads: int) -> None:
-        """The same number of threads for torch, which holds its tensors."""
+        """Load the model, and give torch, which holds its tensors, the same number of threads."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         options = onnxruntime.SessionOptions()
@@ -27,17 +27,17 @@ class OptimumORT(Worker):
         self.model = ORTModelForCausalLM.from_pretrained(path, session_options=options, use_cache=True)
 
     def reset(self) -> None:
-        """No past."""
+        """Drop the keys and values."""
         self.past: Any = None
         self.length = 0
 
     def rewind(self, length: int) -> None:
-        """Cut every layer's keys and values, which are [batch, heads, positions, head size]."""
+        """Cut every layer's keys and values, which have shape [batch, heads, positions, head size]."""
         self.past = tuple(tuple(part[:, :, :length].contiguous() for part in layer) for layer in self.past)
         self.length = length
 
     def step(self, ids: Sequence[int]) -> int:
-        """Its graphs give logits of every position."""
+        """Run `ids`, and pick from the logits of the last position; the graph computes those of every position."""
         total = self.length + len(ids)
         out = self.model(
             input_ids=torch.tensor([list(ids)]),

@@ -1,11 +1,11 @@
-"""tp-runtime: an exported folder in a live session, through the engine's own parts."""
+"""Runs tp-runtime on an exported folder in a live session, through the engine's own parts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnxruntime  # noqa: F401  (its import is Python's time, not the model's)
+import onnxruntime  # noqa: F401  (imported before the clock starts: its import is not part of the model's time)
 
 from benchmarks.speed.protocol import Worker, serve
 from tp_runtime import Patch, PatchedModel
@@ -15,19 +15,19 @@ from tp_runtime.session import BoundPatch
 
 
 class Ours(Worker):
-    """The graph's forward step and the engine's sampler; a context kept in its cache is rewound as a chat's is."""
+    """The graph's forward step and the engine's sampler. A context in the cache is rewound as in a chat."""
 
     packages = ("tp-runtime", "onnxruntime", "numpy")
 
     def load(self, path: Path, threads: int) -> None:
-        """As an application does: tokenizer and template included."""
+        """Load the model as an application does, with tokenizer and template."""
         model = PatchedModel.from_pretrained(path, "cpu", threads=threads)
         self.graph, self.sampler = model.graph, Sampler(Sampling())
         self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}
         self.bound = self.graph.base
 
     def select(self, patch: int | str | None) -> None:
-        """Bound once for each patch, as a loaded patch is."""
+        """Select a patch. Each patch is bound once, as a loaded patch is."""
         if patch is not None and patch not in self.bounds:
             made = Patch.load(patch) if isinstance(patch, str) else random_patch(self.graph.folder, patch)
             self.bounds[patch] = self.graph.bind(made)
@@ -36,15 +36,15 @@ class Ours(Worker):
         self.bound = self.bounds[patch]
 
     def reset(self) -> None:
-        """A new cache, under the selected patch."""
+        """Make a new cache under the selected patch."""
         self.cache = self.graph.new_cache(self.bound)
 
     def rewind(self, length: int) -> None:
-        """Forget the end."""
+        """Discard the positions after `length`."""
         del self.cache.tokens[length:]
 
     def step(self, ids: Sequence[int]) -> int:
-        """One forward step and the pick."""
+        """Run one forward step and pick the next id."""
         logits = self.graph.forward(ids, self.cache, self.bound, copy=False)
         return int(self.sampler.pick(logits[-1], self.cache.tokens))
 

@@ -1,4 +1,4 @@
-"""The plots of BENCHMARKS.md, one SVG file a question. Measures nothing."""
+"""Draws the plots of BENCHMARKS.md, one SVG file for each question. This module measures nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS, GENAI, LLAMA, OTHER = "#c4512d", "#1c6ba0", "#2b8a3e", "#868e96"
 _COLOURS = {"ours": OURS, "genai": GENAI, "llama_cpp": LLAMA}
 _BITS = {"fp32": "o", "int8": "s", "int4": "^"}
 _SHADES = {"fp32": "#c4512d", "int8": "#1c6ba0", "int4": "#2b8a3e"}
-# What sets these files apart from the plots inside a report.
+# These settings differ from those of the plots inside a report.
 _OWN_STYLE: dict[Any, Any] = {
     "axes.grid": False,
     "axes.grid.axis": "both",
@@ -24,7 +24,7 @@ _OWN_STYLE: dict[Any, Any] = {
 
 
 def draw(found: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Every plot that the figures allow; returns file by name."""
+    """Draw every plot that the figures allow, and return each file under the name of its plot."""
     import matplotlib
 
     from tp_export.report import STYLE
@@ -40,7 +40,7 @@ def draw(found: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def _figure(runs: list[Run], panel: Callable[[Any, Run], bool], path: Path) -> Path | None:
-    """One panel a run: models in rows, threads in columns; None if no run has these figures."""
+    """Draw a panel for each run, models in rows and threads in columns; return None if no run has these figures."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(run["model"] for run in runs))
@@ -63,11 +63,11 @@ def _figure(runs: list[Run], panel: Callable[[Any, Run], bool], path: Path) -> P
     return path if some else None
 
 
-# -- bars: one a runtime ---------------------------------------------------------------------------------------
+# -- bars: one for each runtime ------------------------------------------------------------------------------------
 
 
 def bars(axes: Any, run: Run, label: str, *parts: tuple[str, Callable[[Run], float | None]]) -> bool:
-    """Horizontal bars, one a runtime and part; parts after the first are paler. Best first is the order of RIVALS."""
+    """Draw a horizontal bar for each runtime and part, in the order of RIVALS; parts after the first are paler."""
     rows = [(row, [read(row) for _, read in parts]) for row in run["rivals"].values()]
     rows = [(row, values) for row, values in rows if any(value is not None for value in values)]
     if not rows:
@@ -115,7 +115,7 @@ def _disk(axes: Any, run: Run) -> bool:
 
 
 def share(row: Run, bandwidth: float) -> float | None:
-    """How much of the memory's bandwidth reading the weights took, at the shortest context decoded after."""
+    """Return the share of the memory bandwidth that reading the weights took, after the shortest decoded context."""
     steps = {_length(name): value for name, value in row["token_s"].items() if name.startswith("prompt-")}
     if not steps or not row["token_bytes"]:
         return None
@@ -172,20 +172,20 @@ def _first(axes: Any, run: Run) -> bool:
 def _context(axes: Any, run: Run) -> bool:
     some = False
     for key, row in run["rivals"].items():
-        if key != f"ours-{row['bits']}":  # the same line for every folder of a precision
+        if key != f"ours-{row['bits']}":  # the other folders of a precision have the same line
             continue
         times = {name: 1e3 * value for name, value in row["first_s"].items()}
         lengths = [_length(name) for name in times if name.startswith("prompt-")]
         colour = _SHADES[row["bits"]]
-        ways = {
+        methods = {
             "prompt": ("-", lambda n, t=times: t.get(f"prompt-{n}")),
             "cached prefix": ("--", lambda n, t=times: t.get(f"cached-{n}")),
             "patch": (":", lambda n, t=times: t.get("patch")),
         }
-        for way, (style, read) in ways.items():
+        for method, (style, read) in methods.items():
             points = [(n, value) for n in lengths if (value := read(n)) is not None]
-            some |= _line(axes, points, label=f"{way}, {row['bits']}", color=colour, linestyle=style, marker="o")
-    _finish(axes, "tokens of the context that is absorbed", "first token, ms")
+            some |= _line(axes, points, label=f"{method}, {row['bits']}", color=colour, linestyle=style, marker="o")
+    _finish(axes, "tokens of context", "first token, ms")
     return some
 
 
@@ -195,12 +195,12 @@ def _ranks(axes: Any, run: Run) -> bool:
         points = [(rank, 100 * (ratio - 1)) for rank, ratio in rank_ratios(bench)]
         some |= _line(axes, points, label=bits, color=_SHADES[bits], marker=_BITS[bits])
     axes.set_xscale("symlog", base=2, linthresh=1)
-    _finish(axes, "rank of a random patch in every slot", "slower per token, %", log="")
+    _finish(axes, "rank of a random patch in every slot", "slowdown per token, %", log="")
     return some
 
 
 def rank_ratios(bench: Run) -> list[tuple[int, float]]:
-    """Rank and per-token time over the base's, of the arms that are there for it."""
+    """Return the rank and the ratio of per-token time to the base, for each arm that measures a rank."""
     arms = [arm for arm in bench.get("arms", ()) if arm["label"].startswith(("random, rank", "base again"))]
     return [(arm["patch_rank"] or 0, arm["token_ratio_per_round"]) for arm in arms]
 
@@ -223,13 +223,13 @@ def _loaded(axes: Any, run: Run) -> bool:
     def grown(row: Run) -> float | None:
         return None if row["anonymous_bytes"] is None else row["anonymous_bytes"] / 1e6
 
-    return _resident(axes, run, grown, "more memory, MB")
+    return _resident(axes, run, grown, "additional memory, MB")
 
 
 def _batch(axes: Any, run: Run) -> bool:
     some = False
     for bits, batch in run["batches"].items():
-        for key, style, label in (("base_ms", "--", "all base"), ("patched_ms", "-", "all different patches")):
+        for key, style, label in (("base_ms", "--", "base"), ("patched_ms", "-", "different patches")):
             points = [(row["rows"], 1e3 * row["rows"] / row[key]) for row in batch.get("sizes", ())]
             colour = _SHADES[bits]
             some |= _line(axes, points, label=f"{bits}, {label}", color=colour, marker=_BITS[bits], linestyle=style)

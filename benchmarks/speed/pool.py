@@ -1,7 +1,7 @@
-"""Worker processes: started, asked, and stopped while another one is measured.
+"""Starts worker processes, sends them commands, and stops each one while another is measured.
 
-ONNX Runtime's and OpenMP's threads spin for a while after a run. Turning that off would change what is measured, so
-every worker that is not being asked is stopped with SIGSTOP instead, and no two ever run at once.
+The threads of ONNX Runtime and OpenMP spin for a while after a run. To switch that off would change what is measured.
+Instead, SIGSTOP stops every worker that has no command to answer, and no two workers ever run at once.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import time
 from types import TracebackType
 from typing import Any
 
-_SECONDS = 1800  # for one answer, before a worker is taken for hung
+_SECONDS = 1800  # the longest wait for one answer; after it the worker counts as hung
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(Exception):
-    """What a worker answered instead of a result, or how it died."""
+    """A worker answered with an error, did not answer, or ended."""
 
 
 class Process:
-    """One worker, stopped from its start except while it is asked.
+    """One worker process. SIGSTOP stops it after each answer until its next command.
 
     Args:
-        module: a module of this package.
-        threads: for the libraries that read it from the environment.
+        module: the name of the worker's module in this package.
+        threads: the number of threads for the libraries that read it from the environment.
 
     Attributes:
-        started: `time.perf_counter()` just before the process was made.
+        started: the value of `time.perf_counter()` just before the process started.
     """
 
     def __init__(self, module: str, threads: int) -> None:
-        # A file: a pipe that nobody reads fills, and blocks whoever logs.
+        # The log is a file, because a pipe that nobody reads fills up and blocks the worker.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
@@ -52,10 +52,10 @@ class Process:
         )
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        """Let it run until it has answered one command.
+        """Let the worker run until it has answered one command.
 
         Raises:
-            WorkerError: it answered with an error, or is gone.
+            WorkerError: the worker answers with an error, does not answer in time, or has ended.
         """
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
@@ -66,7 +66,7 @@ class Process:
         except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
-            raise WorkerError(f"the process ended: {self._last_words()}")
+            raise WorkerError(f"the process ended: {self._exit_reason()}")
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -85,7 +85,7 @@ class Process:
             line += block
         return line
 
-    def _last_words(self) -> str:
+    def _exit_reason(self) -> str:
         self._process.wait()
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -97,7 +97,7 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # a stopped process hears nothing else
+        self._process.kill()  # SIGKILL also ends a stopped process
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -107,5 +107,5 @@ class Process:
 
 
 def _die_with_parent() -> None:
-    """A driver that is killed must not leave stopped gigabytes behind."""
+    """Ask Linux to kill this worker with its driver, so that no stopped worker keeps gigabytes of memory."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

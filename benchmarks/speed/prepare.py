@@ -1,15 +1,15 @@
-"""The files that the runtimes are measured on, one folder a model; what is there is used as it is.
+"""Prepares the files that the runtimes are measured on, one folder for each model, and keeps files that exist.
 
-    source              the fetched Hugging Face folder (a link)
-    ours-PRECISION      tp-export model --precision; genai runs on these too
-    prepared-PRECISION  the same after tp-runtime prepare
-    ours-int4-head4     the head in four bits as well, as genai's builder has it
-    slots-SET-PRECISION the same with other slots: none (slotless.py), mlp, all
+    source              a link to the fetched Hugging Face folder
+    ours-PRECISION      the export of `tp-export model --precision`; genai runs on it too
+    prepared-PRECISION  the same export after `tp-runtime prepare`
+    ours-int4-head4     the int4 export with a 4-bit head as well, as genai's builder has it
+    slots-SET-PRECISION the same export with other slots: none (slotless.py), mlp, all
     optimum             optimum's own export
-    genai-PRECISION     onnxruntime-genai's builder, in an environment of its own (genai_graphs.py)
+    genai-PRECISION     the graph of onnxruntime-genai's builder, from a separate environment (genai_graphs.py)
     *.gguf              the published file and its re-quantised versions (gguf_files.py)
 
-A step that fails leaves its runtimes out, with the reason, and stops nothing else.
+If a step fails, the runtimes that need its files are left out with the reason, and all other steps still run.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from pathlib import Path
 
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 BITS = ("fp32", "int8", "int4")
-# Names of folders to what --precision takes; `int4` keeps the head in eight bits.
+# Maps a folder's name to the value that --precision takes; `int4` keeps the head in eight bits.
 _PRECISIONS = {**dict(zip(BITS, BITS, strict=True)), "int4-head4": "int4-symmetric-head4"}
 _HERE = Path(__file__).parent.parent
 
 
 def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
-    """Make what is missing.
+    """Make the files that are missing.
 
     Args:
-        name: a base model with a manifest.
-        folder: for its files.
+        name: the name of a base model that has a manifest.
+        folder: the folder for its files.
         builder: the Python of an environment with onnxruntime-genai's builder, or None.
 
     Returns:
-        What could not be made: file or folder to reason.
+        For each file or folder that could not be made, the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
@@ -72,7 +72,9 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         out = folder / f"genai-{bits}"
         if not (out / "genai_config.json").exists():
             if builder is None:
-                failed[out.name] = "no --builder was given (benchmarks/genai_graphs.py says how to make one)"
+                failed[out.name] = (
+                    "--builder is missing; benchmarks/genai_graphs.py describes how to make its environment"
+                )
                 continue
             made = folder / "genai"
             script = [builder, str(_HERE / "genai_graphs.py"), str(source), str(made), "--precisions", bits]
@@ -83,12 +85,12 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
 
 
 def program(package: str, command: str) -> list[str]:
-    """A command of `tp_export` or `tp_runtime`, run by this Python."""
+    """Return the command line that runs a command of `tp_export` or `tp_runtime` with this Python."""
     return [sys.executable, "-c", f"from {package}.cli import main; raise SystemExit(main())", command]
 
 
 def _run(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:
-    """The command's stdout; or None, and its last line on stderr as the reason."""
+    """Return the command's stdout. On failure return None, and keep its last line on stderr as the reason."""
     print(f"preparing {what}", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:

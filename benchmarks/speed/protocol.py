@@ -1,4 +1,4 @@
-"""What every worker process has in common: one line of JSON per command on stdin, one per answer on stdout.
+"""The protocol of the worker processes: one line of JSON per command on stdin, and one per answer on stdout.
 
     {"do": "load", "path": ..., "threads": 1, "room": n}
                                                    -> {"seconds": ..., "versions": {...}}
@@ -7,9 +7,10 @@
     {"do": "memory"}                               -> {"peak": bytes, "resident": bytes, "anonymous": bytes}
     {"do": "bye"}                                  -> the process ends
 
-An answer's first token is timed from having its ids to having the next one, a new KV cache included; with `cached` the
-context is in the cache already and only the question is run. `at` is when the first token was there, on the clock that
-all processes of a machine share. A runtime is one subclass with three methods.
+The time of an answer's first token starts when the worker has the ids and ends when it has the next id. It includes a
+new KV cache. With `cached` the context is in the cache already, and the worker runs only the question. `at` is the time
+at which the first token was ready, on the clock that all processes of a machine share. Each runtime is a subclass of
+`Worker` with three methods.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any
 
 
 class Worker(ABC):
-    """A runtime with one model and one KV cache; greedy, and blind to end-of-sequence ids.
+    """A runtime with one model and one KV cache. It decodes greedily and ignores end-of-sequence ids.
 
     Attributes:
-        packages: whose versions are reported.
-        room: positions that the next cache needs, for runtimes that allocate them all at once.
+        packages: the packages whose versions the worker reports.
+        room: the number of positions that the next cache needs, for runtimes that allocate all of them at once.
         can_rewind: whether a cache can go back to an earlier length, which a cached context needs.
     """
 
@@ -39,29 +40,29 @@ class Worker(ABC):
     can_rewind = True
 
     def __init__(self) -> None:
-        self._held: list[int] = []  # what the cache starts with
+        self._held: list[int] = []  # the ids that the cache starts with
         self.room = 0
 
     @abstractmethod
     def load(self, path: Path, threads: int) -> None:
-        """Load the model; its imports are not counted, so they belong at the top of `load`'s module."""
+        """Load the model. Imports do not count as load time, so they belong at the top of the worker's module."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the cache."""
+        """Discard the cache."""
 
     @abstractmethod
     def step(self, ids: Sequence[int]) -> int:
-        """Run `ids` after what the cache holds; the likeliest next id."""
+        """Run `ids` after the ids in the cache, and return the likeliest next id."""
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` positions of the cache."""
+        """Discard all but the first `length` positions of the cache."""
         raise NotImplementedError
 
     def select(self, patch: int | str | None) -> None:
-        """Run what follows under a patch: a file, or a random one of this rank."""
+        """Run the next ids under a patch: the file at this path, a random patch of this rank, or no patch."""
         if patch is not None:
-            raise ValueError(f"{type(self).__name__} knows no patches")
+            raise ValueError(f"{type(self).__name__} does not support patches")
 
     def answer(
         self,
@@ -71,7 +72,7 @@ class Worker(ABC):
         tokens: int = 0,
         patch: int | str | None = None,
     ) -> dict[str, Any]:
-        """Times the first token after context and question, and `tokens` more."""
+        """Time the first token after context and question, and `tokens` further tokens."""
         context, question = list(context), list(question)
         self.select(patch)
         self.room = len(context) + len(question) + tokens + 1
@@ -98,7 +99,7 @@ class Worker(ABC):
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: highest resident, resident now, and of that what no file backs."""
+    """Return bytes of this process: peak resident, resident now, and the resident part that no file backs."""
     wanted = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous"}
     found = {}
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -109,8 +110,8 @@ def memory() -> dict[str, int]:
 
 
 def serve(worker: Worker) -> None:
-    """Answers commands until `bye` or the end of stdin."""
-    # Libraries print to stdout as they like: it becomes stderr, and answers go to a copy of it.
+    """Answer commands until `bye` or the end of stdin."""
+    # Libraries also print to stdout. The answers go to a copy of it, and stdout itself becomes stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -125,7 +126,7 @@ def serve(worker: Worker) -> None:
             result = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(result) + "\n")
         answers.flush()
-    os._exit(0)  # some runtimes take seconds to tear down, and crash in it
+    os._exit(0)  # some runtimes take seconds to shut down, and crash meanwhile
 
 
 def _run(worker: Worker, do: str, command: dict[str, Any]) -> dict[str, Any]:

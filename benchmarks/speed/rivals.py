@@ -1,4 +1,4 @@
-"""Which runtimes are compared, on which files, and why one is left out."""
+"""Lists the runtimes that are compared and the files they run on, and finds why one is left out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Rival:
     """A runtime on a graph.
 
     Attributes:
-        key: names it in the JSON file.
-        label: names it in tables and plots.
-        module: its worker, in this package.
-        package: what must be importable.
-        files: its folder or file inside the model's folder (see prepare.py).
-        bits: precision of the weights; equal ones are compared with each other.
+        key: the name in the JSON file.
+        label: the name in tables and plots.
+        module: the worker's module in this package.
+        package: the package that must be importable.
+        files: the folder or file inside the model's folder (see prepare.py).
+        bits: the precision of the weights. Runtimes of the same precision are compared with each other.
     """
 
     key: str
@@ -31,11 +31,11 @@ class Rival:
 
     @property
     def takes_patches(self) -> bool:
-        """Whether it is measured under patches too: its runtime knows them, and its graph has the usual slots."""
+        """Whether it is also measured with patches: its runtime supports them, and its graph has the default slots."""
         return self.module == "ours" and not self.key.startswith("slots-")
 
     def missing(self, models: Path) -> str | None:
-        """Why it cannot be measured, or None."""
+        """Return the reason why it cannot be measured, or None."""
         if util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install 'tp-runtime[bench]'"
         if not (models / self.files).exists():
@@ -43,7 +43,7 @@ class Rival:
         return None
 
     def named(self, models: Path) -> str:
-        """Its label; a GGUF file says itself what it is."""
+        """Return the label. The published GGUF file contains the name of its own format."""
         if self.key != "llama-published":
             return self.label
         from gguf import GGUFReader, LlamaFileType
@@ -52,7 +52,7 @@ class Rival:
         return f"llama.cpp {LlamaFileType(int(field.contents())).name.removeprefix('MOSTLY_')}"
 
     def disk_bytes(self, models: Path) -> int:
-        """Graph and weights, without tokenizer and configuration."""
+        """Return the bytes of graph and weights, without tokenizer and configuration."""
         path = models / self.files
         if path.is_file():
             return path.stat().st_size
@@ -60,7 +60,7 @@ class Rival:
 
 
 def _at(bits: str) -> tuple[Rival, ...]:
-    """Ours, genai on our graph, and genai on its own, at the same bits."""
+    """Return tp-runtime, genai on tp-runtime's graph, and genai on its own graph, at the same bits."""
     ours = f"ours-{bits}"
     return (
         Rival(ours, f"tp-runtime {bits}", "ours", "tp_runtime", ours, bits),
@@ -70,9 +70,9 @@ def _at(bits: str) -> tuple[Rival, ...]:
 
 
 def _slots(bits: str) -> tuple[Rival, ...]:
-    """Ours with other slots than the usual ones, all of them empty."""
+    """Return tp-runtime with other slots than the default ones, all of them empty."""
     sets = (("none", "no slots"), ("mlp", "slots of the MLP"), ("all", "all slots"))
-    keys = ((f"slots-{slots}-{bits}", f"tp-runtime {bits}, {said}") for slots, said in sets)
+    keys = ((f"slots-{slots}-{bits}", f"tp-runtime {bits}, {text}") for slots, text in sets)
     return tuple(Rival(key, label, "ours", "tp_runtime", key, bits) for key, label in keys)
 
 
@@ -91,7 +91,7 @@ RIVALS = (
     *_at("int4"),
     *_slots("int4"),
     Rival("prepared-int4", "tp-runtime int4, prepared", "ours", "tp_runtime", "prepared-int4", "int4"),
-    Rival("ours-int4-head4", "tp-runtime int4, head too", "ours", "tp_runtime", "ours-int4-head4", "int4"),
+    Rival("ours-int4-head4", "tp-runtime int4, 4-bit head", "ours", "tp_runtime", "ours-int4-head4", "int4"),
     _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),
 )

@@ -1,7 +1,7 @@
-"""What is asked of every runtime, in which order, and what is kept of the answers.
+"""The commands to every runtime, their order, and the figures that are kept of the answers.
 
-A round is one command to each runtime of a precision in turn; the next round begins with another one. So a machine that
-slows down or speeds up does it to all that are compared.
+In a round, each command goes to the runtimes of one precision one after another. The next round begins with another
+runtime. A machine that slows down or speeds up therefore affects all the runtimes that are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.speed.pool import Process, WorkerError
 from benchmarks.speed.rivals import Rival
 
-_WARM, _WARM_TOKENS = 32, 64  # what a new process runs first; the tokens give huge pages time to come
+_WARM, _WARM_TOKENS = 32, 64  # in tokens; a new process runs them first, and huge pages arrive meanwhile
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Plan:
     """What to measure.
 
     Attributes:
-        text: ids that contexts and the question are taken from.
-        contexts: lengths of the context in front of the question.
-        decode: the contexts after which tokens are decoded too.
-        question: ids of the question: all that is run with no context, a cached one, or a patch instead.
-        tokens: decoded in a round.
-        rounds: in new processes each.
-        cold: starts of new processes, after one that warms up; 0 leaves them out.
-        rank: of the random patch.
+        text: the ids that contexts and the question are taken from.
+        contexts: the lengths of the context before the question, in tokens.
+        decode: the context lengths after which tokens are decoded too.
+        question: the length of the question in tokens. Without a context, with a cached one, or with a patch, only the
+            question runs.
+        tokens: the number of tokens decoded in a round.
+        rounds: the number of rounds, each in new processes.
+        cold: the number of cold starts in new processes, after one that warms up; 0 leaves them out.
+        rank: the rank of the random patch.
     """
 
     text: tuple[int, ...]
@@ -46,11 +47,11 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Positions of the longest answer."""
+        """The number of positions that the longest answer needs."""
         return 1 + max(max(self.contexts, default=0) + self.question + self.tokens, _WARM + 1 + _WARM_TOKENS)
 
     def asks(self, rival: Rival) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The commands of one round, by the name they are kept under."""
+        """Yield the commands of one round, each with the name that its answer is kept under."""
         question = list(self.text[: self.question])
         rest = self.text[self.question :]
         yield "none", {"context": [], "question": question}
@@ -63,21 +64,24 @@ class Plan:
             yield f"cached-{length}", {"context": context, "question": question, "cached": True}
         if rival.takes_patches and self.decode:
             context = list(rest[: self.decode[0]])
-            asked = {"context": context, "question": question, "tokens": self.tokens, "patch": self.rank}
-            yield f"patched-{self.decode[0]}", asked
+            command = {"context": context, "question": question, "tokens": self.tokens, "patch": self.rank}
+            yield f"patched-{self.decode[0]}", command
 
 
 @dataclass
 class Found:
-    """Of one runtime: every sample, in seconds and bytes.
+    """Every sample of one runtime, in seconds and bytes.
 
     Attributes:
-        cold: from the start of a process to its first token.
-        load: of the model in it, imports not counted.
-        memory: after that first token; `worked` after all rounds.
-        first, step: by name of the command: the first token, and the median of a round's further ones.
-        ids: by name of the command: what the last round answered.
-        failed: by name of the command, or "all": what went wrong.
+        cold: the times from the start of a process to its first token.
+        load: the times to load the model in these processes, without imports.
+        memory: the memory of these processes after the first token.
+        worked: the memory after all rounds.
+        versions: the versions of the runtime's packages.
+        first: for each command's name, the times of the first token.
+        step: for each command's name, the medians of the further tokens of a round.
+        ids: for each command's name, the ids that the last round answered.
+        failed: for each command's name, or "all", the reason for the failure.
     """
 
     cold: list[float] = field(default_factory=list)
@@ -91,14 +95,14 @@ class Found:
     failed: dict[str, str] = field(default_factory=dict)
 
     def keep(self, name: str, answer: dict[str, Any]) -> None:
-        """One answer of a round that counts."""
+        """Keep one answer of a round."""
         self.first.setdefault(name, []).append(answer["first"])
         if answer["steps"]:
             self.step.setdefault(name, []).append(median(answer["steps"]))
         self.ids[name] = answer["ids"]
 
     def report(self) -> dict[str, Any]:
-        """Medians, and beside them the samples."""
+        """Return the medians together with the samples."""
         report: dict[str, Any] = {"failed": self.failed, "versions": self.versions}
         if self.cold:
             report |= {"cold_start_s": median(self.cold), "load_s": median(self.load)}
@@ -114,17 +118,17 @@ class Found:
 
 
 def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]) -> None:
-    """New processes, one at a time, to their first token after a prompt of 32."""
+    """Start new processes one at a time, and time each until its first token after a prompt of 32 tokens."""
     prompt = list(plan.text[:32])
     for number in range(plan.cold + 1 if plan.cold else 0):
         for rival in _rotated(rivals, number):
             if "all" in found[rival.key].failed:
                 continue
-            _say(f"cold start {number + 1} of {plan.cold + 1}: {rival.label}")
-            with _failing(found[rival.key], "all"), Process(rival.module, threads) as process:
+            _print_progress(f"cold start {number + 1} of {plan.cold + 1}: {rival.label}")
+            with _recording_failure(found[rival.key], "all"), Process(rival.module, threads) as process:
                 loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
                 ended = process.ask("answer", context=[], question=prompt)["at"]
-                if number > 0:  # the first brings the files into memory
+                if number > 0:  # the first start reads the files into memory
                     found[rival.key].cold.append(ended - process.started)
                     found[rival.key].load.append(loaded["seconds"])
                     found[rival.key].memory.append(process.ask("memory"))
@@ -133,10 +137,14 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
 def live_rounds(
     rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]
 ) -> list[float]:
-    """The runtimes of one precision loaded at once and asked in turns, then those of the next, all anew in every round:
-    where a process's memory happens to lie is worth up to a fifth of a token, and stays until it ends.
+    """Run all rounds, and measure the memory bandwidth in each.
 
-    Returns the bytes per second that memory was read at.
+    A round loads all runtimes of one precision and interleaves their commands, then does the same for the next
+    precision. Every round starts new processes, because the place where a process's memory happens to lie changes the
+    time of a token by up to a fifth, and that place stays the same until the process ends.
+
+    Returns:
+        For each round, the bytes per second at which memory was read.
     """
     bandwidths = []
     with Process("bandwidth", threads) as stream:
@@ -144,9 +152,9 @@ def live_rounds(
         for number in range(plan.rounds):
             bandwidths.append(stream.ask("stream")["bytes_per_second"])
             for bits in dict.fromkeys(rival.bits for rival in rivals):
-                alike = [rival for rival in rivals if rival.bits == bits]
+                same_bits = [rival for rival in rivals if rival.bits == bits]
                 with contextlib.ExitStack() as stack:
-                    live = _loaded(stack, _rotated(alike, number), models, threads, plan, found)
+                    live = _loaded(stack, _rotated(same_bits, number), models, threads, plan, found)
                     _round(live, number, plan, found)
     return bandwidths
 
@@ -159,13 +167,13 @@ def _loaded(
     plan: Plan,
     found: dict[str, Found],
 ) -> list[tuple[Rival, Process, bool]]:
-    """New processes that have answered once; each with whether its cache can go back."""
+    """Start new processes and let each answer once; return each with whether its cache can go back."""
     live = []
     for rival in rivals:
         if "all" in found[rival.key].failed:
             continue
-        _say(f"load {rival.label}")
-        with _failing(found[rival.key], "all"):
+        _print_progress(f"load {rival.label}")
+        with _recording_failure(found[rival.key], "all"):
             process = stack.enter_context(Process(rival.module, threads))
             loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
             process.ask("answer", context=list(plan.text[:_WARM]), question=list(plan.text[:1]), tokens=_WARM_TOKENS)
@@ -185,22 +193,22 @@ def _round(live: Sequence[tuple[Rival, Process, bool]], number: int, plan: Plan,
             if name.startswith("cached") and not can_rewind:
                 found[key].failed[name] = "its cache cannot go back to an earlier length"
                 continue
-            _say(f"round {number + 1} of {plan.rounds}, {name}: {rival.label}")
-            with _failing(found[key], name):
+            _print_progress(f"round {number + 1} of {plan.rounds}, {name}: {rival.label}")
+            with _recording_failure(found[key], name):
                 found[key].keep(name, process.ask("answer", **asks[key][name]))
     for rival, process, _ in live:
-        with _failing(found[rival.key], "memory"):
+        with _recording_failure(found[rival.key], "memory"):
             found[rival.key].worked = process.ask("memory")
 
 
 @contextlib.contextmanager
-def _failing(found: Found, name: str) -> Iterator[None]:
-    """An error belongs to the runtime it happened to, and to no other."""
+def _recording_failure(found: Found, name: str) -> Iterator[None]:
+    """Record an error for the runtime that it happened to, and for no other."""
     try:
         yield
     except WorkerError as error:
         found.failed[name] = str(error)
-        _say(f"failed: {error}", end="\n")
+        _print_progress(f"failed: {error}", end="\n")
 
 
 def _rotated(items: Sequence[Any], by: int) -> list[Any]:
@@ -208,7 +216,7 @@ def _rotated(items: Sequence[Any], by: int) -> list[Any]:
     return [*items[by:], *items[:by]]
 
 
-def _say(line: str, end: str = "") -> None:
+def _print_progress(line: str, end: str = "") -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line[:110]}", end=end, file=sys.stderr, flush=True)
     elif end or "none" in line or "cold" in line:

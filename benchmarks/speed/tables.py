@@ -1,4 +1,4 @@
-"""BENCHMARKS.md from the measurements: no figure in it is typed by hand."""
+"""Writes BENCHMARKS.md from the measurements, so that no figure in it is typed by hand."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from tp_runtime.storage import atomic_file
 Run = dict[str, Any]
 
 _TITLES = {
-    "decode": "Decoding",
-    "roofline": "How far from the memory's speed",
-    "first-token": "First token against the length of the prompt",
-    "context": "The four ways to carry a context: what each costs until the first token",
+    "decode": "Time per decoded token",
+    "roofline": "Share of the memory bandwidth that decoding uses",
+    "first-token": "Time to the first token against the length of the context",
+    "context": "Time to the first token with a prompt, a cached prefix or a patch",
     "cold-start": "Cold start",
     "memory": "Memory after all rounds",
-    "disk": "Size",
-    "ranks": "What a rank costs",
-    "switch": "Switching against the number of loaded patches",
+    "disk": "Size on disk",
+    "ranks": "Slowdown per token against the rank of a patch",
+    "switch": "Time to switch to another patch against the number of loaded patches",
     "loaded-patches": "Memory of loaded patches",
-    "batch": "Batches in which every row has another patch",
+    "batch": "Throughput of batches in which every row has a different patch",
 }
 
 
 def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
-    """The whole file, whole or not at all."""
+    """Write the file atomically."""
     parts = [_head(found), targets.section(found)]
     for run in found["runs"]:
         parts.append(f"## {run['model']}, {_threads(run)}")
-        parts += [_runtimes(run), _carrying(run), _slots(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
+        parts += [_runtimes(run), _contexts(run), _slots(run), _ranks(run), _loaded(run), _batches(run), _left_out(run)]
     parts.append("## Plots")
     for name, path in plots.items():
-        there = Path(os.path.relpath(path, out.parent)).as_posix()
-        parts.append(f"{_TITLES[name]}:\n\n![{_TITLES[name]}]({there})")
+        relative = Path(os.path.relpath(path, out.parent)).as_posix()
+        parts.append(f"{_TITLES[name]}:\n\n![{_TITLES[name]}]({relative})")
     with atomic_file(out) as temporary:
         temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
@@ -54,35 +54,41 @@ def _head(found: dict[str, Any]) -> str:
         if run["model"] == runs[0]["model"]
     )
     load = max(run["machine"]["load_before"] for run in runs)
-    busy = " (other work was running)" if load > 0.5 else ""
+    busy = " (other programs were running)" if load > 0.5 else ""
     remarks = "".join(f"\n- {remark}" for remark in dict.fromkeys(run.get("remark") for run in runs) if remark)
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
-Written by {commands}; `pip install -e '.[cpu,export,report,bench]'` first. Each figure is
-a median of {plan["rounds"]} rounds (cold starts: {plan["cold"]}). A round asks the runtimes of each precision in turn,
-in new processes that have warmed up, and the next one begins with another; all others are stopped meanwhile. Compare
-within a precision of a table, not between machines or days.
+These figures come from {commands}. The benchmarks need
+`pip install -e '.[cpu,export,report,bench]'` first. Each figure is the median of {plan["rounds"]} rounds (cold starts:
+{plan["cold"]}). A round measures the runtimes of one precision one after another, in new processes that have warmed up,
+and the next round begins with another runtime. All other processes are stopped meanwhile. Compare figures within one
+precision of a table, not between machines or days.
 
 - Machine: {machine.get("processor", "unknown")}, {machine["cpus"]} CPUs ({", ".join(machine.get("flags", []))}; L3
   {machine.get("l3", "unknown")}), {machine["memory_bytes"] / 1e9:.0f} GB, {machine["system"]}, Python
-  {machine["python"]}; load average when a run began: at most {load:.1f}{busy}
-- Memory read at: {speeds}
+  {machine["python"]}; load average at the start of a run: at most {load:.1f}{busy}
+- Memory bandwidth, reading: {speeds}
 - Versions: {", ".join(f"{name} {version}" for name, version in sorted(versions.items()))}
-- Weights: all runtimes compute with the same ones. The published 4-bit GGUF file was dequantised to float32, and every
-  other file was made from those values; llama.cpp's Q8_0 and Q4_0 by its own quantiser from the published file.
-- First token: greedy, from token ids to the next id, KV cache allocated in it; the prompt is the context and a question
-  of {plan["question"]} tokens. Cold start: from starting a process to its first token after 32 tokens, files in the
-  page cache. Memory: of the process, after its longest context; anonymous is what no file backs.
-- tp-runtime asks Linux for huge pages (docs/serving.md), except for prepared folders; the others take what they are
-  given. "No slots" is our export without them, which no patch fits: what empty slots cost.
-- Cached prefix: a live cache rewound to the context's end, for every runtime that can. What tp-runtime's prefix cache
-  finds is copied into the request's own buffers besides.
-- Read: bytes of weights that a token needs, once each, KV not counted. Reached: the time to read them at the memory's
-  speed, over the time a token took after the shortest context.{remarks}""")
+- Weights: all runtimes compute with the same weights. The published 4-bit GGUF file was dequantised to float32, and
+  every other file was made from those values. llama.cpp's own quantiser made Q8_0 and Q4_0 from the published file.
+- First token: the time from the token ids to the next id with greedy decoding, including the allocation of the KV
+  cache. The prompt is the context followed by a question of {plan["question"]} tokens.
+- Cold start: the time from the start of a process to its first token after 32 tokens, with the files in the page cache.
+- Memory: the memory of the process after its longest context. Anonymous memory is the part
+  that no file backs.
+- Huge pages: tp-runtime requests them from Linux (docs/serving.md), except for prepared folders. The other runtimes do
+  not request them.
+- Labels: "our graph" is tp-runtime's export, and "its graph" comes from genai's own builder. "No slots" is tp-runtime's
+  export without slots. No patch fits it, and the comparison shows what empty slots cost.
+- Cached prefix: a KV cache that holds the context is rewound to the end of the context, for every runtime that can
+  rewind. A hit in tp-runtime's prefix cache also copies the entries into the request's own buffers.
+- MB per token: the bytes of weights that a token needs, each counted once, without keys and values.
+- Bandwidth used: the time to read these bytes at the memory bandwidth, divided by the measured time per token after the
+  shortest context.{remarks}""")
 
 
 def _wrapped(text: str) -> str:
-    """Paragraphs and points filled to the width of the other documents."""
+    """Fill paragraphs and list items to the width of the other documents."""
     parts = re.split(r"\n\s*\n|\n(?=- )", text)
     filled = [
         textwrap.fill(
@@ -101,8 +107,8 @@ def _runtimes(run: Run) -> str:
     rivals = run["rivals"].values()
     lengths = _lengths(name for row in rivals for name in row["first_s"] if name.startswith("prompt-"))
     decoded = _lengths(name for row in rivals for name in row["token_s"] if name.startswith("prompt-"))
-    head = ["runtime", "disk MB", "load s", "cold start s", *(f"first token ms, {n}" for n in lengths)]
-    head += [*(f"token ms, {n}" for n in decoded), "read MB", "reached", "peak MB", "anonymous MB"]
+    head = ["runtime", "disk MB", "load s", "cold start s", *(f"first token ms, context {n}" for n in lengths)]
+    head += [*(f"token ms, context {n}" for n in decoded), "MB per token", "bandwidth used", "peak MB", "anonymous MB"]
     rows = []
     for row in rivals:
         reached, memory = share(row, run["bytes_per_second"]), row["memory_worked"]
@@ -121,7 +127,7 @@ def _runtimes(run: Run) -> str:
     return _table(head, rows)
 
 
-def _carrying(run: Run) -> str:
+def _contexts(run: Run) -> str:
     rows, lengths = [], []
     for row in run["rivals"].values():
         first = row["first_s"]
@@ -134,13 +140,16 @@ def _carrying(run: Run) -> str:
             figures = [*(_number(t, 1e3, 0) for t in times), *(_number(t, 1e3, 2) for t in steps)]
             rows.append([row["label"].removeprefix("tp-runtime "), str(n), *figures])
     head = ["precision", "context", "no prompt ms", "prompt ms", "cached prefix ms", "patch ms"]
-    head += ["token ms after it", "the same under a patch"]
-    said = "First token of tp-runtime, by the way that a context is carried (patch: rank 16), and decoding after it:"
-    return _table(head, rows, said)
+    head += ["token ms after the prompt", "token ms with the patch"]
+    caption = (
+        "Time to the first token of tp-runtime without a context, with it as a prompt, with it as a cached prefix, and "
+        "with a patch of rank 16 instead; then the time per decoded token:"
+    )
+    return _table(head, rows, caption)
 
 
 def _slots(run: Run) -> str:
-    """What slots cost while nothing is in them, by the set that an export has."""
+    """Return the table of what empty slots cost, for each set of slots that an export can have."""
     rows, sets = [], {"output (the default)": "ours-{}", "mlp": "slots-mlp-{}", "all": "slots-all-{}"}
     for bits in ("fp32", "int4"):
         keys = [f"slots-none-{bits}", *(key.format(bits) for key in sets.values())]
@@ -152,7 +161,9 @@ def _slots(run: Run) -> str:
             ]
             rows.append([bits, str(length), f"{1e3 * found[0][f'prompt-{length}']:.2f}", *ratios])
     return _table(
-        ["precision", "context", "no slots ms", *sets], rows, "A token with empty slots, over one without any:"
+        ["precision", "context", "no slots ms", *sets],
+        rows,
+        "Decode time with each set of empty slots, divided by that without slots:",
     )
 
 
@@ -166,8 +177,11 @@ def _ranks(run: Run) -> str:
             head = ["precision", "base ms", *(f"rank {rank}" for rank in ratios)]
     if not rows:
         return ""
-    said = "Per-token time with a random patch in every slot, over the base's; rank 0 is the base again (noise):"
-    return _table(head, rows, said)
+    caption = (
+        "Decode time with a random patch in every slot, divided by that of the base. Rank 0 measures the base once "
+        "more and shows the noise:"
+    )
+    return _table(head, rows, caption)
 
 
 def _loaded(run: Run) -> str:
@@ -183,8 +197,15 @@ def _loaded(run: Run) -> str:
         for bits, bench in run["patches"].items()
         for row in bench.get("resident", ())
     ]
-    head = ["precision", "patches loaded", "switch ms", "µs a slot", "more memory MB", "one patch's tensors MB"]
-    return _table(head, rows, "Loaded patches of rank 16:")
+    head = [
+        "precision",
+        "patches loaded",
+        "switch ms",
+        "switch µs per slot",
+        "additional memory MB",
+        "tensors of one patch MB",
+    ]
+    return _table(head, rows, "Switch time and memory with loaded patches of rank 16:")
 
 
 def _batches(run: Run) -> str:
@@ -193,14 +214,16 @@ def _batches(run: Run) -> str:
         for bits, batch in run["batches"].items()
         for row in batch.get("sizes", ())
     ]
-    head = ["precision", "rows", "all base ms", "all different patches ms", "ratio"]
-    return _table(head, rows, "A step of a batch:")
+    head = ["precision", "rows", "base ms", "different patches ms", "median ratio"]
+    return _table(
+        head, rows, "One decode step of a batch, with the base in every row and with a different patch in every row:"
+    )
 
 
 def _left_out(run: Run) -> str:
-    """Nothing is left out silently."""
+    """Return the list of everything that was not measured, with the reasons."""
     lines = [f"- {key}: {reason}" for key, reason in run["left_out"].items()]
-    lines += [f"- making {key}: {reason}" for key, reason in run["not_prepared"].items()]
+    lines += [f"- preparing {key}: {reason}" for key, reason in run["not_prepared"].items()]
     for key, row in run["rivals"].items():
         for reason in dict.fromkeys(row["failed"].values()):
             names = ", ".join(name for name, its in row["failed"].items() if its == reason)
@@ -210,12 +233,12 @@ def _left_out(run: Run) -> str:
     return "Not measured:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], said: str = "") -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     if not rows:
         return ""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{said}\n\n{text}" if said else text
+    return f"{caption}\n\n{text}" if caption else text
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:

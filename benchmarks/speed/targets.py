@@ -1,4 +1,4 @@
-"""What the project set out to reach, and by how much it did or did not: ratios within one run."""
+"""The targets of the project and the figures that it reaches, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Target:
     """One figure of a run.
 
     Attributes:
-        name: what it is.
+        name: the name of the figure in the table.
         wanted: the bound.
-        least: whether the bound is the least, or the most, that meets it.
-        measure: the figure; KeyError, or None, where the run lacks what it takes.
-        why: what stands in the way where it is missed.
+        least: whether the bound is the least value that meets the target. Otherwise it is the greatest.
+        measure: the function that returns the figure of a run. If the run lacks the data, it returns None or raises
+            KeyError.
+        why: the reason why the target is missed, as whole sentences.
     """
 
     name: str
@@ -31,28 +32,29 @@ class Target:
     why: str = ""
 
     def of(self, run: Run) -> float | None:
-        """The figure, None where it was not measured."""
+        """Return the figure, or None if it was not measured."""
         try:
             return self.measure(run)
         except (KeyError, IndexError, ZeroDivisionError, ValueError):
             return None
 
     def met(self, value: float) -> bool:
-        """Whether a figure meets the bound."""
+        """Return whether a figure meets the bound."""
         return value >= self.wanted if self.least else value <= self.wanted
 
 
 def ratio(run: Run, what: str, one: str, other: str, length: int = 128) -> float:
-    """How much longer one runtime takes than another, after a context: the median of each round's ratio.
+    """Return how much longer one runtime takes than another after a context, as the median of each round's ratio.
 
-    A machine that slows down from round to round moves medians of either; what a round compares is minutes apart at
-    most.
+    A machine that slows down from round to round shifts the median of each runtime. The two times that a round compares
+    are minutes apart at most.
 
     Args:
-        run: of the measurements.
-        what: `first` or `token`.
-        one, other: keys of runtimes.
-        length: of the context.
+        run: one run of the measurements.
+        what: the time to compare, `first` or `token`.
+        one: the key of the runtime whose time is the numerator.
+        other: the key of the runtime whose time is the denominator.
+        length: the length of the context in tokens.
     """
     samples = (run["rivals"][key]["samples"][what][f"prompt-{length}"] for key in (one, other))
     return median(a / b for a, b in zip(*samples, strict=True))
@@ -80,7 +82,7 @@ def _python(run: Run) -> float:
 
 def _resident(run: Run) -> float:
     (row,) = (row for row in run["patches"]["fp32"]["resident"] if row["patches"] == 100)
-    return float(row["anonymous_bytes"]) / (100 * row["patch_bytes"] / 2)  # files hold half precision
+    return float(row["anonymous_bytes"]) / (100 * row["patch_bytes"] / 2)  # files store half precision
 
 
 def _first_under_patch(run: Run) -> float:
@@ -96,85 +98,116 @@ def _batch(run: Run) -> float:
     return min(1 / float(row["ratio_per_step"]) for row in sizes)
 
 
+_NOTE = """\
+"A / B" is the time, memory or throughput of A divided by that of B. A ratio of two runtimes is the median over the
+rounds of a run. Bold figures miss the target, and the list below the table gives the reasons."""
 _HEAD = (
-    "ours keeps the head at eight bits, a seventh (SmolLM2) to more than half (Gemma) more bytes of a token, for a "
-    "third less loss; the row below is at equal bits"
+    "tp-runtime keeps the head at eight bits. A token therefore reads a seventh (SmolLM2) to more than half (Gemma) "
+    "more bytes, and the loss is a third lower. The next row compares at equal bits."
 )
 _CALLS = (
-    "three operators in each layer that have nothing to do yet are called; two processes of one and the same graph "
-    "also differ by a few per cent either way, by where their memory lies"
+    "Each layer calls three operators that have nothing to do yet. Two processes that run the same graph also differ "
+    "by a few per cent in either direction, depending on where their memory lies."
 )
 _ELSEWHERE = (
-    "- Measured elsewhere (docs/precision.md says by how much): a repair patch was to recover 0.70 of what int4 loses "
-    "on held-out text. It does on answers, on which it is fitted, and misses it on plain text."
+    "- Another target is measured elsewhere (docs/precision.md has the figures): a repair patch is meant to recover "
+    "0.70 of what int4 loses on held-out text. It reaches this on answers, on which it is fitted, and misses it on "
+    "plain text."
 )
-_LOOP = "the empty slots and Python's share of a token (rows below); genai's own loop on our graph is slower than ours"
+_LOOP = (
+    "The reasons are the empty slots and Python's share of a token (rows below). genai's own loop on tp-runtime's "
+    "graph is slower than tp-runtime's."
+)
 TARGETS = (
-    Target("int4 decode: genai's own graph over ours", 1.0, True, _decode("genai-int4", "ours-int4"), _HEAD),
-    Target("int4 decode, head in four bits too: the same", 1.0, True, _decode("genai-int4", "ours-int4-head4"), _LOOP),
-    Target("int8 decode: genai's own graph over ours", 1.0, True, _decode("genai-int8", "ours-int8"), _LOOP),
     Target(
-        "int4 decode: llama.cpp, published file, over ours",
+        "int4 decode time, genai on its own graph / tp-runtime", 1.0, True, _decode("genai-int4", "ours-int4"), _HEAD
+    ),
+    Target(
+        "int4 decode time, genai on its own graph / tp-runtime with a 4-bit head",
+        1.0,
+        True,
+        _decode("genai-int4", "ours-int4-head4"),
+        _LOOP,
+    ),
+    Target(
+        "int8 decode time, genai on its own graph / tp-runtime", 1.0, True, _decode("genai-int8", "ours-int8"), _LOOP
+    ),
+    Target(
+        "int4 decode time, llama.cpp on the published file / tp-runtime",
         1.3,
         True,
         _decode("llama-published", "ours-int4"),
-        'on Gemma most of a token is the head, which ours keeps at eight bits; "head too" below has it at four',
+        'On Gemma the head is most of a token, and tp-runtime keeps it at eight bits. The rows "4-bit head" below have '
+        "it at four.",
     ),
     Target(
-        "int8 decode: llama.cpp Q8_0 over ours",
+        "int8 decode time, llama.cpp Q8_0 / tp-runtime",
         1.3,
         True,
         _decode("llama-q8_0", "ours-int8"),
-        "both read the same bytes, and llama.cpp's product for them is as good or better",
+        "Both runtimes read the same bytes, and llama.cpp's matrix product for them is as good or better.",
     ),
     Target(
-        "fp32 decode: optimum over ours",
+        "fp32 decode time, optimum / tp-runtime",
         1.5,
         True,
         _decode("optimum", "ours-fp32"),
-        'memory is the bound of both ("reached" below), at one thread as on Gemma',
+        'Memory bandwidth limits both runtimes (column "bandwidth used" below) with one thread, as it does on Gemma.',
     ),
-    Target("int4 first token of 128: better rival over ours", 1.0, True, _prefill("int4", "llama-published")),
     Target(
-        "int8 first token of 128: better rival over ours",
+        "int4 first token after 128 tokens, the faster of genai and llama.cpp / tp-runtime",
+        1.0,
+        True,
+        _prefill("int4", "llama-published"),
+    ),
+    Target(
+        "int8 first token after 128 tokens, the faster of genai and llama.cpp / tp-runtime",
         1.0,
         True,
         _prefill("int8", "llama-q8_0"),
-        "llama.cpp's Q8_0 product is the better one",
+        "llama.cpp's Q8_0 matrix product is the better one.",
     ),
-    Target("rank 16 over no patch, fp32", 1.03, False, _rank("fp32")),
-    Target("rank 16 over no patch, int4", 1.05, False, _rank("int4")),
-    Target("slots at rank 0 over none, fp32", 1.01, False, _decode("ours-fp32", "slots-none-fp32"), _CALLS),
-    Target("slots at rank 0 over none, int4", 1.02, False, _decode("ours-int4", "slots-none-int4"), _CALLS),
+    Target("fp32 decode time, patch of rank 16 / no patch", 1.03, False, _rank("fp32")),
+    Target("int4 decode time, patch of rank 16 / no patch", 1.05, False, _rank("int4")),
+    Target("fp32 decode time, empty slots / no slots", 1.01, False, _decode("ours-fp32", "slots-none-fp32"), _CALLS),
+    Target("int4 decode time, empty slots / no slots", 1.02, False, _decode("ours-int4", "slots-none-int4"), _CALLS),
     Target(
-        "Python a token, ms",
+        "Python's share of a token, ms",
         0.15,
         False,
         _python,
-        "the run before has swept what Python reads and writes from the processor's caches; the same lines take less "
-        "beside a smaller model",
+        "The run before evicts what Python reads and writes from the processor's caches. The same lines take less time "
+        "with a smaller model.",
     ),
-    Target("switch, ms", 0.3, False, _switch),
-    Target("first token under a patch over no prompt", 1.05, False, _first_under_patch),
+    Target("switch to another patch, ms", 0.3, False, _switch),
+    Target("first token, with a patch / without patch and context", 1.05, False, _first_under_patch),
     Target(
-        "memory of 100 patches over their files", 1.0, False, _resident, "files hold half precision, slots take float32"
+        "memory of 100 loaded patches / size of their files",
+        1.0,
+        False,
+        _resident,
+        "Files store half precision, and slots take float32.",
     ),
     Target(
         "cold start of a prepared folder, s",
         1.2,
         False,
         _cold,
-        "reading Gemma's tokenizer, 33 MB of JSON, takes the tokenizers library more than a second, in which nothing "
-        "else of the process can run",
+        "The tokenizers library takes more than a second to read Gemma's tokenizer, 33 MB of JSON. Meanwhile nothing "
+        "else in the process can run.",
     ),
-    Target("batch of 8 with 8 patches: throughput over the base's", 0.9, True, _batch),
+    Target("throughput of a batch of 8, a different patch in each row / base", 0.9, True, _batch),
 )
 
 
 def section(found: dict[str, Any]) -> str:
-    """The part of BENCHMARKS.md that says what was reached."""
+    """Return the section of BENCHMARKS.md that reports the targets and the figures that were reached."""
     runs = found["runs"]
-    head = ["target", "wanted", *(f"{run['model'].split('-')[0]}, {run['threads']} threads" for run in runs)]
+    head = [
+        "target",
+        "wanted",
+        *(f"{run['model'].split('-')[0]}, {run['threads']} thread{'s' if run['threads'] > 1 else ''}" for run in runs),
+    ]
     lines = ["| " + " | ".join(head) + " |", "| --- | ---: |" + " ---: |" * len(runs)]
     missed = []
     for target in TARGETS:
@@ -183,7 +216,7 @@ def section(found: dict[str, Any]) -> str:
         bound = f"{'at least' if target.least else 'at most'} {target.wanted:g}"
         lines.append(f"| {target.name} | {bound} | " + " | ".join(cells) + " |")
         if target.why and any(v is not None and not target.met(v) for v in values):
-            missed.append(f"- {target.name}: {target.why}.")
+            missed.append(f"- {target.name}: {target.why}")
     missed.append(_ELSEWHERE)
-    parts = ["## Reached and missed", "Ratios of one run, medians of each round's; bold: missed.", "\n".join(lines)]
+    parts = ["## Targets reached and missed", _NOTE, "\n".join(lines)]
     return "\n\n".join([*parts, "\n".join(missed)])

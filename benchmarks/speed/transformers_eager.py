@@ -1,4 +1,4 @@
-"""transformers in eager mode: torch, float32, its own cache."""
+"""Runs transformers in eager mode, with torch, float32 and its own cache."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from benchmarks.speed.protocol import Worker, serve
 
 
 class TransformersEager(Worker):
-    """The model as `from_pretrained` gives it."""
+    """The model as `from_pretrained` returns it."""
 
     packages = ("torch", "transformers")
 
     def load(self, path: Path, threads: int) -> None:
-        """Weights mapped from the safetensors file."""
+        """Load the model, with its weights mapped from the safetensors file."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        # Layers with a sliding window keep only the window, and cannot go back.
+        # The cache of a layer with a sliding window keeps only the window, and cannot go back.
         types = getattr(self.model.config, "layer_types", None) or ()
         self.can_rewind = "sliding_attention" not in types
 
     def reset(self) -> None:
-        """The cache class that generate() would take."""
+        """Make a cache of the class that generate() would use."""
         self.cache = DynamicCache(config=self.model.config)
 
     def rewind(self, length: int) -> None:
@@ -34,7 +34,7 @@ class TransformersEager(Worker):
         self.cache.crop(length)
 
     def step(self, ids: Sequence[int]) -> int:
-        """Logits of the last position only."""
+        """Run `ids`, and compute the logits of the last position only."""
         out = self.model(torch.tensor([list(ids)]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return int(out.logits[0, -1].argmax())
 

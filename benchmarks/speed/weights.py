@@ -1,7 +1,7 @@
-"""Bytes of weights that one decoded token reads: all matrices once, tables that are looked up not at all.
+"""Counts the bytes of weights that one decoded token reads: each matrix once, and no lookup table.
 
-Counted from the files, so that a tied embedding counts once where it is stored once, and an output matrix of its own
-counts where an exporter wrote one. Keys and values are not in it.
+The count comes from the files. A tied embedding therefore counts once if the file stores it once, and a separate output
+matrix counts if an exporter wrote one. The count does not include keys and values.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import struct
 from math import prod
 from pathlib import Path
 
-# Operators that read a few rows of a table, not the table.
+# These operators read a few rows of a table, not the whole table.
 _LOOK_UPS = ("Gather", "GatherBlockQuantized", "RotaryEmbedding", "GroupQueryAttention")
 
 
 def bytes_per_token(path: Path) -> int | None:
-    """Of a GGUF file, an ONNX folder or a Hugging Face folder; None where the package that reads it is missing."""
+    """Return the bytes for a GGUF file, an ONNX folder or a Hugging Face folder; None if no package can read it."""
     try:
         if path.suffix == ".gguf":
             return _gguf(path)
@@ -39,7 +39,7 @@ def _onnx(file: Path) -> int:
     for tensor in graph.initializer:
         if tensor.name in read:
             places = {entry.key: entry.value for entry in tensor.external_data}
-            # The same bytes under two names are read from one place.
+            # Two names for the same bytes count once.
             where = (places["location"], places.get("offset", "0")) if places else tensor.name
             if places.get("length"):
                 sizes[where] = int(places["length"])

@@ -1,6 +1,7 @@
-"""The command `tp-export`: one small file for each subcommand, results on stdout, the rest on stderr.
+"""The command `tp-export`, with one module for each subcommand.
 
-No subcommand imports torch before it runs, so `--help` stays instant.
+Results go to stdout, everything else goes to stderr. No subcommand imports torch before it runs, so `--help` answers
+at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,6 @@ _EXTRAS = {**dict.fromkeys(_EXPORT, "export"), "matplotlib": "export,report"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand of `tp-export`; arguments and exit codes are those of `run_program`."""
-    description = "Compute thought patches and export base models to ONNX (host side)."
+    """Run one subcommand of `tp-export`; the arguments and exit codes are those of `run_program`."""
+    description = "Compute thought patches and export base models to ONNX. This is the host side."
     return run_program("tp-export", description, _COMMANDS, argv, _EXTRAS)

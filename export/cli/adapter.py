@@ -1,4 +1,4 @@
-"""`tp-export adapter`: a patch for onnxruntime-genai."""
+"""`tp-export adapter`: write a patch as an adapter for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "adapter",
         help="write a patch as an .onnx_adapter for onnxruntime-genai",
-        description="Write a patch as an adapter for the slots of one exported model folder, which onnxruntime-genai "
-        "loads beside the folder. Prints the file.",
+        description="Write a patch as an adapter for the slots of one exported model folder. onnxruntime-genai loads "
+        "the adapter together with the folder. The command prints the path of the file.",
     )
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
     parser.add_argument("folder", metavar="MODEL_DIR", type=Path, help="the exported model folder")
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the file."""
+    """Write the adapter and print its path."""
     from tp_runtime.patch import Patch
     from tp_runtime.session import ModelFolder
 

@@ -1,4 +1,4 @@
-"""`tp-export check`: is a model folder whole and safe to run?"""
+"""`tp-export check`: check that an exported model folder is complete and safe to run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tp_runtime.session import ModelFolder
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "check",
         help="check an exported model folder",
-        description="Hash every file of an exported model folder and check its graph: known operators only, "
-        "and external data only inside the folder's own files. Prints a line for each check; the first that "
-        "fails ends it with exit code 2.",
+        description="Hash every file of an exported model folder and check its graph: it may use only known operators, "
+        "and external data only inside the folder's own files. The command prints a line for each check. The first "
+        "check that fails ends the command with exit code 2.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder written by tp-export")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks the folder; a failed check raises."""
+    """Check the folder and print the results; a failed check raises an error."""
     from ..graph_check import check_graph
 
     folder = ModelFolder.open(args.folder, verify=True)
@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
     for line in lines:
         print(f"OK {line}")
     for name in folder.unlisted:
-        print(f"-- {name!a} is not listed: nothing reads it")
+        print(f"-- {name!a} is not listed, so nothing reads it")
     return 0

@@ -1,4 +1,4 @@
-"""`tp-export control-vector`: a thought vector as a GGUF control vector."""
+"""`tp-export control-vector`: write a thought vector as a GGUF control vector."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "control-vector",
         help="write a patch of biases as a GGUF control vector",
-        description="Write the biases of a patch as the control vector that llama.cpp and repeng read. A patch that "
-        "holds more, or acts on block 0, where llama.cpp has no direction, is refused. Prints the file.",
+        description="Write the biases of a patch as a control vector that llama.cpp and repeng read. A control vector "
+        "holds nothing else, and llama.cpp has no direction for block 0. The command therefore refuses a patch with "
+        "other parts or with a delta in block 0. It prints the path of the file.",
     )
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
     parser.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
-    parser.add_argument("--lossy", action="store_true", help="leave out what cannot be carried, and say what")
+    parser.add_argument(
+        "--lossy",
+        action="store_true",
+        help="leave out the parts that a control vector cannot store, and list them on stderr",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the file."""
+    """Write the control vector and print its path."""
     from tp_runtime.patch import Patch
 
     from ..formats import check_lossless, control_vector_parts, write_control_vector

@@ -1,4 +1,4 @@
-"""`tp-export fetch`: get a base model by name."""
+"""`tp-export fetch`: download a base model by its name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..fetch import load_manifest, manifest_names
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "fetch",
-        help="get a base model by name",
+        help="download a base model by its name",
         description="Download a base model and its tokenizer, check their digests and write a model folder. "
-        "Prints the folder; a second call finds it.",
+        "The command prints the path of the folder. A second call finds the folder and downloads nothing.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("name", nargs="?", metavar="NAME", help="a model; --list shows them")
+    what.add_argument("name", nargs="?", metavar="NAME", help="the name of a model; --list shows the names")
     what.add_argument("--list", action="store_true", help="list the models with their licences")
     parser.add_argument(
         "--to",
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetches the model, or lists what there is."""
+    """Fetch the model and print its folder, or list the models."""
     if args.list:
         for manifest in map(load_manifest, manifest_names()):
             print(f"{manifest.name}\t{manifest.style}\t{manifest.licence.name}\t{manifest.licence.url}")

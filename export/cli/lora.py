@@ -1,4 +1,4 @@
-"""`tp-export lora`: a patch as a LoRA adapter, for PEFT or for llama.cpp."""
+"""`tp-export lora`: write a patch as a LoRA adapter for PEFT or for llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import add_overwrite
+
 if TYPE_CHECKING:
     from tp_runtime.patch import Patch
 
@@ -14,33 +16,36 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "lora",
         help="write a patch as a LoRA adapter",
-        description="Write a patch as a LoRA folder that peft and transformers load, with the same logits; or, with "
-        "--gguf, as the files that llama.cpp loads. Prints the folder.",
+        description="Write a patch as a LoRA folder that peft and transformers load and that gives the same logits. "
+        "With --gguf, write it as the files that llama.cpp loads. The command prints the path of the folder.",
     )
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument(
         "--base",
         required=True,
         metavar="SRC",
-        help="the base model, a Hugging Face folder or a hub id: checked, and named in the adapter",
+        help="the base model, a Hugging Face folder or a hub id; the command checks that the patch belongs to it, and "
+        "the adapter states its name",
     )
     parser.add_argument(
         "--gguf",
         action="store_true",
-        help="write lora.gguf, and control-vector.gguf for the biases that llama.cpp's LoRA does not have",
+        help="write lora.gguf, and control-vector.gguf for the biases, since a LoRA of llama.cpp has no biases",
     )
-    parser.add_argument("--lossy", action="store_true", help="with --gguf: leave out biases that neither can carry")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
+    parser.add_argument(
+        "--lossy", action="store_true", help="with --gguf: leave out biases that neither file can store"
+    )
+    add_overwrite(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the folder."""
+    """Write the folder and print its path."""
     from tp_runtime.patch import Patch
     from tp_runtime.session import check_base
 

@@ -6,50 +6,55 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import add_overwrite, add_source
+
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "model",
         help="export a base model to ONNX with patch slots",
-        description="Export a base model to ONNX: weights in model.onnx_data, patch deltas in their own initializers "
-        "that a session can override. Prints the folder.",
+        description="Export a base model to ONNX. The weights are stored in model.onnx_data. The patch deltas are "
+        "initializers of their own, which a session can override. The command prints the path of the folder.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder (such as fetch makes) or a hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    add_source(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument(
         "--precision",
         default="fp32",
-        help="fp32 (default), fp16, bf16 (stored only), int8, int4 (the quantiser that loses least on held-out text), "
-        "or one of these: int4-symmetric, int4-rtn, int4-k-quant; or, with the head in four bits too, "
-        "int4-symmetric-head4, int4-rtn-head4",
+        help="the precision of the weights: fp32 (default), fp16, bf16 (only for storage), int8, int4 (the quantiser "
+        "that loses least on held-out text), or one of the quantisers int4-symmetric, int4-rtn, int4-k-quant; "
+        "int4-symmetric-head4 and int4-rtn-head4 store the head in four bits too",
     )
     parser.add_argument(
         "--slots",
         choices=("output", "mlp", "all"),
         default="output",
-        help="where patches can act: output = after the MLP (default), mlp = gate and up too, "
-        "all = every linear layer, so that ordinary LoRA shapes fit",
+        help="the places where patches can act: output = after the MLP (default), mlp = also at gate and up, "
+        "all = at every linear layer, so that ordinary LoRA shapes fit",
     )
-    parser.add_argument("--patch", type=Path, metavar="FILE", help="make this patch the default of its slots")
+    parser.add_argument(
+        "--patch", type=Path, metavar="FILE", help="a patch file whose deltas become the default of their slots"
+    )
     parser.add_argument(
         "--route",
         choices=("auto", "fused", "optimum"),
         default="auto",
-        help="fused = one attention operator (default where it works), optimum = optimum's exporter",
+        help="the exporter: fused = with one attention operator, optimum = optimum's exporter, auto = fused if it "
+        "works for the model (default)",
     )
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="with int8 or int4: fit a patch that makes up for the rounding, and make it the default of the folder "
-        "(with --slots mlp it makes up for more)",
+        help="with int8 or int4: fit a patch that compensates what quantisation costs, and make it the default of the "
+        "folder (with --slots mlp it compensates more)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new folder is whole")
+    add_overwrite(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports the model."""
+    """Export the model and print the folder's path."""
     from tp_runtime.patch import Patch
 
     from ..graph import export_model

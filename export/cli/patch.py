@@ -9,13 +9,17 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
-from .context import (
+from .options import (
+    add_answer_length,
     add_context_options,
     add_device_options,
+    add_source,
     check_patch_file,
+    load_weights,
     read_any_context,
     read_context,
-    torch_device,
+    require_at_least,
+    require_folder_of,
 )
 
 _CALIBRATION_QUERIES = 64
@@ -23,105 +27,123 @@ _SEED = 0
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "patch",
         help="compute a patch from a prompt",
-        description="Have the model answer queries with the prompt in front, and fit in closed form what it did to "
-        "the layers. Queries held out of the fit give the figures. Prints the file.",
+        description="Let the model answer queries with the prompt in front, and fit the prompt's effect on the layers "
+        "in closed form. The fidelity is measured on queries that are held out of the fit. The command prints the path "
+        "of the file.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
+    add_source(parser)
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
-    add_context_options(parser, required=False)
+    add_context_options(parser)
     add_device_options(parser)
     parser.add_argument(
-        "--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl (default: built in)"
+        "--queries",
+        type=Path,
+        metavar="FILE",
+        help="a file of queries, one per line, or a .json or .jsonl file (default: the built-in questions)",
     )
-    parser.add_argument("--held-out", type=Path, metavar="FILE", help="queries to measure on, instead of --holdout")
-    parser.add_argument("--holdout", type=int, default=16, metavar="N", help="queries kept out of the fit (default 16)")
+    parser.add_argument(
+        "--held-out", type=Path, metavar="FILE", help="a file of queries to measure on, instead of --holdout"
+    )
+    parser.add_argument(
+        "--holdout",
+        type=int,
+        default=16,
+        metavar="N",
+        help="the number of queries that are held out of the fit (default 16)",
+    )
     parser.add_argument(
         "--limit",
         type=int,
         default=_CALIBRATION_QUERIES,
         metavar="N",
-        help=f"queries to fit on at most (default {_CALIBRATION_QUERIES})",
+        help=f"the largest number of queries to fit on (default {_CALIBRATION_QUERIES})",
     )
     parser.add_argument(
         "--method",
         choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
         default="output",
-        help="default: output; lora: beside the MLP's last linear layer, for LoRA export of Gemma-like models; prefix: "
-        "no weights, see --prefix; isotropic: a baseline, for comparison",
+        help="the form of the patch (default: output); a lora patch is added to the output of the MLP's last linear "
+        "layer, for the LoRA export of Gemma-like models; a prefix patch has no weights, see --prefix; isotropic is a "
+        "baseline for comparison",
     )
     parser.add_argument(
         "--no-bias",
         action="store_true",
-        help="with --method lora: a pair alone, for engines whose LoRA has no bias (vLLM) and for merging",
+        help="with --method lora: fit a pair of factors without a bias, for engines whose LoRA has no bias (vLLM) and "
+        "for merging",
     )
     parser.add_argument(
         "--first-layer",
         type=int,
         default=0,
         metavar="N",
-        help="leave the blocks below N as they are (default 0); llama.cpp's control vectors begin at 1",
+        help="leave the blocks below N unpatched (default 0); control vectors of llama.cpp begin at block 1",
     )
-    parser.add_argument("--rank", type=int, default=16, help="directions per pair (default 16)")
+    parser.add_argument("--rank", type=int, default=16, help="the rank of each pair of factors (default 16)")
     parser.add_argument(
-        "--ridge", type=float, default=1.0, help="relative to the mean diagonal of the Gram (default 1)"
+        "--ridge",
+        type=float,
+        default=1.0,
+        help="the ridge, relative to the mean diagonal of the Gram matrix (default 1)",
     )
     parser.add_argument(
         "--prefix",
         type=int,
         default=0,
         metavar="N",
-        help="carry N key/value entries a head of the prompt itself, those attended to most (default 0: weights alone)",
+        help="store N key/value entries of the prompt per head, those that are attended to most (default 0: only "
+        "weights)",
     )
     parser.add_argument(
         "--samples",
         type=int,
         default=2,
         metavar="N",
-        help="answers to fit on for each query, one greedy and the rest sampled (default 2)",
+        help="the number of answers to each query to fit on; one is greedy and the others are sampled (default 2)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
+    add_answer_length(parser)
     parser.add_argument(
         "--rollouts",
         type=Path,
         metavar="FILE.jsonl",
-        help="keep the teacher's answers here, and go on from those in it",
+        help="store the teacher's answers in this file, and reuse those that it already has",
     )
     parser.add_argument(
         "--refine",
         type=int,
         default=0,
         metavar="STEPS",
-        help="improve the closed form by gradient steps on the same parameters (default 0: off)",
+        help="improve the closed form by this many gradient steps on the same parameters (default 0)",
     )
     parser.add_argument(
         "--student-precision",
         default="fp32",
         metavar="PRECISION",
-        help="fit against the base as that export computes it (int8, int4, int4-rtn, ...), so that the patch also "
-        "repairs what quantisation cost; without a prompt it is a repair alone (default: fp32, for every precision)",
+        help="fit on the base as an export of this precision computes it (int8, int4, int4-rtn, ...), so that the "
+        "patch also repairs what quantisation costs; without a prompt the patch is only a repair (default: fp32, for "
+        "every precision)",
     )
-    parser.add_argument("--name", help="what the patch is called (default: the file's name)")
-    parser.add_argument("--store-prompt", action="store_true", help="put the prompt's text into the file")
+    parser.add_argument("--name", help="the name of the patch (default: the file's name)")
+    parser.add_argument("--store-prompt", action="store_true", help="store the prompt's text in the patch file")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Computes and writes the patch; its figures go to stderr."""
+    """Compute the patch, write it and print its path; its figures go to stderr."""
     from tp_runtime.patch import FLOAT_PRECISIONS
 
     from ..fit import Recipe, Settings, make_patch
-    from ..progress import clock
     from ..quantise import check_precision
     from ..queries import load_questions, split_holdout
     from ..rollout import RolloutStore
-    from ..source import load_model, open_source
+    from ..source import open_source
 
     check_precision(args.student_precision)
-    _check(args)  # everything that can be wrong with the arguments, before the minutes of work
+    _check(args)  # bad arguments are found before the minutes of work
     repairs = args.student_precision not in FLOAT_PRECISIONS
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
@@ -130,9 +152,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
     source = open_source(args.src)
-    device = torch_device(args.device)
-    with clock("load weights"):
-        model = load_model(source, device, offload=args.offload)
+    model = load_weights(source, args)
     recipe = Recipe(
         method=args.method,
         settings=Settings(args.rank, args.ridge, args.first_layer, not args.no_bias),
@@ -179,19 +199,22 @@ def _check(args: argparse.Namespace) -> None:
         ("--max-new-tokens", args.max_new_tokens, 1),
     )
     for field, value, least in at_least:
-        if value < least:
-            raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
+        require_at_least(field, value, least)
     if not 0 <= args.ridge < float("inf"):
-        raise CalibrationError("not a ridge", field="--ridge", got=args.ridge, wanted="a finite number >= 0")
+        raise CalibrationError(
+            "the ridge is negative or not finite", field="--ridge", got=args.ridge, wanted="a finite number >= 0"
+        )
     if args.refine and args.method == "prefix":
         raise CalibrationError(
-            "there are no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
+            "the patch has no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
         )
-    if args.rollouts is not None and not args.rollouts.resolve().parent.is_dir():
-        raise CalibrationError("no such folder", field="--rollouts", got=str(args.rollouts.parent), fix="make it first")
+    if args.rollouts is not None:
+        require_folder_of("--rollouts", args.rollouts)
     if args.refine and args.offload:
         raise CalibrationError(
-            "gradients need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
+            "gradient steps need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
         )
     if args.no_bias and args.method != "lora":
-        raise CalibrationError("a form that has a bias", field="--no-bias", got=args.method, wanted="--method lora")
+        raise CalibrationError(
+            "only --method lora can leave out the bias", field="--no-bias", got=args.method, wanted="--method lora"
+        )

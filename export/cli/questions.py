@@ -1,4 +1,4 @@
-"""`tp-export questions`: have the base model write calibration queries about a document (self-study)."""
+"""`tp-export questions`: let the base model write calibration queries about a document (self-study)."""
 
 from __future__ import annotations
 
@@ -7,45 +7,43 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import CalibrationError
-
-from .context import add_device_options, read_prompt_file, torch_device
+from .options import add_device_options, add_source, load_weights, read_prompt_file, require_at_least, require_folder_of
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "questions",
-        help="have the model write questions about a document",
-        description="Put every line of a document to the model, which has all of it in context, and ask for questions "
-        "that the line answers. The file is for `tp-export patch --queries`: a patch knows a fact as far as it was "
-        "fitted on questions about it. Read it through: a small model also writes nonsense. Prints the file.",
+        help="let the model write questions about a document",
+        description="Ask the model, with the whole document in context, for questions that each line of the document "
+        "answers. The file is meant for `tp-export patch --queries`: a patch knows a fact only as far as it was fitted "
+        "on questions about it. Check the questions before you use them, since a small model also writes nonsense. The "
+        "command prints the path of the file.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
-    parser.add_argument("document", metavar="DOCUMENT", type=Path, help="UTF-8 text: facts, rules, prose")
-    parser.add_argument("out", metavar="OUT.txt", type=Path, help="one question a line")
-    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="times through the document (default 6)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other questions (default 0)")
+    add_source(parser)
+    parser.add_argument("document", metavar="DOCUMENT", type=Path, help="a UTF-8 text file with facts, rules or prose")
+    parser.add_argument("out", metavar="OUT.txt", type=Path, help="the file to write, with one question per line")
+    parser.add_argument(
+        "--rounds", type=int, default=6, metavar="N", help="the number of passes over the document (default 6)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the sampled questions (default 0)")
     add_device_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the file."""
+    """Write the questions and print the file's path."""
     from tp_runtime.storage import atomic_file
 
-    from ..progress import bar, clock
+    from ..progress import bar
     from ..queries import statements, write_questions
-    from ..source import load_model, open_source
+    from ..source import open_source
 
-    if args.rounds < 1:
-        raise CalibrationError("too small", field="--rounds", got=args.rounds, wanted="at least 1")
-    if not args.out.resolve().parent.is_dir():
-        raise CalibrationError("no such folder", field="OUT", got=str(args.out.parent), fix="make it first")
+    require_at_least("--rounds", args.rounds, 1)
+    require_folder_of("OUT", args.out)
     document = read_prompt_file(args.document)
     source = open_source(args.src)
-    with clock("load weights"):
-        model = load_model(source, torch_device(args.device), offload=args.offload)
+    model = load_weights(source, args)
     with bar("questions", args.rounds * len(statements(document)), "answer") as shown:
         questions = write_questions(source, model, document, args.rounds, seed=args.seed, progress=shown.update)
     with atomic_file(args.out) as temporary:

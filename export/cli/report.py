@@ -1,130 +1,162 @@
-"""`tp-export report`: one page on what a patch does, keeps and costs."""
+"""`tp-export report`: write one page on the effect, the fidelity and the cost of a patch."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tp_runtime.errors import CalibrationError, PatchFormatError
 
-from .context import add_device_option, read_prompt_file, torch_device
+from .options import (
+    add_answer_length,
+    add_device_option,
+    add_source,
+    check_measurable,
+    load_weights,
+    open_graph,
+    read_prompt_file,
+    require_at_least,
+    require_folder_of,
+)
 
 T = TypeVar("T")
-_METHODS = ("steering", "isotropic", "vector", "output", "matrix")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "report",
-        help="one self-contained HTML page on a patch, or on several and their sum",
-        description="Measure patches against the prompts they stand for, and write one HTML page. With several "
-        "patches, give --prompt or --prompt-file once for each, in their order; --queries and --calibration once for "
-        "all or once for each. Prints the file.",
+        help="write a self-contained HTML page on a patch, or on several patches and their sum",
+        description="Measure patches against the prompts that they replace, and write one HTML page. With several "
+        "patches, pass --prompt or --prompt-file once for each patch, in the order of the patches. Pass --queries and "
+        "--calibration once for all patches or once for each. The command prints the path of the page.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
+    add_source(parser)
     parser.add_argument("patches", metavar="PATCH", type=Path, nargs="+", help="the patch files")
-    # One list for both options, so that their order on the command line is kept.
+    # Both options share one list, so that their order on the command line is kept.
     prompts: dict[str, Any] = {"dest": "prompts", "action": "append"}
     parser.add_argument("--prompt", metavar="TEXT", type=str, help="the prompt of a patch", **prompts)
-    parser.add_argument("--prompt-file", metavar="FILE", type=Path, help="the same, from a UTF-8 file", **prompts)
     parser.add_argument(
-        "--queries", type=Path, action="append", required=True, metavar="HELDOUT", help="queries the patch never saw"
+        "--prompt-file", metavar="FILE", type=Path, help="a UTF-8 file with the prompt of a patch", **prompts
+    )
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="HELDOUT",
+        help="a file of queries that the patch was not fitted on",
     )
     parser.add_argument(
         "--calibration",
         type=Path,
         action="append",
         metavar="FILE",
-        help="the file with the queries it was fitted on, for the baselines (default: built in)",
+        help="the file of queries that the patch was fitted on, for the baselines (default: the built-in questions)",
     )
-    parser.add_argument("--runtime", type=Path, metavar="MODEL_DIR", help="the exported folder: times, and fidelity")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
-    parser.add_argument("--json", action="store_true", help="print every figure as one JSON object")
-    parser.add_argument("--store", action="store_true", help="put a summary into the patch files' descriptions")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the teacher's answers (default 48)")
     parser.add_argument(
-        "--long", type=int, default=256, metavar="N", help="length of the long completions (default 256; 0: none)"
+        "--runtime",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="the exported folder to measure times and fidelity with (default: fidelity in torch, no times)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page to write (default report.html)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object instead of the path")
+    parser.add_argument("--store", action="store_true", help="store a summary in the descriptions of the patch files")
+    add_answer_length(parser)
+    parser.add_argument(
+        "--long",
+        type=int,
+        default=256,
+        metavar="N",
+        help="the largest number of tokens of the long completions (default 256; 0 leaves them out)",
     )
     parser.add_argument(
         "--baselines",
-        default=",".join(_METHODS),
+        default="all",
         metavar="LIST",
-        help="methods to fit on the same rows (default: all), or none",
+        help="the methods to fit on the same rows for comparison, separated by commas, or all (default), or none",
     )
     parser.add_argument(
         "--frontier",
         default="",
         metavar="N,N,...",
-        help="draw fidelity against bytes, with these numbers of KV entries a head beside the weights (several fits)",
+        help="draw fidelity against bytes for these numbers of KV entries per head, each with and without weights; "
+        "this takes several fits",
     )
     add_device_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, draws, writes."""
-    import matplotlib  # noqa: F401 - missing, it is found before the minutes of work
+    """Measure the patches, write the page and print its path."""
+    import matplotlib  # noqa: F401 - if it is missing, the error comes before the minutes of work
 
     from tp_runtime.patch import Patch
-    from tp_runtime.session import Graph, ModelFolder, check_base
 
-    from ..progress import clock
-    from ..queries import check_unfitted, load_questions
-    from ..report import about, compare, measure, page, store
-    from ..rollout import context_digest
-    from ..source import load_model, open_source
+    from ..queries import load_questions
+    from ..report import (
+        METHODS,
+        Setup,
+        Subject,
+        check_long,
+        describe_report,
+        fitted_queries,
+        measure_composition,
+        measure_patch,
+        store_summary,
+        write_page,
+    )
+    from ..source import open_source
 
-    methods, frontier = _methods(args.baselines), _entries(args.frontier)
-    for field, value, least in (("--max-new-tokens", args.max_new_tokens, 1), ("--long", args.long, 0)):
-        if value < least:
-            raise CalibrationError("too small", field=field, got=value, wanted=f"at least {least}")
-    if not args.output.resolve().parent.is_dir():
-        raise CalibrationError("no such folder", field="-o", got=str(args.output.parent), fix="make it first")
+    methods, frontier = _methods(args.baselines, METHODS), _entries(args.frontier)
+    require_at_least("--max-new-tokens", args.max_new_tokens, 1)
+    require_at_least("--long", args.long, 0)
+    require_folder_of("-o", args.output)
     count = len(args.patches)
     prompts = _one_each("--prompt", args.prompts or [], count, shared=False)
     queries = _one_each("--queries", args.queries, count)
     calibration = _one_each("--calibration", args.calibration or [None], count)
     source = open_source(args.src)
-    graph = None if args.runtime is None else Graph(ModelFolder.open(args.runtime))
+    graph = open_graph(args.runtime)
     subjects = []
     for file, prompt, held_out, fitted in zip(args.patches, prompts, queries, calibration, strict=True):
         patch = Patch.load(file)
         context = read_prompt_file(prompt) if isinstance(prompt, Path) else prompt
         held = load_questions(held_out)
-        check_unfitted(held, (patch.config.calibration or {}).get("query_digests", ()))
-        if patch.config.context_digest not in ("", context_digest(context)):
-            print(f"note: {file.name} was fitted on another prompt than the one given", file=sys.stderr)
-        check_base(patch, source.name, source.digest, "fp32" if graph is None else graph.folder.precision)
-        if graph is not None:
-            graph.bind(patch)  # a patch that does not fit is found before the rollout
-        known = compare.fitted_queries(patch, load_questions(fitted))
-        subjects.append(measure.Subject(patch, file, context, held, known))
+        check_measurable(patch, file.name, context, held, source, graph)
+        known = fitted_queries(patch, load_questions(fitted))
+        subjects.append(Subject(patch, file, context, held, known))
     if len({subject.patch.identity for subject in subjects}) < count:
-        raise PatchFormatError("the same patch twice", field="PATCH", got=", ".join(map(str, args.patches)))
+        raise PatchFormatError("the same patch is given twice", field="PATCH", got=", ".join(map(str, args.patches)))
     if sum(subject.patch.prefix is not None for subject in subjects) > 1:
         raise CalibrationError(
             "patches with KV prefixes cannot be added, and this page shows their sum",
             field="PATCH",
             got=", ".join(map(str, args.patches)),
             wanted="at most one patch with a KV prefix",
-            fix="make a page for each",
+            fix="make a page for each patch",
         )
-    with clock("load weights"):
-        model = load_model(source, torch_device(args.device))
-    setup = measure.Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier)
+    model = load_weights(source, args)
+    setup = Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier)
     for subject in subjects:
-        measure.check_long(setup, subject)
-    reports = [measure.measure_patch(setup, subject) for subject in subjects]
-    composition = measure.measure_composition(setup, subjects) if count > 1 else []
-    report = about.describe(setup, reports, composition)
-    page.write(report, args.output)
+        check_long(setup, subject)
+    reports = [measure_patch(setup, subject) for subject in subjects]
+    composition = measure_composition(setup, subjects) if count > 1 else []
+    report = describe_report(setup, reports, composition)
+    write_page(report, args.output)
     if args.store:
         for subject, measured in zip(subjects, reports, strict=True):
-            store.store(subject.file, subject.patch, measured)
+            store_summary(subject.file, subject.patch, measured)
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
@@ -132,15 +164,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(text: str) -> tuple[str, ...]:
-    names = () if text == "none" else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    unknown = [name for name in names if name not in _METHODS]
+def _methods(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    if text in ("all", "none"):
+        return known if text == "all" else ()
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise CalibrationError(
-            "unknown method",
+            "the method is unknown",
             field="--baselines",
             got=", ".join(map(repr, unknown)),
-            wanted=f"{', '.join(_METHODS)}, or none",
+            wanted=f"{', '.join(known)}, all or none",
         )
     return names
 
@@ -148,17 +182,19 @@ def _methods(text: str) -> tuple[str, ...]:
 def _entries(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise CalibrationError("not numbers of entries", field="--frontier", got=repr(text), wanted="such as 4,16,64")
+        raise CalibrationError(
+            "the value is not a list of positive integers", field="--frontier", got=repr(text), wanted="such as 4,16,64"
+        )
     return tuple(sorted({int(part) for part in parts}))
 
 
 def _one_each(field: str, given: list[T], count: int, *, shared: bool = True) -> list[T]:
-    """As many as there are patches; one may stand for all where `shared`."""
+    """Return one value for each of `count` patches; if `shared`, a single value counts for all of them."""
     if shared and len(given) == 1:
         return given * count
     if len(given) != count:
         raise CalibrationError(
-            "not one for each patch",
+            "the number of values differs from the number of patches",
             field=field,
             got=len(given),
             wanted=f"{count}, in the order of the patches" + (", or 1 for all" if shared and count > 1 else ""),

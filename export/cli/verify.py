@@ -1,4 +1,7 @@
-"""`tp-export verify`: the theorem on a model. Exact patches, one for each token, make the student the teacher."""
+"""`tp-export verify`: check the theorem on a model.
+
+With the exact patch of each token, the student computes the same as the teacher.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,16 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError
 
-from .context import add_context_options, add_device_option, read_context, torch_device
+from .options import (
+    add_context_options,
+    add_device_option,
+    add_source,
+    load_weights,
+    read_any_context,
+    require_at_least,
+)
 
-# What is verified where nothing else is asked for: a prompt and queries for each style of model.
+# The default prompt and queries for each style of model.
 _CONTEXTS: Mapping[str, str] = {
     "chat": "You are a pirate captain. Speak only in pirate slang.",
     "completion": "dog: chien\ncat: chat\nhouse: maison\n",
@@ -30,50 +40,55 @@ _QUERIES: Mapping[str, tuple[str, ...]] = {
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "verify",
         help="show that exact token-dependent patches reproduce a prompt",
         description="For every token of the prompted model's greedy answers, solve the exact patch of that token, "
-        "write it into the weights, run the query without the prompt, and compare. Prints the tokens that agree, the "
-        "largest logit error, and for each layer the largest error of the residual stream o that leaves it, at the "
-        "last position: max |o_student - o_teacher| / rms(o_teacher). In float32 all of it is rounding.",
+        "write it into the weights, run the query without the prompt, and compare. The command prints the number of "
+        "tokens that agree and the largest logit error. For each layer it prints the largest error of the residual "
+        "stream o that leaves the layer, at the last position: max |o_student - o_teacher| / rms(o_teacher). In "
+        "float32 all errors are rounding errors.",
     )
-    parser.add_argument("src", metavar="SRC", help="a Hugging Face folder or a hub id")
-    add_context_options(parser, required=False)
+    add_source(parser)
+    add_context_options(parser)
     add_device_option(parser)
-    parser.add_argument("--queries", type=Path, metavar="FILE", help="one query a line, or .json/.jsonl")
-    parser.add_argument("--tokens", type=int, default=20, metavar="N", help="tokens of each answer (default 20)")
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        metavar="FILE",
+        help="a file of queries, one per line, or a .json or .jsonl file (default: built-in queries)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=20, metavar="N", help="the number of tokens of each answer (default 20)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the weights and the whole pass",
+        help="the dtype of the weights and of the whole computation (default float32)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verifies and prints."""
+    """Verify the theorem on every query and print the figures."""
     from ..fit import verify
-    from ..progress import bar, clock
+    from ..progress import bar
     from ..queries import load_questions
     from ..rollout import check_length
-    from ..source import load_model, open_source
+    from ..source import open_source
 
-    if args.tokens < 1:
-        raise CalibrationError("too small", field="--tokens", got=args.tokens, wanted="at least 1")
+    require_at_least("--tokens", args.tokens, 1)
     source = open_source(args.src)
-    asked = args.prompt is not None or args.prompt_file is not None
-    context = read_context(args) if asked else _CONTEXTS[source.style]
+    given = read_any_context(args)
+    context = _CONTEXTS[source.style] if given is None else given
     if not context.strip():
         raise CalibrationError("the prompt is empty", field="--prompt", got=repr(context), wanted="text")
     queries = load_questions(args.queries) if args.queries else _QUERIES[source.style]
     prompts = [(source.codec.render(query, context), source.codec.render(query)) for query in queries]
-    device = torch_device(args.device)
-    with clock("load weights"):
-        model = load_model(source, device, args.dtype)
+    model = load_weights(source, args, args.dtype)
     check_length(max(len(teacher) for teacher, _ in prompts) + args.tokens, model.config.max_position_embeddings)
     tokens = []
     with bar("exact patches", len(queries) * args.tokens, "token") as shown:

@@ -1,1 +1,1 @@
-"""Data files of the exporter."""
+"""The data files of the host side: the built-in questions and texts."""

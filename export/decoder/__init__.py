@@ -1,10 +1,10 @@
-"""Where things are in a transformers decoder: its blocks and their sites, slots, and patches applied by forward hooks.
+"""The structure of a transformers decoder: its blocks, sites and slots, and patches applied with forward hooks.
 
-Knows nothing of files, queries or fits.
+This room knows nothing of files, queries or fits.
 """
 
 from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
-from .hooks import TorchDelta, applied, patched
+from .hooks import PatchHooks, TorchDelta, applied, patched
 from .kv_prefix import TorchPrefix, torch_prefix
 from .module_names import SiteLinear, model_without_weights, site_linears
 from .slot_modules import SLOT_SETS, SlotTensors, slots_of, slotted
@@ -13,6 +13,7 @@ __all__ = [
     "SLOT_SETS",
     "Block",
     "Mlp",
+    "PatchHooks",
     "SiteLinear",
     "SlotTensors",
     "TorchDelta",

@@ -1,17 +1,18 @@
-"""Architecture adapters: where the sites of the method sit in a transformers decoder.
+"""Architecture adapters: which modules of a transformers decoder are the sites of the method.
 
-For one block, with the letters of docs/method.md:
+These are the values in one block, with the letters of docs/method.md:
 
     x  block input                         v = x + attention branch
-    u  what the MLP half reads: v, or x itself where attention and MLP run in parallel
+    u  the input of the MLP half: v, or x itself if attention and MLP run in parallel
     z = mlp_norm(u)                        h = act(gate z) * (up z), or act(up z)     (the input of `down`)
     o = v + post_norm(down h)              (`post_norm` only in Gemma-like blocks)
 
-A block is cut between its halves. The cut is all that the MLP half needs: v [..., d] in a sequential block, v and u
-side by side [..., 2d] in a parallel one. It is one tensor either way, so who gathers rows of it need not know which.
+A block has a split point between its attention half and its MLP half. The tensor at the split point, called `split` in
+this file, is all that the MLP half needs. In a sequential block it is v [..., d]; in a parallel block it is v and u,
+concatenated [..., 2d]. It is one tensor in both cases, so code that gathers its rows works for both.
 
-An adapter only says where things are. Attention, masks, rotary embeddings and routing are always run by transformers'
-own modules, so that a block design costs a few lines here and nothing elsewhere (docs/architectures.md).
+An adapter only names modules. transformers' own modules always run attention, masks, rotary embeddings and routing, so
+a block design needs a few lines here and nothing elsewhere (docs/architectures.md).
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ from tp_runtime.errors import ModelFormatError
 
 @dataclass(frozen=True)
 class Adapter:
-    """Names of one architecture's modules.
+    """The names of one architecture's modules.
 
     Attributes:
-        mlp_norm: the norm in front of the MLP, relative to a decoder layer like the next three.
-        post_norm: the norm of what the MLP branch returns, if there is one.
-        mlp: the MLP, or the mixture of experts.
-        attention: the attention module.
-        reads_z: site -> linear that reads z, relative to the MLP or to one expert.
-        down: the linear that reads h, likewise.
-        router, experts: of a mixture, relative to `mlp`; layers without `experts` are taken for ordinary ones.
-        attention_linears: site -> linear, relative to `attention`.
-        parallel: the attribute of a layer that says that its MLP reads x, not v; None: it never does.
+        mlp_norm: the norm in front of the MLP, relative to a decoder layer.
+        post_norm: the norm of the MLP branch's output, relative to a decoder layer; None if there is no such norm.
+        mlp: the MLP, or the mixture of experts, relative to a decoder layer.
+        attention: the attention module, relative to a decoder layer.
+        reads_z: site -> the linear layer that reads z, relative to the MLP or to one expert.
+        down: the linear layer that reads h, relative to the MLP or to one expert.
+        router: the router of a mixture of experts, relative to `mlp`; None if the architecture has no mixture.
+        experts: the list of experts, relative to `mlp`; layers without it are treated as ordinary ones.
+        attention_linears: site -> linear layer, relative to `attention`.
+        parallel: the attribute of a layer that states whether its MLP reads x instead of v; None if no MLP does.
         layers: the list of layers, relative to the causal language model.
-        returns_tuple: whether a layer's forward returns (x, ...) or x.
+        returns_tuple: whether a layer's forward returns (x, ...) instead of x.
     """
 
     mlp_norm: str
@@ -109,48 +111,57 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 
 def adapter_for(model_type: str) -> Adapter:
-    """The adapter of a transformers `model_type`; ModelFormatError, listing the known ones, if there is none."""
+    """Return the adapter of a transformers `model_type`.
+
+    Raises:
+        ModelFormatError: there is no adapter for `model_type`; the message lists the known ones.
+    """
     try:
         return ADAPTERS[model_type]
     except KeyError:
         raise ModelFormatError(
-            "no adapter for this architecture",
+            "there is no adapter for this architecture",
             field="config.model_type",
             got=model_type,
             wanted=" | ".join(ADAPTERS),
-            fix="add one to ADAPTERS in export/adapters.py: it names the modules of a block",
+            fix="add an adapter that names the modules of a block to ADAPTERS in export/decoder/adapters.py",
         ) from None
 
 
 class Mlp(NamedTuple):
-    """One MLP, or one expert: the linears that read z, by site, and the one that reads h."""
+    """One MLP, or one expert: the linear layers that read z, by site, and the linear layer that reads h."""
 
     reads_z: dict[str, nn.Module]
     down: nn.Module
 
 
-class _Reached(Exception):
-    """Carries the cut out of a layer that was stopped at the door of its MLP half."""
+class _Stopped(Exception):
+    """Stops a layer at its split point, and holds the tensor there."""
 
-    def __init__(self, cut: Tensor) -> None:
-        self.cut = cut
+    def __init__(self, split: Tensor) -> None:
+        self.split = split
 
 
 class Block:
-    """One decoder layer, cut between its halves.
+    """One decoder layer, as two halves with a split point between them.
 
     Args:
         layer: the transformers decoder layer.
-        adapter: where its modules are.
-        index: number of the layer.
+        adapter: the names of the layer's modules.
+        index: the number of the layer.
 
     Attributes:
-        mlps: the MLP, or every expert.
-        router: of a mixture of experts.
-        linears: every site beside one linear layer -> that layer's name, relative to `layer`. Experts have none.
-        reader, tail: names of the modules between which `mlp_out` acts: it reads the input of the first, h of `down` (z
-            of a mixture, whose h differs from expert to expert), and adds to the output of the second, which joins the
-            residual.
+        parallel: whether the MLP reads x instead of v.
+        mlp_norm: the norm in front of the MLP.
+        post_norm: the norm of the MLP branch's output; None if there is no such norm.
+        mlp: the MLP, or the mixture of experts.
+        mlps: a list of the one MLP, or of every expert.
+        router: the router of a mixture of experts; None in an ordinary layer.
+        linears: for every site at the output of one linear layer, that layer's name, relative to `layer`. The linear
+            layers of experts are not among them.
+        reader: the name of the module whose input `mlp_out` reads. This is `down`, whose input is h, or the mixture of
+            experts, whose input is z: in a mixture, h differs from expert to expert.
+        tail: the name of the module to whose output `mlp_out` adds. This output is added to the residual stream.
     """
 
     def __init__(self, layer: nn.Module, adapter: Adapter, index: int) -> None:
@@ -180,23 +191,34 @@ class Block:
         ]
 
     def attention_half(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """x [b, T, d] -> the cut [b, T, d or 2d], by running the layer itself and stopping it at its MLP half."""
+        """Run the layer itself up to its split point.
 
-        def stop(cut: Tensor) -> None:
-            raise _Reached(cut)
+        Args:
+            x: the input of the layer, [b, T, d].
+            kwargs: the other arguments of the layer.
+
+        Returns:
+            The tensor at the split point, [b, T, d or 2d].
+
+        Raises:
+            ModelFormatError: the layer did not run the module that the adapter names as the MLP norm.
+        """
+
+        def stop(split: Tensor) -> None:
+            raise _Stopped(split)
 
         with self.at_cut(stop):
             try:
                 self.layer(x, **kwargs)
-            except _Reached as reached:
-                return reached.cut
+            except _Stopped as stopped:
+                return stopped.split
         raise ModelFormatError(
-            "the layer never reached its MLP norm", field=self.adapter.mlp_norm, fix="correct the adapter's mlp_norm"
+            "the layer did not run its MLP norm", field=self.adapter.mlp_norm, fix="correct the adapter's mlp_norm"
         )
 
     @contextmanager
     def at_cut(self, reached: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within the context `reached` is given the cut [b, T, d or 2d] whenever the layer runs into its MLP half."""
+        """Call `reached` with the tensor at the split point [b, T, d or 2d] whenever the layer runs in the context."""
         branch: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: Any, out: tuple[Tensor, ...]) -> None:
@@ -215,82 +237,86 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def residual(self, cut: Tensor) -> Tensor:
-        """cut -> v [..., d], what the MLP branch is added to."""
-        return cut.chunk(2, -1)[0] if self.parallel else cut
+    def residual(self, split: Tensor) -> Tensor:
+        """Return v [..., d], to which the MLP branch is added."""
+        return split.chunk(2, -1)[0] if self.parallel else split
 
-    def normed(self, cut: Tensor) -> Tensor:
-        """cut -> z [..., d], what the MLP reads."""
-        return self.mlp_norm(cut.chunk(2, -1)[1] if self.parallel else cut)
+    def normed(self, split: Tensor) -> Tensor:
+        """Return z [..., d], which the MLP reads."""
+        return self.mlp_norm(split.chunk(2, -1)[1] if self.parallel else split)
 
-    def mlp_half(self, cut: Tensor) -> Tensor:
-        """cut -> o [..., d]: the MLP branch joined to v, through the layer's own modules and their hooks."""
-        out = self.branch(cut)
+    def mlp_half(self, split: Tensor) -> Tensor:
+        """Return o [..., d], the sum of v and the MLP branch, computed by the layer's own modules and their hooks."""
+        out = self.branch(split)
         if self.post_norm is not None:
             out = self.post_norm(out)
-        v = self.residual(cut)
+        v = self.residual(split)
         return v + out.reshape(v.shape)
 
-    def hidden(self, cut: Tensor) -> Tensor:
-        """cut -> what `mlp_out` reads, [..., f] (h) or, of a mixture of experts, [..., d] (z)."""
-        return self.mlp_half_and_hidden(cut)[1]
+    def hidden(self, split: Tensor) -> Tensor:
+        """Return the values that `mlp_out` reads: h [..., f], or z [..., d] of a mixture of experts."""
+        return self.mlp_half_and_hidden(split)[1]
 
-    def mlp_half_and_hidden(self, cut: Tensor) -> tuple[Tensor, Tensor]:
-        """Both `mlp_half` and `hidden`, in one pass."""
+    def mlp_half_and_hidden(self, split: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both `mlp_half` and `hidden`, from one pass."""
         seen: list[Tensor] = []
         reader = self.layer.get_submodule(self.reader)
         handle = reader.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
-            out = self.mlp_half(cut)
+            out = self.mlp_half(split)
         finally:
             handle.remove()
-        return out, seen[0].reshape(*cut.shape[:-1], -1)
+        return out, seen[0].reshape(*split.shape[:-1], -1)
 
-    def branch(self, cut: Tensor) -> Tensor:
-        """cut -> the output of the MLP, before any post-norm, as [b, T, d]: experts take and give nothing less."""
-        z = self.normed(cut)
+    def branch(self, split: Tensor) -> Tensor:
+        """Return the output of the MLP before any post-norm, always as [b, T, d], as experts take and return it."""
+        z = self.normed(split)
         out = self.mlp(z if z.ndim == 3 else z.reshape(1, -1, z.shape[-1]))
         return out[0] if isinstance(out, tuple) else out
 
 
 def linear_of(parent: nn.Module, name: str) -> nn.Module:
-    """The linear layer `name` of `parent`; ModelFormatError if it is something else (quantised, for instance)."""
+    """Return the linear layer `name` of `parent`.
+
+    Raises:
+        ModelFormatError: the module is not a plain linear layer; it may be a quantised one.
+    """
     linear = parent.get_submodule(name)
     if not isinstance(linear, nn.Linear | Conv1D):
         raise ModelFormatError(
-            "not a linear layer",
+            "the module is not a linear layer",
             field=name,
             got=type(linear).__name__,
             wanted="torch.nn.Linear",
-            fix="load it in float32",
+            fix="load the model in float32",
         )
     return linear
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in], a view on it: GPT-2's Conv1D stores [in, out]."""
+    """Return a view of a linear layer's weight as [out, in]: GPT-2's Conv1D stores [in, out]."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def blocks_of(model: nn.Module, adapter: Adapter | None = None) -> list[Block]:
-    """The blocks of a transformers causal language model, in order; by default as its own adapter sees them."""
+    """Return the blocks of a transformers causal language model, in order; `adapter` defaults to the model's own."""
     adapter = adapter or adapter_for(model.config.model_type)  # type: ignore[union-attr, arg-type]
     return [Block(layer, adapter, i) for i, layer in enumerate(model.get_submodule(adapter.layers).children())]
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
-    """Heads and head size of one layer's keys and values."""
+    """Return the number of key/value heads of a layer and their size."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer, hands its input on unchanged and keeps what the layer would have been given."""
+    """Replaces a decoder layer, returns its input unchanged, and keeps the arguments that the layer would have got."""
 
     def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
-        self.original = [layer]  # in a list, so that it is no submodule
+        self.original = [layer]  # in a list, so that torch does not register it as a submodule
         self.returns_tuple = returns_tuple
         self.x: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
@@ -298,26 +324,29 @@ class _Recorder(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # e.g. attention_type, which picks the layer's mask
+        except AttributeError:  # transformers reads attention_type, for instance, to choose the layer's mask
             return getattr(self.__dict__["original"][0], name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # GPT-2 passes some of them by position; every later call passes them by name.
+        # GPT-2 passes some arguments by position; every later call of the layer passes them by name.
         given = inspect.signature(self.original[0].forward).bind_partial(x, *args).arguments
         self.x, self.kwargs = x, {**dict(list(given.items())[1:]), **kwargs}
         return (x,) if self.returns_tuple else x
 
 
 def layer_inputs(model: nn.Module, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What the model gives its layers: the embeddings x [b, T, d] and each layer's keyword arguments.
-
-    Args:
-        model: a transformers causal language model.
-        input_ids: [b, T].
-        inputs: what else the model is called with: an attention mask, and a KV prefix's cache if there is one.
+    """Return what the model passes to its layers.
 
     The model's own forward runs with every layer replaced by a recorder, so masks, position embeddings and embedding
     scales are transformers' own.
+
+    Args:
+        model: a transformers causal language model.
+        input_ids: the token ids, [b, T].
+        inputs: the other arguments of the model: an attention mask, and the cache of a KV prefix if there is one.
+
+    Returns:
+        The embeddings x, [b, T, d], and the keyword arguments of each layer.
     """
     adapter = adapter_for(model.config.model_type)  # type: ignore[union-attr, arg-type]
     layers = model.get_submodule(adapter.layers)
@@ -333,5 +362,5 @@ def layer_inputs(model: nn.Module, input_ids: Tensor, inputs: Mapping[str, Any])
 
 
 def plain_inputs(attention_mask: Tensor) -> dict[str, Any]:
-    """What a model is called with besides ids that nothing is in front of, for a mask [b, T]."""
+    """Return the model's arguments other than the ids, for ids with a mask [b, T] and no KV prefix."""
     return {"attention_mask": attention_mask, "use_cache": False}

@@ -1,4 +1,4 @@
-"""The KV prefix of a patch in torch: a transformers model runs behind key/value entries instead of the context."""
+"""The KV prefix of a patch in torch: transformers models attend to stored key/value entries instead of the context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from .adapters import kv_shape
 
 @dataclass(frozen=True)
 class TorchPrefix:
-    """`KVPrefix` as tensors on the model's device: of every layer, keys and values [1, kv heads, n, head dim]."""
+    """A `KVPrefix` as tensors on the model's device.
+
+    Attributes:
+        keys: the keys of every layer, [1, kv heads, n, head dim].
+        values: the values of every layer, [1, kv heads, n, head dim].
+        replaces: the token ids at the start of a prompt that the entries replace.
+        position: the position of the first token after the entries, at least n.
+    """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -28,7 +35,7 @@ class TorchPrefix:
         return int(self.keys[0].shape[2])
 
     def model_inputs(self, attention_mask: Tensor) -> dict[str, Any]:
-        """What a transformers model is called with besides the ids, for ids with `attention_mask` [b, T] behind it."""
+        """Return the model's arguments other than the ids, for ids with `attention_mask` [b, T] after the prefix."""
         rows, steps = attention_mask.shape
         kept = attention_mask.new_ones(rows, len(self))
         where = torch.arange(steps, device=attention_mask.device)
@@ -41,14 +48,14 @@ class TorchPrefix:
         }
 
     def cache(self) -> DynamicCache:
-        """A cache of one row that starts with the entries, and grows."""
+        """Return a growing cache of one batch row that starts with the entries."""
         cache = DynamicCache()
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(key, value, layer)
         return cache
 
     def numpy(self) -> KVPrefix:
-        """For the patch, rounded to the half precision it will be stored in."""
+        """Return the prefix for a patch file, rounded to the half precision that the file stores."""
         entries = {}
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
             for part, kept in zip(("key", "value"), pair, strict=True):
@@ -57,7 +64,7 @@ class TorchPrefix:
 
 
 class _Frozen(DynamicCache):
-    """A cache that shows every layer the prefix and what it is given, and keeps nothing: layers run more than once."""
+    """A cache that never grows: layers run more than once, and each run sees only the prefix and its own tokens."""
 
     def __init__(self, prefix: TorchPrefix, rows: int) -> None:
         super().__init__()
@@ -65,17 +72,18 @@ class _Frozen(DynamicCache):
             super().update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
-        """Past and present joined."""
+        """Return the prefix and the new keys and values, concatenated."""
         kept: Any = self.layers[layer_idx]
-        past = kept.keys.to(key_states.device), kept.values.to(key_states.device)  # a device map moves layers
+        past = kept.keys.to(key_states.device), kept.values.to(key_states.device)  # a device map may move layers
         return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
 
 
 def torch_prefix(patch: Patch, model: Any) -> TorchPrefix | None:
-    """The prefix of a patch on the device of `model`, if it has one.
+    """Return the KV prefix of a patch on the device of `model`; None if the patch has no prefix.
 
     Raises:
-        PatchShapeError, PatchValueError: it does not fit the model.
+        PatchShapeError: the prefix does not fit the shape of the model's KV cache or its context window.
+        PatchValueError: the prefix replaces token ids that the model does not have.
     """
     prefix = patch.prefix
     if prefix is None:

@@ -1,7 +1,7 @@
-"""What transformers calls the layers that the sites of a patch lie beside, from a config alone: no weights are read.
+"""Find transformers' names for the linear layers at the sites of a patch, from a config only: no weights are read.
 
-The model is built on torch's meta device, which allocates nothing, and the architecture's adapter says where things
-are; the names are then the model's own.
+The model is built on torch's meta device, which allocates nothing. The architecture's adapter identifies the linear
+layers, and their names are the model's own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from .slot_modules import slots_of
 
 @dataclass(frozen=True)
 class SiteLinear:
-    """The linear layer that a site lies beside.
+    """The linear layer to whose output a site adds.
 
     Attributes:
-        module: its name in the model, such as `model.layers.0.mlp.down_proj`.
-        inputs: size of its input, `outputs` of its output.
+        module: the layer's name in the model, such as `model.layers.0.mlp.down_proj`.
+        inputs: the size of the layer's input.
+        outputs: the size of the layer's output.
     """
 
     module: str
@@ -32,7 +33,11 @@ class SiteLinear:
 
 
 def model_without_weights(config: Mapping[str, Any]) -> nn.Module:
-    """A causal language model without weights, from a parsed config.json; ModelFormatError if there is no adapter."""
+    """Build a causal language model without weights from a parsed config.json.
+
+    Raises:
+        ModelFormatError: there is no adapter for the architecture.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     adapter_for(str(config.get("model_type", "")))
@@ -41,10 +46,10 @@ def model_without_weights(config: Mapping[str, Any]) -> nn.Module:
 
 
 def site_linears(model: nn.Module) -> dict[tuple[int, str], SiteLinear]:
-    """(layer, site) to the linear layer it lies beside, for every site of the model that is a linear layer's own.
+    """Return (layer, site) -> linear layer, for every site of the model that adds to the output of one linear layer.
 
-    `mlp_out` is the same as `down` where nothing follows `down` in the branch; behind a post-norm, and of a mixture of
-    experts, it lies beside no linear layer, and is left out.
+    `mlp_out` is the same as `down` if nothing follows `down` in the MLP branch. After a post-norm, and in a mixture of
+    experts, `mlp_out` does not add to a linear layer's output, so it is left out.
     """
     names = {module: name for name, module in model.named_modules()}
     blocks = blocks_of(model)

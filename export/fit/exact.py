@@ -1,23 +1,25 @@
-"""Exact token-dependent patches: the theorem, used as the correctness anchor of the architecture adapters.
+"""Exact token-dependent patches: the theorem, used to check that the architecture adapters are correct.
 
-For one token, block by block, each block solved on the student as already patched below it (Dherin et al. 2025;
-Goldwaser et al. 2025 for gated, post-norm and expert blocks):
+For one token, the blocks are solved one after another, each on the student as already patched below it (Dherin et al.
+2025; Goldwaser et al. 2025 for gated, post-norm and expert blocks):
 
-    dW = W (z_T - z_S) z_S^T / |z_S|^2      for every linear that reads z (gate and up, or a plain MLP's first; the
-                                            router), so the student's h and choice of experts become the teacher's
-    tau = o_T - v_S                         what the student's branch has to give, e.g. W_down h_T + (v_T - v_S)
+    dW = W (z_T - z_S) z_S^T / |z_S|^2      for every linear layer that reads z (gate and up, or the first layer of a
+                                            plain MLP; the router), so that the student's h and its choice of experts
+                                            become the teacher's
+    tau = o_T - v_S                         the output that the student's branch needs, e.g. W_down h_T + (v_T - v_S)
     no post-norm:   u = tau
     post-norm:      s = sign(tau) sqrt|tau|,   u = r s / rms(s),   r = rms(W_down h_T),   m' = tau / y(u)
-    dW_down = (u - W_down h_T) h_T^T / |h_T|^2, or, where `down` has a bias, db_down = u - W_down h_T
-    experts: the same in every expert chosen, the last line divided by the sum of their routing weights
+    dW_down = (u - W_down h_T) h_T^T / |h_T|^2, or, if `down` has a bias, db_down = u - W_down h_T
+    experts: the same in every chosen expert, with the last line divided by the sum of their routing weights
 
-with m the scale of the post-norm and y the norm without it. The student then equals the teacher at that position.
-Every token is run afresh through the unmodified transformers modules with its patch written into their weights, so a
-mistake in our own hooks cannot hide.
+Here m is the scale of the post-norm and y is the norm without it. The student then equals the teacher at that position.
+Every token runs from scratch through the unmodified transformers modules, with its patch written into their weights.
+A mistake in this project's own hooks therefore shows as an error.
 
-Any u without zeros would do behind a post-norm, but not in a few bits: an error e_i of y_i becomes e_i tau_i / y_i.
-With the length of y given, the sum of squares of these is least for y_i^2 proportional to |tau_i|, which is s. (u along
-tau / m, which changes m by a factor only, lets the few coordinates with m near 0 swallow y: bfloat16 goes astray.)
+Behind a post-norm, any u without zeros would solve the equations, but not at low precision: an error e_i of y_i becomes
+e_i tau_i / y_i. If the length of y is given, the sum of the squares of these errors is smallest for y_i^2 proportional
+to |tau_i|, which gives s. (With u along tau / m, which changes m by a factor only, the few coordinates with m near 0
+dominate y, and the result is wrong in bfloat16.)
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from ..decoder import Block, Mlp, blocks_of, layer_inputs, plain_inputs, weight_
 
 @dataclass(frozen=True)
 class Token:
-    """One verified token.
+    """The result of verifying one token.
 
     Attributes:
-        teacher, student, unpatched: the greedy choice of the teacher, and of the student with and without the patch.
-        max_logit_error: largest absolute difference of their logits.
-        unpatched_logit_error: the same without the patch: what the context did. Where it is small, nothing is shown.
-        residual_errors: per layer, max |o_S - o_T| / rms(o_T) at the last position, o the layer's output.
+        teacher, student, unpatched: the greedy token of the teacher, and of the student with and without the patch.
+        max_logit_error: the largest absolute difference between the logits of the teacher and the patched student.
+        unpatched_logit_error: the same without the patch, which is the effect of the context. If it is small, the token
+            proves nothing.
+        residual_errors: max |o_S - o_T| / rms(o_T) for each layer at the last position, with o the layer's output.
     """
 
     teacher: int
@@ -61,16 +64,19 @@ def verify(
     blocks: Sequence[Block] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Token]:
-    """Generate `new_tokens` greedily with the teacher, and each with a freshly patched student.
+    """Generate `new_tokens` tokens greedily with the teacher, and verify each with a freshly patched student.
 
     Args:
-        model: a transformers causal language model, float32 or bfloat16; its weights are changed for each token and
-            put back.
-        teacher_prompt: ids of [I ; q].
-        student_prompt: ids of [q].
-        new_tokens: tokens to verify; the completion does not stop at an end-of-sequence token.
-        blocks: the blocks as an adapter sees them; by default those of the model's own adapter.
-        progress: called after each token.
+        model: a transformers causal language model in float32 or bfloat16. Its weights are changed for each token and
+            restored afterwards.
+        teacher_prompt: the token ids of [I ; q].
+        student_prompt: the token ids of [q].
+        new_tokens: the number of tokens to verify. The completion does not stop at an end-of-sequence token.
+        blocks: the blocks as an adapter describes them; by default those of the model's own adapter.
+        progress: a callback that runs after each token.
+
+    Returns:
+        One result for each token.
     """
     blocks = blocks_of(model) if blocks is None else blocks
     tokens: list[Token] = []
@@ -104,7 +110,7 @@ def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], s
 
 
 def _run(model: Any, blocks: Sequence[Block], ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Logits [vocab] and every block's output o [d] at the last position, float32, from one pass of the model."""
+    """Return the logits [vocab] and every block's output o [d] at the last position, in float32, from one pass."""
     outputs: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, out: Any) -> None:
@@ -127,7 +133,7 @@ def _patch_all(
     outputs: Sequence[Tensor],
     edits: _Edits,
 ) -> None:
-    """Write this token's patch into every block, bottom up, from the teacher's cut and output of each."""
+    """Write this token's patch into every block, bottom up, from the teacher's cut and output of each block."""
     input_ids = torch.tensor([list(ids)], device=model.device)
     hidden, kwargs = layer_inputs(model, input_ids, plain_inputs(torch.ones_like(input_ids)))
     for block, teacher, wanted in zip(blocks, cuts, outputs, strict=True):
@@ -140,14 +146,15 @@ def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits
     """Solve one block and write the result into its weights.
 
     Args:
-        block: the block.
+        block: the block to patch.
         teacher: the teacher's cut [d or 2d].
         wanted: the teacher's output o [d], float64.
         student: the student's cut [1, 1, d or 2d].
-        edits: records the change.
+        edits: the record of the changed weights.
     """
     z_teacher, z_student = block.normed(teacher).double(), block.normed(student).flatten().double()
-    chosen = _chosen(block, teacher)  # before any weight changes: what the student will have
+    # This runs before any weight changes: the patched student will have the teacher's experts and h.
+    chosen = _chosen(block, teacher)
     share = 1.0 if block.router is None else _routing_sum(block, teacher)
     branch = block.branch(teacher).flatten().double()
     tau = wanted - block.residual(student).double().flatten()
@@ -165,7 +172,7 @@ def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits
 
 
 def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
-    """The MLP, or the experts that the block's own router chooses at `cut`, each with its h [f], float64."""
+    """Return the MLP, or the experts that the block's own router chooses at `cut`, each with its h [f] in float64."""
     chosen: list[tuple[Mlp, Tensor]] = []
     handles = [
         mlp.down.register_forward_pre_hook(lambda _m, args, mlp=mlp: chosen.append((mlp, args[0].flatten().double())))
@@ -180,7 +187,7 @@ def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
 
 
 def _routing_sum(block: Block, cut: Tensor) -> float:
-    """Sum of the routing weights at `cut`: what the experts together return when each of them returns ones."""
+    """Return the sum of the routing weights at `cut`, i.e. what the branch outputs if every expert returns ones."""
     handles = [mlp.down.register_forward_hook(lambda _m, _args, out: torch.ones_like(out)) for mlp in block.mlps]
     try:
         return float(block.branch(cut).flatten()[0])
@@ -190,14 +197,14 @@ def _routing_sum(block: Block, cut: Tensor) -> float:
 
 
 def _add_rank_one(weight: Tensor, output: Tensor, inputs: Tensor, edits: _Edits) -> None:
-    """weight [out, in] += output inputs^T / |inputs|^2, so that the linear gives `output` more for `inputs`."""
+    """Add output inputs^T / |inputs|^2 to weight [out, in]: the layer's output for `inputs` grows by `output`."""
     edits.set(weight, weight.double() + torch.outer(output, inputs / inputs.square().sum()))
 
 
 def _write_post_norm(norm: Any, tau: Tensor, branch: Tensor, edits: _Edits) -> Tensor:
-    """Set the post-norm's scale so that it makes tau [d] of u [d], and return u, as large as `branch` [d].
+    """Set the post-norm's scale so that the norm maps u [d] to tau [d], and return u, which is as long as `branch` [d].
 
-    transformers stores a Gemma scale as m - 1.
+    transformers stores the scale of a Gemma norm as m - 1.
     """
 
     def unscaled(x: Tensor) -> Tensor:
@@ -211,7 +218,7 @@ def _write_post_norm(norm: Any, tau: Tensor, branch: Tensor, edits: _Edits) -> T
 
 
 class _Edits:
-    """Weights changed within the context, put back on leaving it."""
+    """A context that records the weights changed within it and restores them on exit."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -224,6 +231,6 @@ class _Edits:
             weight.copy_(before)
 
     def set(self, weight: Tensor, value: Tensor) -> None:
-        """weight <- value, rounded to the weight's precision."""
+        """Set `weight` to `value`, rounded to the weight's precision, and record the old value."""
         self._kept.append((weight, weight.clone()))
         weight.copy_(value)

@@ -1,8 +1,8 @@
-"""The forms of a static patch: closed-form regressions of one block's student onto its teacher.
+"""The forms of a static patch: closed-form regressions that fit one block of the student to the teacher.
 
-Each form takes the completion rows of both sides at the cut between the block's halves (v_T and v_S, in parallel blocks
-with the MLP's input beside them; row t of one aligned with row t of the other) and returns the deltas of this block.
-Letters as in docs/method.md.
+Each form takes the completion rows of both sides at the cut between the block's halves and returns the deltas of this
+block. The rows are v_T and v_S; in parallel blocks each row also holds the MLP's input. Row t of the teacher is aligned
+with row t of the student. The letters are those of docs/method.md.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ROWS = 2048
 
 @dataclass(frozen=True)
 class Rows:
-    """What a form is fitted on at one block.
+    """The data that a form is fitted on at one block.
 
     Attributes:
-        teacher: the teacher's cut, v_T [N, d] (v and u [N, 2d] in parallel blocks, adapters.py).
-        student: the same of the student as already patched below.
-        sink: the student's at position 0, the attention sink, whose direction is projected out of the maps; None where
-            the student never runs that position, because a KV prefix stands in its place.
-        as_student: a context within which the block has the student's weights, where they are not the teacher's.
+        teacher: the teacher's rows at the cut, v_T [N, d] (v and u [N, 2d] in parallel blocks, decoder/adapters.py).
+        student: the same rows of the student, which is already patched below this block.
+        sink: the student's row at position 0, the attention sink, whose direction is projected out of the maps. None if
+            a KV prefix stands in its place, so that the student never runs that position.
+        as_student: returns a context within which the block has the student's weights, if they are not the teacher's.
     """
 
     teacher: Tensor
@@ -41,14 +41,19 @@ class Rows:
     as_student: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(teacher, student) a few rows at a time: what a block computes from a row is several times as wide."""
+        """Yield (teacher, student) a few rows at a time: what a block computes from a row is several times as wide."""
         yield from zip(self.teacher.split(_ROWS), self.student.split(_ROWS), strict=True)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chooses: rank of each pair, the relative ridge, the first block that is patched, and whether the
-    `lora` form has a bias beside its pair.
+    """The settings that the user chooses.
+
+    Attributes:
+        rank: the rank of each low-rank pair.
+        ridge: the relative ridge.
+        first_layer: the first block that is patched.
+        bias: whether the `lora` form has a bias in addition to its pair.
     """
 
     rank: int = 16
@@ -64,22 +69,22 @@ def check_method(method: str, blocks: Sequence[Block]) -> None:
     """Check that a form applies to a model.
 
     Raises:
-        CalibrationError: `matrix` or `lora`, and a block is a mixture of experts: a row meets few of them, and each
-            would need slots of its own.
+        CalibrationError: the method is `matrix` or `lora` and a block is a mixture of experts. A row passes through
+            only a few of the experts, and each expert would need slots of its own.
     """
     for block in blocks:
         if method in ("matrix", "lora") and block.router is not None:
             raise CalibrationError(
-                f"no {method} form for a mixture of experts",
+                f"the {method} form does not support a mixture of experts",
                 field="method",
                 got=f"{len(block.mlps)} experts in layer {block.index}",
-                wanted="one MLP",
+                wanted="one MLP per layer",
                 fix="use --method output or vector",
             )
 
 
 def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """Thought vector: the mean of o_T - o_S over the rows, a bias on the block's output."""
+    """Fit `vector`, a thought vector: the mean of o_T - o_S over the rows, as a bias on the block's output."""
     sums = []
     for teacher, student in rows.parts():
         o_teacher = block.mlp_half(teacher)
@@ -89,33 +94,35 @@ def fit_vector(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 
 
 def fit_output(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`output`: ridge of o_T - o_S on h_S, one low-rank pair and a bias after the MLP branch."""
+    """Fit `output`: the ridge regression of o_T - o_S on h_S, as one low-rank pair and a bias after the MLP branch."""
     return _output(block, rows, settings, below={})
 
 
 def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`matrix`: thought matrices W M on the linears that read z, one M for all, then `output` on what is left.
+    """Fit `matrix`: thought matrices W M on the linear layers that read z, then `output` on the remaining difference.
 
-    M is the ridge of z_T - z_S on z_S. The pair is truncated in the metric of what gate and up output together,
-    W M (G + l I) M^T W^T with W = [W_gate; W_up], so both share their first factor. A plain MLP has W_up alone.
+    M is the ridge regression of z_T - z_S on z_S, and all these layers use the same M. The pair is truncated in the
+    metric of the joint output of gate and up, W M (G + l I) M^T W^T with W = [W_gate; W_up], so gate and up share their
+    first factor. For a plain MLP, W is W_up only.
     """
     check_method("matrix", [block])
-    moments = Moments(None if rows.sink is None else block.normed(rows.sink)[0])  # norms are the same on both sides
+    moments = Moments(None if rows.sink is None else block.normed(rows.sink)[0])  # the norms of both sides are the same
     for teacher, student in rows.parts():
         z_student = block.normed(student)
         moments.add(z_student, block.normed(teacher) - z_student)
     fit = moments.solve(settings.ridge)
     with rows.as_student():
         weights = {site: weight_of(linear).double() for site, linear in block.mlps[0].reads_z.items()}
-    both = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
-    # Directions of W E W^T from its d x d twin: with E = F F^T, eigenvectors V of F^T W^T W F give U = W F V / |.|
+    stacked = torch.cat(list(weights.values()))  # W [2f, d] of a gated MLP
+    # The directions of W E W^T come from a d x d problem: with E = F F^T, the eigenvectors V of F^T W^T W F give
+    # U = W F V / |.|.
     values, vectors = torch.linalg.eigh(fit.energy)
     root = vectors * values.clamp(min=0).sqrt()
-    twin = top_directions(root.T @ (both.T @ both) @ root, settings.rank)
-    directions = torch.linalg.qr(both @ root @ twin)[0]  # U [2f, r]
-    retained = share_kept(root.T @ (both.T @ both) @ root, twin)
-    first = directions.T @ both @ fit.matrix  # [r, d]
-    target = both @ fit.mean_out
+    small_directions = top_directions(root.T @ (stacked.T @ stacked) @ root, settings.rank)
+    directions = torch.linalg.qr(stacked @ root @ small_directions)[0]  # U [2f, r]
+    retained = share_kept(root.T @ (stacked.T @ stacked) @ root, small_directions)
+    first = directions.T @ stacked @ fit.matrix  # [r, d]
+    target = stacked @ fit.mean_out
     deltas: dict[str, TorchDelta] = {}
     start = 0
     for site, weight in weights.items():
@@ -126,7 +133,10 @@ def fit_matrix(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchD
 
 
 def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDelta]:
-    """`lora`: one pair and a bias beside `down`, so that a LoRA can carry it behind a post-norm too (lora_form)."""
+    """Fit `lora`: one pair and a bias on the output of `down`.
+
+    A LoRA can represent this form in blocks with a post-norm too (lora_form.py).
+    """
     check_method("lora", [block])
     with rows.as_student():
         moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0], settings.bias)
@@ -147,7 +157,7 @@ def fit_lora(block: Block, rows: Rows, settings: Settings) -> dict[str, TorchDel
 
 
 def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, TorchDelta]) -> dict[str, TorchDelta]:
-    """`mlp_out` for a student whose gate and up already carry `below`."""
+    """Fit `mlp_out` for a student whose gate and up already have the deltas `below`."""
     with rows.as_student(), applied(block, below):
         moments = Moments(None if rows.sink is None else block.hidden(rows.sink)[0])
     for teacher, student in rows.parts():
@@ -164,9 +174,9 @@ def _output(block: Block, rows: Rows, settings: Settings, below: Mapping[str, To
 def low_rank(
     fit: AffineMap, first: Tensor, directions: Tensor, target: Tensor, dtype: torch.dtype, retained: float
 ) -> TorchDelta:
-    """The pair a = first^T, b = directions^T, split evenly in scale, and the bias mean(target) - M_r mean(a)."""
+    """Return the pair a = first^T, b = directions^T, evenly scaled, and the bias mean(target) - M_r mean(input)."""
     a, b = first.T, directions.T
-    # Both factors of a direction get the same length: neither under- nor overflows when stored in half precision.
+    # Both factors of a direction get the same length, so that neither under- nor overflows in half precision.
     scale = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-30)).sqrt()
     a, b = a * scale, b / scale[:, None]
     bias = target - (fit.mean_in @ a) @ b

@@ -1,12 +1,13 @@
 """The lock-step fit: teacher and student advance together, one block at a time.
 
-At each block: attention of both sides -> v_T, v_S; the form is fitted on the completion rows; the student's MLP half
-runs with the fit applied at EVERY position, the first included, as the runtime will. So errors below are seen and
-corrected above. Fitting all blocks in parallel from one unpatched student would correct the same error at every one.
+At each block, the attention of both sides runs first and gives v_T and v_S. The form is then fitted on the completion
+rows. After that the student's MLP half runs with the fit applied at EVERY position, including the first, as it will in
+the runtime. The blocks above therefore see the errors of the blocks below and correct them. If all blocks were fitted
+in parallel from one unpatched student, every block would correct the same error.
 
-Cost: one teacher and one student pass over the tokens, plus the MLP halves of the completion rows and the solves. Only
-one block's weights and the two sets of hidden states are in use at a time, so a model bigger than memory is fitted from
-disk (offload.py).
+Cost: one pass of the teacher and one of the student over the tokens, plus the MLP halves of the completion rows and the
+solves. Only one block's weights and the two sets of hidden states are in use at a time, so a model bigger than memory
+can be fitted from disk (source/offload.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from .forms import FORMS, Rows, Settings
 
 @dataclass
 class _Side:
-    """One side of the pass over one batch: the hidden states, and what transformers hands each layer."""
+    """The teacher or the student on one batch.
+
+    Attributes:
+        batch: the sequences of this side.
+        hidden: the current hidden states.
+        layer_kwargs: the keyword arguments that transformers passes to each layer.
+    """
 
     batch: Batch
     hidden: Tensor
@@ -67,17 +74,17 @@ def fit_lockstep(
     """Fit a static patch.
 
     Args:
-        model: a transformers causal language model with an adapter, in eval mode.
-        dialogues: the calibration sequences; every student prompt starts with the same token.
-        method: one of `FORMS`, or `isotropic`.
-        settings: rank, ridge and the first block to patch.
-        prefix: key/value entries that the student will have in front.
+        model: a transformers causal language model that has an adapter, in eval mode.
+        dialogues: the calibration sequences. Every student prompt starts with the same token.
+        method: the name of one of the `FORMS`, or `isotropic`.
+        settings: the rank, the ridge and the first block to patch.
+        prefix: the key/value entries that will precede the student's tokens, if there are any.
         student: the weights that the student will have, if they are not the teacher's.
-        batch_size: dialogues per forward pass.
-        progress: called with (blocks done, blocks in all).
+        batch_size: the number of dialogues per forward pass.
+        progress: a callback that receives (blocks done, blocks in all) after each block.
 
     Returns:
-        layer -> site -> delta, on the model's device and dtype.
+        A mapping layer -> site -> delta, on the model's device and in its dtype.
     """
     form = {**FORMS, "isotropic": fit_isotropic}[method]
     blocks = blocks_of(model)
@@ -85,8 +92,8 @@ def fit_lockstep(
     with torch.no_grad():
         replaced = 0 if prefix is None else len(prefix.replaces)
         pairs = list(batches(dialogues, batch_size, device, replaced))
-        teachers = [_Side.start(model, batch) for batch, _own in pairs]
-        with as_student(student):  # the table of tokens is quantised too
+        teachers = [_Side.start(model, batch) for batch, _student in pairs]
+        with as_student(student):  # the token embeddings are quantised too
             students = [_Side.start(model, batch, prefix) for _teacher, batch in pairs]
         deltas: dict[int, dict[str, TorchDelta]] = {}
         for block in blocks:

@@ -1,4 +1,4 @@
-"""From a prompt to a patch: rollouts, the lock-step fit, held-out figures and the probe."""
+"""This module makes a patch from a prompt: rollouts, the lock-step fit, held-out figures and the probe."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 
 from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig
-from tp_runtime.session import measure_probe
 
 from ..decoder import TorchDelta, TorchPrefix, blocks_of
-from ..measure import measure_fidelity, torch_student
+from ..measure import TorchStudent, measure_fidelity, torch_probe
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
@@ -26,22 +25,20 @@ from .lockstep import fit_lockstep
 from .prefix_entries import check_prefix, choose_entries
 from .refine import refine_deltas
 
-_PROBE_TOKENS = 48
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a patch is made.
+    """The settings that a patch is made with.
 
     Attributes:
-        method: `vector`, `output`, `matrix` or `lora`; or `prefix`, key/value entries alone.
-        settings: rank, ridge and the first block to patch.
-        prefix: key/value entries of the context to carry, for each head.
-        samples: answers to fit on for each query, the first greedy and the rest sampled.
-        max_new_tokens: length of the teacher's completions.
-        refine_steps: steps of gradient descent from the closed form; 0 leaves it as it is.
-        student_precision: the precision the patch will run on, where it shall repair what that costs (student.py); with
-            `fp32` it is fitted for every precision.
+        method: the form `vector`, `output`, `matrix` or `lora`; or `prefix`, for key/value entries without deltas.
+        settings: the rank, the ridge and the first block to patch.
+        prefix: the number of key/value entries of the context to store for each head.
+        samples: the number of answers to fit on for each query. The first is greedy and the rest are sampled.
+        max_new_tokens: the length of the teacher's completions.
+        refine_steps: the number of gradient descent steps from the closed form; 0 leaves it as it is.
+        student_precision: the precision that the patch will run on, if the patch is also to repair the cost of that
+            precision (quantise/student.py). With `fp32` the patch is fitted for every precision.
     """
 
     method: str = "output"
@@ -69,45 +66,51 @@ def make_patch(
 
     Args:
         source: the base model.
-        model: the same, loaded.
-        context: the system prompt or context to absorb; None: nothing but a repair of `recipe.student_precision`.
-        fitted: calibration queries.
-        held_out: queries kept aside; the figures in the patch come from these alone.
-        recipe: how.
-        name: what the patch is called.
-        store_context: put the text itself into the patch's description.
-        store: where the teacher's answers are kept, to go on after an interruption.
+        model: the same base model, loaded.
+        context: the system prompt or context to absorb. If it is None, the patch only repairs
+            `recipe.student_precision`.
+        fitted: the calibration queries.
+        held_out: the queries kept for measuring. The figures in the patch come only from these.
+        recipe: the settings of the fit.
+        name: the name of the patch.
+        store_context: whether to put the text itself into the patch's description.
+        store: the store of the teacher's answers, which lets an interrupted run go on.
 
     Returns:
-        The patch, its tensors rounded to half precision as they will be stored. Where it was refined, its figures also
-        say what the closed form alone reached (`gap_closed_closed_form`).
+        The patch, with its tensors rounded to half precision as they will be stored. If it was refined, its figures
+        also contain what the closed form reached on its own (`gap_closed_closed_form`).
 
     Raises:
-        CalibrationError: see `dialogues_for`, `choose_entries` and `measure_fidelity`; or a held-out query is also
-            fitted, or the form does not apply to the model.
+        CalibrationError: `dialogues_for`, `choose_entries` or `measure_fidelity` raises it, a held-out query is also
+            fitted, the form does not apply to the model, or the recipe does not fit the model or the context.
         PatchValueError: a tensor does not fit half precision.
     """
     layers = model.config.num_hidden_layers
     if not 0 <= recipe.settings.first_layer < layers:
         raise CalibrationError(
-            "no such block", field="first_layer", got=recipe.settings.first_layer, wanted=f"0..{layers - 1}"
+            "the model has no such block",
+            field="first_layer",
+            got=recipe.settings.first_layer,
+            wanted=f"0..{layers - 1}",
         )
     check_disjoint(fitted, held_out)
-    # Before the minutes of rollout.
+    # This check comes before the rollout, which takes minutes.
     check_method(recipe.method, blocks_of(model))
     student = None
     if recipe.student_precision not in FLOAT_PRECISIONS:
         student = student_of(source, model, recipe.student_precision)
     elif context is None:
         raise CalibrationError(
-            "neither a prompt to absorb nor a precision to repair",
+            "there is neither a prompt to absorb nor a precision to repair",
             field="prompt",
             got="none",
             wanted="text, or --student-precision int4 or int8",
         )
     if recipe.prefix:
         if context is None:
-            raise CalibrationError("no prompt to take entries from", field="prefix", got=recipe.prefix, wanted="0")
+            raise CalibrationError(
+                "there is no prompt to take key/value entries from", field="prefix", got=recipe.prefix, wanted="0"
+            )
         pairs = [(source.codec.render(query, context), source.codec.render(query)) for query in [*fitted, *held_out]]
         check_prefix(pairs, recipe.prefix, source.codec.template_source, model.config, recipe.max_new_tokens)
     new_tokens, samples = recipe.max_new_tokens, recipe.samples
@@ -140,7 +143,7 @@ def make_patch(
             prefix = choose_entries(model, calibration, recipe.prefix, shown.update)
     deltas = _closed_form(model, calibration, recipe, prefix, student)
     patch = Patch(to_half(deltas), config, None if prefix is None else prefix.numpy())
-    figures = _held_out(model, patch, evaluation, student) if evaluation else {}
+    figures = _held_out_figures(model, patch, evaluation, student) if evaluation else {}
     if recipe.refine_steps and deltas:
         with bar("refine", recipe.refine_steps, "step") as shown:
             deltas = refine_deltas(
@@ -154,9 +157,12 @@ def make_patch(
             )
         patch = Patch(to_half(deltas), config, patch.prefix)
         if evaluation:
-            figures = {"gap_closed_closed_form": figures["gap_closed"], **_held_out(model, patch, evaluation, student)}
+            figures = {
+                "gap_closed_closed_form": figures["gap_closed"],
+                **_held_out_figures(model, patch, evaluation, student),
+            }
     with as_student(student):
-        probe = _probe(model, patch, (evaluation or calibration)[0])
+        probe = torch_probe(model, patch, (evaluation or calibration)[0].student())
     return Patch(patch.deltas, replace(config, fidelity=figures or None, probe=probe), patch.prefix)
 
 
@@ -181,22 +187,22 @@ def _closed_form(
         )
 
 
-def _held_out(
+def _held_out_figures(
     model: Any, patch: Patch, evaluation: Sequence[Dialogue], student: QuantisedStudent | None
 ) -> dict[str, float]:
     with bar("held-out fidelity", len(evaluation), "query") as shown:
         measured = measure_fidelity(
             evaluation,
-            torch_student(model),
-            torch_student(model, student=student),
-            torch_student(model, patch, student),
+            TorchStudent(model),
+            TorchStudent(model, weights=student),
+            TorchStudent(model, patch, student),
             progress=shown.update,
         )
     return measured.to_dict()
 
 
 def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str], Delta]:
-    """To numpy, rounded to what the file will hold, so that everything measured is measured on the shipped values."""
+    """Convert deltas to numpy, rounded to the precision of the file, so that figures describe the stored values."""
 
     def array(tensor: torch.Tensor | None) -> np.ndarray | None:
         return None if tensor is None else tensor.to(torch.float16).float().cpu().numpy()
@@ -206,11 +212,3 @@ def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, s
         for layer, sites in deltas.items()
         for site, delta in sites.items()
     }
-
-
-def _probe(model: Any, patch: Patch, dialogue: Dialogue) -> dict[str, list[Any]]:
-    """A few ids with the patched model's answer to them, which `check` compares on the device."""
-    first = 0 if patch.prefix is None else len(patch.prefix.replaces)
-    ids = list(dialogue.student())[: first + _PROBE_TOKENS]
-    logits = torch_student(model, patch)(ids, first)
-    return measure_probe(ids, logits.float().cpu().numpy())

@@ -2,8 +2,8 @@
 
     minimise  mean over completion tokens of KL(teacher || student)  over a, b and bias of every slot
 
-Not part of the method, which has no backpropagation: it shows what the closed form leaves on the table, and at what
-cost. The base's weights and a KV prefix stay as they are.
+These steps are not part of the method, which has no backpropagation. They show how much the closed form leaves to gain,
+and at what cost. The base's weights and a KV prefix stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ..quantise import QuantisedStudent, as_student
 from ..rollout import Dialogue, batches
 
 _BATCH = 8
-# Adam's steps, as a share of each tensor's root mean square: factors of every layer and site then move alike.
+# Adam's learning rate, as a share of each tensor's root mean square, so that the factors of all layers and sites change
+# at the same relative rate.
 _RATE = 0.02
 
 
@@ -35,17 +36,20 @@ def refine_deltas(
     seed: int = 0,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> dict[int, dict[str, TorchDelta]]:
-    """Improve `deltas` by `steps` steps of Adam with a cosine decay, a batch of dialogues each.
+    """Improve `deltas` by `steps` steps of Adam with a cosine decay, one batch of dialogues per step.
 
     Args:
-        model: a transformers causal language model with an adapter; its weights are left as they are.
+        model: a transformers causal language model that has an adapter. Its weights stay as they are.
         dialogues: the calibration sequences.
-        deltas: layer -> site -> delta of the closed form.
-        steps: at least 1.
-        prefix: key/value entries that the student has in front.
+        deltas: a mapping layer -> site -> delta of the closed form.
+        steps: the number of steps, at least 1.
+        prefix: the key/value entries that precede the student's tokens, if there are any.
         student: the weights that the student has, if they are not the teacher's.
-        seed: of the order of the batches.
-        progress: called after each step with its loss, nats per token.
+        seed: the seed for the order of the batches.
+        progress: a callback that receives each step's loss, in nats per token.
+
+    Returns:
+        A mapping layer -> site -> improved delta.
     """
     trained = {layer: {site: _trainable(delta) for site, delta in sites.items()} for layer, sites in deltas.items()}
     groups = [
@@ -66,28 +70,28 @@ def refine_deltas(
     with ExitStack() as stack:
         for _ in range(steps):
             order = order or torch.randperm(len(pairs), generator=generator).tolist()
-            teacher, own = pairs[order.pop()]
+            teacher, student_batch = pairs[order.pop()]
             with torch.no_grad():
                 wanted = _row_logits(model, teacher, None).log_softmax(-1)
-            stack.enter_context(as_student(student))  # until the gradients are there
+            stack.enter_context(as_student(student))  # the student keeps these weights until the gradients are computed
             for layer, sites in trained.items():
                 stack.enter_context(applied(blocks[layer], sites))
-            loss = (wanted.exp() * (wanted - _row_logits(model, own, prefix).log_softmax(-1))).sum(-1).mean()
+            loss = (wanted.exp() * (wanted - _row_logits(model, student_batch, prefix).log_softmax(-1))).sum(-1).mean()
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            stack.close()  # the next teacher is unpatched
+            stack.close()  # the teacher of the next step is unpatched
             progress(float(loss.detach()))
     return {layer: {site: _detached(delta) for site, delta in sites.items()} for layer, sites in trained.items()}
 
 
 def _row_logits(model: Any, batch: Any, prefix: TorchPrefix | None) -> Tensor:
-    """Logits [N, vocab] of the completion rows; the head runs on those rows alone."""
+    """Return the logits [N, vocab] of the completion rows. The output head runs only on those rows."""
     inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
     if prefix is not None:
         inputs = prefix.model_inputs(batch.attention_mask)
-    # Gemma 3's text model calls itself its base.
+    # The `base_model` of Gemma 3's text model is the model itself.
     inner = model.model if model.base_model is model else model.base_model
     hidden = inner(input_ids=batch.input_ids, **inputs).last_hidden_state
     logits = model.get_output_embeddings()(batch.rows(hidden))
@@ -103,7 +107,11 @@ def _trainable(delta: TorchDelta) -> TorchDelta:
 
 
 def _detached(delta: TorchDelta) -> TorchDelta:
-    """Without gradients, and without the mean: the directions are no longer in order of energy, so none can be cut."""
+    """Return the delta without gradients and without its mean.
+
+    Truncation needs the mean and directions in order of energy. After gradient steps the directions are no longer in
+    that order, so without its mean the delta cannot be truncated.
+    """
 
     def plain(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach()

@@ -1,4 +1,7 @@
-"""A patch that makes a quantised model answer as the float32 one does: no prompt, only what rounding weights cost."""
+"""This module fits a patch that makes a quantised model answer as the float32 model does.
+
+There is no prompt: the patch compensates only the rounding of the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from ..source import Source
 from .forms import Settings
 from .recipe import Recipe, make_patch
 
-_RANK = 32  # rounding errors have no few directions, as a prompt has: here rank still pays (docs/precision.md)
+# The effect of a prompt lies in few directions, but rounding errors do not, so a higher rank still helps here
+# (docs/precision.md).
+_RANK = 32
 _QUESTIONS, _HELD_OUT = 80, 16
 
 
 def repair_patch(source: Source, model: Any, precision: str, slots: Collection[Slot]) -> Patch:
-    """Fit the repair of `precision`, a quantised one, on the base's own answers to the built-in questions.
+    """Fit the repair of the quantised `precision` on the base's own answers to the built-in questions.
 
-    Where the export has slots beside the linears that read z, those are used: `matrix` repairs more than `output`.
+    If the export has slots on the linear layers that read z, the fit uses them: `matrix` repairs more than `output`.
     """
     fitted, held_out = split_holdout(load_questions(None)[:_QUESTIONS], _HELD_OUT, seed=0)
     sites = {slot.site for slot in slots}

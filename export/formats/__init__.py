@@ -1,6 +1,6 @@
-"""Files of other tools: LoRA adapters, control vectors and onnxruntime-genai adapters, read and written.
+"""Files of other tools, read and written: LoRA adapters, control vectors and onnxruntime-genai adapters.
 
-Knows nothing of how a patch is fitted.
+This room knows nothing of how a patch is fitted.
 """
 
 from .control_vector import check_lossless, control_vector_parts, read_control_vector, write_control_vector

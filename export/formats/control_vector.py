@@ -1,8 +1,9 @@
-"""Control vectors in the GGUF form of repeng and llama.cpp: one direction a layer, added to the residual stream.
+"""Control vectors in the GGUF form of repeng and llama.cpp: one direction per layer, added to the residual stream.
 
-`direction.N` is added to the output of block N, counted from 0: repeng's ControlModule adds it to what layer N returns,
-llama.cpp's build_cvec to the residual after block il = N. That is the bias of `mlp_out` at layer N, before or behind a
-post-norm alike. llama.cpp has no direction for block 0 (its reader refuses a file with `direction.0`); repeng has one.
+`direction.N` is added to the output of block N, counted from 0. repeng's ControlModule adds it to the value that layer
+N returns, and llama.cpp's build_cvec adds it to the residual after block il = N. This is the bias of `mlp_out` at layer
+N, in blocks with a post-norm and without one. llama.cpp has no direction for block 0 (its reader refuses a file with
+`direction.0`); repeng has one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 def control_vector_parts(
     patch: Patch, sites: Collection[str] = ("mlp_out",)
 ) -> tuple[dict[int, NDArray[np.float32]], list[str], list[str]]:
-    """What a control vector can carry of a patch, and what not.
+    """Split a patch into the parts that a control vector can represent and the parts that it cannot.
 
     Args:
         patch: the patch.
-        sites: whose bias is added to the block's output: `mlp_out`, and without a post-norm `down` too.
+        sites: the sites whose bias is added to the block's output: `mlp_out`, and `down` too if there is no post-norm.
 
     Returns:
-        Layer to direction [d]; names of the biases that it cannot carry; names of the pairs, which it never can.
+        A mapping from layer to direction [d]; the names of the biases that a control vector cannot represent; the names
+        of the low-rank pairs, which it can never represent.
     """
     patch.require_weights_only("control vector")
     directions: dict[int, NDArray[np.float32]] = {}
@@ -56,41 +58,45 @@ def check_lossless(patch: Patch, lost: Sequence[str], form: str, fix: str) -> No
 
     Args:
         patch: the patch.
-        lost: names of the parts that `form` cannot carry.
-        form: what is being written.
-        fix: how to get a patch that it can carry.
+        lost: the names of the parts that `form` cannot represent.
+        form: the format that is being written.
+        fix: an instruction for getting a patch that the format can represent.
 
     Raises:
         PatchTargetError: `lost` is not empty.
     """
     if lost:
         raise PatchTargetError(
-            f"{form} cannot carry all of the patch {patch.name!r}",
+            f"{form} cannot represent all of the patch {patch.name!r}",
             field="PATCH",
             got=", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""),
-            wanted="parts that it can carry, and no others",
+            wanted="only parts that it can represent",
             fix=f"{fix}, or pass --lossy to leave these out",
         )
 
 
 def write_control_vector(directions: Mapping[int, NDArray[np.float32]], architecture: str, out: Path) -> None:
-    """Write a .gguf file that llama.cpp and repeng read, whole or not at all.
+    """Write a .gguf file that llama.cpp and repeng can read, completely or not at all.
 
     Args:
-        directions: layer (1 and up) to direction [d].
+        directions: a mapping from layer (1 and up) to direction [d].
         architecture: the base's model type, for the file's hint.
-        out: ends in .gguf; a file there is replaced.
+        out: the path of the file, which ends in .gguf. An existing file is replaced.
 
     Raises:
-        PatchTargetError: there is no direction.
-        PatchFormatError: another suffix.
-        OSError: the operating system's error; no file is left behind.
+        PatchTargetError: `directions` is empty.
+        PatchFormatError: `out` does not end in .gguf.
+        OSError: the operating system reports an error. No file is left behind.
     """
     if out.suffix != ".gguf":
-        raise PatchFormatError("the name of a control vector", field="OUT", got=out.name, wanted="*.gguf")
+        raise PatchFormatError(
+            "the output file's name does not end in .gguf", field="OUT", got=out.name, wanted="*.gguf"
+        )
     if not directions:
         raise PatchTargetError(
-            "nothing that a control vector can carry", field="PATCH", got="no bias of mlp_out on blocks 1 and up"
+            "the patch has nothing that a control vector can represent",
+            field="PATCH",
+            got="no bias of mlp_out on blocks 1 and up",
         )
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURE)
@@ -112,12 +118,12 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[tuple[int
         config: the base's parsed config.json.
 
     Returns:
-        (layer, "mlp_out") to a bias [d].
+        A mapping from (layer, "mlp_out") to a bias [d].
 
     Raises:
-        PatchFormatError: damaged, not a control vector, or directions that are not float32 or float16.
-        PatchTargetError: a tensor that is no direction.
-        PatchShapeError: a layer or a size the base does not have.
+        PatchFormatError: the file is damaged or is not a control vector, or a direction is not float32 or float16.
+        PatchTargetError: a tensor is not a direction.
+        PatchShapeError: a direction is for a layer that the base does not have, or does not have the base's size.
     """
     reader = _open(path)
     layers, size = _sizes(config)
@@ -126,11 +132,17 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[tuple[int
         prefix, _, number = tensor.name.partition(".")
         if prefix != "direction" or not number.isascii() or not number.isdigit():
             raise PatchTargetError(
-                "a tensor is no direction", field=ascii(tensor.name), got="another name", wanted="direction.<layer>"
+                "a tensor of the file is not a direction",
+                field=ascii(tensor.name),
+                got="another name",
+                wanted="direction.<layer>",
             )
         if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             raise PatchFormatError(
-                "unsupported type", field=tensor.name, got=tensor.tensor_type.name, wanted="F32 | F16"
+                "the direction has an unsupported type",
+                field=tensor.name,
+                got=tensor.tensor_type.name,
+                wanted="F32 | F16",
             )
         if int(number) >= layers or tensor.data.shape != (size,):
             raise PatchShapeError(
@@ -138,13 +150,13 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[tuple[int
                 field=tensor.name,
                 got=f"layer {int(number)}, {list(tensor.data.shape)}",
                 wanted=f"layers 0..{layers - 1}, [{size}]",
-                fix="give the base model that the control vector was made for",
+                fix="pass the base model that the control vector was made for",
             )
         deltas[int(number), "mlp_out"] = Delta(bias=np.array(tensor.data, np.float32))
     count = reader.get_field(f"{_ARCHITECTURE}.layer_count")
     if not deltas or (count is not None and count.contents() != len(deltas)):
         raise PatchFormatError(
-            "the directions are not all there",
+            "directions are missing from the file",
             field=str(path),
             got=len(deltas),
             wanted="at least one" if count is None else count.contents(),
@@ -155,27 +167,32 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[tuple[int
 
 def _open(path: Path) -> gguf.GGUFReader:
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-        raise PatchFormatError("no such file, or too large for a control vector", field=str(path), wanted="a .gguf")
+        raise PatchFormatError(
+            "the file does not exist or is too large for a control vector", field=str(path), wanted="a .gguf"
+        )
     try:
         reader = gguf.GGUFReader(path)
         field = reader.get_field("general.architecture")
         architecture = None if field is None else field.contents()
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise PatchFormatError(
-            f"not a GGUF file: {error}", field=str(path), wanted="a .gguf control vector", fix="copy it again"
+            f"the file is not a GGUF file: {error}",
+            field=str(path),
+            wanted="a .gguf control vector",
+            fix="copy it again",
         ) from error
     if architecture != _ARCHITECTURE:
         raise PatchFormatError(
-            "a GGUF file, but not a control vector",
+            "the GGUF file is not a control vector",
             field="general.architecture",
             got=repr(architecture),
             wanted=repr(_ARCHITECTURE),
-            fix="for a LoRA give the peft folder, not its conversion",
+            fix="for a LoRA, pass the PEFT folder, not its conversion to GGUF",
         )
     return reader
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers and hidden size, whatever the architecture calls them."""
+    """Return the number of layers and the hidden size, whatever their names in the architecture's config."""
     parsed = AutoConfig.for_model(**config)
     return int(parsed.num_hidden_layers), int(parsed.hidden_size)

@@ -1,8 +1,8 @@
-"""A patch as a LoRA for llama.cpp: one GGUF file of pairs beside the MLP's linear layers.
+"""A patch as a LoRA for llama.cpp: one GGUF file with the low-rank pairs of the MLP's linear layers.
 
-Tensors `blk.N.ffn_down.weight.lora_a` [rank, in] and `.lora_b` [out, rank], as llama.cpp's own converter names them
-from a PEFT folder; scaling is alpha / rank = 1. llama.cpp's LoRA has no bias: those go into a control vector, as far as
-one can carry them (control_vector.carried).
+The tensors are `blk.N.ffn_down.weight.lora_a` [rank, in] and `.lora_b` [out, rank], as llama.cpp's own converter names
+them from a PEFT folder; the scaling is alpha / rank = 1. llama.cpp's LoRA has no bias. Biases go into a control vector,
+as far as one can represent them (control_vector.control_vector_parts).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from tp_runtime.storage import atomic_file
 
 from .peft_out import Pair
 
-# transformers' model type -> llama.cpp's name, where they differ; the rest are called alike.
+# transformers' model type -> llama.cpp's name, if the two differ. All other names are the same.
 _RENAMED = {"mistral": "llama", "gemma3_text": "gemma3"}
-# The attention's linear layers are permuted or fused on the way to GGUF: that is the converter's work.
+# The conversion to GGUF permutes or fuses the attention's linear layers, so those are left to llama.cpp's converter.
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def write_gguf_lora(pairs: Mapping[str, Pair], architecture: str, layers: int, out: Path) -> None:
-    """Write the file, whole or not at all; biases of the pairs are not written.
+    """Write the pairs, without their biases, to one file, completely or not at all.
 
     Args:
-        pairs: module name to pair, all of one rank (peft_out.pairs).
+        pairs: a mapping from module name to pair, all of one rank (peft_out.pairs).
         architecture: the base's model type.
-        layers: its number of layers.
-        out: the .gguf file; one that is there is replaced.
+        layers: the base's number of layers.
+        out: the path of the .gguf file. An existing file is replaced.
 
     Raises:
         ModelFormatError: llama.cpp has no architecture of that name.
-        PatchTargetError: no pair but zeros, or one beside another layer than the MLP's.
-        OSError: the operating system's error; no file is left behind.
+        PatchTargetError: all pairs are zero, or a pair is for a layer that is not one of the MLP's linear layers.
+        OSError: the operating system reports an error. No file is left behind.
     """
     name = _RENAMED.get(architecture, architecture)
     known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
@@ -49,22 +49,26 @@ def write_gguf_lora(pairs: Mapping[str, Pair], architecture: str, layers: int, o
             fix="write the PEFT folder and use llama.cpp's convert_lora_to_gguf.py",
         )
     names = gguf.get_tensor_name_map(known[name], layers)
-    real = {module: pair for module, pair in pairs.items() if pair.a.any()}
-    if not real:
+    nonzero = {module: pair for module, pair in pairs.items() if pair.a.any()}
+    if not nonzero:
         raise PatchTargetError(
-            "the patch has no pair, only biases", field="PATCH", got=0, wanted="pairs", fix="tp-export control-vector"
+            "the patch has no low-rank pair, only biases",
+            field="PATCH",
+            got=0,
+            wanted="pairs",
+            fix="run tp-export control-vector",
         )
-    rank = next(iter(real.values())).a.shape[0]
+    rank = next(iter(nonzero.values())).a.shape[0]
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-        for module, pair in real.items():
+        for module, pair in nonzero.items():
             tensor = names.get_name(module)
             if tensor is None or tensor.rpartition(".")[2] not in _MLP:
                 raise PatchTargetError(
-                    "only pairs beside the MLP's linear layers are written as GGUF",
+                    "only pairs of the MLP's linear layers can be written as GGUF",
                     field=module,
                     got=tensor or "no tensor of that name",
                     wanted=" | ".join(_MLP),

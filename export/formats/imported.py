@@ -1,4 +1,4 @@
-"""A patch made from another tool's adapter: an honest description and a probe measured with torch."""
+"""A patch made from another tool's adapter. Its description states only what is known; torch measures its probe."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tp_runtime.patch import Delta, Patch, PatchConfig
-from tp_runtime.session import measure_probe
 
-from ..measure import torch_student
+from ..measure import torch_probe
 from ..queries import load_questions
 from ..source import Source
 
-_PROBE_TOKENS = 48
-
 
 def imported_patch(source: Source, model: Any, deltas: Mapping[tuple[int, str], Delta], name: str) -> Patch:
-    """The patch of `deltas`.
+    """Make a patch from deltas that were read from another tool's file.
 
-    Nothing is known of how they were made, so there is no context, calibration or fidelity. The probe is measured with
-    transformers, patched by hooks, on built-in questions.
+    Nothing is known about how the deltas were made, so the patch has no context, calibration or fidelity. The probe is
+    measured on built-in questions, with the transformers model patched by hooks.
 
     Args:
         source: the base model.
-        model: the same, loaded.
-        deltas: (layer, site) to delta.
-        name: what the patch is called.
+        model: the same base model, loaded.
+        deltas: a mapping from (layer, site) to delta.
+        name: the name of the patch.
+
+    Returns:
+        The patch with its probe.
 
     Raises:
-        PatchTargetError, PatchShapeError, PatchValueError: deltas that are none (see `Patch`).
+        PatchTargetError, PatchShapeError, PatchValueError: the deltas are not valid (see `Patch`).
     """
     config = PatchConfig(
         name=name,
@@ -43,6 +43,5 @@ def imported_patch(source: Source, model: Any, deltas: Mapping[tuple[int, str], 
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     patch = Patch(deltas, config)
-    ids = source.codec.render(" ".join(load_questions(None)[:8]))[:_PROBE_TOKENS]
-    logits = torch_student(model, patch)(ids, 0)
-    return Patch(patch.deltas, replace(config, probe=measure_probe(ids, logits.float().cpu().numpy())))
+    ids = source.codec.render(" ".join(load_questions(None)[:8]))
+    return Patch(patch.deltas, replace(config, probe=torch_probe(model, patch, ids)))

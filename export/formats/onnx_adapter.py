@@ -1,10 +1,11 @@
-"""A patch as an `.onnx_adapter` for onnxruntime-genai: values for overridable initializers, which slots are."""
+"""A patch as an `.onnx_adapter` for onnxruntime-genai.
+
+Such a file holds values for overridable initializers, and the slots of an exported graph are overridable initializers.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
 
 from tp_runtime.errors import PatchFormatError
 from tp_runtime.patch import Patch
@@ -13,31 +14,32 @@ from tp_runtime.storage import atomic_file
 
 
 def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
-    """Write a patch as an `.onnx_adapter` for the slots of one exported folder, whole or not at all.
+    """Write a patch as an `.onnx_adapter` for the slots of one exported folder, completely or not at all.
 
     Args:
         patch: the patch.
-        folder: the export.
-        out: ends in .onnx_adapter; a file there is replaced.
+        folder: the exported model folder.
+        out: the path of the file, which ends in .onnx_adapter. An existing file is replaced.
 
     Raises:
-        PatchFormatError: another suffix.
+        PatchFormatError: `out` does not end in .onnx_adapter.
         BaseMismatchError, PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the folder.
-        DeviceUnavailableError: no ONNX Runtime.
-        OSError: the operating system's error; no file is left behind.
+        DeviceUnavailableError: ONNX Runtime is not installed.
+        OSError: the operating system reports an error. No file is left behind.
     """
     if out.suffix != ".onnx_adapter":
-        raise PatchFormatError("the name of an adapter", field="OUT", got=out.name, wanted="*.onnx_adapter")
+        raise PatchFormatError(
+            "the output file's name does not end in .onnx_adapter", field="OUT", got=out.name, wanted="*.onnx_adapter"
+        )
     patch.require_weights_only("onnxruntime-genai adapter")
     check_base(patch, folder.base_model, folder.base_digest, folder.precision)
     deltas = fit_slots(patch, folder.slots)
     ort = require_onnxruntime()
-    dtype = np.float16 if folder.kv.dtype == "f16" else np.float32
     values = {}
     for key, slot in folder.slots.items():
-        # A slot that is left alone keeps its default, which is the base unless the folder has a patch as its default.
+        # A slot that gets no values keeps its default, which is the base unless the folder has a default patch.
         if key in deltas or folder.default_patch is not None:
-            for name, array in slot_arrays(deltas.get(key), slot, dtype).items():
+            for name, array in slot_arrays(deltas.get(key), slot, folder.kv.numpy_dtype).items():
                 values[name] = ort.OrtValue.ortvalue_from_numpy(array)
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)

@@ -1,11 +1,11 @@
 """A patch as a PEFT LoRA folder: adapter_config.json and adapter_model.safetensors.
 
-A slot adds (x a) b + bias beside a linear layer; PEFT adds scaling * (B (A x) + bias_B). So A = a^T, B = b^T,
-bias_B = bias (`lora_bias`) and scaling = lora_alpha / r = 1.
+A slot adds (x a) b + bias to the output of a linear layer; PEFT adds scaling * (B (A x) + bias_B). Therefore A = a^T,
+B = b^T, bias_B = bias (`lora_bias`) and scaling = lora_alpha / r = 1.
 
-Every pair is padded with zeros to the patch's largest rank, so that one r = lora_alpha holds for all layers: PEFT
-itself would take rank_pattern and alpha_pattern, but vLLM and llama.cpp's converter read r and lora_alpha alone, and
-would scale layers of another rank wrongly without a word.
+Every pair is padded with zeros to the patch's largest rank, so that one r = lora_alpha holds for all layers. PEFT
+itself accepts rank_pattern and alpha_pattern, but vLLM and llama.cpp's converter read only r and lora_alpha, and would
+scale layers of another rank wrongly without a warning.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Pair:
     """The LoRA of one linear layer, at scaling 1: y + B (A x) + bias.
 
     Attributes:
-        a: A [rank, in].
-        b: B [out, rank].
-        bias: [out], or None where the patch has none.
+        a: the factor A [rank, in].
+        b: the factor B [out, rank].
+        bias: the bias [out], or None if the patch has none.
     """
 
     a: Array
@@ -45,44 +45,47 @@ class Pair:
 
 
 def pairs(patch: Patch, layers: Mapping[tuple[int, str], SiteLinear]) -> dict[str, Pair]:
-    """The patch as LoRA pairs, module name to pair, all of the patch's largest rank (1 for a patch of biases alone).
+    """Return the patch as LoRA pairs, all of the patch's largest rank (1 if the patch has only biases).
 
     Args:
         patch: the patch.
-        layers: the linear layer beside each slot (module_names.beside).
+        layers: the linear layer of each slot (decoder.site_linears).
+
+    Returns:
+        A mapping from module name to pair.
 
     Raises:
-        PatchTargetError: a slot lies beside no linear layer, or the patch carries a KV prefix.
-        PatchShapeError: the base has fewer layers, or others.
+        PatchTargetError: the base has no linear layer for a slot, or the patch has a KV prefix.
+        PatchShapeError: a delta does not fit its linear layer.
     """
     patch.require_weights_only("LoRA")
     merged: dict[str, Delta] = {}
     for slot, delta in patch.deltas.items():
-        where = _beside(patch, slot, layers)
-        _check_shape(patch, slot, delta, where)
-        # On Llama-like models `down` and `mlp_out` are one place: their sum is one pair.
-        merged[where.module] = merged[where.module].joined(delta, slot) if where.module in merged else delta
+        linear = _linear_of(patch, slot, layers)
+        _check_shape(patch, slot, delta, linear)
+        # On Llama-like models `down` and `mlp_out` are the same place, so their sum is one pair.
+        merged[linear.module] = merged[linear.module].joined(delta, slot) if linear.module in merged else delta
     rank = max(1, *(delta.rank for delta in merged.values()))
-    sizes = {where.module: where for where in layers.values()}
+    sizes = {linear.module: linear for linear in layers.values()}
     return {module: _pair(delta, rank, sizes[module]) for module, delta in merged.items()}
 
 
 def write_peft(
     patch: Patch, layers: Mapping[tuple[int, str], SiteLinear], out: Path, base: str, overwrite: bool
 ) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder, completely or not at all.
 
     Args:
         patch: the patch.
-        layers: the linear layer beside each slot.
-        out: the folder to make.
-        base: what the adapter says its base model is: a hub id or a folder.
-        overwrite: replace a folder that is there.
+        layers: the linear layer of each slot.
+        out: the path of the folder to make.
+        base: the base model that the adapter's config names: a hub id or a folder.
+        overwrite: whether to replace an existing folder.
 
     Raises:
-        PatchTargetError, PatchShapeError: see `pairs`.
-        ModelFormatError: `out` is taken.
-        OSError: the operating system's error; nothing is left behind.
+        PatchTargetError, PatchShapeError: `pairs` raises it.
+        ModelFormatError: `out` is a file, or a folder that is not empty and `overwrite` is False.
+        OSError: the operating system reports an error. Nothing is left behind.
     """
     found = pairs(patch, layers)
     rank = next(iter(found.values())).a.shape[0]
@@ -91,7 +94,7 @@ def write_peft(
     for module, pair in found.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.a
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.b
-        if biased:  # one switch for all layers: those without a bias get zeros
+        if biased:  # `lora_bias` holds for all layers, so those without a bias get zeros
             bias = np.zeros(pair.b.shape[0], np.float32) if pair.bias is None else pair.bias
             tensors[f"{_PREFIX}{module}.lora_B.bias"] = bias
     config = {
@@ -110,21 +113,22 @@ def write_peft(
     with atomic_folder(out, overwrite=overwrite) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        # safetensors writes through a private temporary file (0600); the user's umask decided for its neighbour.
+        # safetensors writes through a private temporary file (0600). The file gets the mode of the config, which the
+        # user's umask decided.
         (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
-def _beside(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str], SiteLinear]) -> SiteLinear:
-    where = layers.get(slot)
-    if where is not None:
-        return where
+def _linear_of(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str], SiteLinear]) -> SiteLinear:
+    linear = layers.get(slot)
+    if linear is not None:
+        return linear
     layer, site = slot
     if site == "mlp_out" and (layer, "down") in layers:
         raise PatchTargetError(
-            f"the patch {patch.name!r} acts after the block's post-norm, where no LoRA can",
+            f"the patch {patch.name!r} acts after the block's post-norm, where a LoRA cannot act",
             field=f"layers.{layer}.mlp_out",
             got="mlp_out",
-            wanted="sites beside linear layers: down, gate, up, q, k, v, o",
+            wanted="sites of linear layers: down, gate, up, q, k, v, o",
             fix="fit it in LoRA form: tp-export patch SRC OUT.safetensors --method lora ...",
         )
     raise PatchTargetError(
@@ -136,25 +140,25 @@ def _beside(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str]
     )
 
 
-def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, where: SiteLinear) -> None:
+def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, linear: SiteLinear) -> None:
     for part, values, axis, size in (
-        ("a", delta.a, 0, where.inputs),
-        ("b", delta.b, 1, where.outputs),
-        ("bias", delta.bias, 0, where.outputs),
+        ("a", delta.a, 0, linear.inputs),
+        ("b", delta.b, 1, linear.outputs),
+        ("bias", delta.bias, 0, linear.outputs),
     ):
         if values is not None and values.shape[axis] != size:
             raise PatchShapeError(
                 f"the patch {patch.name!r} does not fit the base",
                 field=slot_name(*slot, part),
                 got=values.shape[axis],
-                wanted=f"{size}, as in {where.module}",
+                wanted=f"{size}, as in {linear.module}",
                 fix="use the base model that the patch was fitted on",
             )
 
 
-def _pair(delta: Delta, rank: int, where: SiteLinear) -> Pair:
-    a = np.zeros((rank, where.inputs), np.float32)
-    b = np.zeros((where.outputs, rank), np.float32)
+def _pair(delta: Delta, rank: int, linear: SiteLinear) -> Pair:
+    a = np.zeros((rank, linear.inputs), np.float32)
+    b = np.zeros((linear.outputs, rank), np.float32)
     if delta.a is not None and delta.b is not None:
         a[: delta.rank], b[:, : delta.rank] = delta.a.T, delta.b.T
     return Pair(a, b, delta.bias)

@@ -1,6 +1,6 @@
-"""From a torch model to an exported folder: tracing, passes over the graph, slots, precisions, and a last check.
+"""From a torch model to an exported folder: trace it, simplify the graph, add slots, lower the precision, check it.
 
-Knows nothing of prompts or queries.
+This room knows nothing of prompts or queries.
 """
 
 from .export import export_model

@@ -1,12 +1,12 @@
-"""Attention as one ONNX Runtime operator, by transformers' own attention interface.
+"""Export attention as one ONNX Runtime operator, through transformers' own attention interface.
 
-While the model is traced its attention function emits `com.microsoft::GroupQueryAttention` instead of computing. The
-operator appends the new keys and values to the past ones, masks causally (and to a window on sliding layers) and
-returns the present cache, so that no pattern has to be found in a decomposed graph afterwards. Any model that goes
-through transformers' attention interface comes out the same way.
+While the model is traced, its attention function emits `com.microsoft::GroupQueryAttention` instead of computing
+attention. The operator appends the new keys and values to the past ones, masks causally (on sliding layers also to a
+window) and returns the present cache. No pattern has to be found in a decomposed graph afterwards. This works for every
+model that goes through transformers' attention interface.
 
-Rotary embeddings of the whole head are turned in the operator too (onnx_rotary.py); others, such as GPT-NeoX's of a
-quarter of it, stay in front of it.
+The operator also applies rotary embeddings, if they rotate the whole head (rotary.py). Other rotary embeddings stay in
+the graph in front of the operator: GPT-NeoX's, for example, rotate a quarter of the head.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Recording:
     """The cache tensors of one traced forward pass.
 
     Attributes:
-        past: per layer, key and value [batch, kv heads, past, head dim].
-        seqlens: [batch] int32, tokens in the cache and the input together, minus one.
-        total: scalar int32, the longest of them plus one.
-        present: per layer, what the operator returned.
-        positions: [batch, T] of the tokens, for the tables below.
-        rotary: tables of cosines and sines [window, head dim / 2] that the next attention turns queries and keys by;
-            None where that was done before it.
+        past: the past key and value of each layer, [batch, kv heads, past, head dim].
+        seqlens: the number of tokens in the cache and the input together, minus one, [batch] int32.
+        total: the largest of these numbers plus one, scalar int32.
+        present: the key and value of each layer that the operator returned.
+        positions: the positions of the tokens, [batch, T], at which the operator reads the tables below.
+        rotary: the tables of cosines and sines, [window, head dim / 2], by which the next attention operator rotates
+            queries and keys; None if the model itself rotates them.
     """
 
     past: list[tuple[Tensor, Tensor]]
@@ -49,21 +49,21 @@ _recording: list[Recording] = []
 
 
 class PassThroughCache(Cache):
-    """Keeps the model from concatenating keys and values: the operator does that."""
+    """A cache that does not concatenate keys and values, because the operator does that."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        """The new keys and values, untouched."""
+        """Return the new keys and values unchanged."""
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Zero: positions are given explicitly."""
+        """Return zero: the caller passes the positions explicitly."""
         return 0
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        """Sizes of a mask that is never built."""
+        """Return the sizes of a mask that is never built."""
         return cache_position.shape[0], 0
 
 
@@ -78,7 +78,7 @@ def _attention(
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; query [b, heads, T, head dim] -> [b, T, heads, head dim]."""
+    """Emit the operator; the signature is transformers', query [b, heads, T, head dim] -> [b, T, heads, head dim]."""
     recording = _recording[-1]
     past_key, past_value = recording.past[module.layer_idx]  # type: ignore[index]
     batch, heads, steps, head_dim = query.shape
@@ -90,10 +90,10 @@ def _attention(
         "scale": float(_own_scale(module, head_dim) if scaling is None else scaling),
         "do_rotary": 0 if recording.rotary is None else 1,
     }
-    turned: list[Tensor] = []
+    rotary_inputs: list[Tensor] = []
     if recording.rotary is not None:
         assert recording.positions is not None
-        turned = [*recording.rotary, recording.positions]
+        rotary_inputs = [*recording.rotary, recording.positions]
     if sliding_window is not None:
         attributes["local_window_size"] = int(sliding_window)
     if softcap is not None:
@@ -102,7 +102,7 @@ def _attention(
     cache_shape = [batch, kv_heads, total, head_dim]
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [*rows, past_key, past_value, recording.seqlens, recording.total, *turned],
+        [*rows, past_key, past_value, recording.seqlens, recording.total, *rotary_inputs],
         attributes,
         dtypes=[query.dtype] * 3,
         shapes=[[batch, steps, heads * head_dim], cache_shape, cache_shape],
@@ -113,23 +113,23 @@ def _attention(
 
 
 def current_recording() -> Recording:
-    """The recording in progress."""
+    """Return the recording in progress."""
     return _recording[-1]
 
 
 def _own_scale(module: Any, head_dim: int) -> float:
-    """The scale of GPT-2's attention, which does not pass one on."""
+    """Return the scale of GPT-2's attention, which does not pass its scale to the attention function."""
     scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """The operator masks by itself."""
+    """Build no mask, because the operator masks."""
 
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Within the context `model` attends through the operator (only under torch.onnx.export)."""
+    """Make `model` attend through the operator within the context; this works under torch.onnx.export only."""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     config: Any = model.config
@@ -145,12 +145,15 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 def recording(
     past: list[tuple[Tensor, Tensor]], attention_mask: Tensor, positions: Tensor | None = None
 ) -> Iterator[Recording]:
-    """Within the context attention reads `past`, and its present caches are collected.
+    """Make attention read `past` within the context, and collect the present caches that it returns.
 
     Args:
-        past: per layer, key and value [batch, kv heads, past, head dim].
-        attention_mask: [batch, past + T], 1 on tokens; padding, if any, on the right.
-        positions: [batch, T], where rotary tables are looked up.
+        past: the past key and value of each layer, [batch, kv heads, past, head dim].
+        attention_mask: 1 at every token and 0 at padding, [batch, past + T]; padding must be on the right.
+        positions: the positions of the tokens, [batch, T], at which the operator reads the rotary tables.
+
+    Yields:
+        The recording that attention reads from and adds to.
     """
     seqlens = (attention_mask.sum(1) - 1).to(torch.int32)
     total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)

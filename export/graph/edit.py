@@ -1,4 +1,4 @@
-"""Edits of a graph that every pass over it makes."""
+"""Edits that several passes over a graph share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 
 def add_initializer(model: ir.Model, name: str, content: ArrayLike) -> ir.Value:
-    """A constant of the graph, with the content's dtype and shape."""
+    """Add an initializer with the content's dtype and shape to the graph, and return it."""
     array = np.asarray(content)
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
     value.dtype = ir.DataType.from_numpy(array.dtype)
@@ -17,7 +17,7 @@ def add_initializer(model: ir.Model, name: str, content: ArrayLike) -> ir.Value:
 
 
 def is_weight(value: ir.Value | None, dimensions: int) -> bool:
-    """Whether it is a constant of so many dimensions that one node alone reads, and no input of the graph."""
+    """Whether `value` is an initializer with this many dimensions, has one reader, and is not a graph input."""
     return (
         value is not None
         and value.is_initializer()
@@ -29,12 +29,12 @@ def is_weight(value: ir.Value | None, dimensions: int) -> bool:
 
 
 def is_read_once(node: ir.Node) -> bool:
-    """Whether one node alone reads its output."""
+    """Whether the node's output is read exactly once."""
     return len(node.outputs[0].uses()) == 1
 
 
 def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Put a node of one output in the place of another: its output's name, type, shape and readers included."""
+    """Replace a node of one output; the new output takes over the old one's name, type, shape and readers."""
     before, after = old.outputs[0], new.outputs[0]
     after.type, after.shape = before.type, before.shape
     model.graph.insert_before(old, new)

@@ -1,7 +1,8 @@
-"""Mixtures of experts in a form that can be traced.
+"""Make mixtures of experts traceable.
 
-transformers loops over the experts that some token chose, which makes the graph depend on the data. Here every expert
-runs, on the rows that chose it and on no others (possibly none): the same numbers, and the same work at run time.
+transformers loops over the experts that at least one token chose, so the traced graph would depend on the data. This
+module runs every expert, but only on the rows that chose it, of which there may be none. The results and the work at
+run time are the same.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from ..decoder import blocks_of
 
 
 def _forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """The forward of MixtralSparseMoeBlock and Qwen3MoeSparseMoeBlock; z [b, T, d] -> o [b, T, d], router logits."""
+    """Replace the forward of MixtralSparseMoeBlock and Qwen3MoeSparseMoeBlock.
+
+    Args:
+        hidden_states: z, what the mixture reads, [b, T, d].
+
+    Returns:
+        The mixture's output o, [b, T, d], and the router logits.
+    """
     z = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = self.gate(z)
     weights, chosen = torch.topk(logits.softmax(-1, dtype=torch.float), self.top_k)
-    if getattr(self, "norm_topk_prob", True):  # Mixtral always does
+    if getattr(self, "norm_topk_prob", True):  # Mixtral always normalises
         weights = weights / weights.sum(-1, keepdim=True)
     out = torch.zeros_like(z)
     for i, expert in enumerate(self.experts):
@@ -33,7 +41,7 @@ def _forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def traceable_experts(model: nn.Module) -> Iterator[None]:
-    """Within the context the mixtures of experts of `model` compute without data-dependent control flow."""
+    """Make the mixtures of experts of `model` compute without data-dependent control flow within the context."""
     mixtures: list[Any] = [block.mlp for block in blocks_of(model) if block.router is not None]
     for mixture in mixtures:
         mixture.forward = MethodType(_forward, mixture)

@@ -1,6 +1,7 @@
-"""From a source model to an exported folder: docs/model-folder.md says what lies in it.
+"""Export a source model to a folder; docs/model-folder.md describes what the folder contains.
 
-The folder is written beside its place and renamed when it is whole, so an interruption leaves nothing behind.
+The folder is written under a temporary name next to its final one and renamed when it is complete, so an interruption
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from .slots import add_first_logit, make_slots_overridable, save_graph
 from .trace import context_window, trace
 
 ROUTES = ("auto", "fused", "optimum")
-# What travels with the graph: what users of Hugging Face and ONNX expect in a folder, and the licence.
+# Files of the source that are copied: the ones that users of Hugging Face and ONNX expect, and the licence.
 _COPIED = (
     "config.json",
     "generation_config.json",
@@ -82,22 +83,28 @@ def export_model(
     """Export `source` to the folder `out` with patch slots.
 
     Args:
-        source: the model.
-        out: the folder to make.
-        slot_set: `output`, `mlp` or `all` (slot_modules.SLOT_SETS).
-        route: `fused` (onnx_trace), `optimum` (onnx_optimum), or `auto`: optimum where the first fails.
-        precision: of the weights; one of PRECISIONS.
+        source: the model to export.
+        out: the path of the folder to create.
+        slot_set: the name of the set of sites that get a slot: `output`, `mlp` or `all` (slot_modules.SLOT_SETS).
+        route: the name of the exporter: `fused` (trace.py), `optimum` (optimum_route.py), or `auto`, which takes
+            `optimum` if `fused` fails.
+        precision: the precision of the weights, one of PRECISIONS.
         patch: a patch whose deltas become the defaults of the slots.
-        repair: fit a patch that makes up for what a quantised precision costs, make it the default and put it beside
-            the graph: the base of this folder is then the repaired one, and patches fitted in float32 are added to it.
-        overwrite: replace an existing folder, once the new one is whole.
+        repair: whether to fit a patch that compensates what a quantised precision costs. That patch becomes the default
+            of the slots and is stored next to the graph. The base of this folder is then the repaired one, and patches
+            that were fitted in float32 are added to it.
+        overwrite: whether to replace an existing folder, once the new one is complete.
 
     Returns:
         `out`.
 
     Raises:
-        ModelFormatError: unknown architecture, slot set, route or precision, no route can export it, or `out` is taken.
-        BaseMismatchError, PatchTargetError, PatchShapeError: `patch` does not fit.
+        ModelFormatError: the architecture, the slot set, the route or the precision is unknown, no route can export the
+            model, `out` is a file or a folder that is not empty, `repair` is set for a float precision or together with
+            `patch`, or the exported graph does not compute what the model computes.
+        BaseMismatchError: `patch` was fitted on another base model or another precision.
+        PatchTargetError: `patch` addresses a slot that the graph does not have, or has a KV prefix.
+        PatchShapeError: `patch` has more layers than the graph, or the shape of a delta does not fit its slot.
     """
     check_precision(precision)
     if route not in ROUTES:
@@ -109,11 +116,11 @@ def export_model(
         patch.require_weights_only("graph")
     if repair and (patch is not None or precision in FLOAT_PRECISIONS):
         raise ModelFormatError(
-            "nothing to repair" if patch is None else "one default is enough",
+            "a float precision has nothing to repair" if patch is None else "a folder has one default patch only",
             field="repair",
             got=precision if patch is None else f"a default patch, {patch.name!r}",
             wanted="a quantised precision, and no other default patch",
-            fix="add patches to a repaired base when it runs",
+            fix="add patches to the repaired base at run time",
         )
     with clock("load weights"):
         model = load_model(source)
@@ -130,17 +137,17 @@ def export_model(
         with clock("trace the graph"):
             graph, route = _trace(model, slots, route)
         with clock("write the folder"):
-            if route == "fused":  # optimum's names are put right where it exports
+            if route == "fused":  # the optimum route has named its weights already
                 name_weights(graph)
                 name_vectors(graph, _vectors(model))
                 simplify(graph)
             name_dimensions(graph)
             add_first_logit(graph)
-            carrying = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
+            default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, route, precision)
             if route == "fused":
                 name_nodes(graph)
-            written = save_graph(graph, folder, carrying)
+            written = save_graph(graph, folder, default_values)
             written.append(write_genai_config(model.config.get_text_config(), source.codec.eos_ids, folder))
             if patch is not None:
                 patch.save(folder / DEFAULT_FILE, "f32")
@@ -154,27 +161,29 @@ def export_model(
 
 
 def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
-    """The graph, and the route it came by. Torch, transformers and onnxscript raise anything at all."""
+    """Return the graph and the route that exported it; the errors of the exporters become ModelFormatError."""
     if route != "optimum":
         try:
             return trace(model, slots), "fused"
-        except Exception as error:
+        except Exception as error:  # torch, transformers and onnxscript raise errors of any type
             if route == "fused":
                 raise ModelFormatError(
-                    f"cannot be traced with fused attention: {_reason(error)}",
+                    f"the model cannot be traced with fused attention: {_reason(error)}",
                     field="route",
                     got=route,
-                    fix="use route auto",
+                    fix="use --route auto",
                 ) from error
-            tqdm.write(f"warning: no fused attention, falling back to optimum: {_reason(error)}", file=sys.stderr)
+            tqdm.write(f"warning: fused attention failed, falling back to optimum: {_reason(error)}", file=sys.stderr)
     try:
-        from . import optimum_route as onnx_optimum  # seconds of imports that the usual route does not need
+        from . import optimum_route  # its imports take seconds, and the usual route does not need them
 
-        return onnx_optimum.trace(model, slots), "optimum"
+        return optimum_route.trace(model, slots), "optimum"
     except ModelFormatError:
         raise
     except Exception as error:
-        raise ModelFormatError(f"optimum cannot export it: {_reason(error)}", field="route", got=route) from error
+        raise ModelFormatError(
+            f"optimum cannot export the model: {_reason(error)}", field="route", got=route
+        ) from error
 
 
 def _vectors(model: Any) -> dict[str, np.ndarray]:
@@ -184,11 +193,14 @@ def _vectors(model: Any) -> dict[str, np.ndarray]:
 
 
 def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:
-    """Bring a float32 graph to `precision`; in place."""
+    """Convert a float32 graph to `precision`; changes it in place."""
     if precision == "fp16":
-        if route != "fused":  # its norms square activations in the open, and squares leave float16 first
+        if route != "fused":  # its unfused norms square activations, which overflows float16 first
             raise ModelFormatError(
-                "no fp16 for a graph without fused operators", field="precision", got=precision, wanted="another one"
+                "a graph without fused operators cannot run in fp16",
+                field="precision",
+                got=precision,
+                wanted="another precision",
             )
         to_fp16(graph)
     elif precision == "bf16":
@@ -198,7 +210,7 @@ def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in one line: exporters wrap it in pages of advice."""
+    """Return the first error's type and message in one line: exporters wrap that error in pages of advice."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -241,13 +253,18 @@ def _describe(
 
 
 def check_export(model: Any, folder: Path) -> None:
-    """Compare the exported graph with the torch model on a few tokens, with nothing bound in the slots.
+    """Compare the exported graph with the torch model on a few tokens, with nothing bound to the slots.
 
-    A wrong export must not leave the host; parity proper is the test suite's. Skipped where no ONNX Runtime is
-    installed. A quantised graph is compared with the torch model in the same weights, a repaired one with the repair.
+    This check keeps a wrong export from leaving the host; the test suite measures parity in full. If no ONNX Runtime is
+    installed, the check is skipped. A quantised graph is compared with the torch model in the same quantised weights. A
+    repaired graph is compared with the torch model under the same repair.
+
+    Args:
+        model: the torch model in float32.
+        folder: the exported folder.
 
     Raises:
-        ModelFormatError: the graph says something else than the model.
+        ModelFormatError: the graph does not compute what the model computes.
     """
     try:
         graph = Graph(ModelFolder.open(folder), device="cpu")
@@ -263,10 +280,10 @@ def check_export(model: Any, folder: Path) -> None:
             stack.enter_context(patched(model, graph.repair))
         wanted = log_probabilities(model, torch.from_numpy(ids)[None])
     error, loss = float((got - wanted).abs().max()), float((wanted.exp() * (wanted - got)).sum(-1).mean())
-    # In float32 the two are the same sums in another order; below, every activation is rounded on the way.
+    # In float32 both compute the same sums in another order. In lower precisions every activation is rounded as well.
     if not (error <= 1e-2 if precision == "fp32" else loss <= 0.1):
         raise ModelFormatError(
-            "the exported graph does not compute what the model does",
+            "the exported graph does not compute what the model computes",
             field="logits",
             got=f"max abs error {error:.2g}, KL {loss:.2g}",
             wanted="at most 0.01" if precision == "fp32" else "a KL of at most 0.1",

@@ -1,6 +1,7 @@
-"""genai_config.json, which onnxruntime-genai needs beside the graph.
+"""Write genai_config.json, which onnxruntime-genai needs next to the graph.
 
-The graph needs no change: its inputs and outputs are named in the config, slots and `tp.first_logit` have defaults.
+The graph itself needs no change: the config names its inputs and outputs, and the slots and `tp.first_logit` have
+defaults.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tp_runtime.session import past_name, present_name
+
 from ..decoder import kv_shape
 
 CONFIG = "genai_config.json"
 
 
 def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
-    """The config of one exported graph, for onnxruntime-genai's plain decoder.
+    """Return the config of one exported graph, for onnxruntime-genai's plain decoder.
 
     Args:
         config: the transformers text config.
-        eos_ids: token ids that end an answer.
+        eos_ids: the token ids that end an answer.
 
     Returns:
-        Greedy search by default, and a cache of its own for each step's output, which both export routes have.
+        A config with greedy search as the default. Past and present cache share no buffer: each step outputs a cache of
+        its own, as the graphs of both export routes do.
     """
     kv_heads, head_size = kv_shape(config)
     eos = sorted(eos_ids)
@@ -47,13 +51,13 @@ def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
                     "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "past_key_names": past_name("%d", "key"),
+                    "past_value_names": past_name("%d", "value"),
                 },
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "present_key_names": present_name("%d", "key"),
+                    "present_value_names": present_name("%d", "value"),
                 },
             },
         },
@@ -67,6 +71,6 @@ def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
 
 
 def write_genai_config(config: Any, eos_ids: Collection[int], folder: Path) -> str:
-    """Write it into `folder`; returns the file's name."""
+    """Write the config into `folder` and return the file's name."""
     (folder / CONFIG).write_text(json.dumps(genai_config(config, eos_ids), indent=2) + "\n", encoding="utf-8")
     return CONFIG

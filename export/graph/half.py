@@ -1,10 +1,11 @@
-"""Half precision of an exported graph.
+"""Convert an exported graph to half precision.
 
-fp16 computes in it: weights, activations, cache and slots. The angles of the rotary embedding stay in float32 up to
-their cosines and sines, for 16 bits cannot tell position 2049 from 2048.
+With fp16 the graph computes in float16: weights, activations, cache and slots. The angles of the rotary embedding stay
+in float32 until their cosines and sines are taken, because 16 bits cannot tell position 2049 from 2048.
 
-bf16 stores in it: half the file, float32 at load and from there on. ONNX Runtime's CPU kernels do not compute in bf16,
-and a folder that runs on one device only is not what the other precisions are.
+With bf16 the graph only stores its weights in bfloat16. The file is half as large; the weights become float32 at load,
+and the graph computes in float32. ONNX Runtime's CPU kernels do not compute in bf16, so a graph that did would run on
+one device only, unlike the graphs of the other precisions.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import onnx_ir as ir
 
 from tp_runtime.errors import ModelFormatError
 
-_LEAST_BYTES = 1024  # smaller tensors stay in the graph file as they are
+_LEAST_BYTES = 1024  # smaller tensors keep their dtype and stay in the graph file
 
 
 def to_fp16(model: ir.Model) -> None:
-    """Let `model` compute in float16; in place.
+    """Make `model` compute in float16; changes it in place.
 
     Raises:
-        ModelFormatError: a weight does not fit float16.
+        ModelFormatError: the value of a weight is too large for float16.
     """
     angles = _angle_nodes(model)
     keep = {value for node in angles for value in (*node.inputs, *node.outputs)}
@@ -33,7 +34,7 @@ def to_fp16(model: ir.Model) -> None:
             array = value.const_value.numpy().astype(np.float16)
         if not np.isfinite(array).all():
             raise ModelFormatError(
-                "a weight does not fit float16",
+                "the weight does not fit float16",
                 field=str(value.name),
                 got=float(np.abs(value.const_value.numpy()).max()),
                 wanted=f"at most {np.finfo(np.float16).max}",
@@ -57,7 +58,7 @@ def to_fp16(model: ir.Model) -> None:
 
 
 def _angle_nodes(model: ir.Model) -> set[ir.Node]:
-    """The cosines and sines, and everything they are computed from."""
+    """Return the nodes that compute cosines and sines, and every node that these depend on."""
     found = {node for node in model.graph if node.op_type in ("Cos", "Sin")}
     pending = list(found)
     while pending:
@@ -79,7 +80,7 @@ def _cast_output(model: ir.Model, node: ir.Node) -> None:
 
 
 def store_in_bf16(model: ir.Model) -> None:
-    """Hold the weights of `model` in bfloat16 and compute in float32; in place. Slots keep their dtype."""
+    """Store the weights of `model` in bfloat16 and compute in float32; changes it in place. Slots keep their dtype."""
     first = model.graph[0]
     for value in list(model.graph.initializers.values()):
         stored = value.const_value

@@ -1,7 +1,8 @@
-"""Names of a traced graph: weights and nodes by the modules that they come from, dimensions as optimum calls them.
+"""Name the weights and nodes of a traced graph after the modules they come from, and its dimensions as optimum does.
 
-torch's exporter numbers what it folds and fuses (`val_57`, `node_linear_3`), anew with every version of it. Whoever
-reads a profile, or replaces a weight, wants `layers.0.mlp.down_proj.weight` and `layers.0.mlp.down_proj.MatMul`.
+torch's exporter numbers the values that it folds and fuses (`val_57`, `node_linear_3`), and each version of it numbers
+them differently. Users who read a profile or replace a weight need names like `layers.0.mlp.down_proj.weight` and
+`layers.0.mlp.down_proj.MatMul`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # what slot_modules puts around a linear
+_WRAPPERS = re.compile(r"(\.(linear|tail|reader))+$")  # the wrappers of slot_modules.py
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_MODULE = re.compile(r"^([\w.]+?)\.(?:weight|bias|a|b)(?:\..*)?$")  # of a weight, its packed parts, or a slot's input
+_MODULE = re.compile(r"^([\w.]+?)\.(?:weight|bias|a|b)(?:\..*)?$")  # names of weights, their packed parts and slots
 
 
 def name_weights(model: ir.Model) -> None:
-    """Give every folded weight the name of the module that uses it: `model.layers.0.mlp.down_proj.weight`.
+    """Name every folded weight after the module that uses it, such as `model.layers.0.mlp.down_proj.weight`.
 
-    torch's exporter folds transposes and calls the result `val_57`; the module path survives in the node's metadata,
-    which is dropped here once it has served.
+    torch's exporter folds transposes and names the result `val_57`. The node's metadata still holds the module path;
+    this function drops the metadata after it has read the path.
     """
     taken = set(model.graph.initializers)
     for old, parameter in list(model.graph.initializers.items()):
-        if old.startswith("model.") and old.removeprefix("model.") not in taken:  # the wrapper's own
+        if old.startswith("model.") and old.removeprefix("model.") not in taken:  # the prefix of trace._Step
             taken.add(old.removeprefix("model."))
             parameter.name = old.removeprefix("model.")
     for node in model.graph:
-        # module paths ('model.model.layers.0.self_attn.q_proj'), and last what torch calls the operation
+        # All scopes but the last are module paths ('model.model.layers.0.self_attn.q_proj'); the last is the operation.
         *scopes, operation = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "''"))
         paths = [path for path in scopes if path.startswith("model.")]
         if not paths or not operation.startswith("linear"):
@@ -52,11 +53,11 @@ def name_weights(model: ir.Model) -> None:
 
 
 def name_vectors(model: ir.Model, parameters: Mapping[str, NDArray[np.float32]]) -> None:
-    """Give the scales of norms their modules' names where they were folded to 1 + weight (Gemma).
+    """Name the scales of norms after their modules if the exporter folded them to 1 + weight (Gemma).
 
     Args:
-        model: its matrices named; changed in place.
-        parameters: the torch model's vectors, by name.
+        model: the graph, whose matrices have their names already; changed in place.
+        parameters: the one-dimensional parameters of the torch model, by name.
     """
     taken = set(model.graph.initializers)
     found: dict[bytes, list[str]] = {}
@@ -71,35 +72,35 @@ def name_vectors(model: ir.Model, parameters: Mapping[str, NDArray[np.float32]])
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name every node by the module whose weights it reads, or the one around the nodes it reads from; in place.
+    """Name every node after the module whose weights it reads, or else the module that encloses the nodes it reads.
 
-    To be called last: nodes that are made later have no such names.
+    Changes the graph in place. Call this last: nodes that are made later have no such names.
     """
-    around: dict[int, str] = {}  # by node: the module that those are a part of which read from it
+    enclosing: dict[int, str] = {}  # id of a node -> the module that encloses the readers of its output
     counts: Counter[str] = Counter()
     for node in model.graph:
         module, read = _module(node), [value for value in node.inputs if value is not None]
         before = (value.producer() for value in read)
-        outer = next((found for other in before if other is not None and (found := around[id(other)])), "")
+        outer = next((found for other in before if other is not None and (found := enclosing[id(other)])), "")
         if module is None:
             scope = outer or (str(read[0].name) if read and read[0].is_graph_input() else "")
-            around[id(node)] = scope
+            enclosing[id(node)] = scope
         else:
-            scope = module  # a slot is not what its readers are a part of
-            around[id(node)] = outer if module.startswith("tp.") else module.rpartition(".")[0]
+            scope = module  # a slot is no module of the model, so it does not enclose its readers
+            enclosing[id(node)] = outer if module.startswith("tp.") else module.rpartition(".")[0]
         name = f"{scope}.{node.op_type}" if scope else node.op_type
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
 
 
 def _module(node: ir.Node) -> str | None:
-    """The module whose weights a node reads."""
+    """Return the module whose weights a node reads, or None."""
     names = (str(value.name) for value in node.inputs if value is not None and value.is_initializer())
     return next((match[1] for name in names if (match := _MODULE.match(name))), None)
 
 
 def name_dimensions(model: ir.Model) -> None:
-    """Symbolic dimensions as optimum calls them."""
+    """Name the symbolic dimensions of inputs and outputs as optimum does; changes the graph in place."""
     named = {
         "input_ids": ["batch_size", "sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],

@@ -1,9 +1,9 @@
-"""torch to ONNX through optimum: for models that onnx_trace cannot take.
+"""Export a torch model to ONNX through optimum, for models that trace.py cannot export.
 
-optimum traces any decoder it has a configuration for, attention included as plain operators, so the graph is larger and
-slower than the fused one, and its cache grows by concatenation instead of in place. Inputs and outputs are the same:
-`input_ids`, `attention_mask`, `position_ids`, `past_key_values.N.key`, `tp.<layer>.<site>.a`, ... -> `logits`,
-`present.N.key`, ...
+optimum traces every decoder that it has a configuration for, and exports attention as plain operators. The graph is
+therefore larger and slower than the fused one, and its cache grows by concatenation instead of in place. Inputs and
+outputs are the same: `input_ids`, `attention_mask`, `position_ids`, `past_key_values.N.key`, `tp.<layer>.<site>.a`, ...
+-> `logits`, `present.N.key`, ...
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     """Export `model` with `slots` through optimum.
 
     Args:
-        model: a transformers causal language model; left as it was.
-        slots: its slots; they come out as required graph inputs, as from onnx_trace.trace.
+        model: a transformers causal language model, unchanged after the call.
+        slots: the slots of the model; the graph has them as required inputs, like a graph from trace.trace.
+
+    Returns:
+        The graph, with its weights named as in the model.
 
     Raises:
         ModelFormatError: optimum has no configuration for this architecture.
@@ -46,7 +49,8 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     config = _export_config(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with quiet(), _registered(model, slots) as slot_names, tempfile.TemporaryDirectory(prefix="tp-optimum-") as folder:
-        # A slotted linear has moved to `...down_proj.linear`, and a tied weight has two places: back to one name each.
+        # Slots move a linear layer to `...down_proj.linear`, and a tied weight has two paths. This maps every path to
+        # the one name that the weight has in the source model.
         sources = {
             f"{path}.{name}": names[id(parameter)]
             for path, module in model.named_modules()
@@ -57,7 +61,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
         try:
             export_pytorch(model, config, config.DEFAULT_ONNX_OPSET, file)
         finally:
-            vars(model).pop("forward", None)  # optimum leaves a forward of its own on the instance
+            vars(model).pop("forward", None)  # optimum leaves its own forward on the instance
         graph = external_data.load_to_model(ir.load(file))
     _forget_shapes(graph)
     _slots_to_inputs(graph, slot_names)
@@ -66,9 +70,9 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
 
 
 def _export_config(model: Any) -> Any:
-    """optimum's description of the model's inputs and outputs, with position ids among them.
+    """Return optimum's description of the model's inputs and outputs, position ids included.
 
-    optimum leaves positions out where a model can count them itself (Gemma); the runtime always gives them.
+    optimum leaves position ids out if a model can count them itself (Gemma), but the runtime always passes them.
     """
     try:
         constructor = TasksManager.get_exporter_config_constructor(
@@ -79,8 +83,8 @@ def _export_config(model: Any) -> Any:
             "optimum cannot export this architecture",
             field="config.model_type",
             got=model.config.model_type,
-            wanted="one optimum has an ONNX configuration for",
-            fix="use --route fused, if this architecture goes through it",
+            wanted="an architecture that optimum has an ONNX configuration for",
+            fix="use --route fused, if that route can export this architecture",
         ) from error
     config = constructor(model.config, use_past=True, use_past_in_inputs=True)
     if "position_ids" not in config.inputs and "position_ids" in inspect.signature(model.forward).parameters:
@@ -96,10 +100,13 @@ def _export_config(model: Any) -> Any:
 
 @contextmanager
 def _registered(model: nn.Module, slots: Sequence[Slot]) -> Iterator[dict[str, str]]:
-    """Within the context `model` carries the slots; yields initializer name -> graph input name.
+    """Put the slots into `model` within the context.
 
-    The TorchScript exporter keeps the names of parameters only, so the slots' tensors are parameters for its sake.
-    They are random: it would fold or merge zeros and equal tensors.
+    The TorchScript exporter keeps the names of parameters only, so the slots' tensors are parameters here. They are
+    random, because the exporter would fold or merge zeros and equal tensors.
+
+    Yields:
+        The graph input's name for each initializer's name.
     """
     tensors, names, values = {}, {}, nn.ParameterList()
     for slot in slots:
@@ -118,7 +125,7 @@ def _registered(model: nn.Module, slots: Sequence[Slot]) -> Iterator[dict[str, s
 
 
 def _forget_shapes(model: ir.Model) -> None:
-    """Drop the inner shapes: they were inferred at rank 1, and ONNX Runtime infers them again."""
+    """Drop the shapes of inner values: they were inferred at rank 1, and ONNX Runtime infers them again."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -135,8 +142,9 @@ def _slots_to_inputs(model: ir.Model, names: Mapping[str, str]) -> None:
 def _name_weights(model: ir.Model, sources: Mapping[str, str]) -> None:
     """Give weights the names they have in the source model.
 
-    The exporter folds a linear's transpose and calls the result `onnx::MatMul_8799`; the module survives in the name of
-    the node. Where a tied head became a transposed copy of the embedding, it reads the embedding again.
+    The exporter folds the transpose of a linear layer and names the result `onnx::MatMul_8799`; the node's name still
+    holds the module. If the exporter made a transposed copy of the embedding for a tied head, this function makes the
+    head read the embedding again.
     """
     weights = model.graph.initializers
     for name in list(weights):

@@ -1,8 +1,9 @@
-"""Products of one input become one product of their weights side by side.
+"""Join the matrix products that read one input into one product with the concatenated weights.
 
-Queries, keys and values are three products of one input, gate and up of an MLP are two. On several threads each product
-ends with a wait for the slowest of them, and each quantised one begins with rounding its input: one product for all has
-one of each. The attention operator takes queries, keys and values as they come out of it; anybody else gets their part.
+Queries, keys and values are three products of one input; gate and up of an MLP are two. With several threads, each
+product ends by waiting for the slowest thread, and each quantised product begins by rounding its input. A joined
+product waits once and rounds once. The attention operator reads the joined queries, keys and values as they are; for
+other readers a Split node separates the parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .edit import add_initializer, is_read_once, is_weight
 
 @dataclass(frozen=True)
 class _Product:
-    """`source @ weight`, or with a bias added to it: `out` is the sum then."""
+    """`out = source @ weight`, or `out = source @ weight + bias` if there is a bias."""
 
     source: ir.Value
     weight: ir.Value
@@ -32,10 +33,10 @@ class _Product:
 
 
 def join_products(model: ir.Model) -> None:
-    """Join the products of one module that read one value; in place.
+    """Join the products of one module that read the same value; changes the graph in place.
 
     Args:
-        model: with its weights under their modules' names, and no unused nodes.
+        model: the graph, whose weights have their modules' names and which has no unused nodes.
     """
     for node in list(model.graph):
         if node.op_type == "GroupQueryAttention":
@@ -46,7 +47,7 @@ def join_products(model: ir.Model) -> None:
         if product is None:
             continue
         module, _stem = _module_and_stem(str(product.weight.name))
-        if module:  # a weight without a name of its own belongs to nobody
+        if module:  # a weight without a module's name belongs to no group
             groups.setdefault((id(product.source), module), []).append(product)
     for products in groups.values():
         if len(products) > 1:
@@ -54,8 +55,11 @@ def join_products(model: ir.Model) -> None:
 
 
 def _pack(model: ir.Model, attention: ir.Node) -> None:
-    """One product for queries, keys and values; biases of all three come along, anything else between stays."""
-    parts = [_behind(value) for value in attention.inputs[:3]]
+    """Join queries, keys and values into one product, with biases if all three have one.
+
+    If any other node lies between a product and the attention operator, this function joins nothing.
+    """
+    parts = [_product_with_bias(value) for value in attention.inputs[:3]]
     found = [part for part in parts if part is not None]
     if len(found) != 3 or len({id(part.source) for part in found}) != 1:
         return
@@ -69,7 +73,7 @@ def _pack(model: ir.Model, attention: ir.Node) -> None:
 
 
 def _join_and_split(model: ir.Model, products: Sequence[_Product]) -> None:
-    """One product, and its parts under the names that they had."""
+    """Join the products, and split the result into parts that keep their names."""
     first = products[0].out.producer()
     assert first is not None
     steps = _joined_product(model, products, f"{first.name}.joined")
@@ -88,14 +92,17 @@ def _join_and_split(model: ir.Model, products: Sequence[_Product]) -> None:
 
 
 def _joined_product(model: ir.Model, products: Sequence[_Product], unnamed: str) -> list[ir.Node]:
-    """The nodes of the one product, not in the graph yet: a MatMul, and an Add where the products have biases."""
+    """Return the nodes of the joined product: a MatMul, and an Add if the products have biases.
+
+    The nodes are not in the graph yet. `unnamed` is the weight's name if the products have no joint name.
+    """
     like, first = products[0].out, next(iter(products[0].weight.uses())).node
     name = _joint_name([str(product.weight.name) for product in products]) or unnamed
-    # What it reads now: the value that was found may have become a part of another joined product.
-    steps = [ir.node("MatMul", [first.inputs[0], _side_by_side(model, [p.weight for p in products], name)])]
+    # Use the node's current input: the recorded source may have become a part of another joined product since.
+    steps = [ir.node("MatMul", [first.inputs[0], _concatenated(model, [p.weight for p in products], name)])]
     biases = [product.bias for product in products if product.bias is not None]
     if biases:
-        bias = _side_by_side(model, biases, f"{name.removesuffix('.weight')}.bias")
+        bias = _concatenated(model, biases, f"{name.removesuffix('.weight')}.bias")
         steps.append(ir.node("Add", [steps[0].outputs[0], bias]))
     for step in steps:
         step.outputs[0].type = like.type
@@ -105,9 +112,9 @@ def _joined_product(model: ir.Model, products: Sequence[_Product], unnamed: str)
 
 
 def _joint_name(names: Sequence[str]) -> str | None:
-    """`mlp.gate_up_proj.weight` of `mlp.gate_proj.weight` and `mlp.up_proj.weight`; single letters run together.
+    """Return the joint name: `mlp.gate_up_proj.weight` for `mlp.gate_proj.weight` and `mlp.up_proj.weight`.
 
-    None where the weights are not all of one module.
+    Single letters are joined without an underscore. The result is None if the weights belong to different modules.
     """
     modules, stems = zip(*(_module_and_stem(name) for name in names), strict=True)
     if not modules[0] or len(set(modules)) != 1:
@@ -120,13 +127,13 @@ def _joint_name(names: Sequence[str]) -> str | None:
 
 
 def _module_and_stem(weight: str) -> tuple[str, str]:
-    """`layers.0.mlp` and `gate_proj` of `layers.0.mlp.gate_proj.weight`; no module of a weight without such a name."""
+    """Split `layers.0.mlp.gate_proj.weight` into `layers.0.mlp` and `gate_proj`; a name without a dot has no module."""
     module, _, stem = weight.removesuffix(".weight").rpartition(".")
     return module, stem
 
 
 def _product(node: ir.Node | None) -> _Product | None:
-    """What a node is, if it multiplies by a weight that nobody else reads."""
+    """Return the product that `node` computes, if it multiplies by a weight that no other node reads."""
     if node is None or node.op_type != "MatMul" or not is_weight(node.inputs[1], 2):
         return None
     source, weight = node.inputs
@@ -134,22 +141,25 @@ def _product(node: ir.Node | None) -> _Product | None:
     return _Product(source, weight, None, node.outputs[0])
 
 
-def _behind(value: ir.Value | None) -> _Product | None:
-    """The product that `value` is, with a bias if there is one, if nobody else reads anything on the way."""
+def _product_with_bias(value: ir.Value | None) -> _Product | None:
+    """Return the product that computes `value`, with its bias if it has one.
+
+    The result is None if `value` is no such product, or if a second node reads it or one of its intermediate values.
+    """
     node = value.producer() if value is not None else None
     if node is None or not is_read_once(node):
         return None
     if node.op_type != "Add":
         return _product(node)
     biases = [i for i in (0, 1) if is_weight(node.inputs[i], 1)]
-    product = _behind(node.inputs[1 - biases[0]]) if len(biases) == 1 else None
+    product = _product_with_bias(node.inputs[1 - biases[0]]) if len(biases) == 1 else None
     if product is None or product.bias is not None:
         return None
     return replace(product, bias=node.inputs[biases[0]], out=node.outputs[0])
 
 
-def _side_by_side(model: ir.Model, values: Sequence[ir.Value], name: str) -> ir.Value:
-    """The values joined along their last dimension, as one initializer in their place."""
+def _concatenated(model: ir.Model, values: Sequence[ir.Value], name: str) -> ir.Value:
+    """Replace the initializers with one that concatenates them along their last dimension."""
     arrays = [value.const_value.numpy() for value in values if value.const_value is not None]
     for value in values:
         del model.graph.initializers[str(value.name)]

@@ -1,9 +1,9 @@
-"""Weight-only block quantisation of an exported graph.
+"""Quantise the weights of an exported graph in blocks.
 
-Products with a constant weight become `MatMulNBits`, which unpacks a block at a time and, at accuracy level 4,
-multiplies in int8: a decode step reads an eighth to a quarter of the bytes. A table that is looked up by token id
-becomes `GatherBlockQuantized`; where the head is tied to it, both read the same packed tensor, so the file holds it
-once.
+Products with a constant weight become `MatMulNBits`, which unpacks one block at a time and, at accuracy level 4,
+multiplies in int8. A decode step then reads an eighth to a quarter of the bytes. The lookup of token ids in the
+embedding table becomes `GatherBlockQuantized`. If the head is tied to the table, both read the same packed tensor, so
+the file stores it once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .edit import add_initializer, replace_node
 _DOMAIN = "com.microsoft"
 _ACCURACY_LEVEL = 4  # int8 activations: without it, int4 is no faster than float32 on most CPUs
 _PRODUCTS = ("MatMul", "FusedMatMul")
-_TURNED = ("transA", "transBatchA", "transBatchB")  # what MatMulNBits cannot say
+_TRANSPOSED = ("transA", "transBatchA", "transBatchB")  # attributes that MatMulNBits does not have
 
 
 def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> None:
@@ -28,8 +28,8 @@ def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> No
 
     Args:
         model: a graph with its final names and slots.
-        precision: bits and quantisers of linear layers, and of the head and the token table.
-        kept: names of weights to leave in float32 (a router's few rows decide between experts).
+        precision: the quantiser of the linear layers, and that of the head and the embedding table.
+        kept: the names of weights to leave in float32, such as a router's, whose few rows decide between experts.
     """
     head = _head_weight(model)
     packed: dict[str, tuple[ir.Value, ir.Value, ir.Value | None, Blocks]] = {}
@@ -63,12 +63,12 @@ def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> No
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:
-    """The constant matrix that a product multiplies by; None for anything else, slots included."""
+    """Return the constant matrix that a product multiplies by; None for any other node, slots included."""
     if node.op_type not in _PRODUCTS or node.inputs[1] is None:
         return None
     weight = node.inputs[1]
-    turned = any(a.as_int() for name in _TURNED if (a := node.attributes.get(name)) is not None)
-    fits = not turned and weight.is_initializer() and not weight.is_graph_input() and weight.const_value is not None
+    transposed = any(a.as_int() for name in _TRANSPOSED if (a := node.attributes.get(name)) is not None)
+    fits = not transposed and weight.is_initializer() and not weight.is_graph_input() and weight.const_value is not None
     return weight if fits and weight.const_value is not None and len(weight.const_value.shape) == 2 else None
 
 
@@ -78,7 +78,7 @@ def _transposed(node: ir.Node) -> bool:
 
 
 def _head_weight(model: ir.Model) -> ir.Value | None:
-    """The weight of the last product: the head's."""
+    """Return the weight of the last product, which is the head's."""
     return next((w for node in reversed(model.graph) if (w := _weight_of(node)) is not None), None)
 
 
@@ -107,7 +107,7 @@ def _replace_product(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.V
 
 
 def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:
-    """Rows of [tokens, blocks, BLOCK] are looked up and flattened: the packed tensor stays as the head reads it."""
+    """Look up rows of [tokens, blocks, BLOCK] and flatten them, so that the packed tensor keeps the head's form."""
     packed, scales, zeros, blocks = parts
     assert zeros is None and node.outputs[0].shape is not None
     tokens, per_token = blocks.scales.shape
@@ -119,7 +119,7 @@ def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Va
     steps.append(
         ir.node("GatherBlockQuantized", [packed, node.inputs[1], steps[0].outputs[0]], attributes, domain=_DOMAIN)
     )
-    # 0: as many rows and tokens as were looked up
+    # A 0 copies the dimension of the input: the batch rows and tokens that were looked up.
     flat = add_initializer(model, f"{name}.row.shape", np.array([0, 0, per_token * BLOCK]))
     steps.append(ir.node("Reshape", [steps[1].outputs[0], flat]))
     for number, step in enumerate(steps):

@@ -1,8 +1,8 @@
-"""What is left of a traced graph's overhead once its operators are fused.
+"""Remove the overhead that a traced graph still has after its operators are fused.
 
-A decode step of a small model spends microseconds in each operator, so an operator that only moves shapes about costs
-as much as one that computes. Reshapes that undo each other go (queries split into heads, and joined again for the
-attention operator), and products of one input are joined (onnx_products.py).
+A decode step of a small model spends microseconds in each operator, so an operator that only changes shapes costs
+about as much as one that computes. This module removes reshapes that undo each other: the model splits queries into
+heads, and the attention operator needs them joined again. It also joins products of one input (products.py).
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from .products import join_products
 
 
 def simplify(model: ir.Model) -> None:
-    """Remove reshapes that undo each other, and join what is computed from one value; in place.
+    """Remove reshapes that undo each other, and join products of one value; changes the graph in place.
 
     Args:
-        model: the traced graph, its weights named.
+        model: the traced graph, whose weights have their names.
     """
     for node in list(model.graph):
-        _multiply_plainly(model, node)
+        _replace_gemm(model, node)
     _norm_before_transposing(model)
     _drop_reshapes(model)
-    RemoveUnusedNodesPass()(model)  # before anybody asks who else reads a value
+    RemoveUnusedNodesPass()(model)  # the next pass counts the readers of values
     join_products(model)
     for node in list(model.graph):
-        _add_slot_at_once(model, node)
+        _sum_slot(model, node)
     RemoveUnusedNodesPass()(model)
 
 
-def _multiply_plainly(model: ir.Model, node: ir.Node) -> None:
-    """Turn a Gemm, which no other pass knows, into a product and a sum; in place.
+def _replace_gemm(model: ir.Model, node: ir.Node) -> None:
+    """Replace a Gemm, which no other pass handles, with a MatMul and an Add; changes the graph in place.
 
-    It multiplies an expert's rows [n, K], or GPT-2's [B, T, K], which is not flattened for it any more.
+    A Gemm multiplies either an expert's rows [n, K], or GPT-2's [B, T, K] flattened to rows. The MatMul reads [B, T, K]
+    directly, so the reshapes around the Gemm are removed.
     """
-    said = {name: attribute.value for name, attribute in node.attributes.items()}
+    settings = {name: attribute.value for name, attribute in node.attributes.items()}
     weight = node.inputs[1] if node.op_type == "Gemm" else None
-    if weight is None or said.get("transA") or any(said.get(name, 1) != 1 for name in ("alpha", "beta")):
+    if weight is None or settings.get("transA") or any(settings.get(name, 1) != 1 for name in ("alpha", "beta")):
         return
     if not is_weight(weight, 2) or node.inputs[0] is None:
         return
     assert weight.const_value is not None
-    if said.get("transB"):
-        turned = np.ascontiguousarray(weight.const_value.numpy().T)
-        weight.const_value, weight.shape = ir.tensor(turned, name=weight.name), ir.Shape(turned.shape)
+    if settings.get("transB"):
+        transposed = np.ascontiguousarray(weight.const_value.numpy().T)
+        weight.const_value, weight.shape = ir.tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
     source, out, gone = node.inputs[0], node.outputs[0], [node]
     flattened, readers = source.producer(), [use.node for use in out.uses()]
     if flattened is not None and flattened.op_type == "Reshape" and [r.op_type for r in readers] == ["Reshape"]:
@@ -70,7 +71,7 @@ def _multiply_plainly(model: ir.Model, node: ir.Node) -> None:
 
 
 def _is_product_of(source: ir.Value, out: ir.Value, inputs: int, outputs: int) -> bool:
-    """Whether `out` can be [..., outputs] of a `source` [..., inputs]."""
+    """Whether `source` is [..., inputs], `out` is [..., outputs], and their leading dimensions are the same."""
     if source.shape is None or out.shape is None or len(source.shape) != len(out.shape):
         return False
     same = _same_dimensions(source.shape[:-1], out.shape[:-1])
@@ -78,7 +79,7 @@ def _is_product_of(source: ir.Value, out: ir.Value, inputs: int, outputs: int) -
 
 
 def _norm_before_transposing(model: ir.Model) -> None:
-    """Drop the transposes around a norm of each head (Qwen 3, Gemma 3): it reads the last dimension, which stays."""
+    """Drop the transposes around a per-head norm (Qwen 3, Gemma 3): the norm's last dimension does not move."""
     for node in model.graph:
         if node.op_type != "Transpose" or node.inputs[0] is None:
             continue
@@ -124,19 +125,20 @@ def _same_dimensions(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _takes_from_input(node: ir.Node) -> bool:
-    """Whether a 0 in the wanted shape copies a dimension of what is reshaped, so that it must stay what it is."""
+    """Whether the target shape may hold a 0, which copies a dimension of the input, so the input must not change."""
     wanted = node.inputs[1].const_value if node.inputs[1] is not None else None
     return wanted is None or bool((wanted.numpy() == 0).any())
 
 
-def _add_slot_at_once(model: ir.Model, node: ir.Node) -> None:
-    """out + (pair + bias) of a slot as one Sum: unpatched, all that slots cost is the calls of their operators."""
+def _sum_slot(model: ir.Model, node: ir.Node) -> None:
+    """Replace out + (pair + bias) of a slot with one Sum: an unpatched slot costs only the calls of its operators."""
     if node.op_type != "Add":
         return
     for out, slot in (node.inputs, node.inputs[::-1]):
         inner = slot.producer() if slot is not None else None
         if inner is None or inner.op_type != "Add" or not is_read_once(inner):
             continue
-        if any(value is not None and value.is_graph_input() for value in inner.inputs):  # only slots have biases there
+        # Only a slot's bias is a graph input.
+        if any(value is not None and value.is_graph_input() for value in inner.inputs):
             replace_node(model, node, ir.node("Sum", [out, *inner.inputs], name=node.name))
             return

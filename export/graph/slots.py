@@ -1,7 +1,8 @@
-"""From a traced graph to an exported one: slot initializers, last-position logits, data files.
+"""Complete a traced graph: add slot initializers and the input for last-position logits, and write the data files.
 
-Slots arrive as required graph inputs and leave as overridable ones: an initializer of rank 0 (exactly the base model)
-that is also a graph input, so that a session binds a patch or leaves it.
+The traced graph has its slots as required inputs. This module makes them overridable: each slot gets an initializer
+that is also a graph input. The initializer has rank 0, which is exactly the base model, and a session may bind a patch
+instead.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from .edit import add_initializer
 def make_slots_overridable(
     model: ir.Model, slots: Sequence[Slot], defaults: Mapping[tuple[int, str], Delta], dtype: np.dtype
 ) -> list[ir.Value]:
-    """Turn each slot's required inputs into initializers that are also inputs.
+    """Make each slot's required inputs initializers that are also inputs.
 
     Args:
-        model: the traced graph; changed in place.
-        slots: its slots.
-        defaults: deltas that become the default of their slots; every other slot gets rank 0.
-        dtype: dtype of the slots.
+        model: the traced graph, changed in place.
+        slots: the slots of the graph.
+        defaults: the deltas that become the defaults of their slots; every other slot gets rank 0.
+        dtype: the dtype of the slots.
 
     Returns:
-        The values that carry `defaults`.
+        The initializers that store `defaults`.
     """
     inputs = {value.name: value for value in model.graph.inputs}
-    carrying = []
+    default_values = []
     for slot in slots:
         delta = defaults.get((slot.layer, slot.site))
-        # Each slot names its own dimensions: ONNX Runtime holds equal names equal.
+        # Each slot names its own dimensions, because ONNX Runtime requires dimensions of one name to be equal.
         rows, rank = f"{slot.name}.rows", f"{slot.name}.rank"
         shapes: list[list[int | str]] = [[rows, slot.inputs, rank], [rows, rank, slot.outputs], [rows, 1, slot.outputs]]
         for (name, array), shape in zip(slot_arrays(delta, slot, dtype).items(), shapes, strict=True):
@@ -47,15 +48,16 @@ def make_slots_overridable(
             value.shape = ir.Shape(shape)
             model.graph.register_initializer(value)
             if delta is not None:
-                carrying.append(value)
-    return carrying
+                default_values.append(value)
+    return default_values
 
 
 def add_first_logit(model: ir.Model) -> None:
-    """Add the overridable input `tp.first_logit` [1] int64: logits are computed from that position on, -1 for the last.
+    """Add the overridable input `tp.first_logit` [1] int64, the first position whose logits the graph computes.
 
-    A prompt needs the logits of its last token only, and on small models the head is up to two thirds of the work.
-    The default 0 keeps all positions, as every other runtime expects.
+    With -1 the graph computes the logits of the last position only. A prompt needs no others, and on small models the
+    head is up to two thirds of the work. With the default, 0, the graph computes the logits of all positions, as every
+    other runtime expects.
     """
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     head, hidden = _head(logits)
@@ -73,7 +75,7 @@ def add_first_logit(model: ir.Model) -> None:
 
 
 def _head(logits: ir.Value) -> tuple[ir.Node, int]:
-    """The product with the head's weights, and which of its inputs is the hidden state; a soft cap may follow it."""
+    """Return the product with the head's weights, and the index of its hidden-state input; a soft cap may follow it."""
     node = logits.producer()
     while node is not None:
         hidden = next(i for i, value in enumerate(node.inputs) if value is not None and not value.is_initializer())
@@ -85,10 +87,15 @@ def _head(logits: ir.Value) -> tuple[ir.Node, int]:
 
 
 def save_graph(model: ir.Model, folder: Path, patch_values: Sequence[ir.Value]) -> list[str]:
-    """Write `model.onnx`, its weights to `model.onnx_data` and default patch deltas to `patch.onnx_data`.
+    """Write `model.onnx`, its weights to `model.onnx_data` and the deltas of a default patch to `patch.onnx_data`.
+
+    Args:
+        model: the finished graph.
+        folder: the folder to write into.
+        patch_values: the initializers that store the default patch.
 
     Returns:
-        Names of the files written.
+        The names of the files written.
     """
     in_patch = {id(value) for value in patch_values}
     groups: dict[str, list[ir.Value]] = {"model.onnx_data": [], "patch.onnx_data": []}

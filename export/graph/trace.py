@@ -1,6 +1,6 @@
-"""torch to ONNX: one traced forward pass with a KV cache, patch slots and fused operators.
+"""Export a torch model to ONNX: trace one forward pass with a KV cache and patch slots, and fuse its operators.
 
-The traced inputs and outputs carry optimum's names (`input_ids`, `attention_mask`, `position_ids`,
+The traced inputs and outputs have optimum's names (`input_ids`, `attention_mask`, `position_ids`,
 `past_key_values.N.key`, ... -> `logits`, `present.N.key`, ...), so that ORTModelForCausalLM loads the folder.
 """
 
@@ -19,7 +19,8 @@ from onnxscript.rewriter.ort_fusions import optimize_for_ort
 from torch import Tensor, nn
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.session import Slot
+from tp_runtime.patch import KV_PARTS
+from tp_runtime.session import Slot, past_name, present_name
 
 from ..decoder import SlotTensors, kv_shape, slotted
 from .attention import PassThroughCache, fused_attention, recording
@@ -30,7 +31,7 @@ OPSET = 20
 
 
 class _Step(nn.Module):
-    """One forward step as a function of tensors only: what is traced."""
+    """The module that is traced: one forward step as a function of tensors only."""
 
     def __init__(self, model: nn.Module, slots: Sequence[Slot], rotaries: list[Rotary]) -> None:
         super().__init__()
@@ -68,10 +69,10 @@ class _Step(nn.Module):
 
 
 def context_window(config: Any) -> int:
-    """Tokens that the exported graph serves.
+    """Return the number of tokens that the exported graph can process.
 
-    Rotary tables that change with the length of the text (`longrope`, as in Phi-3's long-context models) keep the form
-    they have up to the length of pretraining; the graph ends there.
+    Some rotary tables change with the length of the text (`longrope`, as in Phi-3's long-context models). The graph has
+    the tables for texts up to the length of pretraining, and its context window ends there.
     """
     rope = getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) == "longrope":
@@ -81,11 +82,11 @@ def context_window(config: Any) -> int:
 
 @contextlib.contextmanager
 def _fixed_rotary_tables(model: nn.Module) -> Iterator[None]:
-    """Within the context rotary tables do not look at the length of the text: see context_window."""
+    """Keep rotary tables independent of the length of the text within the context; context_window explains why."""
     tables: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
     before = [table.rope_type for table in tables]
     for table in tables:
-        table.rope_type = "default"  # how it is updated; frequencies and scale are the module's already
+        table.rope_type = "default"  # sets the update rule only; the module has its frequencies already
     try:
         yield
     finally:
@@ -94,9 +95,9 @@ def _fixed_rotary_tables(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
-    """Trace `model` with `slots` and fuse it for ONNX Runtime.
+    """Trace `model` with `slots` and fuse its operators for ONNX Runtime.
 
-    The example shapes are distinct primes where a dimension is symbolic, so that no two are taken for one another.
+    In the example inputs the symbolic dimensions are distinct primes, so that the tracer cannot confuse two of them.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = config.num_hidden_layers
@@ -130,10 +131,10 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
         "slot_tensors": [({2: dim}, {1: dim}, {})] * len(slots),
         "tables": [({}, {})] * len(rotaries),
     }
-    past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    past_names = [past_name(layer, part) for layer in range(layers) for part in KV_PARTS]
     table_names = [name for rotary in rotaries for name in rotary.inputs()]
-    slot_names = [f"{slot.name}.{part}" for slot in slots for part in ("a", "b", "bias")]
-    present_names = [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    slot_names = [name for slot in slots for name in slot.tensors]
+    present_names = [present_name(layer, part) for layer in range(layers) for part in KV_PARTS]
     with fused_attention(model), traceable_experts(model), _fixed_rotary_tables(model), quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Step(model, slots, rotaries),
@@ -154,7 +155,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters report their own progress on stdout and warn of their internals; the caller shows a bar instead."""
+    """Silence the exporters' progress on stdout and their internal warnings; the caller shows a clock instead."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "optimum")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

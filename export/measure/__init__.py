@@ -1,23 +1,33 @@
-"""How close a student comes to its teacher: divergence token by token, fidelity, and answers that are right or wrong.
+"""How close a student comes to its teacher: divergence at every token, fidelity over many queries, right answers.
 
-Knows nothing of how a patch was made.
+This room knows nothing of how a patch was made.
 """
 
-from .accuracy import measure_accuracy, runtime_answers, torch_answers
-from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
-from .fidelity import Student, measure_fidelity, runtime_student, torch_student
+from .accuracy import Accuracy, measure_accuracy
+from .answers import Answers, Completion, runtime_answers, torch_answers
+from .divergence import Arm, Divergence, diverge, gap_closed, require_effect, with_prompt, without_prompt
+from .fidelity import Fidelity, measure_fidelity
+from .probe import torch_probe
+from .students import RuntimeStudent, Student, TorchStudent
 
 __all__ = [
+    "Accuracy",
+    "Answers",
     "Arm",
+    "Completion",
     "Divergence",
+    "Fidelity",
+    "RuntimeStudent",
     "Student",
+    "TorchStudent",
     "diverge",
+    "gap_closed",
     "measure_accuracy",
     "measure_fidelity",
+    "require_effect",
     "runtime_answers",
-    "runtime_student",
     "torch_answers",
-    "torch_student",
+    "torch_probe",
     "with_prompt",
     "without_prompt",
 ]

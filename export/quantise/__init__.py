@@ -1,6 +1,6 @@
 """The precisions of an export: weights in blocks of few bits, and the base model as a quantised export computes it.
 
-Knows nothing of graphs or patches.
+This room knows nothing of graphs or patches.
 """
 
 from .blocks import BLOCK, Blocks

@@ -1,8 +1,8 @@
-"""Weights in blocks of few bits, by ONNX Runtime's own quantisers, and the same weights as a torch student sees them.
+"""Quantise weights in blocks of few bits with ONNX Runtime's own quantisers, and dequantise them for a torch student.
 
-A weight [K, N] is cut into blocks of 32 along K; each block has a scale, and a zero point if the method is asymmetric.
-`MatMulNBits` holds and multiplies that form. What it holds is exactly what `Blocks.dequantised` gives back, so a patch
-can be fitted against the student that will run (patching.py, --student-precision).
+A weight [K, N] is divided into blocks of 32 values along K. Each block has a scale, and a zero point if the method is
+asymmetric. `MatMulNBits` stores and multiplies weights in that form. `Blocks.dequantised` returns exactly the weights
+that `MatMulNBits` stores, so a patch can be fitted against the student that will run (option --student-precision).
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantised weight [K, N], as MatMulNBits holds it.
+    """A quantised weight [K, N], as MatMulNBits stores it.
 
     Attributes:
-        packed: [N, blocks, bytes a block] uint8, the first of two values in the low half of a byte.
-        scales: [N, blocks] float32.
-        zero_points: [N, bytes] uint8, packed likewise; None: the middle, 2^(bits - 1).
-        bits: 4 or 8.
-        inputs: K.
+        packed: the quantised values, [N, blocks, bytes per block] uint8; of two values in a byte, the low half is the
+            first.
+        scales: the scale of each block, [N, blocks] float32.
+        zero_points: the zero point of each block, [N, bytes] uint8, packed like the values; None if every zero point is
+            the middle, 2^(bits - 1).
+        bits: the bits of a value, 4 or 8.
+        inputs: the number of inputs, K.
     """
 
     packed: NDArray[np.uint8]
@@ -38,7 +40,7 @@ class Blocks:
     inputs: int
 
     def dequantised(self) -> FloatArray:
-        """The weight [K, N] that is computed with, float32."""
+        """Return the weight [K, N] that the graph computes with, float32."""
         outputs, blocks = self.scales.shape
         values = _unpacked(self.packed, self.bits).astype(np.float32)  # [N, blocks, BLOCK]
         if self.zero_points is None:
@@ -50,7 +52,7 @@ class Blocks:
 
 
 def round_to_nearest(weight: FloatArray, bits: int, symmetric: bool) -> Blocks:
-    """Each value to the nearest of its block's 2^bits levels, between the block's least and largest value."""
+    """Round each value to the nearest of its block's 2^bits levels, between the block's smallest and largest value."""
     require_onnxruntime()
     from onnxruntime.capi import _pybind_state as state
 
@@ -67,7 +69,7 @@ def round_to_nearest(weight: FloatArray, bits: int, symmetric: bool) -> Blocks:
 
 
 def k_quant(weight: FloatArray, bits: int) -> Blocks:
-    """Scale and zero point of each block searched for the least weighted square error, as llama.cpp does."""
+    """Search the scale and zero point of each block that minimise the weighted square error, as llama.cpp does."""
     require_onnxruntime()
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
@@ -75,7 +77,7 @@ def k_quant(weight: FloatArray, bits: int) -> Blocks:
     blocks = -(-inputs // BLOCK)
     rows = np.zeros((outputs, blocks * BLOCK), np.float32)
     rows[:, :inputs] = weight.T
-    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of one value; they keep what they started from
+    with np.errstate(divide="ignore", invalid="ignore"):  # a block of equal values keeps its initial scale
         values, scales, zeros = quant_tensor_k_quant_cpu(rows, bits, BLOCK)
     values = values.reshape(outputs, blocks, BLOCK).astype(np.uint8)
     zeros = zeros.reshape(outputs, blocks).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The precisions of an export, and which quantiser serves a model best."""
+"""The precisions of an export, and the choice of the quantiser that loses least on a model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class Precision:
     """A quantised precision.
 
     Attributes:
-        name: as in patch_slots.json and in the patches fitted for it.
-        linear: quantiser of the linear layers.
-        head: of the head and the table of tokens, symmetric. Eight bits lose next to nothing there, four a third of
-            what the layers lose; but in a small model the head is up to two thirds of the bytes of a token.
+        name: the name in patch_slots.json and in the patches that are fitted for this precision.
+        linear: the quantiser of the linear layers.
+        head: the quantiser of the head and the embedding table, symmetric. With eight bits they lose next to nothing,
+            with four a third of what the layers lose. But in a small model the head is up to two thirds of the bytes
+            that a decode step reads.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Precision:
     head: Quantiser
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
-        """Blocks of a weight [K, N]."""
+        """Quantise a weight [K, N] into blocks."""
         return (self.head if is_head else self.linear)(weight)
 
 
@@ -53,28 +54,39 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-rtn-head4", _RTN, _INT4),
     )
 }
-MEASURED = "int4"  # stands for whichever of these loses least on the model at hand
+MEASURED = "int4"  # stands for the one of INT4 that loses least on the model
 INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
 PRECISIONS = (*FLOAT_PRECISIONS, MEASURED, *_QUANTISED)
 
 
 def quantised(name: str) -> Precision:
-    """The quantised precision of that name."""
+    """Return the quantised precision named `name`."""
     return _QUANTISED[name]
 
 
 def check_precision(name: str) -> None:
-    """Raise ModelFormatError unless it is one of PRECISIONS."""
+    """Check that `name` is a known precision.
+
+    Raises:
+        ModelFormatError: `name` is not one of PRECISIONS.
+    """
     if name not in PRECISIONS:
         raise ModelFormatError("unknown precision", field="precision", got=name, wanted=" | ".join(PRECISIONS))
 
 
 def resolve(name: str, measure: Callable[[Precision], float]) -> str:
-    """`int4` becomes the quantiser with the least loss; other names stay what they are.
+    """Return `name`, or for `int4` the name of the precision whose quantiser loses least.
 
     Args:
-        name: one of PRECISIONS.
-        measure: KL to float32 on held-out text of the model in a precision.
+        name: the name of a precision, one of PRECISIONS.
+        measure: a function that returns the KL of the model in a precision to float32 on held-out text, in nats per
+            token.
+
+    Returns:
+        The name of a precision, never `int4`.
+
+    Raises:
+        ModelFormatError: `name` is not one of PRECISIONS.
     """
     check_precision(name)
     if name != MEASURED:
@@ -82,10 +94,10 @@ def resolve(name: str, measure: Callable[[Precision], float]) -> str:
     losses = {}
     for candidate in INT4:
         losses[candidate] = measure(quantised(candidate))
-        tqdm.write(f"{candidate}: KL to float32 {losses[candidate]:.4f} nats a token", file=sys.stderr)
+        tqdm.write(f"{candidate}: KL to float32 {losses[candidate]:.4f} nats per token", file=sys.stderr)
     return min(losses, key=losses.__getitem__)
 
 
 def held_out_text() -> str:
-    """Prose, instructions and code that no patch is fitted on."""
+    """Return prose, instructions and code that no patch is fitted on."""
     return (resources.files("tp_export.data") / "held_out_text.txt").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """The student of a quantised export, in torch: the base model with the weights that the graph will compute with.
 
-What quantisation does to a weight is known exactly (quantise.Blocks.dequantised), so teacher and student can be one
-model whose weights are swapped. Activations stay in float32; the graph rounds them to int8 as well, which is the
-smaller part of the loss and no patch's matter.
+The weights after quantisation are known exactly (Blocks.dequantised), so teacher and student can be one model whose
+weights are swapped. Activations stay in float32. The graph rounds them to int8 as well; that is the smaller part of the
+loss, and patches do not compensate it.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from .precision import Precision, held_out_text, quantised, resolve
 
 
 class QuantisedStudent:
-    """Dequantised weights of a model, put in place for as long as a context lasts.
+    """The dequantised weights of a model, which replace its float32 weights within a context.
 
     Args:
-        model: in float32.
-        precision: a quantised one.
+        model: the model in float32.
+        precision: the quantised precision of the student.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.precision = precision.name
-        self._weights: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._weights: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the parameter
         head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         kept = float_weights(model)
         matrices = _matrices(model, kept)
         with bar(f"quantise to {precision.name}", len(matrices), "weight") as shown:
-            for name, module in matrices:
-                matrix = weight_of(module).data.T  # [in, out]; of a table [width, tokens]
+            for module in matrices:
+                matrix = weight_of(module).data.T  # [in, out]; [width, tokens] for the embedding table
                 array = np.ascontiguousarray(matrix.float().cpu().numpy())
                 blocks = precision.quantise(array, is_head=module is head or module is table)
                 found = torch.from_numpy(blocks.dequantised()).to(module.weight)
-                self._weights[name] = module.weight, found if isinstance(module, Conv1D) else found.T.contiguous()
+                own = found if isinstance(module, Conv1D) else found.T.contiguous()
+                self._weights[id(module.weight)] = module.weight, own
                 shown.update()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the context the model is the student."""
-        with self._swapped(self._weights):
+        """Make the whole model the student within the context."""
+        with self._swapped(weight for weight, _found in self._weights.values()):
             yield
 
     @contextmanager
     def layer(self, block: Block) -> Iterator[None]:
-        """Within the context this block is the student's."""
-        own = {id(parameter) for parameter in block.layer.parameters()}
-        with self._swapped([name for name, (weight, _q) in self._weights.items() if id(weight) in own]):
+        """Give `block` the student's weights within the context."""
+        with self._swapped(block.layer.parameters()):
             yield
 
     @contextmanager
-    def _swapped(self, names: Iterable[str]) -> Iterator[None]:
-        pairs = [self._weights[name] for name in names]
+    def _swapped(self, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+        pairs = [self._weights[id(weight)] for weight in weights if id(weight) in self._weights]
         before = [weight.data for weight, _found in pairs]
         for weight, found in pairs:
             weight.data = found
@@ -76,45 +76,52 @@ class QuantisedStudent:
 
 
 def as_student(student: QuantisedStudent | None) -> AbstractContextManager[None]:
-    """`student.whole()`, or a context that changes nothing where the student has the teacher's weights."""
+    """Return `student.whole()`; if `student` is None, it has the teacher's weights and the context changes nothing."""
     return nullcontext() if student is None else student.whole()
 
 
 def float_weights(model: nn.Module) -> set[str]:
-    """Names of matrices that stay in float32: routers, whose few rows decide which expert answers."""
+    """Return the names of the matrices that stay in float32: routers, whose few rows decide which experts run."""
     routers = {id(block.router) for block in blocks_of(model) if block.router is not None}
     return {f"{name}.weight" for name, module in model.named_modules() if id(module) in routers}
 
 
-def _matrices(model: nn.Module, kept: set[str]) -> list[tuple[str, Any]]:
-    """The modules whose weights the graph holds in blocks, each once: the linear layers, and the table of tokens."""
+def _matrices(model: nn.Module, kept: set[str]) -> list[Any]:
+    """Return the linear layers and the embedding table, each weight once: the graph stores these in blocks."""
     table = model.get_input_embeddings()  # type: ignore[operator]
-    found: dict[int, tuple[str, Any]] = {}
+    found: dict[int, Any] = {}
     for name, module in model.named_modules():
         if (isinstance(module, nn.Linear | Conv1D) or module is table) and f"{name}.weight" not in kept:
-            found.setdefault(id(module.weight), (f"{name}.weight", module))
+            found.setdefault(id(module.weight), module)
     return list(found.values())
 
 
 def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStudent:
-    """The student in a precision; `int4` takes the quantiser that loses least on held-out text.
+    """Return the student in a precision; `int4` stands for the quantiser that loses least on held-out text.
 
     Raises:
-        CalibrationError: a float precision: it has no loss to repair.
-        ModelFormatError: unknown precision.
+        CalibrationError: the precision is a float precision, which has no loss to repair.
+        ModelFormatError: the precision is unknown.
     """
     name = measured_precision(source, model, precision)
     if name in FLOAT_PRECISIONS:
         raise CalibrationError(
-            "not a quantised precision", field="student_precision", got=precision, wanted="int8, int4 or int4-..."
+            "the student's precision is not quantised",
+            field="student_precision",
+            got=precision,
+            wanted="int8, int4 or int4-...",
         )
     return QuantisedStudent(model, quantised(name))
 
 
 def measured_precision(source: Source, model: nn.Module, precision: str) -> str:
-    """The precision, with `int4` resolved by measuring each of its quantisers."""
+    """Return `precision`; for `int4`, measure each of its quantisers and return the precision of the best one.
 
-    @cache  # the float32 side, once, and only where there is something to choose
+    Raises:
+        ModelFormatError: the precision is unknown.
+    """
+
+    @cache  # the float32 model runs once, and only if there is a choice
     def held_out() -> tuple[Tensor, Tensor]:
         window = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
         ids = source.codec.render(held_out_text(), raw=True)[:window]
@@ -131,5 +138,5 @@ def measured_precision(source: Source, model: nn.Module, precision: str) -> str:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """[T, vocab] of ids [1, T]."""
+    """Return the log probabilities [T, vocab] of the next token after each of `ids` [1, T]."""
     return model(ids, use_cache=False).logits[0].log_softmax(-1)

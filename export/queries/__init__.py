@@ -1,6 +1,6 @@
 """The queries that a patch is fitted and measured on: read from files, held out, or written by the model itself.
 
-Knows nothing of fits or figures.
+This room knows nothing of how a patch is fitted or measured.
 """
 
 from .questions import check_disjoint, check_unfitted, load_answers, load_questions, query_digest, split_holdout

@@ -1,6 +1,7 @@
-"""The queries a patch is fitted and measured on: reading them, and keeping the measured ones out of the fit.
+"""The queries that a patch is fitted and measured on.
 
-Knows nothing of models or tokens: a query is one line of text that a user might send.
+This module reads queries from files and keeps the held-out ones separate from the fitted ones. A query is one line of
+text that a user might send; the module does not depend on models or tokens.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ _SHOWN = 5
 
 
 def load_questions(path: Path | None) -> list[str]:
-    """Reads queries, one each: stripped, in the file's order, without blanks and repetitions.
+    """Read queries from a file, stripped of white space, in the file's order, without blank lines and repetitions.
 
     Args:
-        path: a text file with one query a line, where a line that starts with `#` is a comment; or a `.json`
-            list of strings; or a `.jsonl` file with one JSON string a line, or {"query": text, ...}. None for the
-            built-in questions.
+        path: a text file with one query per line, in which a line that starts with `#` is a comment; or a `.json` file
+            with a list of strings; or a `.jsonl` file whose lines are JSON strings or {"query": text, ...}. None for
+            the built-in questions.
 
     Returns:
         At least one query.
 
     Raises:
-        CalibrationError: when the file holds no query, or is not the JSON or UTF-8 its name promises.
-        OSError: when the file cannot be read.
+        CalibrationError: the file holds no query or an entry that is not text, or it is not valid UTF-8. Also if a
+            `.json` or `.jsonl` file is not valid JSON.
+        OSError: the file cannot be read.
     """
-    where = "built-in questions" if path is None else str(path)
+    name = "built-in questions" if path is None else str(path)
     entries = [_query(entry) for entry in _entries(path).values()]
     if not all(isinstance(query, str) for query in entries):
-        raise CalibrationError("the file holds something else than text", field=where, wanted="a list of strings")
-    # The first of equal queries counts: a query twice in the list could land on both sides of the split.
+        raise CalibrationError("the file holds an entry that is not text", field=name, wanted="a list of strings")
+    # Only the first of equal queries is kept: a query that is in the list twice could land on both sides of the split.
     queries = list({query_key(query): query.strip() for query in reversed(entries) if query.strip()}.values())[::-1]
     if not queries:
-        raise CalibrationError("the file holds no query", field=where, fix="write one query a line")
+        raise CalibrationError("the file holds no query", field=name, fix="write one query per line")
     return queries
 
 
@@ -47,7 +49,7 @@ def load_answers(path: Path) -> dict[str, str]:
     """Read the expected answers of a `.jsonl` file whose lines are {"query": text, "answer": text}.
 
     Returns:
-        Query to expected answer. Lines without an answer are left out, and so are all lines of other kinds of files.
+        The expected answer to each query. Lines without an answer are left out. Other kinds of files give no answers.
 
     Raises:
         CalibrationError: the file is not valid JSON or UTF-8, or an entry with an answer lacks its query.
@@ -71,7 +73,7 @@ def load_answers(path: Path) -> dict[str, str]:
 
 
 def _entries(path: Path | None) -> dict[int, Any]:
-    """The entries of a query file by their line (in a `.json` list: by their place), parsed but not checked."""
+    """Return the entries, parsed but not checked, by their line number (in a `.json` list, by their place from 1)."""
     source = files("tp_export.data") / "questions.txt" if path is None else path
     suffix = "" if path is None else path.suffix.lower()
     try:
@@ -82,7 +84,7 @@ def _entries(path: Path | None) -> dict[int, Any]:
         lines = enumerate(text.splitlines(), 1)
         if suffix == ".jsonl":
             return {number: parse_json(line) for number, line in lines if line.strip()}
-    except ValueError as error:  # JSON and UTF-8 errors both
+    except ValueError as error:  # both JSON and UTF-8 errors are ValueErrors
         raise CalibrationError(f"the file cannot be read: {error}", field=str(path)) from error
     return {number: line for number, line in lines if not line.lstrip().startswith("#")}
 
@@ -92,21 +94,21 @@ def _query(entry: Any) -> Any:
 
 
 def split_holdout(queries: Sequence[str], holdout: int, seed: int) -> tuple[list[str], list[str]]:
-    """Splits queries into those a patch is fitted on and those it is measured on.
+    """Split queries into those that a patch is fitted on and those that it is measured on.
 
-    A query's rank depends on its text and the seed alone: adding one to the file, or moving one, does not
-    reshuffle the rest.
+    A query's rank depends only on its text and the seed. Adding a query to the file, or moving one, therefore does not
+    reshuffle the others.
 
     Args:
         queries: the queries, without repetitions.
-        holdout: how many to hold out; 0 for none.
-        seed: another seed, another choice.
+        holdout: the number of queries to hold out; it can be 0.
+        seed: the seed of the choice.
 
     Returns:
         The queries to fit and the held-out ones, both in their old order.
 
     Raises:
-        CalibrationError: when nothing would be left to fit, or a query is in the list twice.
+        CalibrationError: `holdout` is negative, no query would be left to fit, or a query is in the list twice.
     """
     if not 0 <= holdout < len(queries):
         raise CalibrationError(
@@ -124,14 +126,15 @@ def split_holdout(queries: Sequence[str], holdout: int, seed: int) -> tuple[list
 
 
 def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
-    """Refuses held-out queries that were fitted: fidelity measured on them would be flattery.
+    """Check that no held-out query is also fitted on, since fidelity measured on it would look too good.
 
     Args:
-        fit: the queries a patch is fitted on.
-        held: the queries it is measured on.
+        fit: the queries that a patch is fitted on.
+        held: the queries that the patch is measured on.
 
     Raises:
-        CalibrationError: naming the queries in both, compared without regard to case and spacing.
+        CalibrationError: a query is in both lists, compared without regard to case and spacing. The message names such
+            queries.
     """
     fitted = {query_key(query) for query in fit}
     both = [query for query in held if query_key(query) in fitted]
@@ -139,7 +142,7 @@ def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
         named = ", ".join(repr(query) for query in both[:_SHOWN])
         more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
         raise CalibrationError(
-            "held-out queries equal fitted ones",
+            "held-out queries are also among the fitted ones",
             field="held-out queries",
             got=named + more,
             wanted="queries that the patch was not fitted on",
@@ -147,20 +150,27 @@ def check_disjoint(fit: Iterable[str], held: Iterable[str]) -> None:
 
 
 def query_digest(query: str) -> str:
-    """Eight hex digits of a query, without regard to case and spacing: what a patch remembers of each fitted one."""
+    """Return eight hex digits of a query, without regard to case and spacing.
+
+    A patch stores these digits for each query that it was fitted on.
+    """
     return hashlib.sha256(query_key(query).encode()).hexdigest()[:8]
 
 
 def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> None:
-    """Refuses to measure a patch on queries that it remembers being fitted on.
+    """Check that a patch was not fitted on any of `queries`.
+
+    Args:
+        queries: the held-out queries.
+        fitted_digests: the `query_digest` of each query that the patch was fitted on.
 
     Raises:
-        CalibrationError: naming those queries.
+        CalibrationError: the patch was fitted on some of the queries. The message names them.
     """
     digests, queries = set(fitted_digests), list(queries)
     check_disjoint([query for query in queries if query_digest(query) in digests], queries)
 
 
 def query_key(query: str) -> str:
-    """A query without regard to case and spacing: two with one key are the same query."""
+    """Return a query without regard to case and spacing; two queries with the same key count as the same query."""
     return " ".join(query.casefold().split())

@@ -1,8 +1,9 @@
-"""Self-study: the base model writes its own questions about a document, to fit a patch on.
+"""Self-study: the base model writes the questions about a document that a patch is then fitted on.
 
-A patch knows a fact as far as the calibration queries ask about it. So every line of the document is put to the model,
-which has the whole document in context, and it is asked for questions that the line answers: in several wordings, and
-sampled, since one greedy question a line would fit one phrasing alone.
+A patch knows a fact only as far as the calibration queries ask about it. The model, which has the whole document in
+context, is therefore asked about every line of the document: it has to write questions that the line answers. The
+request has several wordings, and later answers are sampled, since a patch fitted on one greedy question per line would
+know only one phrasing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..rollout import check_length, complete
 from ..source import Source
 from .questions import query_key
 
-# Instructions in front of a line; each gives another kind of question.
+# Requests for a question about a line. Each gives another kind of question.
 _WORDINGS = (
     "Write one short question that this line answers: {line}",
     "A customer wants to know this: {line} Write the question the customer asks.",
@@ -37,18 +38,21 @@ def write_questions(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Questions about `document`, without repetitions, in an order that goes round its lines.
+    """Return questions about `document`, without repetitions.
+
+    The questions are ordered by round, and within a round by the lines of the document.
 
     Args:
-        source: the base model, chat style.
-        model: the same, loaded.
-        document: facts, rules or prose; a line (or a sentence of a long line) is one thing to ask about.
-        rounds: how often to go through the document; every round words the task in another way or samples anew.
-        seed: another seed, other questions.
-        progress: called with the number of answers just sampled.
+        source: the base model, which must be a chat model.
+        model: the same model, loaded.
+        document: facts, rules or prose. The model is asked about every line, or about every sentence of a line that has
+            several.
+        rounds: the number of passes over the document; every round uses another wording or samples new answers.
+        seed: the seed of the samples.
+        progress: a function that is called with the number of answers just generated.
 
     Raises:
-        CalibrationError: the document is empty, the model is completion style, or none of its answers is a question.
+        CalibrationError: the document is empty, the model is completion-style, or none of its answers is a question.
         RequestError: the document does not fit the context window.
     """
     if source.codec.style != "chat":
@@ -63,8 +67,8 @@ def write_questions(
     if not lines:
         raise CalibrationError("the document is empty", field="document", got=repr(document[:40]), wanted="text")
     found: dict[str, str] = {}
-    for turn in range(rounds):
-        asked = [_WORDINGS[turn % len(_WORDINGS)].format(line=line) for line in lines]
+    for number in range(rounds):
+        asked = [_WORDINGS[number % len(_WORDINGS)].format(line=line) for line in lines]
         prompts = [source.codec.render(text, document) for text in asked]
         check_length(max(map(len, prompts)) + _LONGEST_QUESTION, model.config.max_position_embeddings)
         answers = complete(
@@ -72,8 +76,8 @@ def write_questions(
             prompts,
             _LONGEST_QUESTION,
             source.codec.eos_ids,
-            temperature=0.0 if turn < len(_WORDINGS) else _TEMPERATURE,
-            seed=seed + turn,
+            temperature=0.0 if number < len(_WORDINGS) else _TEMPERATURE,
+            seed=seed + number,
             progress=progress,
         )
         for answer in answers:
@@ -92,20 +96,23 @@ def write_questions(
 
 
 def statements(document: str) -> list[str]:
-    """What there is to ask about: lines, and the sentences of those that have several, without list marks."""
-    pieces = []
+    """Return the lines of the document without list marks, each split into its sentences if it has several.
+
+    Lines and sentences with fewer than eight letters or digits are left out.
+    """
+    sentences = []
     for line in document.splitlines():
         text = re.sub(r"^\s*(?:[-*•#]+|\d+[.)])\s*", "", line).strip()
-        pieces += [piece.strip() for piece in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)]
-    return [piece for piece in pieces if sum(c.isalnum() for c in piece) >= 8]
+        sentences += [sentence.strip() for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)]
+    return [sentence for sentence in sentences if sum(c.isalnum() for c in sentence) >= 8]
 
 
 def question_in(answer: str) -> str | None:
-    """The first question of an answer, without quotes, labels and numbering; None if there is none."""
+    """Return the first question of an answer without quotes, labels and numbering, or None if there is none."""
     for line in answer.splitlines():
         text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line)
-        # Sentences end, and labels do, where white space follows: 9:30, 3.5 kg and bluewhale42.example stay whole.
-        for piece in re.split(r"(?<=[.!?:])[\"'“”]*\s+[\"'“”]*", text):
-            if piece.rstrip("\"'”*").endswith("?") and len(piece.split()) >= 3:
-                return piece.strip("\"'“”* ")
+        # A mark ends a sentence or label only if white space follows: 9:30, 3.5 kg and bluewhale42.example stay whole.
+        for part in re.split(r"(?<=[.!?:])[\"'“”]*\s+[\"'“”]*", text):
+            if part.rstrip("\"'”*").endswith("?") and len(part.split()) >= 3:
+                return part.strip("\"'“”* ")
     return None

@@ -1,4 +1,4 @@
-"""The frame of a report: which base, graph, device and versions its figures belong to."""
+"""The description of a report: the base model, graph, device and versions that its figures belong to."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from .figures import Composed, PatchReport, Report
 from .measure import Setup
 
 
-def describe(setup: Setup, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:
-    """Put the measured parts together with where they were measured."""
+def describe_report(setup: Setup, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:
+    """Combine the measured parts with a description of the setup that they were measured with.
+
+    Args:
+        setup: the source, the model and the graph that were measured with.
+        patches: the figures of each patch.
+        composition: the figures of the sum of the patches; empty for a single patch.
+
+    Returns:
+        The whole report.
+    """
     names = ["tp-runtime", "torch", "transformers"]
     runtime = None
     if setup.graph is not None:

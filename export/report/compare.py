@@ -1,8 +1,8 @@
-"""The methods beside each other, fitted in one run on the rows that the patch was fitted on.
+"""The comparison of methods, fitted in one run on the rows that the patch was fitted on.
 
-A patch remembers a digest of each query it was fitted on, so its calibration is found again among the built-in
-questions or in the file it came from. Heuristics get their best setting on the fitted queries, as their users would
-give it to them; closed forms get the patch's own.
+A patch stores a digest of each query it was fitted on. Its calibration queries are found again by these digests, among
+the built-in questions or in the file that they came from. A heuristic gets the setting that is best on the fitted
+queries, as its users would choose it. A closed form gets the patch's own setting.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
 from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
-from ..measure import diverge, torch_student, with_prompt, without_prompt
+from ..measure import TorchStudent, diverge, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
 from ..rollout import Dialogue
 
 METHODS = ("steering", "isotropic", "vector", "output", "matrix")
 _ISOTROPIC_RIDGES = (1.0, 10.0, 100.0)
-_TUNED_ON = 4  # fitted queries on which a heuristic's setting is chosen
-# What half precision leaves of a value, twice: the file's own rounding and float noise of another machine.
+_TUNED_ON = 4  # the number of fitted queries on which a heuristic's setting is chosen
+# The largest relative difference at which tensors count as the same. It covers two differences: the rounding to half
+# precision in the file, and the float noise of another machine.
 _SAME = 4e-3
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One fitted method: its patch, the setting that was used, seconds, and the energy its rank keeps."""
+    """One fitted method.
+
+    Attributes:
+        patch: the fitted patch.
+        setting: the setting that was used, in words.
+        seconds: the duration of the fit.
+        retained: layer -> site -> the share of the energy that the rank keeps.
+    """
 
     patch: Patch
     setting: str
@@ -43,17 +51,26 @@ class Fit:
 
 
 def fitted_queries(patch: Patch, queries: Sequence[str]) -> list[str]:
-    """Those of `queries` that the patch was fitted on; empty unless all that it remembers are there."""
+    """Return those of `queries` that the patch was fitted on.
+
+    The list is empty unless every query whose digest the patch stores is among `queries`.
+    """
     digests = set((patch.config.calibration or {}).get("query_digests", ()))
     found = [query for query in queries if query_digest(query) in digests]
     return found if len(found) == len(digests) else []
 
 
 def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:
-    """Fit one method with the rank and ridge of `like`; heuristics are tuned on the first fitted queries.
+    """Fit one method with the rank and ridge of `like`; a heuristic is tuned on the first fitted queries.
+
+    Args:
+        model: a transformers causal language model whose architecture has an adapter.
+        calibration: the dialogues to fit on.
+        method: one of METHODS.
+        like: the patch whose rank, ridge and description the fit gets.
 
     Returns:
-        The fit; None where no setting tried gives finite tensors, as an isotropic Gram may not.
+        The fit, or None if no setting gives finite tensors; this can happen with an isotropic Gram.
     """
     start = time.perf_counter()
     settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
@@ -65,10 +82,10 @@ def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: P
         return None
     chosen = 0
     if len(tried) > 1:
-        arms = {str(i): without_prompt(torch_student(model, patch)) for i, (patch, _, _) in enumerate(tried)}
+        arms = {str(i): without_prompt(TorchStudent(model, patch)) for i, (patch, _, _) in enumerate(tried)}
         some = calibration[:_TUNED_ON]
         with bar(f"choose {method}", len(some), "query") as shown:
-            found = diverge(some, with_prompt(torch_student(model)), arms, shown.update)
+            found = diverge(some, with_prompt(TorchStudent(model)), arms, shown.update)
         chosen = min(range(len(tried)), key=lambda i: np.nan_to_num(found[str(i)].mean, nan=np.inf))
     patch, setting, deltas = tried[chosen]
     retained = {
@@ -79,7 +96,7 @@ def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: P
 
 
 def same_tensors(one: Patch, other: Patch) -> bool:
-    """Whether two patches add the same in every slot, up to half precision."""
+    """Return whether two patches have equal deltas in every slot, up to the rounding of half precision."""
     if set(one.deltas) != set(other.deltas):
         return False
     return all(_close(one.deltas[slot], other.deltas[slot]) for slot in one.deltas)
@@ -92,7 +109,7 @@ def _close(one: Delta, other: Delta) -> bool:
     def near(x: Any, y: Any) -> bool:
         return bool(np.linalg.norm(x - y) <= _SAME * np.linalg.norm(y))
 
-    # a and b are unique up to signs and rotations among equal energies; their product is unique.
+    # Only the product of a and b is unique: the signs may differ, and directions of equal energy may be rotated.
     if one.a is not None and one.b is not None and other.a is not None and other.b is not None:
         same_pair = near(one.a @ one.b, other.a @ other.b)
     else:
@@ -103,16 +120,16 @@ def _close(one: Delta, other: Delta) -> bool:
 def _candidates(
     model: Any, calibration: Sequence[Dialogue], method: str, settings: Settings
 ) -> Iterator[tuple[dict[int, dict[str, TorchDelta]], str]]:
-    """(deltas, setting in words) of everything a method's user would try."""
+    """Yield (deltas, setting in words) for every setting that a user of the method would try."""
     layers = model.config.num_hidden_layers
     if method == "steering":
         with bar("fit steering", layers, "layer") as shown:
             vectors = fit_steering(model, calibration, progress=lambda *_: shown.update())
         for chosen, strength in steering_candidates(layers):
-            where = f"layer {chosen[0]}" if len(chosen) == 1 else "all layers"
+            place = f"layer {chosen[0]}" if len(chosen) == 1 else "all layers"
             yield (
                 {i: {"mlp_out": _scaled(vectors[i]["mlp_out"], strength)} for i in chosen},
-                f"{where}, strength {strength:g}",
+                f"{place}, strength {strength:g}",
             )
         return
     ridges = _ISOTROPIC_RIDGES if method == "isotropic" else (settings.ridge,)

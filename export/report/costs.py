@@ -1,6 +1,7 @@
-"""What each variant costs under tp_runtime: time to the first token, time per token, bytes of keys and values.
+"""The cost of each variant under tp_runtime: time to the first token, time per token, bytes of keys and values.
 
-The variants take turns on every query, and who starts rotates, so that a machine that slows down slows all of them.
+The variants alternate on every query, and each query starts with another variant. A machine that slows down therefore
+slows all variants alike.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,44 +19,66 @@ from tp_runtime.generation import Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, KVCache
 
-from ..measure import Arm
 from ..progress import bar
 from ..rollout import Dialogue
+from .figures import CACHED_PREFIX, PATCH, PROMPT, VARIANTS
 
-VARIANTS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
 _TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Times:
-    """Medians over the queries, in ms."""
+    """Medians over the queries.
+
+    Attributes:
+        first_token_ms: the time to the first token, in milliseconds.
+        token_ms: the time of each further token, in milliseconds.
+    """
 
     first_token_ms: float
     token_ms: float
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with; what a saved prefix can hold. At least one token of each is left over."""
+    """Return the number of leading tokens that all prompts share, which a saved prefix can hold.
+
+    The result is smaller than the length of the shortest prompt, so at least one token of each prompt remains.
+    """
     shortest = min(map(len, prompts)) - 1
     return next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
 
 
 def kv_token_bytes(graph: Graph | None, model: Any) -> int:
-    """Bytes of keys and values of one token: the graph's, or measured on a torch cache."""
+    """Return the bytes of keys and values per token: of the graph, or measured on a torch cache if there is none."""
     if graph is not None:
         kv = graph.folder.kv
-        return 2 * kv.heads * kv.head_dim * {"f32": 4, "f16": 2}[kv.dtype] * graph.folder.layers
+        return 2 * kv.heads * kv.head_dim * kv.numpy_dtype.itemsize * graph.folder.layers
     with torch.no_grad():
         ids = torch.tensor([[1]], device=model.device)
         cache = model(ids, use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def cached_prefix_arm(graph: Graph, prefix: Sequence[int]) -> Arm:
-    """The prompted base through the graph with the prefix's keys and values kept from one dialogue to the next."""
-    cache = _prefix_cache(graph, prefix)
+class CachedPrefixArm:
+    """The arm of the prompted base, run by the graph, with a cached prefix.
 
-    def run(dialogue: Dialogue) -> torch.Tensor:
+    The arm keeps the keys and values of the prefix between dialogues.
+
+    Args:
+        graph: the exported graph in a session.
+        prefix: the token ids that all prompts begin with.
+    """
+
+    def __init__(self, graph: Graph, prefix: Sequence[int]) -> None:
+        self._graph, self._cache = graph, _prefix_cache(graph, prefix)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Return an empty context: the base has no patch."""
+        return nullcontext()
+
+    def __call__(self, dialogue: Dialogue) -> torch.Tensor:
+        """Return the logits [completion tokens, vocab]."""
+        graph, cache = self._graph, self._cache
         tokens, first = list(dialogue.teacher()), len(dialogue.teacher_prompt) - 1
         kept = min(cache.keep_prefix(tokens), first)
         del cache.tokens[kept:]
@@ -62,11 +86,12 @@ def cached_prefix_arm(graph: Graph, prefix: Sequence[int]) -> Arm:
             graph.forward(tokens[kept:first], cache, graph.base)
         return torch.from_numpy(graph.forward(tokens[first:], cache, graph.base, all_logits=True))
 
-    return run
-
 
 def time_variants(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> dict[str, Times]:
-    """Generate a few tokens to every query in every variant. No completion stops early: all do the same work."""
+    """Generate a few tokens for every query in every variant, and return the times of each variant.
+
+    No completion stops early, so all variants do the same work.
+    """
     bound = graph.bind(patch)
     prefix = dialogues[0].teacher_prompt[: shared_prefix([d.teacher_prompt for d in dialogues])]
     cache = _prefix_cache(graph, prefix)
@@ -74,15 +99,15 @@ def time_variants(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> 
     later: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
 
     def once(variant: str, dialogue: Dialogue, tokens: int) -> list[float]:
-        prompted = variant in VARIANTS[1:3]
+        prompted = variant in (PROMPT, CACHED_PREFIX)
         steps = generate(
             graph,
             dialogue.teacher_prompt if prompted else dialogue.student_prompt,
-            bound if variant == "patch" else graph.base,
+            bound if variant == PATCH else graph.base,
             sampling=Sampling(),
             max_new_tokens=tokens,
             eos_ids=frozenset(),
-            cache=cache if variant == VARIANTS[2] else None,
+            cache=cache if variant == CACHED_PREFIX else None,
         )
         seconds, start = [], time.perf_counter()
         for _ in steps:
@@ -91,7 +116,7 @@ def time_variants(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> 
         return seconds
 
     for variant in VARIANTS:
-        once(variant, dialogues[0], 2)  # warm-up
+        once(variant, dialogues[0], 2)  # a warm-up run, not timed
     with bar("times", len(dialogues), "query") as shown:
         for i, dialogue in enumerate(dialogues):
             for variant in (VARIANTS[i % len(VARIANTS) :] + VARIANTS)[: len(VARIANTS)]:

@@ -1,23 +1,32 @@
-"""What a report holds: plain dataclasses of numbers and text, also its JSON. KL in nats per token, times in ms."""
+"""The contents of a report: plain dataclasses of numbers and text, which are also its JSON.
+
+Every KL is in nats per token, and every time is in milliseconds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# The variants that a report compares. The first does not have the prompt's behaviour; the other three do.
+NO_PROMPT, PROMPT, CACHED_PREFIX, PATCH = VARIANTS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the comparison: a variant to get the prompt's behaviour.
+    """One row of the comparison.
 
     Attributes:
-        name: no prompt, prompt, prompt with cached prefix, patch.
-        kl, gap_closed, top1: against the prompted model, on the held-out queries.
+        name: one of VARIANTS.
+        kl: the KL from the prompted model on the held-out queries.
+        gap_closed: the gap closed on the held-out queries.
+        top1: the share of tokens at which the argmax equals that of the prompted model.
         text_kl: KL(base || this variant) on unrelated plain text.
-        question_kl: the same on the base's answers to unrelated questions.
-        first_token_ms, token_ms: medians under tp_runtime; None without it.
-        session_bytes: of KV that each session carries beyond one with no prompt.
-        shared_bytes: kept once for all sessions: a cached prefix, or the patch file.
+        question_kl: the same KL on the base's answers to unrelated questions.
+        first_token_ms: the median time to the first token under tp_runtime; None if it was not measured.
+        token_ms: the median time of each further token under tp_runtime; None if it was not measured.
+        session_bytes: the bytes of keys and values that each session holds beyond a session with no prompt.
+        shared_bytes: the bytes that are kept once for all sessions: a cached prefix, or the patch file.
     """
 
     name: str
@@ -34,7 +43,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Curve:
-    """KL by completion position, in bins of `width` positions; bin i starts at position i * width."""
+    """KL by completion position, in bins of `width` positions; bin i starts at position i * width.
+
+    Attributes:
+        width: the number of positions in a bin.
+        unpatched: the mean KL of the unpatched model in each bin.
+        patched: the mean KL of the patched model in each bin.
+        tokens: the number of tokens in each bin.
+    """
 
     width: int
     unpatched: list[float]
@@ -47,9 +63,10 @@ class Layer:
     """One layer of the patch.
 
     Attributes:
-        retained: site -> share of the map's energy that the stored rank keeps; empty where it is not known.
-        kl_without: with this layer's delta alone switched off.
-        share: of the gap, what is no longer closed then: (kl_without - kl) / kl_unpatched.
+        layer: the index of the layer.
+        retained: site -> share of the map's energy that the stored rank keeps; empty if it is not known.
+        kl_without: the KL when only this layer's delta is switched off.
+        share: the share of the gap that is then no longer closed: (kl_without - kl) / kl_unpatched.
     """
 
     layer: int
@@ -60,7 +77,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Strength:
-    """The patch scaled. `distinct`: distinct share of the 3-grams of its free-running answers; low is a loop."""
+    """The patch at one strength.
+
+    Attributes:
+        strength: the factor on the patch.
+        kl: the KL from the prompted model.
+        distinct: the share of distinct 3-grams in the free-running answers; a low share means that the text loops.
+        answer: the free-running answer to the query of the sweep.
+    """
 
     strength: float
     kl: float
@@ -70,7 +94,14 @@ class Strength:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The strengths, the query that `answer`s are to, and the prompted model beside them."""
+    """The patch at several strengths, and the prompted model for comparison.
+
+    Attributes:
+        query: the query that every answer is an answer to.
+        prompted_answer: the answer of the prompted model.
+        prompted_distinct: the share of distinct 3-grams in the prompted model's answers.
+        strengths: the figures of each strength.
+    """
 
     query: str
     prompted_answer: str
@@ -80,7 +111,15 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out query answered three variants, greedily; `kl` of the patch on the prompted answer."""
+    """One held-out query and the greedy answers of three variants.
+
+    Attributes:
+        query: the query.
+        kl: the KL of the patched model on the prompted model's answer.
+        no_prompt: the answer without a prompt.
+        prompt: the answer with the prompt.
+        patch: the answer with the patch.
+    """
 
     query: str
     kl: float
@@ -91,7 +130,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ending:
-    """How free-running completions of one variant end: share with an end of turn, share empty, mean tokens."""
+    """How the free-running completions of one variant end.
+
+    Attributes:
+        name: the variant.
+        ended: the share of completions that reach an end-of-sequence token.
+        silent: the share of completions without text.
+        tokens: the mean number of tokens.
+    """
 
     name: str
     ended: float
@@ -104,9 +150,11 @@ class Long:
     """Completions of up to `limit` tokens.
 
     Attributes:
-        forced: on the prompted model's text.
-        own: on the patched model's own text, which is where it goes if it drifts.
-        endings: of no prompt, prompt and patch.
+        limit: the largest number of tokens of a completion.
+        queries: the number of queries.
+        forced: the KL along the prompted model's text.
+        own: the KL along the patched model's own text, which shows whether it drifts.
+        endings: how the completions without a prompt, with the prompt and with the patch end, in this order.
     """
 
     limit: int
@@ -118,9 +166,19 @@ class Long:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the dialogues, on the prompted model's text (`forced`) and on the patched model's own.
+    """One chat turn of the dialogues, along the prompted model's text (`forced`) and the patched model's own (`own`).
 
-    The gap that there is to close shrinks where the history itself shows what the prompt asks for.
+    The gap to close shrinks if the history itself shows the behaviour that the prompt asks for.
+
+    Attributes:
+        turn: the number of the turn, from 1.
+        forced_kl_unpatched: the KL of the unpatched model along the prompted model's text.
+        forced_kl: the KL of the patched model along the prompted model's text.
+        forced_gap: the gap closed along the prompted model's text.
+        own_kl_unpatched: the KL of the unpatched model along the patched model's text.
+        own_kl: the KL of the patched model along its own text.
+        own_gap: the gap closed along the patched model's text.
+        endings: how the answers without a prompt, with the prompt and with the patch end, in this order.
     """
 
     turn: int
@@ -135,7 +193,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """Dialogues of scripted user turns; `why_not` where there are none, `shown` one of them in full."""
+    """Dialogues with scripted user messages.
+
+    Attributes:
+        dialogues: the number of dialogues.
+        limit: the largest number of tokens of an answer.
+        turns: the figures of each turn.
+        shown: one dialogue in full, as (role, text) of each message, by variant.
+        why_not: the reason why turns are missing; empty if none is missing.
+    """
 
     dialogues: int
     limit: int
@@ -146,7 +212,16 @@ class Turns:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One method fitted on the same rows; bytes in half precision. No KL where it did not stay finite."""
+    """One method fitted on the same rows.
+
+    Attributes:
+        method: the method.
+        setting: the setting that was used, in words.
+        kl: the KL on the held-out queries; None if no setting gives finite tensors.
+        gap_closed: the gap closed on the held-out queries; None if no setting gives finite tensors.
+        bytes: the bytes of the tensors in half precision.
+        seconds: the duration of the fit.
+    """
 
     method: str
     setting: str
@@ -158,7 +233,15 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Fits:
-    """Methods beside each other. `exact`: the refit has the file's tensors; `why_not` where nothing was fitted."""
+    """The methods that are compared with the patch.
+
+    Attributes:
+        queries: the number of queries that the methods were fitted on.
+        rows: the number of completion rows that the methods were fitted on.
+        exact: whether the refit of the patch's own method has the tensors of the patch file.
+        methods: the figures of each method.
+        why_not: the reason why nothing was fitted; empty if the methods were fitted.
+    """
 
     queries: int
     rows: int
@@ -169,7 +252,14 @@ class Fits:
 
 @dataclass(frozen=True)
 class Point:
-    """One mixture of KV entries and weights: entries a head, bytes of its file's tensors, and what it reaches."""
+    """One mixture of KV entries and weights.
+
+    Attributes:
+        entries: the number of KV entries per head.
+        bytes: the bytes of the tensors in the mixture's patch file.
+        weights: whether the mixture has fitted weights.
+        gap_closed: the gap closed on the held-out queries.
+    """
 
     entries: int
     bytes: int
@@ -179,10 +269,11 @@ class Point:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Everything measured of one patch.
+    """Every figure measured on one patch.
 
-    `prompt_tokens` are those of its text; a session carries `added_tokens` of them more than one without a prompt,
-    fewer where the chat template has a default system text that the prompt replaces.
+    `prompt_tokens` is the number of tokens of the prompt's text. `added_tokens` is the number of tokens by which a
+    session with the prompt is longer than one without. It is smaller than `prompt_tokens` if the chat template has a
+    default system text that the prompt replaces.
     """
 
     name: str
@@ -210,13 +301,23 @@ class PatchReport:
     worst: list[Answer]
 
     def variant(self, name: str) -> Variant:
-        """A row of the comparison by its name."""
+        """Return the row of the comparison with this name."""
         return next(variant for variant in self.variants if variant.name == name)
 
 
 @dataclass(frozen=True)
 class Composed:
-    """The sum of the patches on one patch's own held-out queries: gap closed by it alone, by the others, by the sum."""
+    """The sum of the patches, measured on the held-out queries of one of them.
+
+    Attributes:
+        name: the name of that patch.
+        alone: the gap closed by that patch only.
+        others: the gap closed by the sum of the other patches.
+        together: the gap closed by the sum of all patches.
+        query: the query that both answers are answers to.
+        answer_alone: the answer under that patch only.
+        answer_together: the answer under the sum of all patches.
+    """
 
     name: str
     alone: float
@@ -229,7 +330,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole report. `runtime` describes the graph that was run, None if everything ran in torch."""
+    """The whole report; `runtime` describes the graph that was run and is None if everything ran in torch."""
 
     base_model: str
     architecture: str
@@ -242,17 +343,17 @@ class Report:
     composition: list[Composed]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as nested dictionaries for JSON."""
         return asdict(self)
 
 
 def summary(report: PatchReport) -> dict[str, float]:
-    """The few numbers that go into the patch's own description, name -> number."""
-    patch, prompt = report.variant("patch"), report.variant("prompt")
+    """Return the few numbers, by name, that are stored in the description of the patch file."""
+    patch, prompt = report.variant(PATCH), report.variant(PROMPT)
     figures: dict[str, float | None] = {
         "gap_closed": patch.gap_closed,
         "kl": patch.kl,
-        "kl_no_prompt": report.variant("no prompt").kl,
+        "kl_no_prompt": report.variant(NO_PROMPT).kl,
         "queries": report.queries,
         "unrelated_text_kl": patch.text_kl,
         "unrelated_text_kl_prompt": prompt.text_kl,
@@ -262,6 +363,6 @@ def summary(report: PatchReport) -> dict[str, float]:
     }
     if report.long is not None:
         ended = {ending.name: ending.ended for ending in report.long.endings}
-        figures |= {"ends_turn": ended["patch"], "ends_turn_prompt": ended["prompt"]}
+        figures |= {"ends_turn": ended[PATCH], "ends_turn_prompt": ended[PROMPT]}
     figures |= {f"gap_closed_turn_{turn.turn}": turn.own_gap for turn in report.turns.turns}
     return {name: round(value, 6) for name, value in figures.items() if value is not None}

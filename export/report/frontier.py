@@ -1,7 +1,8 @@
-"""Fidelity against bytes: from the pure patch over patches that carry a KV prefix to the cached prompt.
+"""Fidelity against bytes: from a patch of weights only, over patches with a KV prefix, to the cached prompt.
 
-Every point is fitted in the same run on the same rows and measured on the same held-out queries: the weights alone,
-entries alone, and both together, for growing numbers of entries. All entries are the cached prompt, and exact.
+Every point is fitted in the same run on the same rows and measured on the same held-out queries. There is one point
+with weights only, and for each growing number of entries one point with entries only and one with both. The last
+point has all entries. It is the cached prompt, which is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tp_runtime.patch import Patch
 
 from ..decoder import TorchPrefix
 from ..fit import Settings, choose_entries, fit_lockstep, to_half
-from ..measure import Arm, diverge, torch_student, with_prompt, without_prompt
+from ..measure import Arm, TorchStudent, diverge, with_prompt, without_prompt
 from ..progress import bar
 from ..rollout import Dialogue
 from .figures import Point
@@ -24,18 +25,21 @@ _ALL = 1 << 20
 def measure_frontier(
     model: Any, calibration: Sequence[Dialogue], held: Sequence[Dialogue], like: Patch, entries: Sequence[int]
 ) -> list[Point]:
-    """Points for the weights alone, for each number of `entries` with and without weights, and for the whole prompt.
+    """Measure weights only, each number of `entries` with and without weights, and the whole prompt.
 
     Args:
-        model: a transformers causal language model with an adapter.
-        calibration: what is fitted on.
-        held: what is measured on.
-        like: gives rank and ridge of the weights, form `output`.
-        entries: numbers of key/value entries a head, ascending.
+        model: a transformers causal language model whose architecture has an adapter.
+        calibration: the dialogues to fit on.
+        held: the held-out dialogues to measure on.
+        like: the patch whose rank and ridge the weights get; their form is `output`.
+        entries: numbers of key/value entries per head, ascending.
+
+    Returns:
+        One point for each mixture.
     """
     settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
-    arms: dict[str, Arm] = {"none": without_prompt(torch_student(model))}
-    sizes: dict[str, tuple[int, int, bool]] = {}  # entries, bytes, weights
+    arms: dict[str, Arm] = {"none": without_prompt(TorchStudent(model))}
+    sizes: dict[str, tuple[int, int, bool]] = {}  # name -> (entries, bytes, whether it has weights)
     for count in (0, *entries, _ALL):
         prefix = None
         if count:
@@ -45,10 +49,10 @@ def measure_frontier(
         for fitted in weights:
             patch = _patch(model, calibration, like, settings, prefix, fitted)
             name = f"{count} {fitted}"
-            arms[name] = without_prompt(torch_student(model, patch))
+            arms[name] = without_prompt(TorchStudent(model, patch))
             sizes[name] = (0 if prefix is None else len(prefix), patch.nbytes // 2, fitted)
     with bar("fidelity against bytes", len(held), "query") as shown:
-        found = diverge(held, with_prompt(torch_student(model)), arms, shown.update)
+        found = diverge(held, with_prompt(TorchStudent(model)), arms, shown.update)
     base = found["none"].mean
     return [Point(*sizes[name], gap_closed=1 - found[name].mean / base) for name in sizes]
 

@@ -1,4 +1,7 @@
-"""From patches and their prompts to the figures of a report. Draws nothing, prints nothing but progress."""
+"""The measurement of a report's figures, from patches and their prompts.
+
+This module draws nothing and prints only progress.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,49 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import CalibrationError, RequestError
+from tp_runtime.errors import RequestError
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph
 
-from ..measure import Arm, Divergence, diverge, runtime_student, torch_student, with_prompt, without_prompt
+from ..measure import (
+    Arm,
+    Divergence,
+    RuntimeStudent,
+    Student,
+    TorchStudent,
+    diverge,
+    gap_closed,
+    require_effect,
+    torch_answers,
+    with_prompt,
+    without_prompt,
+)
 from ..progress import bar
 from ..rollout import Dialogue, dialogues_for
 from ..source import Source
 from . import compare, costs, locality, running
-from .figures import Answer, Baseline, Composed, Fits, Layer, PatchReport, Point, Strength, Sweep, Variant
+from .figures import (
+    CACHED_PREFIX,
+    NO_PROMPT,
+    PATCH,
+    PROMPT,
+    VARIANTS,
+    Answer,
+    Baseline,
+    Composed,
+    Fits,
+    Layer,
+    PatchReport,
+    Point,
+    Strength,
+    Sweep,
+    Variant,
+)
 from .frontier import measure_frontier
-from .running import gap_closed
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-# What takes many passes, strengths and layers, is measured on few held-out answers; layers on their beginnings.
+# Strengths and layers take many passes, so they are measured on a few held-out answers, and layers only on the first
+# tokens of these answers.
 _SUBSET, _SUBSET_TOKENS = 4, 32
 _LONG, _DIALOGUES = 4, 4
 _SHOWN, _WORST = 3, 3
@@ -32,13 +63,14 @@ _TIMED = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """One patch to report on, with what it stands for and what it is measured on.
+    """One patch to report on, with the prompt that it replaces and the queries that it is measured on.
 
     Attributes:
-        patch, file: the patch and where it came from.
-        context: the prompt it absorbed.
-        queries: held out.
-        fitted: the calibration queries, as far as they are known.
+        patch: the patch.
+        file: the file that the patch was loaded from.
+        context: the prompt that the patch replaces.
+        queries: the held-out queries.
+        fitted: the calibration queries; empty if they are not known.
     """
 
     patch: Patch
@@ -50,13 +82,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setup:
-    """What everything is measured with: the source, the loaded model, a graph or none, and the sizes.
+    """The models and sizes that every figure is measured with.
 
     Attributes:
-        max_new_tokens: of the prompted model's answers that KL is measured on.
-        long: tokens of the long completions; 0 leaves them out.
-        methods: to fit beside the patch.
-        frontier: numbers of KV entries to draw fidelity against bytes with; none leave it out.
+        source: the base model.
+        model: the same model, loaded with transformers.
+        graph: the exported graph in a session; None if everything runs in torch.
+        max_new_tokens: the largest number of tokens of the prompted model's answers, on which KL is measured.
+        long: the largest number of tokens of the long completions; 0 leaves them out.
+        methods: the methods to fit for comparison.
+        frontier: the numbers of KV entries for the plot of fidelity against bytes; empty leaves the plot out.
     """
 
     source: Source
@@ -69,7 +104,7 @@ class Setup:
 
 
 def check_long(setup: Setup, subject: Subject) -> None:
-    """Find before the minutes of work that the long completions do not fit.
+    """Check that the long completions fit the context window, before the minutes of work.
 
     Raises:
         RequestError: prompt, query and completion are longer than the context window.
@@ -87,10 +122,10 @@ def check_long(setup: Setup, subject: Subject) -> None:
 
 
 def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
-    """Everything that is reported of one patch.
+    """Measure every figure that is reported on one patch.
 
     Raises:
-        CalibrationError: no queries, empty completions, or a prompt without effect.
+        CalibrationError: there are no queries, every completion is empty, or the prompt has no effect.
         RequestError: a query does not fit the context window.
     """
     source, model, patch = setup.source, setup.model, subject.patch
@@ -131,45 +166,39 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
 
 
 def _variants(setup: Setup, subject: Subject, held: list[Dialogue]) -> tuple[list[Variant], Divergence, Divergence]:
-    """The four rows, and the unpatched and the patched divergence by token."""
+    """Return the four rows, the unpatched divergence and the patched divergence."""
     source, model, graph, patch = setup.source, setup.model, setup.graph, subject.patch
     shared = costs.shared_prefix([d.teacher_prompt for d in held])
-    torch_base, prompted = torch_student(model), with_prompt(torch_student(model))
-    if graph is None:
-        base, own = torch_base, torch_student(model, patch)
-        cached: Arm = prompted  # torch keeps no prefix here: the same computation
-    else:
-        base, own = runtime_student(graph), runtime_student(graph, patch)
-        cached = costs.cached_prefix_arm(graph, held[0].teacher_prompt[:shared])
-    names = ("no prompt", "prompt", "prompt, cached prefix", "patch")
-    arms = dict(zip(names, (without_prompt(base), with_prompt(base), cached, without_prompt(own)), strict=True))
+    torch_base, torch_patched = TorchStudent(model), TorchStudent(model, patch)
+    prompted = with_prompt(torch_base)
+    base: Student = torch_base
+    own: Student = torch_patched
+    cached: Arm = prompted  # in torch a cached prefix is the same computation as the prompt
+    if graph is not None:
+        base, own = RuntimeStudent(graph), RuntimeStudent(graph, patch)
+        cached = costs.CachedPrefixArm(graph, held[0].teacher_prompt[:shared])
+    arms = dict(zip(VARIANTS, (without_prompt(base), with_prompt(base), cached, without_prompt(own)), strict=True))
     with bar("held-out fidelity", len(held), "query") as progress:
         found = diverge(held, prompted, arms, progress.update)
-    unpatched = found["no prompt"].mean
-    if unpatched < 1e-7:
-        raise CalibrationError(
-            "the prompt has no effect on these queries",
-            field="prompt",
-            got=f"KL {unpatched:.2g} without a patch",
-            wanted="a difference to close",
-            fix="use the prompt that the patch was made of, or other queries",
-        )
-    elsewhere = {"prompt": with_prompt(torch_base), "patch": without_prompt(torch_student(model, patch))}
+    unpatched = found[NO_PROMPT].mean
+    require_effect(unpatched)
+    elsewhere = {PROMPT: prompted, PATCH: without_prompt(torch_patched)}
     reference = without_prompt(torch_base)
     passages = locality.plain_text(source, subject.context, locality.built_in("neutral-passages"))
     neutral = locality.built_in("neutral-questions")
     unrelated = locality.base_answers(source, model, subject.context, neutral, setup.max_new_tokens)
     with bar("locality", len(passages) + len(unrelated), "text") as progress:
-        behind = {**elsewhere, "patch": without_prompt(locality.behind_prefix(torch_student(model, patch), patch))}
-        text = diverge(passages, reference, behind, progress.update)
+        replaces = () if patch.prefix is None else patch.prefix.replaces
+        after_prefix = {**elsewhere, PATCH: without_prompt(locality.BehindPrefix(torch_patched, replaces))}
+        text = diverge(passages, reference, after_prefix, progress.update)
         asked = diverge(unrelated, reference, elsewhere, progress.update)
     times = {} if graph is None else costs.time_variants(graph, patch, held[:_TIMED])
     per_token = costs.kv_token_bytes(graph, model)
-    session = {"prompt": (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token}
-    if patch.prefix is not None:  # every session holds the entries, and not the ids they stand in for
-        session["patch"] = (len(patch.prefix) - len(patch.prefix.replaces)) * per_token
+    session = {PROMPT: (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token}
+    if patch.prefix is not None:  # every session holds the entries instead of the ids that they replace
+        session[PATCH] = (len(patch.prefix) - len(patch.prefix.replaces)) * per_token
     variants = []
-    for name in names:
+    for name in VARIANTS:
         kind = name.partition(",")[0]
         variants.append(
             Variant(
@@ -182,49 +211,46 @@ def _variants(setup: Setup, subject: Subject, held: list[Dialogue]) -> tuple[lis
                 times[name].first_token_ms if name in times else None,
                 times[name].token_ms if name in times else None,
                 session.get(kind, 0),
-                {"prompt, cached prefix": shared * per_token, "patch": subject.file.stat().st_size}.get(name, 0),
+                {CACHED_PREFIX: shared * per_token, PATCH: subject.file.stat().st_size}.get(name, 0),
             )
         )
-    return variants, found["no prompt"], found["patch"]
+    return variants, found[NO_PROMPT], found[PATCH]
 
 
 def layer_effects(
     model: Any, patch: Patch, dialogues: Sequence[Dialogue], retained: dict[int, dict[str, float]]
 ) -> list[Layer]:
-    """KL with each layer's delta alone switched off: what the patch loses there, the others left as they are."""
+    """Measure the KL with the delta of each layer switched off in turn, while those of the other layers stay on."""
     layers = sorted({layer for layer, _ in patch.deltas})
+    student = TorchStudent(model, patch)
     arms = {
-        "none": without_prompt(torch_student(model)),
-        "all": without_prompt(torch_student(model, patch)),
-        **{str(i): without_prompt(torch_student(model, without_layer(patch, i))) for i in layers},
+        "none": without_prompt(TorchStudent(model)),
+        "all": without_prompt(student),
+        **{str(i): without_prompt(student.without_layer(i)) for i in layers},
     }
     with bar("layers switched off", len(dialogues), "query") as progress:
-        found = diverge(dialogues, with_prompt(torch_student(model)), arms, progress.update)
+        found = diverge(dialogues, with_prompt(TorchStudent(model)), arms, progress.update)
     gap, own = found["none"].mean, found["all"].mean
     return [Layer(i, retained.get(i, {}), found[str(i)].mean, (found[str(i)].mean - own) / gap) for i in layers]
 
 
-def without_layer(patch: Patch, layer: int) -> Patch:
-    """The patch with every slot of one layer left out."""
-    kept = {slot: delta for slot, delta in patch.deltas.items() if slot[0] != layer}
-    return Patch(kept, replace(patch.config, probe=None, fidelity=None, report=None), patch.prefix)
-
-
 def sweep(setup: Setup, subject: Subject, dialogues: Sequence[Dialogue]) -> Sweep | None:
-    """The patch at strengths from -1 to 2: KL on the prompted answers, and what it writes by itself.
+    """Measure the patch at strengths from -1 to 2.
 
-    None for a patch with a KV prefix, which has no strengths.
+    Returns:
+        The KL on the prompted model's answers and the free-running text at each strength. None for a patch with a KV
+        prefix, since such a patch cannot be scaled.
     """
     source, model, patch = setup.source, setup.model, subject.patch
     if patch.prefix is not None:
         return None
     scaled = {strength: strength * patch for strength in STRENGTHS}
-    arms = {str(s): without_prompt(torch_student(model, under)) for s, under in scaled.items()}
+    arms = {str(s): without_prompt(TorchStudent(model, under)) for s, under in scaled.items()}
     with bar("strengths", len(dialogues), "query") as progress:
-        found = diverge(dialogues, with_prompt(torch_student(model)), arms, progress.update)
+        found = diverge(dialogues, with_prompt(TorchStudent(model)), arms, progress.update)
     prompts = [d.student_prompt for d in dialogues]
-    write = partial(running.answers, source, model, limit=setup.max_new_tokens)
-    written = {s: write(under, prompts, label=f"strength {s:g}") for s, under in scaled.items()}
+    write = partial(torch_answers, source, model, max_new_tokens=setup.max_new_tokens)
+    written = {s: write(under)(prompts, f"strength {s:g}") for s, under in scaled.items()}
     return Sweep(
         query=subject.queries[0],
         prompted_answer=source.codec.decode(dialogues[0].completion).strip(),
@@ -239,13 +265,15 @@ def sweep(setup: Setup, subject: Subject, dialogues: Sequence[Dialogue]) -> Swee
 def _answers(
     setup: Setup, subject: Subject, held: list[Dialogue], own: Divergence
 ) -> tuple[list[Answer], list[Answer]]:
-    """The first few held-out queries, and the worst others by the patch's KL."""
+    """Return the answers to the first few held-out queries, and to those of the others with the largest KL."""
     kl = own.by_dialogue()
     first = list(range(len(held)))[:_SHOWN]
     worst = sorted(range(len(first), len(held)), key=lambda i: -kl[i])[:_WORST]
     prompts = [held[i].student_prompt for i in first + worst]
-    write = partial(running.answers, setup.source, setup.model, prompts=prompts, limit=setup.max_new_tokens)
-    plain, patched = write(patch=None, label="answers, no prompt"), write(patch=subject.patch, label="answers, patch")
+    write = partial(torch_answers, setup.source, setup.model, max_new_tokens=setup.max_new_tokens)
+    plain, patched = (
+        write(patch)(prompts, f"answers, {variant}") for variant, patch in ((NO_PROMPT, None), (PATCH, subject.patch))
+    )
     text = [
         Answer(subject.queries[i], kl[i], *(setup.source.codec.decode(c).strip() for c in (p, held[i].completion, q)))
         for i, p, q in zip(first + worst, plain, patched, strict=True)
@@ -256,22 +284,22 @@ def _answers(
 def _fits(
     setup: Setup, subject: Subject, held: list[Dialogue], unpatched: float
 ) -> tuple[Fits, dict[int, dict[str, float]]]:
-    """The methods beside each other; and the energy that the patch's own fit keeps, layer -> site -> share."""
+    """Return the compared methods, and layer -> site -> the share of energy that the patch's own fit keeps."""
     if not setup.methods:
         return Fits(0, 0, False, [], "left out with --baselines none"), {}
     if not subject.fitted:
-        why = "the queries this patch was fitted on are not among those given (--calibration FILE)"
+        why = "the queries that this patch was fitted on are not among those given (--calibration FILE)"
         return Fits(0, 0, False, [], why), {}
     model, patch = setup.model, subject.patch
     calibration = _calibration(setup, subject)
     fits = {method: compare.fit_method(model, calibration, method, patch) for method in setup.methods}
-    arms = {m: without_prompt(torch_student(model, fit.patch)) for m, fit in fits.items() if fit is not None}
+    arms = {m: without_prompt(TorchStudent(model, fit.patch)) for m, fit in fits.items() if fit is not None}
     with bar("methods on held-out queries", len(held), "query") as progress:
-        found = diverge(held, with_prompt(torch_student(model)), arms, progress.update)
+        found = diverge(held, with_prompt(TorchStudent(model)), arms, progress.update)
     methods = []
     for method, fit in fits.items():
         if fit is None:
-            methods.append(Baseline(method, "no setting stays finite", None, None, 0, 0.0))
+            methods.append(Baseline(method, "no setting gives finite tensors", None, None, 0, 0.0))
         else:
             kl = found[method].mean
             gap, size = gap_closed(unpatched, kl), fit.patch.nbytes // 2
@@ -283,7 +311,7 @@ def _fits(
 
 
 def _calibration(setup: Setup, subject: Subject) -> list[Dialogue]:
-    """The dialogues that the patch was fitted on, made again."""
+    """Generate again the dialogues that the patch was fitted on."""
     made = subject.patch.config.calibration or {}
     limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
     return dialogues_for(setup.source, setup.model, subject.context, subject.fitted, limit, samples=samples)
@@ -296,7 +324,7 @@ def _frontier(setup: Setup, subject: Subject, held: list[Dialogue]) -> list[Poin
 
 
 def measure_composition(setup: Setup, subjects: Sequence[Subject]) -> list[Composed]:
-    """What the sum of all patches keeps of each one, on that one's own held-out queries and prompt."""
+    """Measure how well the sum of all patches works on each patch's own held-out queries, against its own prompt."""
     source, model = setup.source, setup.model
     results = []
     for subject in subjects:
@@ -304,14 +332,14 @@ def measure_composition(setup: Setup, subjects: Sequence[Subject]) -> list[Compo
         everything = subject.patch + others
         held = dialogues_for(source, model, subject.context, subject.queries, setup.max_new_tokens)
         under = {"none": None, "alone": subject.patch, "others": others, "together": everything}
-        arms = {name: without_prompt(torch_student(model, patch)) for name, patch in under.items()}
+        arms = {name: without_prompt(TorchStudent(model, patch)) for name, patch in under.items()}
         with bar(f"composition, {subject.patch.name}", len(held), "query") as progress:
-            found = diverge(held, with_prompt(torch_student(model)), arms, progress.update)
+            found = diverge(held, with_prompt(TorchStudent(model)), arms, progress.update)
         gaps = {name: gap_closed(found["none"].mean, found[name].mean) for name in ("alone", "others", "together")}
         prompt = [held[0].student_prompt]
         texts = [
-            source.codec.decode(running.answers(source, model, p, prompt, setup.max_new_tokens, label)[0]).strip()
-            for p, label in ((subject.patch, "alone"), (everything, "together"))
+            source.codec.decode(torch_answers(source, model, p, setup.max_new_tokens)(prompt, label)[0]).strip()
+            for p, label in ((subject.patch, "answer of the patch"), (everything, "answer of the sum"))
         ]
         results.append(
             Composed(subject.patch.name, gaps["alone"], gaps["others"], gaps["together"], subject.queries[0], *texts)

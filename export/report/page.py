@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from outside itself: style, plots and text are in it."""
+"""The report as one self-contained HTML page: style, plots and text are all inside the file."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from markupsafe import Markup
 from tp_runtime.storage import atomic_file
 
 from . import plots
-from .figures import PatchReport, Report
+from .figures import PATCH, PatchReport, Report
 
 _TEMPLATE = "page.html.j2"
 _SPACE = "\N{NO-BREAK SPACE}"
 
 
-def write(report: Report, path: Path) -> None:
-    """Write the page, whole or not at all.
+def write_page(report: Report, path: Path) -> None:
+    """Write the page; `path` changes only once the whole page is written.
 
     Raises:
-        OSError: the operating system's error; a page that was there is still there.
+        OSError: the page cannot be written; a page that was there before is still there.
     """
-    text = render(report)
+    text = render_page(report)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def render(report: Report) -> str:
-    """The page's HTML. What models and users wrote is escaped."""
+def render_page(report: Report) -> str:
+    """Return the page's HTML; text that models and users wrote is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -41,7 +41,7 @@ def render(report: Report) -> str:
 
 
 def _plots(patch: PatchReport) -> dict[str, Any]:
-    """Each plot as safe SVG by its name; None where there is nothing to draw."""
+    """Return each plot by its name as SVG marked safe for the template; None or empty if there is nothing to draw."""
     svg: dict[str, str | None] = {
         "positions": plots.positions(patch.positions),
         "layers": plots.layers(patch.layers) if patch.layers else "",
@@ -49,7 +49,7 @@ def _plots(patch: PatchReport) -> dict[str, Any]:
         "strengths": "" if patch.sweep is None else plots.strengths(patch.sweep),
         "long": plots.long_answers(patch.long.forced, patch.long.own) if patch.long else None,
         "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
-        "methods": plots.methods(patch.fits.methods, patch.variant("patch").gap_closed) if patch.fits.methods else None,
+        "methods": plots.methods(patch.fits.methods, patch.variant(PATCH).gap_closed) if patch.fits.methods else None,
     }
     return {name: None if text is None else Markup(text) for name, text in svg.items()}
 
@@ -61,7 +61,7 @@ def _percent(value: float) -> str:
 def _kl(value: float | None) -> str:
     if value is None:
         return "–"
-    value = max(value, 0.0)  # rounding can leave a KL of zero a little below it
+    value = max(value, 0.0)  # rounding can make a KL of zero slightly negative
     return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 100 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""The plots of a report as SVG text to stand inside an HTML page. Measures nothing."""
+"""The plots of a report as SVG text for an HTML page. This module draws figures and measures none."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e9ecef",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.fonttype": "path",  # letters as shapes: the page needs no font
+    "svg.fonttype": "path",  # letters are drawn as shapes, so the page needs no font
 }
 
 
 def positions(curve: Curve) -> str:
-    """KL by completion position, unpatched and patched, and the tokens that each bin rests on."""
+    """Draw KL by completion position, unpatched and patched, and the number of tokens in each bin."""
     with _drawn("positions", (7.6, 2.7)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
@@ -46,7 +46,7 @@ def positions(curve: Curve) -> str:
 
 
 def long_answers(forced: Curve, own: Curve) -> str:
-    """By position: KL along the patched model's own text, and the gap closed along either model's text."""
+    """Draw by position the KL along the patched model's own text, and the gap closed along each model's text."""
     with _drawn("long", (7.6, 2.7)) as (figure, svg):
         left, right = figure.subplots(1, 2)
         at = [(i + 0.5) * own.width - 0.5 for i in range(len(own.patched))]
@@ -66,7 +66,7 @@ def long_answers(forced: Curve, own: Curve) -> str:
 
 
 def turns(measured: Sequence[Turn]) -> str:
-    """Gap closed by turn, both variants."""
+    """Draw the gap closed in each turn, along the prompted model's dialogue and along the patched model's own."""
     with _drawn("turns", (3.6, 2.5)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [turn.turn for turn in measured]
@@ -82,7 +82,10 @@ def turns(measured: Sequence[Turn]) -> str:
 
 
 def layers(measured: Sequence[Layer]) -> str:
-    """Share of the gap lost with one layer off; above it, where known, the energy that the rank keeps."""
+    """Draw the share of the effect that is lost when one layer is switched off.
+
+    If the energy that the rank keeps is known, a second plot above shows it.
+    """
     sites = sorted({site for layer in measured for site in layer.retained})
     rows = 2 if sites else 1
     with _drawn("layers", (7.6, 1.9 * rows + 0.5)) as (figure, svg):
@@ -103,7 +106,7 @@ def layers(measured: Sequence[Layer]) -> str:
 
 
 def strengths(sweep: Sweep) -> str:
-    """KL against strength, and how far the text falls into loops."""
+    """Draw KL against strength, and the distinct 3-grams, which are few if the text falls into loops."""
     with _drawn("strengths", (7.6, 2.7)) as (figure, svg):
         left, right = figure.subplots(1, 2)
         at = [s.strength for s in sweep.strengths]
@@ -120,7 +123,10 @@ def strengths(sweep: Sweep) -> str:
 
 
 def methods(measured: Sequence[Baseline], patch_gap: float) -> str:
-    """Gap closed by method. What makes things worse than no patch ends in an arrow at the edge."""
+    """Draw the gap closed by each method.
+
+    The bar of a method whose gap lies below -0.35 stops there, and its label has an arrow.
+    """
     known = [(m.method, m.gap_closed) for m in measured if m.gap_closed is not None]
     with _drawn("methods", (7.6, 0.36 * (len(known) + 1) + 0.7)) as (figure, svg):
         axes: Axes = figure.subplots()
@@ -141,10 +147,10 @@ def methods(measured: Sequence[Baseline], patch_gap: float) -> str:
 
 
 def frontier(points: Sequence[Point]) -> str:
-    """Gap closed against bytes, entries alone and with weights."""
+    """Draw the gap closed against bytes, for entries only and for entries with weights."""
     with _drawn("frontier", (7.6, 2.9)) as (figure, svg):
         axes: Axes = figure.subplots()
-        for weights, colour, label in ((False, PROMPT, "entries alone"), (True, PATCH, "entries and weights")):
+        for weights, colour, label in ((False, PROMPT, "entries only"), (True, PATCH, "entries and weights")):
             chosen = sorted((p.bytes / 1e6, p.gap_closed, p.entries) for p in points if p.weights == weights)
             axes.plot([x for x, _, _ in chosen], [y for _, y, _ in chosen], color=colour, marker="o", label=label)
             for x, y, entries in chosen:
@@ -156,7 +162,7 @@ def frontier(points: Sequence[Point]) -> str:
 
 
 def _tokens(axes: Axes, at: Sequence[float], curve: Curve) -> None:
-    """The number of tokens behind each bin, faintly: the last bins rest on few."""
+    """Draw the number of tokens in each bin as pale bars, since the last bins contain only a few tokens."""
     twin = axes.twinx()
     twin.bar(at, curve.tokens, width=0.9 * curve.width, color="#f1f3f5", zorder=0)
     twin.set_ylabel("tokens", color="#adb5bd")
@@ -169,9 +175,9 @@ def _tokens(axes: Axes, at: Sequence[float], curve: Curve) -> None:
 
 @contextmanager
 def _drawn(name: str, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on; its SVG, without XML prologue and metadata, is in the list afterwards."""
+    """Yield a figure and a list; on exit the list receives the figure's SVG, without XML prologue and metadata."""
     svg: list[str] = []
-    # The salt makes the ids of one plot differ from those of the others on the page, and the same every time.
+    # With this salt the ids of one plot differ from those of the other plots on the page and are the same in every run.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure, svg

@@ -1,42 +1,39 @@
-"""Free-running: what the models write when nobody holds their hand, and how far apart they are while they do.
+"""Free-running text: what each model generates by itself, and how far the patched model then is from the prompted one.
 
-`forced` figures are taken on the prompted model's text, `own` figures on the patched model's: at each token of its own
-answer, how far is it from what the prompted model would say after the same words?
+`forced` figures are measured along the prompted model's text, `own` figures along the patched model's text. An `own`
+figure compares the patched model, at each token of its own answer, with the prompted model after the same tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from tp_runtime.patch import Patch
 
-from ..decoder import patched, torch_prefix
-from ..measure import Divergence, diverge, torch_student, with_prompt, without_prompt
+from ..measure import (
+    Completion,
+    Divergence,
+    TorchStudent,
+    diverge,
+    gap_closed,
+    torch_answers,
+    with_prompt,
+    without_prompt,
+)
 from ..progress import bar
-from ..rollout import Dialogue, complete
+from ..rollout import Dialogue
 from ..source import Source
-from .figures import Curve, Ending, Long, Turn, Turns
+from .figures import NO_PROMPT, PATCH, PROMPT, Curve, Ending, Long, Turn, Turns
 
-VARIANTS = ("no prompt", "prompt", "patch")
+_SPEAKERS = (NO_PROMPT, PROMPT, PATCH)  # with a cached prefix the model writes the same text as with the prompt
 _BINS = 8
-Completion = tuple[int, ...]
-
-
-def answers(
-    source: Source, model: Any, patch: Patch | None, prompts: Sequence[Sequence[int]], limit: int, label: str
-) -> list[Completion]:
-    """Greedy completions of `prompts`, up to `limit` tokens, under a patch or none."""
-    prefix = None if patch is None else torch_prefix(patch, model)
-    with bar(label, len(prompts), "query") as shown, patched(model, patch) if patch else nullcontext():
-        return complete(model, prompts, limit, source.codec.eos_ids, prefix=prefix, progress=shown.update)
 
 
 def endings(source: Source, completions: dict[str, list[Completion]]) -> list[Ending]:
-    """How the completions of each variant end."""
+    """Return how the completions of each variant end."""
     eos = source.codec.eos_ids
     return [
         Ending(
@@ -50,37 +47,40 @@ def endings(source: Source, completions: dict[str, list[Completion]]) -> list[En
 
 
 def distinct(completions: Sequence[Completion]) -> float:
-    """Distinct share of all 3-grams, each completion for itself; 1 where none is that long."""
+    """Return the share of all 3-grams that are distinct within their completion.
+
+    The share is 1 if no completion has three tokens.
+    """
     grams = [{c[i : i + 3] for i in range(len(c) - 2)} for c in completions]
     total = sum(max(0, len(c) - 2) for c in completions)
     return sum(map(len, grams)) / total if total else 1.0
 
 
 def curve(unpatched: Divergence, patched: Divergence, width: int) -> Curve:
-    """Two divergences on the same tokens, by position."""
+    """Return two divergences on the same tokens as means in bins of `width` positions."""
     means, tokens = patched.by_position(width)
     return Curve(width, unpatched.by_position(width)[0], means, tokens)
 
 
 def measure_long(source: Source, model: Any, patch: Patch, dialogues: Sequence[Dialogue], limit: int) -> Long:
-    """Completions of up to `limit` tokens to the prompts of `dialogues`."""
+    """Measure completions of up to `limit` tokens that each model generates for the prompts of `dialogues`."""
     prompts = {
-        "no prompt": (None, [d.student_prompt for d in dialogues]),
-        "prompt": (None, [d.teacher_prompt for d in dialogues]),
-        "patch": (patch, [d.student_prompt for d in dialogues]),
+        NO_PROMPT: (None, [d.student_prompt for d in dialogues]),
+        PROMPT: (None, [d.teacher_prompt for d in dialogues]),
+        PATCH: (patch, [d.student_prompt for d in dialogues]),
     }
     found = {
-        variant: answers(source, model, under, of, limit, f"{limit} tokens, {variant}")
-        for variant, (under, of) in prompts.items()
+        variant: torch_answers(source, model, under, limit)(asked, f"{limit} tokens, {variant}")
+        for variant, (under, asked) in prompts.items()
     }
     width = max(1, -(-limit // _BINS))
     curves = {}
-    for variant in ("prompt", "patch"):
+    for variant in (PROMPT, PATCH):
         texts = [
             Dialogue(d.teacher_prompt, d.student_prompt, c) for d, c in zip(dialogues, found[variant], strict=True)
         ]
         curves[variant] = curve(*_both(model, patch, texts, f"fidelity along the text of {variant}"), width)
-    return Long(limit, len(dialogues), curves["prompt"], curves["patch"], endings(source, found))
+    return Long(limit, len(dialogues), curves[PROMPT], curves[PATCH], endings(source, found))
 
 
 def measure_turns(
@@ -93,46 +93,50 @@ def measure_turns(
     limit: int,
     turns: int = 3,
 ) -> Turns:
-    """Dialogues that open with a query and go on with scripted follow-ups; each model answers its own dialogue.
+    """Measure dialogues that open with a query and continue with scripted follow-ups.
+
+    Each model answers in its own copy of every dialogue.
 
     Args:
-        source, model, context, patch: who talks.
-        openings: the first user turn of each dialogue.
-        follow_ups: the later ones, dialogue i starting at the i-th.
-        limit: tokens of one answer.
-        turns: user turns of a dialogue.
+        source: the base model, whose codec renders the dialogues.
+        model: the same model, loaded.
+        context: the prompt of the prompted model.
+        patch: the patch of the patched model.
+        openings: the first user message of each dialogue.
+        follow_ups: the later user messages; dialogue i begins with the i-th of them.
+        limit: the largest number of tokens of one answer.
+        turns: the number of user messages in a dialogue.
+
+    Returns:
+        The figures of each turn. There are none for a completion-style model, and the turns that no longer fit the
+        context window are missing; `why_not` then states the reason.
     """
     if source.style != "chat":
-        return Turns(0, limit, [], {}, "the model is of completion style: it has no turns")
-    messages: dict[str, list[list[dict[str, str]]]] = {variant: [[] for _ in openings] for variant in VARIANTS}
+        return Turns(0, limit, [], {}, "the model is completion-style, so it has no chat turns")
+    messages: dict[str, list[list[dict[str, str]]]] = {variant: [[] for _ in openings] for variant in _SPEAKERS}
     measured: list[Turn] = []
     why_not = ""
     for turn in range(turns):
         for of_variant in messages.values():
             for i, dialogue in enumerate(of_variant):
-                said = openings[i] if turn == 0 else follow_ups[(i + turn - 1) % len(follow_ups)]
-                dialogue.append({"role": "user", "content": said})
-        plain = {variant: [tuple(source.codec.render(m)) for m in messages[variant]] for variant in VARIANTS}
-        framed = {variant: [tuple(source.codec.render(m, context)) for m in messages[variant]] for variant in VARIANTS}
-        if max(len(ids) for of in framed.values() for ids in of) + limit > model.config.max_position_embeddings:
+                text = openings[i] if turn == 0 else follow_ups[(i + turn - 1) % len(follow_ups)]
+                dialogue.append({"role": "user", "content": text})
+        student = {v: [tuple(source.codec.render(m)) for m in messages[v]] for v in _SPEAKERS}
+        teacher = {v: [tuple(source.codec.render(m, context)) for m in messages[v]] for v in _SPEAKERS}
+        if max(len(ids) for asked in teacher.values() for ids in asked) + limit > model.config.max_position_embeddings:
             why_not = f"turn {turn + 1} does not fit the context window"
             break
         found = {
-            variant: answers(
-                source,
-                model,
-                patch if variant == "patch" else None,
-                (framed if variant == "prompt" else plain)[variant],
-                limit,
-                f"turn {turn + 1}, {variant}",
+            variant: torch_answers(source, model, patch if variant == PATCH else None, limit)(
+                (teacher if variant == PROMPT else student)[variant], f"turn {turn + 1}, {variant}"
             )
-            for variant in VARIANTS
+            for variant in _SPEAKERS
         }
         both = {}
-        for variant in ("prompt", "patch"):
-            texts = [Dialogue(*parts) for parts in zip(framed[variant], plain[variant], found[variant], strict=True)]
+        for variant in (PROMPT, PATCH):
+            texts = [Dialogue(*parts) for parts in zip(teacher[variant], student[variant], found[variant], strict=True)]
             both[variant] = _both(model, patch, texts, f"fidelity of turn {turn + 1}, text of {variant}")
-        (forced_base, forced), (own_base, own) = both["prompt"], both["patch"]
+        (forced_base, forced), (own_base, own) = both[PROMPT], both[PATCH]
         measured.append(
             Turn(
                 turn + 1,
@@ -148,21 +152,16 @@ def measure_turns(
         for variant, of_variant in messages.items():
             for dialogue, completion in zip(of_variant, found[variant], strict=True):
                 dialogue.append({"role": "assistant", "content": source.codec.decode(completion).strip()})
-    shown = {variant: [(m["role"], m["content"]) for m in messages[variant][0]] for variant in VARIANTS}
+    shown = {variant: [(m["role"], m["content"]) for m in messages[variant][0]] for variant in _SPEAKERS}
     return Turns(len(openings), limit, measured, shown, why_not)
 
 
-def gap_closed(unpatched: float, patched: float) -> float:
-    """1 - KL(patched) / KL(unpatched)."""
-    return 1 - patched / unpatched
-
-
 def _both(model: Any, patch: Patch, texts: Sequence[Dialogue], label: str) -> tuple[Divergence, Divergence]:
-    """(unpatched, patched) against the prompted model on the same texts."""
+    """Return the divergences (unpatched, patched) from the prompted model on the same texts."""
     arms = {
-        "unpatched": without_prompt(torch_student(model)),
-        "patched": without_prompt(torch_student(model, patch)),
+        "unpatched": without_prompt(TorchStudent(model)),
+        "patched": without_prompt(TorchStudent(model, patch)),
     }
     with bar(label, len(texts), "query") as shown:
-        found = diverge(texts, with_prompt(torch_student(model)), arms, shown.update)
+        found = diverge(texts, with_prompt(TorchStudent(model)), arms, shown.update)
     return found["unpatched"], found["patched"]

@@ -1,4 +1,7 @@
-"""The summary of a report, put into the patch file's description. The tensors stay what they are, dtype included."""
+"""The summary of a report, stored in the patch file's description.
+
+The tensors and their dtype stay unchanged.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,28 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tp_runtime.patch import Patch
+from tp_runtime.patch import DTYPES, Patch
 
 from .figures import PatchReport, summary
 
-_DTYPES = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
+_NAMES = {stored: name for name, stored in DTYPES.items()}
 
 
-def store(file: Path, patch: Patch, report: PatchReport) -> None:
-    """Write `file` again, whole or not at all, with the summary as the description's `report`.
+def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
+    """Replace `file` by a copy whose description has the summary under `report`.
+
+    The file is replaced only once the copy is written whole.
 
     Args:
-        file: the patch file, `patch` as loaded from it.
-        report: what was measured of it.
+        file: the patch file.
+        patch: the patch as loaded from `file`.
+        report: the figures measured on the patch.
 
     Raises:
-        OSError: the operating system's error; the old file is still there.
+        OSError: the file cannot be read or written; the old file is still there.
     """
     with safe_open(file, framework="np") as opened:
         found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
-    # A file of several dtypes: float32 holds every value of the others.
-    dtype = _DTYPES[found.pop()] if len(found) == 1 else "f32"
+    # If the file has several dtypes, float32 represents every value of the others exactly.
+    dtype = _NAMES[found.pop()] if len(found) == 1 else "f32"
     replace(patch, config=replace(patch.config, report=summary(report))).save(file, dtype)

@@ -1,6 +1,6 @@
-"""What the teacher says: completions of prompts, kept in a file if asked, and the aligned sequences made of them.
+"""The teacher's answers to prompts, kept in a file on request, and the aligned sequences of teacher and student.
 
-Knows nothing of how a patch is fitted or measured.
+This room knows nothing of how a patch is fitted or measured.
 """
 
 from .completions import complete

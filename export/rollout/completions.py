@@ -1,4 +1,4 @@
-"""Completions by transformers' own generate, batched: greedy, or sampled."""
+"""Batched completions by transformers' own generate, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def complete(
     prefix: TorchPrefix | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
-    """Completions of `prompts`, each up to and with its end-of-sequence token.
+    """Return one completion for each prompt, up to and including its end-of-sequence token.
 
     Args:
         model: a transformers causal language model.
-        prompts: token ids; prompts of similar length share a batch, padded on the left.
-        max_new_tokens: at most this many tokens each.
-        eos_ids: ids that end a completion.
-        temperature: 0.0 is greedy; else ids are sampled from the whole distribution.
-        seed: another seed, other samples; the caller's random state is left as it was.
-        batch_size: prompts a batch.
-        store: answers it has are taken from it, new ones are put into it batch by batch.
-        prefix: key/value entries in front, which stand in for the first ids of every prompt; greedy, a prompt at a
-            time, since transformers' generate cannot place text at a position of its own.
-        progress: called with the number of prompts just finished.
+        prompts: the token ids of each prompt; prompts of similar length share a batch and are padded on the left.
+        max_new_tokens: the largest number of tokens of a completion.
+        eos_ids: the ids that end a completion.
+        temperature: the sampling temperature; ids are sampled from the whole distribution, and 0.0 is greedy.
+        seed: the seed of the samples; the caller's random state stays unchanged.
+        batch_size: the number of prompts in a batch.
+        store: a store of completions; those that it has are not generated again, and new ones are added to it batch by
+            batch.
+        prefix: key/value entries that replace the first ids of every prompt. With them completions are greedy and
+            generated one prompt at a time, since transformers' generate cannot place text at a given position.
+        progress: a function that is called with the number of prompts just finished.
     """
     if prefix is not None:
         found = []
@@ -55,14 +56,14 @@ def complete(
         progress(sum(map(bool, completions)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     pad = min(eos_ids)
-    # A configuration of our own: the model's may hold a repetition penalty or a sampler, and none of it is meant.
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    # The model's own configuration may set a repetition penalty or a sampler, which must not affect the completions.
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad, bos_token_id=None, **how
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad, bos_token_id=None, **sampling
     )
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        # Batches are the same in every run, so that a sampled answer does not depend on what was there already.
+        # The batches are the same in every run, so that a sampled answer does not depend on which answers were stored.
         if all(completions[i] for i in part):
             continue
         known = sum(bool(completions[i]) for i in part)
@@ -103,12 +104,12 @@ def _after_prefix(
     answer: list[int] = []
     position = prefix.position
     while len(answer) < max_new_tokens and not (answer and answer[-1] in eos_ids):
-        where = torch.arange(ids.shape[1], device=model.device)
+        offsets = torch.arange(ids.shape[1], device=model.device)
         with torch.no_grad():
             out = model(
                 ids,
-                position_ids=position + where[None],
-                cache_position=cache.get_seq_length() + where,
+                position_ids=position + offsets[None],
+                cache_position=cache.get_seq_length() + offsets,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -27,38 +27,51 @@ def dialogues_for(
     samples: int = 1,
     store: RolloutStore | None = None,
 ) -> list[Dialogue]:
-    """Have the teacher answer `queries` with the context in front.
+    """Let the teacher answer `queries` with the context in front.
 
-    Both prompts come from the model's own chat template, with the context as the system message and without any; a
-    completion-style model gets context and query, or the bare query, after BOS. Without a context (None) both sides get
-    the same prompts: what then tells them apart is the student's precision.
+    The model's own chat template renders both prompts: the teacher's with the context as the system message, the
+    student's without a system message. For a completion-style model the teacher's prompt is BOS, context and query, and
+    the student's prompt is BOS and query. If the context is None, teacher and student get the same prompts, and only
+    the student's precision makes a difference between them.
+
+    Args:
+        source: the base model, whose codec renders the prompts.
+        model: the same model, loaded.
+        context: the prompt that the patch is to replace; None for a patch that only repairs a quantised base.
+        queries: the queries.
+        max_new_tokens: the largest number of tokens of an answer.
+        samples: the number of answers to each query; the first is greedy, the others are sampled.
+        store: a store of completions; answers that it has are not generated again.
 
     Returns:
-        The greedy answer to every query, then `samples` - 1 further rounds of sampled ones, each in the queries' order.
+        The greedy answer to every query, then `samples` - 1 further rounds of sampled answers. Every round has the
+        order of the queries.
 
     Raises:
         CalibrationError: there are no queries, the context is empty, or every completion is empty.
-        RequestError: a query cannot be rendered, or does not fit the context window.
+        RequestError: a query cannot be rendered or does not fit the context window.
     """
     if context is not None and not context.strip():
         raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
     if not queries:
-        raise CalibrationError("no queries", field="queries", got=0, wanted="at least one", fix="pass more queries")
+        raise CalibrationError(
+            "there are no queries", field="queries", got=0, wanted="at least one", fix="pass more queries"
+        )
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
     check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
     eos = source.codec.eos_ids
     completions = []
     with bar("teacher completions", samples * len(queries), "answer") as shown:
-        for turn in range(samples):
-            temperature = _SAMPLE_TEMPERATURE if turn else 0.0
+        for sample in range(samples):
+            temperature = _SAMPLE_TEMPERATURE if sample else 0.0
             completions += complete(
                 model,
                 teacher,
                 max_new_tokens,
                 eos,
                 temperature=temperature,
-                seed=turn,
+                seed=sample,
                 store=store,
                 progress=shown.update,
             )
@@ -68,21 +81,23 @@ def dialogues_for(
             field="queries",
             got=f"{len(queries)} queries, no answer",
             wanted="queries that the prompted model answers",
-            fix="look at the prompt: the model ends its turn at once",
+            fix="change the prompt: the model ends its answer at once",
         )
     prompts = [(tuple(t), tuple(s)) for t, s in zip(teacher, student, strict=True)]
     return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
 
 
 def check_length(longest: int, window: int) -> None:
-    """Refuses tokens past the context window, which some models would answer with noise and GPT-2 with a crash.
+    """Check that `longest` tokens fit the context window.
+
+    Past the window some models would answer with noise, and GPT-2 would crash.
 
     Raises:
-        RequestError: `longest` tokens do not fit into `window`.
+        RequestError: `longest` is greater than `window`.
     """
     if longest > window:
         raise RequestError(
-            "prompt, query and answer do not fit the context window",
+            "the prompt, the query and the answer together do not fit the context window",
             field="prompt",
             got=f"{longest} tokens",
             wanted=f"at most {window}",
@@ -91,5 +106,5 @@ def check_length(longest: int, window: int) -> None:
 
 
 def context_digest(context: str) -> str:
-    """SHA-256 of the context text."""
+    """Return the SHA-256 of the context text, 64 hex digits."""
     return hashlib.sha256(context.encode()).hexdigest()

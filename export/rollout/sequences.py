@@ -2,8 +2,9 @@
 
     teacher  [I ; q ; y]        student  [q ; y]
 
-The rows that a patch is fitted and measured on are the positions that predict the completion tokens y, the first one
-(the prompt's last position) and the end-of-sequence token included. They are aligned from the end of the prompt on.
+The rows that a patch is fitted and measured on are the positions that predict the completion tokens y. They include the
+position that predicts the first token, which is the prompt's last, and the one that predicts the end-of-sequence token.
+The rows of teacher and student are aligned from the end of the prompt on.
 """
 
 from __future__ import annotations
@@ -17,29 +18,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One query's token ids: the prompt with the context, the prompt without it, and the teacher's completion."""
+    """The token ids of one query.
+
+    Attributes:
+        teacher_prompt: the prompt with the context.
+        student_prompt: the prompt without the context.
+        completion: the teacher's completion.
+    """
 
     teacher_prompt: tuple[int, ...]
     student_prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
     def teacher(self) -> tuple[int, ...]:
-        """[I ; q ; y] without its last token, which predicts nothing that is measured."""
+        """Return [I ; q ; y] without the last token, since no measured token comes after it."""
         return (*self.teacher_prompt, *self.completion[:-1])
 
     def student(self) -> tuple[int, ...]:
-        """[q ; y] without its last token."""
+        """Return [q ; y] without the last token."""
         return (*self.student_prompt, *self.completion[:-1])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences (causal attention never sees the padding) and their completion rows.
+    """Right-padded sequences and their completion rows; causal attention never sees the padding.
 
     Attributes:
-        input_ids: [b, T].
-        attention_mask: [b, T], 1 on tokens.
-        row: [N] sequence index of each completion row, `position`: [N] its position.
+        input_ids: the token ids, [b, T].
+        attention_mask: 1 on tokens and 0 on padding, [b, T].
+        row: the index of the sequence that each completion row belongs to, [N].
+        position: the position of each completion row in its sequence, [N].
     """
 
     input_ids: Tensor
@@ -49,7 +57,7 @@ class Batch:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device | str) -> Batch:
-        """Pad `sequences`; completion rows run from `starts[i]` to the end of sequence i."""
+        """Pad `sequences`; the completion rows of sequence i run from `starts[i]` to its end."""
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -65,17 +73,21 @@ class Batch:
         )
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """The completion rows [N, d] of hidden states [b, T, d]."""
-        # A device map may have taken the hidden states to another device than the ids.
+        """Return the completion rows [N, d] of hidden states [b, T, d]."""
+        # With a device map the hidden states may be on another device than the ids.
         return hidden[self.row.to(hidden.device), self.position.to(hidden.device)]
 
 
 def batches(
     dialogues: Sequence[Dialogue], size: int, device: torch.device | str, replaced: int = 0
 ) -> list[tuple[Batch, Batch]]:
-    """(teacher, student) batches of at most `size` dialogues of similar length, with aligned rows.
+    """Return (teacher, student) batches of at most `size` dialogues of similar length, with aligned rows.
 
-    The students go without their first `replaced` ids, for which a KV prefix stands.
+    Args:
+        dialogues: the dialogues.
+        size: the largest number of dialogues in a batch.
+        device: the device of the batches' tensors.
+        replaced: the number of ids that a KV prefix replaces; the students' sequences go without these first ids.
     """
     ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
     pairs = []

@@ -1,7 +1,7 @@
-"""Completions kept in a file as they come, so that a rollout that was interrupted goes on where it stopped.
+"""A file of completions, so that an interrupted rollout continues where it stopped.
 
-One JSON object a line: what was asked (a digest over base, prompt ids and sampling) and the ids of the answer. Lines
-are only ever appended; half a line at the end, left by an interruption, is cut off.
+Each line is a JSON object. `asked` is a digest of the base, the prompt's ids and the sampling settings; `answer` holds
+the ids of the completion. Lines are only appended. An interruption can leave half a line at the end, which is cut off.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _BEGINNING = b'{"asked": "'
 
 
 class RolloutStore:
-    """The answers in a file, and a place to put further ones.
+    """The completions in a file, to which further ones can be added.
 
     Args:
-        path: the file; made with the first answer.
-        base_digest: of the model that answers.
+        path: the file; it is created with the first completion.
+        base_digest: the base digest of the model that answers.
 
     Raises:
-        CalibrationError: a line is something else.
+        CalibrationError: a line of the file is not a stored completion.
         OSError: the file cannot be read.
     """
 
@@ -37,7 +37,7 @@ class RolloutStore:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         half = content[len(whole) :]
-        # Cut off below; anything else than the beginning of a line of ours is refused here instead.
+        # Half a line is cut off below. If it is not the beginning of a line that this class writes, it is refused here.
         lines = [*whole.splitlines(), *([] if _BEGINNING.startswith(half[: len(_BEGINNING)]) else [half])]
         for number, line in enumerate(lines, 1):
             try:
@@ -45,7 +45,7 @@ class RolloutStore:
                 self._answers[entry["asked"]] = tuple(int(token) for token in entry["answer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CalibrationError(
-                    "not a file of completions",
+                    "the line is not a stored completion",
                     field=f"{path}, line {number}",
                     got=ascii(line[:40]),
                     wanted='{"asked": digest, "answer": [ids]}',
@@ -59,16 +59,16 @@ class RolloutStore:
         return len(self._answers)
 
     def key(self, prompt: Sequence[int], settings: Mapping[str, float]) -> str:
-        """Digest of a prompt and how it is to be completed."""
+        """Return the digest of the base, a prompt and the sampling settings."""
         asked = json.dumps([self._base, list(prompt), dict(settings)], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()
 
     def get(self, key: str) -> tuple[int, ...] | None:
-        """The answer, if there is one."""
+        """Return the completion stored under `key`, or None if there is none."""
         return self._answers.get(key)
 
     def put(self, answers: Mapping[str, Sequence[int]]) -> None:
-        """Keep answers, by key, and write them out."""
+        """Store completions by key and append them to the file."""
         lines = [json.dumps({"asked": key, "answer": list(answer)}) + "\n" for key, answer in answers.items()]
         with self._path.open("a", encoding="utf-8") as handle:
             handle.writelines(lines)

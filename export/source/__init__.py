@@ -1,6 +1,6 @@
 """Opening a base model: a Hugging Face folder or a hub id, its text side, its digest and its loaded weights.
 
-Knows nothing of patches or exports.
+This room knows nothing of patches or exports.
 """
 
 from .offload import load_offloaded, resident

@@ -1,8 +1,9 @@
-"""A model bigger than memory: its layers' weights stay in their files, and one layer is loaded while it runs.
+"""A model bigger than memory: the weights of its layers stay in their files, and a layer is loaded while it runs.
 
-Everything outside the layers (embeddings, final norm, head) is resident. Running the model, transformers' own generate
-included, loads each layer before it and frees it after; the lock-step fit holds a layer for as long as it works on it.
-Reading is through memory maps, so what the operating system has cached is not read from disk again.
+Everything outside the layers (embeddings, final norm, head) stays in memory. Whenever the model runs, which includes
+transformers' own generate, each layer is loaded before it runs and freed after it. The lock-step fit holds a layer for
+as long as it works on it. The files are read through memory maps, so that data which the operating system has cached is
+not read from disk again.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ _WEIGHTS = "_tp_weights"
 
 
 class _LayerWeights:
-    """Where one layer's weights lie, and whether they are loaded."""
+    """The files of one layer's weights, and the number of users for whom the weights are loaded."""
 
-    def __init__(self, layer: nn.Module, name: str, files: dict[str, Path], device: str) -> None:
+    def __init__(self, layer: nn.Module, name: str, files: dict[str, Any], device: str) -> None:
         self._layer, self._name, self._files, self._device = layer, name, files, device
         self._users = 0
 
     def load(self) -> None:
-        """Load the weights unless they are loaded."""
+        """Add one user, and load the weights if they are not loaded yet."""
         self._users += 1
         if self._users == 1:
             for name, file in self._files.items():
                 _load(self._layer, name, file, f"{self._name}.{name}", self._device)
 
     def release(self) -> None:
-        """Free them once nobody uses them."""
+        """Remove one user, and free the weights if there are no users left."""
         self._users -= 1
         if self._users == 0:
             for name in self._files:
@@ -49,44 +50,47 @@ class _LayerWeights:
 
 
 def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
-    """The transformers model of a Hugging Face folder, float32, in eval mode, its layers on disk.
+    """Load the transformers model of a Hugging Face folder in float32 and eval mode, but leave its layers on disk.
 
     Args:
         path: a folder with safetensors weights.
-        device: where layers are loaded to while they run, and where all the rest is.
-        attention: transformers' `attn_implementation`; None is its own choice.
+        device: the device that layers are loaded to while they run, and that everything else is on.
+        attention: transformers' `attn_implementation`; with None, transformers chooses.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelFormatError: no adapter for the architecture, or a weight is missing from the files.
+        ModelFormatError: there is no adapter for the architecture, or a weight is missing from the files.
         DeviceUnavailableError: the device is `map`.
     """
     if device == "map":
         raise DeviceUnavailableError(
-            "a device map and --offload are two ways to the same end",
+            "a device map and --offload cannot be combined",
             field="--device",
             got="map",
             wanted="one device",
-            fix="go without --offload, or name a device",
+            fix="leave out --offload, or name a device",
         )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     adapter = adapter_for(config.model_type)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    files = _where_weights_are(path)
+    files = _files_of_weights(path, device)
     model.tie_weights()
     layers = list(model.get_submodule(adapter.layers).children())
-    offloaded: dict[int, dict[str, Path]] = {i: {} for i in range(len(layers))}
+    offloaded: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     for name, _parameter in list(model.named_parameters()):
         if name not in files:
             if name in tied:
                 continue
             raise ModelFormatError(
-                "a weight is not in the model's files under the name the model gives it",
+                "the model's files do not hold a weight under the name the model gives it",
                 field=name,
                 got=f"{len(files)} other names",
                 wanted="a folder written by save_pretrained",
-                fix="load the model with transformers and save_pretrained it, or go without --offload",
+                fix="load the model with transformers and write it with save_pretrained, or leave out --offload",
             )
         if name.startswith(f"{adapter.layers}."):
             index, _, rest = name.removeprefix(f"{adapter.layers}.").partition(".")
@@ -103,7 +107,7 @@ def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
 
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
-    """Within the context a layer's weights are loaded; of a model that is not offloaded they always are."""
+    """Keep a layer's weights loaded within the context. In a model that is not offloaded they are always loaded."""
     weights: _LayerWeights | None = getattr(layer, _WEIGHTS, None)
     if weights is None:
         yield
@@ -115,22 +119,22 @@ def resident(layer: nn.Module) -> Iterator[None]:
         weights.release()
 
 
-def _offload(layer: nn.Module, name: str, files: dict[str, Path], device: str) -> None:
+def _offload(layer: nn.Module, name: str, files: dict[str, Any], device: str) -> None:
     weights = _LayerWeights(layer, name, files, device)
     object.__setattr__(layer, _WEIGHTS, weights)
     layer.register_forward_pre_hook(lambda *_: weights.load())
-    # Also where the forward raises: the fit stops layers halfway.
+    # The weights are also released if the forward raises, because the fit stops layers halfway.
     layer.register_forward_hook(lambda *_: weights.release(), always_call=True)
 
 
-def _where_weights_are(path: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def _files_of_weights(path: Path, device: str) -> dict[str, Any]:
+    """Return the opened file of each weight. Files stay open, because each header lists the weights of all layers."""
+    files: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
+        opened = safe_open(file, framework="pt", device=device)
+        files |= dict.fromkeys(opened.keys(), opened)
     return files
 
 
-def _load(module: nn.Module, name: str, file: Path, stored: str, device: str) -> None:
-    with safe_open(file, framework="pt", device=device) as tensors:
-        set_module_tensor_to_device(module, name, device, tensors.get_tensor(stored), dtype=torch.float32)
+def _load(module: nn.Module, name: str, file: Any, stored: str, device: str) -> None:
+    set_module_tensor_to_device(module, name, device, file.get_tensor(stored), dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""A source model: a local Hugging Face folder (fetched or your own) or a hub id, its text side and its digest.
+"""A source model: a local Hugging Face folder (fetched or your own) or a hub id, with its tokenizer and its digest.
 
-The base digest says which model a patch belongs to. It covers what the weights compute and how text reaches them:
-every tensor, the architecture's config, the tokenizer and the chat template, in a canonical order. Names of the
-folder, versions of the tools that wrote it and file layout do not enter, so every export of one source has the same.
+The base digest identifies the model that a patch belongs to. It covers everything that the weights compute and how text
+reaches them: every tensor, the architecture's config, the tokenizer and the chat template, in a canonical order. It
+does not depend on the folder's name, on the versions of the tools that wrote the folder, or on the file layout.
+Therefore every export of one source has the same base digest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tp_runtime.text import Style, TextCodec
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*", "*TERMS*"]
-# Config keys that say who wrote the file or how to run the model, not what it computes.
+# Config keys that record who wrote the file or how to run the model. They do not change what the model computes.
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"}
 
 
@@ -32,7 +33,7 @@ class Source:
 
     Attributes:
         path: its local folder.
-        name: what to call the base model.
+        name: the name of the base model.
         config: its parsed config.json.
         codec: its tokenizer and chat template.
     """
@@ -44,22 +45,22 @@ class Source:
 
     @property
     def architecture(self) -> str:
-        """transformers' model type: `llama`, `gemma3_text`, ..."""
+        """The model type of transformers, such as `llama` or `gemma3_text`."""
         return str(self.config.get("model_type", ""))
 
     @property
     def style(self) -> Style:
-        """`chat` or `completion`."""
+        """The style of the model, `chat` or `completion`."""
         return self.codec.style
 
     @property
     def licence(self) -> str | None:
-        """Licence of the base model, where the folder's source.json names it."""
+        """The licence of the base model, or None if the folder's source.json does not name it."""
         return _source_record(self.path).get("licence", {}).get("name")
 
     @cached_property
     def digest(self) -> str:
-        """The base digest, 64 hex digits; reads every weight once."""
+        """The base digest, 64 hex digits; the first access reads every weight once."""
         config = {key: value for key, value in self.config.items() if key not in _VOLATILE}
         text = {
             "style": self.style,
@@ -76,10 +77,12 @@ class Source:
 
 
 def open_source(src: str | Path) -> Source:
-    """Open a local Hugging Face folder, or a hub id (downloaded by huggingface_hub as the user has it configured).
+    """Open a local Hugging Face folder or a hub id.
+
+    huggingface_hub downloads a hub id with the user's own configuration.
 
     Raises:
-        ModelFormatError: nothing is there, a file is missing, or the weights are not safetensors.
+        ModelFormatError: neither the folder nor the hub id exists, or a file is missing or damaged.
     """
     path = Path(src)
     if not path.is_dir():
@@ -87,7 +90,7 @@ def open_source(src: str | Path) -> Source:
     missing = [name for name in _NEEDED if not (path / name).is_file()]
     if missing:
         raise ModelFormatError(
-            "not a Hugging Face model folder",
+            "the folder is not a Hugging Face model folder",
             field=str(path),
             got=f"no {', '.join(missing)}",
             wanted="config.json, tokenizer.json, tokenizer_config.json and *.safetensors",
@@ -100,13 +103,14 @@ def open_source(src: str | Path) -> Source:
 
 
 def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, offload: bool = False) -> Any:
-    """The transformers model of a source in eval mode.
+    """Return the transformers model of a source in eval mode.
 
     Args:
         source: the base model.
-        device: a torch device, or `map`: layers spread over the GPUs there are (accelerate's device map).
-        dtype: of the weights, a torch dtype by name.
-        offload: leave the layers' weights on disk and load each, in float32, while it runs (offload.py).
+        device: a torch device, or `map` to spread the layers over all GPUs (accelerate's device map).
+        dtype: the dtype of the weights, by its torch name.
+        offload: whether the layers' weights stay on disk and each layer is loaded, in float32, only while it runs
+            (offload.py).
 
     Raises:
         ModelFormatError: the weights are missing or damaged.
@@ -115,10 +119,10 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, o
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    next(_tensors(source.path))  # names a missing file before transformers does, in one line
+    next(_tensors(source.path))  # reports missing weights in one line, before transformers would
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # sdpa leaves out Gemma 2's soft caps and GPT-2's unusual scales without a word; None is transformers' own choice.
+    # sdpa silently ignores Gemma 2's soft caps and GPT-2's unusual scales. None lets transformers choose.
     config = source.config
     unusual = config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)
     attention = "eager" if config.get("attn_logit_softcapping") or unusual else None
@@ -133,7 +137,7 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, o
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFormatError(
-            f"transformers cannot load it: {error}",
+            f"transformers cannot load the model: {error}",
             field=str(source.path),
             fix="fetch or save the model again",
         ) from error
@@ -143,11 +147,11 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, o
 
 def _from_hub(name: str) -> Path:
     problem = ModelFormatError(
-        "no such folder, and no such model on the hub that can be reached",
+        "there is no such folder, and the hub has no such model or cannot be reached",
         field="SRC",
         got=name,
         wanted="a Hugging Face folder, or owner/name of a hub model",
-        fix="tp-export fetch --list shows models that need no hub",
+        fix="choose a model that needs no hub: tp-export fetch --list shows them",
     )
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise problem
@@ -162,7 +166,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _source_record(path: Path) -> dict[str, Any]:
-    """What `tp-export fetch` wrote about the folder; empty for any other."""
+    """Return the record that `tp-export fetch` wrote into the folder; empty for any other folder."""
     file = path / "source.json"
     return _read_json(file) if file.is_file() else {}
 
@@ -172,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
-    """Every tensor of the folder's safetensors files in order of name: its name, dtype and shape, and its bytes."""
+    """Yield (name, dtype and shape as bytes; content) of every tensor in the safetensors files, in order of name."""
     entries = []
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -183,10 +187,12 @@ def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
                     8 + size + int(entry["data_offsets"][1]) for k, entry in header.items() if k != "__metadata__"
                 )
             except (ValueError, KeyError, TypeError) as error:
-                raise ModelFormatError("not a safetensors file", field=str(file), fix="fetch it again") from error
+                raise ModelFormatError(
+                    "the file is not a safetensors file", field=str(file), fix="fetch it again"
+                ) from error
             if end != len(view):
                 raise ModelFormatError(
-                    "the file is truncated or has bytes of its own",
+                    "the file is truncated or has extra bytes",
                     field=str(file),
                     got=f"{len(view)} bytes",
                     wanted=f"{end} bytes",
@@ -195,10 +201,10 @@ def _tensors(path: Path) -> Iterator[tuple[bytes, memoryview]]:
         entries += [(name, file, 8 + size, entry) for name, entry in header.items() if name != "__metadata__"]
     if not entries:
         raise ModelFormatError(
-            "no safetensors weights",
+            "the folder has no safetensors weights",
             field=str(path),
             wanted="*.safetensors",
-            fix="load the model with transformers and save_pretrained it: pickled weights are not read",
+            fix="load the model with transformers and save it with save_pretrained: pickled weights are not read",
         )
     for name, file, base, entry in sorted(entries, key=lambda e: e[0]):
         start, stop = (base + int(offset) for offset in entry["data_offsets"])

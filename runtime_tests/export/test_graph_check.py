@@ -15,7 +15,7 @@ from tp_export.cli import check
 from tp_export.graph_check import check_graph
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
 from tp_runtime.session import write_slots_file
-from tp_runtime.session.model_folder import SLOTS_FILE
+from tp_runtime.session.description import SLOTS_FILE
 
 BYTES = 4 * 4 * 4  # the weight: [4, 4] in float32
 
@@ -158,7 +158,7 @@ def test_function_of_a_custom_domain(folder_of):
 def test_training_graphs(folder_of):
     model = _model()
     model.training_info.add()
-    with pytest.raises(UnsafeGraphError, match="holds training graphs"):
+    with pytest.raises(UnsafeGraphError, match="the graph holds training graphs"):
         check_graph(folder_of(model))
 
 
@@ -168,16 +168,16 @@ def test_training_graphs(folder_of):
 @pytest.mark.parametrize(
     ("model", "place"),
     [
-        (_model(_branch(initializers=[_external("inner")])), "subgraph"),
-        (_model(_branch(sparse=[_sparse(_external("inner"))])), "subgraph"),
-        (_model(sparse=[_sparse(_external("inner"))]), "sparse initializer"),
-        (_model(helper.make_node("Constant", [], ["c"], value=_external("inner"))), "attribute"),
-        (_model(helper.make_node("Constant", [], ["c"], sparse_value=_sparse(_external("v")))), "attribute"),
+        (_model(_branch(initializers=[_external("inner")])), "a subgraph"),
+        (_model(_branch(sparse=[_sparse(_external("inner"))])), "a subgraph"),
+        (_model(sparse=[_sparse(_external("inner"))]), "a sparse initializer"),
+        (_model(helper.make_node("Constant", [], ["c"], value=_external("inner"))), "an attribute"),
+        (_model(helper.make_node("Constant", [], ["c"], sparse_value=_sparse(_external("v")))), "an attribute"),
     ],
     ids=["subgraph", "subgraph-sparse", "sparse", "attribute", "sparse-attribute"],
 )
 def test_external_data_in_a_hidden_place(folder_of, model, place):
-    with pytest.raises(UnsafeGraphError, match=f"external data in a {place}"):
+    with pytest.raises(UnsafeGraphError, match=f"the graph has external data in {place}"):
         check_graph(folder_of(model))
 
 
@@ -200,21 +200,21 @@ def test_checksum_is_a_known_key(folder_of):
 
 
 def test_unknown_external_data_key(folder_of):
-    with pytest.raises(UnsafeGraphError, match=r"unknown, repeated or missing keys.*prepacked"):
+    with pytest.raises(UnsafeGraphError, match=r"has unknown, repeated or missing keys.*prepacked"):
         _check_entries(folder_of, prepacked_0="x")
 
 
 def test_repeated_external_data_key(folder_of):
     tensor = _external()
     tensor.external_data.add(key="location", value="../outside")
-    with pytest.raises(UnsafeGraphError, match="unknown, repeated or missing keys"):
+    with pytest.raises(UnsafeGraphError, match="has unknown, repeated or missing keys"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
 def test_external_data_without_location(folder_of):
     tensor = _external()
     tensor.ClearField("external_data")
-    with pytest.raises(UnsafeGraphError, match="unknown, repeated or missing keys"):
+    with pytest.raises(UnsafeGraphError, match="has unknown, repeated or missing keys"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
@@ -282,7 +282,7 @@ def test_number_that_is_no_size(folder_of, key, text):
 
 @pytest.mark.parametrize("length", [0, BYTES - 1])
 def test_length_that_does_not_fit_the_tensor(folder_of, length):
-    with pytest.raises(UnsafeGraphError, match="does not fit the tensor's shape"):
+    with pytest.raises(UnsafeGraphError, match="the length does not fit the tensor's shape"):
         _check_entries(folder_of, length=length)
 
 
@@ -309,7 +309,7 @@ def test_graph_that_is_no_graph(folder_of):
     folder = folder_of(_model())
     (folder / "model.onnx").write_bytes(b"\xff" * 50)
     write_slots_file(describe(folder))
-    with pytest.raises(ModelFormatError, match="is not an ONNX graph"):
+    with pytest.raises(ModelFormatError, match="the file is not an ONNX graph"):
         check_graph(folder)
 
 
@@ -329,7 +329,7 @@ def test_command_prints_a_line_for_each_check(folder_of, capsys):
     assert _run(folder) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"OK files: 2, {(folder / 'model.onnx').stat().st_size + BYTES} bytes, all digests match"
-    assert lines[-1] == "-- 'notes.txt' is not listed: nothing reads it"
+    assert lines[-1] == "-- 'notes.txt' is not listed, so nothing reads it"
 
 
 def test_command_json(folder_of, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from runtime_tests.patches import random_config
 from tp_export.fit import Settings, lockstep, to_half
-from tp_export.measure import fidelity
+from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.queries import load_questions
 from tp_export.rollout import dialogues_for
 from tp_export.source import load_model, open_source
@@ -67,13 +67,13 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     dialogues = dialogues_for(source, model, PIRATE, queries, 32)
     fitted, held_out = dialogues[:24], dialogues[24:]
     graph = Graph(ModelFolder.open(smollm2_export), "cpu")
-    teacher, unpatched = fidelity.torch_student(model), fidelity.torch_student(model)
+    teacher, unpatched = TorchStudent(model), TorchStudent(model)
     closed = {}
     for method in ("vector", "output", "matrix"):
         deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16)))
         patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
-        student = fidelity.torch_student(model, patch) if method == "matrix" else fidelity.runtime_student(graph, patch)
-        closed[method] = fidelity.measure_fidelity(held_out, teacher, unpatched, student).gap_closed
+        student = TorchStudent(model, patch) if method == "matrix" else RuntimeStudent(graph, patch)
+        closed[method] = measure_fidelity(held_out, teacher, unpatched, student).gap_closed
     assert closed["output"] > 0.8 and closed["matrix"] > 0.8
     assert closed["vector"] < closed["output"]
 

@@ -1,4 +1,7 @@
-"""A live tiny model and a patch for it; modules that need others have fixtures of their own by these names."""
+"""Private copies of the committed exports, a live tiny model, and a patch for it.
+
+Modules that need another model or patch have fixtures of their own by these names.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from runtime_tests.committed import private_copy
 from runtime_tests.patches import patch_for
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import ModelFolder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model, Llama-like, with the default slots."""
+    return private_copy("tiny-llama", tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a default patch: a pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
+    return private_copy("tiny-llama-patched", tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny completion-style model with post-norms and sliding layers, Gemma-3-like, with every slot."""
+    return private_copy("tiny-gemma", tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(scope="module")

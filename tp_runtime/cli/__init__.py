@@ -1,7 +1,7 @@
-"""The command `tp-runtime`: one small file for each subcommand, results on stdout, the rest on stderr.
+"""The command `tp-runtime`: one file for each subcommand. Results go to stdout, and everything else goes to stderr.
 
-No subcommand imports onnxruntime or opens a model before it runs, so `--help` stays instant. `tp-export` uses the same
-program around its own subcommands.
+No subcommand imports onnxruntime or opens a model before it runs, so `--help` is instant. `tp-export` runs its own
+subcommands with the same `run_program`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ __all__ = ["main", "note", "run_program"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand of `tp-runtime`; arguments and exit codes are those of `run_program`."""
-    description = "Run a language model and switch thought patches on and off (edge side)."
+    """Run one subcommand of `tp-runtime`; `run_program` documents the arguments and the exit codes."""
+    description = "Run a language model and switch thought patches on and off. This is the edge side."
     return run_program("tp-runtime", description, (generate, chat, inspect, prepare, bench), argv)

@@ -1,6 +1,6 @@
-"""`tp-runtime bench`: what a patch costs on this machine.
+"""`tp-runtime bench` measures what a patch costs on this machine.
 
-All is measured in one run, and what is compared takes turns token by token (tp_runtime/bench.py).
+Everything is measured in one run, and the compared variants are interleaved token by token (tp_runtime/bench.py).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _QUIET_SECONDS = 2.0
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "bench",
         help="measure what a patch costs on this machine",
-        description="Measure loading, the first token, decoding with and without patches, and switching. Medians "
-        "over the rounds; what is compared takes turns token by token.",
+        description="Measure the time to load a patch, the time of the first token and of further tokens with and "
+        "without patches, and the time to switch patches. The results are medians over the rounds. The compared "
+        "variants are interleaved token by token.",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help=f"may be repeated; default: a random patch of rank {bench.RANK}",
+        help=f"measure this patch; may be repeated (default: a random patch of rank {bench.RANK})",
     )
     parser.add_argument(
         "--against",
@@ -53,39 +54,55 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="another exported folder, run beside MODEL with the same patches: another precision, other slots, another "
-        "route. May be repeated",
+        help="compare MODEL with this exported folder, such as one with another precision, other slots or another "
+        "route; it runs with the same patches; may be repeated",
     )
     parser.add_argument(
-        "--ranks", default="", metavar="R,...", help="random patches of these ranks too; 0: the base again"
+        "--ranks",
+        default="",
+        metavar="R,...",
+        help="also measure random patches of these ranks; 0 measures the base model again",
     )
     parser.add_argument(
-        "--resident", default="", metavar="N,...", help="memory and switch with so many random patches loaded"
+        "--resident",
+        default="",
+        metavar="N,...",
+        help="also measure memory and switching with these numbers of random patches loaded",
     )
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="decoded in a round (default 32)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of the prompt (default 128)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="after one to warm up (default 7)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--tokens", type=int, default=32, metavar="N", help="the number of tokens to decode in each round (default 32)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=128, metavar="N", help="the number of tokens of the prompt (default 128)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="the number of measured rounds, after one warm-up round (default 7)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the JSON object to FILE")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints."""
+    """Measure, and print the results."""
     for name, low in (("tokens", 2), ("prompt_tokens", 1), ("rounds", 1)):
         if getattr(args, name) < low:
-            raise RequestError("too few", field=name, got=getattr(args, name), wanted=f"at least {low}")
+            raise RequestError("the number is too small", field=name, got=getattr(args, name), wanted=f"at least {low}")
     ranks, counts = _numbers("ranks", args.ranks, low=0), _numbers("resident", args.resident, low=1)
-    require_onnxruntime()  # importing it is Python's time, not the model's
+    require_onnxruntime()  # before the clock starts, because the import does not belong to the model's load time
     for file in args.patch:
-        Patch.load(file)  # before seconds go into a model
+        Patch.load(file)  # a damaged file raises here, before the model takes seconds to load
     for folder in args.against:
         ModelFolder.open(folder)
     start = time.perf_counter()
     model = open_model(args)
     load_seconds = time.perf_counter() - start
     others = [PatchedModel.from_pretrained(folder, args.device, threads=args.threads) for folder in args.against]
-    resident = bench.resident(model, counts)  # first: what follows takes and frees memory
+    resident = bench.resident(model, counts)  # this comes first, because later measurements allocate and free memory
     with _patch_files(args.patch, model.graph.folder) as files:
         report = _measure(model, others, files, ranks, args)
     report |= {
@@ -117,13 +134,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _numbers(name: str, text: str, low: int) -> list[int]:
-    """Whole numbers with commas between them."""
+    """Parse whole numbers that are separated by commas."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = [low - 1]
     if any(number < low for number in numbers):
-        raise RequestError("not a list of numbers", field=name, got=repr(text), wanted=f"such as {low},4,16")
+        raise RequestError(
+            "the value is not a list of numbers", field=name, got=repr(text), wanted=f"such as {low},4,16"
+        )
     return numbers
 
 
@@ -180,8 +199,8 @@ def _measure(
 
 
 def _switch_seconds(model: PatchedModel, patch: Patch, token: int) -> list[float]:
-    """Back and forth between the patch and another of the same tensors."""
-    other = -1.0 * patch if patch.prefix is None else 0.0 * patch  # a KV prefix has no other strengths
+    """Measure switches between the patch and a second patch with the same tensors."""
+    other = -1.0 * patch if patch.prefix is None else 0.0 * patch  # with a KV prefix only 0 and 1 are allowed
     names = [model.load_patch(patch, "bench-1"), model.load_patch(other, "bench-2")]
     try:
         return bench.switch_seconds(model, names, token)
@@ -192,7 +211,7 @@ def _switch_seconds(model: PatchedModel, patch: Patch, token: int) -> list[float
 
 @contextmanager
 def _patch_files(files: list[Path], folder: ModelFolder) -> Iterator[list[Path]]:
-    """The files to measure; without one, a random patch is written for the time being."""
+    """Provide the files to measure. If there are none, write a random patch to a temporary file."""
     if files:
         yield files
         return
@@ -203,7 +222,10 @@ def _patch_files(files: list[Path], folder: ModelFolder) -> Iterator[list[Path]]
 
 
 class _Progress:
-    """On a terminal a line on stderr that counts the rounds; elsewhere one line, once it takes longer than 2 s."""
+    """Shows the progress on stderr: on a terminal a line that counts the rounds.
+
+    Elsewhere it prints a single line, if the measurement takes longer than 2 s.
+    """
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._start = total, 0, time.perf_counter()
@@ -211,7 +233,7 @@ class _Progress:
         self._show("")
 
     def step(self) -> None:
-        """One round is over."""
+        """Count one round."""
         self._done += 1
         seconds = time.perf_counter() - self._start
         left = seconds / self._done * (self._total - self._done)
@@ -220,7 +242,7 @@ class _Progress:
             note(f"measuring: {plural(self._total, 'round')}, about {seconds + left:.0f} s")
 
     def end(self) -> None:
-        """Clears the line."""
+        """Clear the line."""
         if self._terminal:
             print(f"\r{'':<40}\r", end="", file=sys.stderr, flush=True)
 
@@ -230,13 +252,13 @@ class _Progress:
             print(f"\r{line:<40}", end="", file=sys.stderr, flush=True)
 
 
-# -- for people ------------------------------------------------------------------------------------------------
+# -- output for people -----------------------------------------------------------------------------------------
 
 
 def _print(report: dict[str, Any]) -> None:
     patch = f"{report['patch']}, rank {report['patch_rank']} in {plural(report['patch_slots'], 'slot')}"
     if report["patch_file"] is None:
-        patch += " (made for this run; --patch FILE measures yours)"
+        patch += " (made for this run; --patch FILE measures another patch)"
     threads = "as many threads as there are cores" if report["threads"] is None else plural(report["threads"], "thread")
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     print_fields(
@@ -272,14 +294,17 @@ def _print(report: dict[str, Any]) -> None:
                 for arm in loads
             ),
             ("switch", switch),
-            ("switch and step", f"{report['switch_first_step_ms']:.2f} ms with a new cache and one token run"),
-            ("python", f"{report['python_ms']:.3f} ms a token beside ONNX Runtime's run"),
+            (
+                "switch and step",
+                f"{report['switch_first_step_ms']:.2f} ms, including a new cache and a run of one token",
+            ),
+            ("python", f"{report['python_ms']:.3f} ms per token outside ONNX Runtime's run"),
             *(("resident", _resident(row)) for row in report["resident"]),
         ]
     )
     print(
         f"\nmedians of {plural(report['rounds'], 'round')}: a prompt of {plural(report['prompt_tokens'], 'token')}, "
-        f"then {report['tokens']} more; ratio: of the medians; per round: median of each round's ratio"
+        f"then {report['tokens']} more; ratio: the ratio of the medians; per round: the median of the rounds' ratios"
     )
 
 

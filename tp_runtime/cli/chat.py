@@ -1,4 +1,4 @@
-"""`tp-runtime chat`: a conversation in which patches are switched on and off."""
+"""`tp-runtime chat` runs a conversation in which patches can be switched on and off."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from .options import (
 from .printing import emit, note, printable
 
 _HELP = """\
-/patch FILE[@STRENGTH]...  run under these patches, added up; alone, or with `none`: the base model
-/strength S                scale them by S, counted from how /patch gave them; negative turns them round
+/patch FILE[@STRENGTH]...  run under the sum of these patches; without a FILE, or with `none`, run the base model
+/strength S                scale the strengths given with /patch by S; a negative S inverts the effect
 /reset                     forget the conversation
-/help                      this
-/quit                      leave (Ctrl-D too)
-Anything else is said to the model; //text says /text. Ctrl-C stops an answer."""
+/help                      show this list
+/quit                      leave the chat (Ctrl-D does the same)
+Every other line is a message to the model; //text sends the message /text. Ctrl-C stops an answer."""
 
 _USAGE = "/patch [FILE[@STRENGTH]...], /strength S, /reset, /help or /quit"
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "chat",
-        help="talk to a model and switch patches as you go",
+        help="talk to a model, and switch patches during the conversation",
         description="Talk to a model. Each line of stdin is a message, or a command:\n\n" + _HELP + "\n\n"
-        "To a completion-style model each line is a text of its own to go on from.",
+        "A completion-style model does not remember the conversation: it continues each line separately.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     add_patch_option(parser)
     parser.add_argument(
-        "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front"
+        "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front of each line"
     )
     add_sampling_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until stdin ends."""
+    """Talk until stdin ends."""
     options = sampling_options(args)
     selection = read_patches(args.patch)
     chat = Chat(open_model(args), selection, args.system, options)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             if not chat.take(line):
                 break
-        except KeyboardInterrupt:  # during a command; an answer sees to its own
+        except KeyboardInterrupt:  # Ctrl-C during a command; `_answer` handles Ctrl-C during an answer
             note("interrupted; nothing was changed")
         except BrokenPipeError:
             raise
@@ -78,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation: its messages, what it runs under, and the KV cache of both.
+    """A conversation: its messages, the patches that it runs under, and its KV cache.
 
     Args:
         model: the open model.
-        selection: what to start under.
+        selection: the patches to start under.
         system: the system message.
-        options: of every request; see SamplingOptions.
+        options: the sampling options of every request; see SamplingOptions.
 
     Raises:
         PatchError: the selection does not fit the model.
@@ -98,18 +98,21 @@ class Chat:
         self.cache = model.new_cache(selection.choice)
 
     def describe(self) -> str:
-        """The model, the device and the patches, in a line."""
+        """Return the model, the device and the patches, in one line."""
         graph = self._model.graph
         return f"{graph.folder.base_model} {graph.folder.precision} on {graph.device.kind}, {self._under()}"
 
     def take(self, line: str) -> bool:
-        """Does what a line says; an error leaves everything as it was.
+        """Run a command or answer a message. An error leaves everything unchanged.
+
+        Args:
+            line: a line of input.
 
         Returns:
-            False when the conversation is over.
+            False if the line ends the conversation; otherwise True.
 
         Raises:
-            TPError: a command or a message that cannot be served.
+            TPError: the command or the message is not valid.
         """
         if not line.strip():
             return True
@@ -128,7 +131,7 @@ class Chat:
             name, *words = shlex.split(text) or [""]
         except ValueError as error:
             raise RequestError(
-                str(error), field="command", got=repr(text), fix='quote names with spaces: "a b"'
+                str(error), field="command", got=repr(text), fix='put names with spaces in quotes: "a b"'
             ) from None
         if name == "patch":
             self._switch(read_patches([os.path.expanduser(word) for word in words] or [NONE]), 1.0)
@@ -144,19 +147,19 @@ class Chat:
             return False
         else:
             got = repr(f"/{text}")
-            raise RequestError("unknown command", field="command", got=got, wanted=_USAGE, fix="/help says more")
+            raise RequestError("the command is unknown", field="command", got=got, wanted=_USAGE, fix="type /help")
         return True
 
     def _scale(self, strength: float) -> None:
         if not isinstance(self.selection.choice, Patch):
             default = self.selection.applied(self._model.graph.folder)
             problem = "the folder's own patch cannot be scaled" if default else "there is no patch to scale"
-            raise PatchTargetError(problem, field="strength", got=strength, fix="/patch FILE first")
+            raise PatchTargetError(problem, field="strength", got=strength, fix="select a patch with /patch FILE first")
         self._switch(self.selection, strength)
 
     def _switch(self, selection: Selection, strength: float) -> None:
-        # Binds the patch, or raises; only then anything is changed. Keys and values made under one patch are wrong
-        # under another, so the history is run again, with the next message.
+        # new_cache binds the patch or raises, before anything changes. Keys and values made under one patch are wrong
+        # under another, so the history is run again together with the next message.
         cache = self._model.new_cache(selection.choice, strength)
         again = bool(self.messages) and cache.key != self.cache.key
         self.selection, self.strength, self.cache = selection, strength, cache
@@ -182,37 +185,38 @@ class Chat:
             if error.field == "prompt" and self.messages:
                 note("the conversation has filled the context window: /reset forgets it")
             raise
-        said: list[str] = []
+        answer: list[str] = []
         stopped = False
         try:
-            for piece in stream:
-                said.append(piece)
-                emit(piece)
+            for chunk in stream:
+                answer.append(chunk)
+                emit(chunk)
         except KeyboardInterrupt:
             stopped = True
         finally:
             stream.close()
             emit("\n")
         if stopped:
-            note("stopped" if said else "stopped before the first word; the message is forgotten")
+            note("stopped" if answer else "stopped before the first word; the message is forgotten")
         else:
             note_if_cut(stream, self._options["max_new_tokens"])
-        if self._remembers and (said or not stopped):
-            self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+        if self._remembers and (answer or not stopped):
+            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin; on a terminal with a prompt and, where there is one, a line editor."""
+    """Yield the lines of stdin. On a terminal there is a prompt and, if available, a line editor."""
     if sys.stdin is None:
         return
     if not (sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()):
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8: the codec refuses them by name
+            # Bytes that are not UTF-8 reach the codec, which refuses them with a clear message.
+            sys.stdin.reconfigure(errors="surrogateescape")
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
-    with suppress(ImportError):  # Windows has its own editor
-        import readline  # noqa: F401 - input() edits lines with it
+    with suppress(ImportError):  # Windows has its own line editor
+        import readline  # noqa: F401 - input() uses it to edit lines
     while True:
         try:
             yield input("> ")
@@ -220,6 +224,6 @@ def _lines() -> Iterator[str]:
             emit("\n")
             return
         except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit leaves)")
+            note("\n(type Ctrl-D or /quit to leave the chat)")
         except UnicodeDecodeError:
-            note("error: that line is not valid UTF-8")
+            note("error: the line is not valid UTF-8")

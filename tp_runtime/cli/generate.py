@@ -1,4 +1,4 @@
-"""`tp-runtime generate`: one completion."""
+"""`tp-runtime generate` prints one completion."""
 
 from __future__ import annotations
 
@@ -23,43 +23,50 @@ from .printing import emit
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "generate",
         help="complete one text",
-        description="Complete one text, under no patch, one, or several, and print it as it comes.",
+        description="Complete one text, under no patch, one patch or the sum of several patches, and print the "
+        "completion while it is generated.",
     )
     add_model_options(parser)
-    parser.add_argument("text", metavar="TEXT", help="what to say to the model; - reads it from stdin")
+    parser.add_argument(
+        "text", metavar="TEXT", help="the message to the model, or the text to continue; - reads it from stdin"
+    )
     add_patch_option(parser)
     parser.add_argument(
-        "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front"
+        "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front of TEXT"
     )
-    parser.add_argument("--raw", action="store_true", help="take TEXT as it is, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="use TEXT as it is, without the chat template")
     add_sampling_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates; bad input raises before the model is opened where that is possible."""
+    """Generate a completion. If possible, bad input raises before the model is opened."""
     options = sampling_options(args)
     text = _read_stdin() if args.text == "-" else args.text
     if not text.strip():
-        raise RequestError("empty prompt", field="TEXT", got=repr(text[:40]), wanted="text that is not blank")
+        raise RequestError("the prompt is empty", field="TEXT", got=repr(text[:40]), wanted="text that is not blank")
     selection = read_patches(args.patch)
     model = open_model(args)
     stream = model.stream(text, system=args.system, raw=args.raw, patch=selection.choice, **options)
     if args.json:
-        said = "".join(stream)
+        completion = "".join(stream)
         parts = selection.applied(model.graph.folder)
-        print(json.dumps({"text": said, **_report(stream), "patches": [asdict(part) for part in parts], **_on(model)}))
+        print(
+            json.dumps(
+                {"text": completion, **_report(stream), "patches": [asdict(part) for part in parts], **_on(model)}
+            )
+        )
         return 0
     try:
-        for piece in stream:
-            emit(piece)
+        for chunk in stream:
+            emit(chunk)
     finally:
-        print(flush=True)  # also where it was interrupted: what follows begins a line
+        print(flush=True)  # also after an interruption, so that the next output begins on a new line
     note_if_cut(stream, options["max_new_tokens"])
     return 0
 
@@ -82,7 +89,7 @@ def _on(model: Any) -> dict[str, str]:
 
 
 def _read_stdin() -> str:
-    """All of stdin, less the newline that ends the last line; bytes that are no UTF-8 are refused by the codec."""
+    """Return all of stdin without the newline at its end. The codec refuses bytes that are not UTF-8."""
     if sys.stdin is None:
         raise RequestError("stdin is closed", field="TEXT", got="-", wanted="text on stdin")
     if hasattr(sys.stdin, "reconfigure"):

@@ -1,4 +1,4 @@
-"""`tp-runtime inspect`: what a patch file or a model folder says about itself. Opens no session."""
+"""`tp-runtime inspect` describes a patch file or a model folder. It opens no session."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from .printing import plural, print_fields, printable, size
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "inspect",
         help="describe a patch file or a model folder",
-        description="Describe a patch file or a model folder. The whole of a patch is checked as it is read; of a "
-        "folder, the sizes of all files and the digests of the small ones.",
+        description="Describe a patch file or a model folder. A patch is checked completely when it is read. In a "
+        "folder, the sizes of all files and the digests of the small files are checked.",
     )
     parser.add_argument("path", type=Path, metavar="FILE_OR_MODEL", help="a patch file or an exported model folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("--verify", action="store_true", help="hash a folder's large files (the weights) too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--verify", action="store_true", help="also check the digests of a folder's large files (the weights)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describes it; what is not whole raises."""
+    """Describe the file or the folder. A damaged one raises."""
     if args.path.is_dir():
         report = describe_folder(ModelFolder.open(args.path, args.verify), args.verify)
         rows = _folder_rows
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
-    """A patch file, for JSON."""
+    """Return the description of a patch file, for JSON."""
     config = patch.config
     ranks = patch.ranks
     return {
@@ -82,7 +84,7 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
 
 
 def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
-    """A model folder, for JSON."""
+    """Return the description of a model folder, for JSON; `verified` states whether the large files were hashed."""
     default = folder.default_patch
     return {
         "kind": "model",
@@ -109,7 +111,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
 
 
 def _sites(slots: Iterable[Slot]) -> dict[str, list[dict[str, Any]]]:
-    """Site to the shapes its slots have, and the layers of each: a model may differ from layer to layer."""
+    """Return for each site the shapes of its slots with their layers, because shapes may differ from layer to layer."""
     sites: dict[str, dict[tuple[int, int], list[int]]] = {}
     for slot in slots:
         sites.setdefault(slot.site, {}).setdefault((slot.inputs, slot.outputs), []).append(slot.layer)
@@ -119,7 +121,7 @@ def _sites(slots: Iterable[Slot]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-# -- for people ------------------------------------------------------------------------------------------------
+# -- output for people -----------------------------------------------------------------------------------------
 
 
 def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -150,7 +152,11 @@ def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     kv, default = report["kv"], report["default_patch"]
-    checked = "all digests match" if report["verified"] else "sizes match; --verify hashes the large ones too"
+    checked = (
+        "all digests match"
+        if report["verified"]
+        else "sizes match; --verify also checks the digests of the large files"
+    )
     width = max(map(len, report["files"]))
     files = [f"{name:<{width}}  {size(record['bytes'])}" for name, record in report["files"].items()]
     rows = [
@@ -185,7 +191,7 @@ def _site_lines(sites: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _default(default: dict[str, Any]) -> str:
     terms = [f"{strength:g} * {identity}" for identity, strength in default["terms"]]
-    repair = ["makes up for what the precision costs, and is part of the base"] if default["repair"] else []
+    repair = ["compensates what quantisation costs, and is part of the base"] if default["repair"] else []
     return "\n".join([default["name"], *terms, *repair])
 
 
@@ -200,12 +206,12 @@ def _prefix(prefix: dict[str, int] | None) -> str:
         return "none"
     return (
         f"for each head {plural(prefix['entries'], 'position')} of the context, in place of the prompt's first "
-        f"{plural(prefix['replaced_ids'], 'id')}; the text goes on at position {prefix['position']}"
+        f"{plural(prefix['replaced_ids'], 'id')}; the text continues at position {prefix['position']}"
     )
 
 
 def _spans(numbers: Sequence[int]) -> str:
-    """Sorted whole numbers in few characters: 0-3, 7."""
+    """Return sorted whole numbers in a short form, such as "0-3, 7"."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][-1] + 1:

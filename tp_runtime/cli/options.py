@@ -1,4 +1,4 @@
-"""Options that several commands share: the device, patches with strengths, sampling."""
+"""The options that several commands share: the device, patches with strengths, and sampling."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from ..session import DEVICES, ModelFolder
 from ..text import Request, SamplingOptions
 from .printing import note, plural
 
-NONE = "none"  # instead of a file: the base model, also where the folder has a default patch
-_MAX_THREADS = 1024  # ONNX Runtime starts as many as it is told, until the system kills it
+NONE = "none"  # in place of a file it selects the base model, even if the folder has a default patch
+_MAX_THREADS = 1024  # ONNX Runtime starts any number of threads, until the system kills the process
 
 
 @dataclass(frozen=True)
 class Part:
-    """One patch of an expression."""
+    """One patch of a sum.
+
+    Attributes:
+        name: the name of the patch; None if it is not known.
+        identity: the identity of the patch; see `Patch.identity`.
+        strength: the factor on the patch.
+    """
 
     name: str | None
     identity: str
@@ -37,26 +43,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run is asked to run under, and what that is made of.
+    """The patch that the command line selects, and the patches that it is the sum of.
 
     Attributes:
-        choice: for PatchedModel: a patch, None for the base, or ACTIVE for what the folder was exported with.
-        parts: the patches `choice` adds up; none for None and ACTIVE.
+        choice: the value for PatchedModel: a patch, None for the base, or ACTIVE for the patch that the folder was
+            exported with.
+        parts: the patches whose sum `choice` is; empty if `choice` is None or ACTIVE.
     """
 
     choice: PatchChoice
     parts: tuple[Part, ...] = ()
 
     def applied(self, folder: ModelFolder, strength: float = 1.0) -> tuple[Part, ...]:
-        """The patches that requests really run under, with the folder's default."""
+        """Return the patches that requests really run under, including the folder's default patch."""
         if self.choice is ACTIVE and folder.default_patch:
             default = folder.default_patch
-            name = default.name if len(default.terms) == 1 else None  # a sum's name names none of its parts
+            name = default.name if len(default.terms) == 1 else None  # the name of a sum does not name its parts
             return tuple(Part(name, identity, factor * strength) for identity, factor in default.terms)
         return tuple(Part(part.name, part.identity, part.strength * strength) for part in self.parts)
 
     def describe(self, folder: ModelFolder, strength: float = 1.0) -> str:
-        """`applied` in a line."""
+        """Return the result of `applied` as one line."""
         return " + ".join(map(str, self.applied(folder, strength))) or "no patch"
 
 
@@ -67,25 +74,30 @@ BASE = Selection(None)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --device and --threads."""
+    """Add MODEL, --device and --threads to a parser."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder written by tp-export")
     parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="auto takes CUDA if it is there, else the CPU, and says so"
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="auto (default) takes CUDA if it is available, and otherwise the CPU with a warning",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads of one operator (default: the cores there are)"
+        "--threads", type=int, metavar="N", help="the number of threads of one operator (default: one for each core)"
     )
 
 
 def open_model(args: argparse.Namespace) -> PatchedModel:
-    """The model of the command line in a session.
+    """Open the model that the command line names.
 
     Raises:
-        RequestError: a number of threads that cannot be.
+        RequestError: the number of threads is not positive, or is too large.
         ModelError: see PatchedModel.from_pretrained.
     """
-    if args.threads is not None and not 1 <= args.threads <= _MAX_THREADS:
-        raise RequestError("not a number of threads", field="threads", got=args.threads, wanted=f"1..{_MAX_THREADS}")
+    if args.threads is not None and args.threads > _MAX_THREADS:
+        raise RequestError(
+            "the number of threads is too large", field="threads", got=args.threads, wanted=f"at most {_MAX_THREADS}"
+        )
     return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads)
 
 
@@ -93,25 +105,27 @@ def open_model(args: argparse.Namespace) -> PatchedModel:
 
 
 def add_patch_option(parser: argparse.ArgumentParser) -> None:
-    """--patch, which may be repeated."""
+    """Add --patch to a parser; the option may be repeated."""
     parser.add_argument(
         "--patch",
         action="append",
         default=[],
         metavar="FILE[@STRENGTH]",
-        help="run under this patch, scaled by STRENGTH (default 1; may be negative); several add up. "
-        f"'{NONE}' is the base model. Default: what the folder was exported with",
+        help="run under this patch, scaled by STRENGTH (default 1; a negative one inverts the effect); if the option "
+        f"is repeated, the patches are added; '{NONE}' selects the base model (default: the patch that the folder was "
+        "exported with)",
     )
 
 
 def read_patches(specs: Sequence[str]) -> Selection:
-    """Reads patch files and adds them up: s1*p1 + s2*p2.
+    """Read patch files and add the patches: s1*p1 + s2*p2.
 
     Args:
-        specs: FILE or FILE@STRENGTH each, or `none` alone.
+        specs: strings of the form FILE or FILE@STRENGTH, or only the string `none`. An empty sequence selects the patch
+            that the folder was exported with.
 
     Raises:
-        PatchError: a file that is not a patch, a strength that is not a number, patches that cannot be added.
+        PatchError: a file is not a patch, a strength is not a number, or the patches cannot be added.
     """
     if not specs:
         return Selection(ACTIVE)
@@ -119,10 +133,10 @@ def read_patches(specs: Sequence[str]) -> Selection:
         return BASE
     if NONE in specs:
         raise PatchTargetError(
-            f"{NONE!r} is the base model and adds to nothing",
+            f"{NONE!r} selects the base model and cannot be added to a patch",
             field="patch",
             got=" ".join(specs),
-            fix=f"leave it out, or write ./{NONE} if a file is called so",
+            fix=f"leave it out, or write ./{NONE} if a file has this name",
         )
     terms, parts = [], []
     for file, strength in map(split_spec, specs):
@@ -133,10 +147,10 @@ def read_patches(specs: Sequence[str]) -> Selection:
 
 
 def split_spec(spec: str) -> tuple[str, float]:
-    """FILE[@STRENGTH] in its parts; a file whose name has an @ in it is found as well.
+    """Split FILE[@STRENGTH] into the file and the strength. The name of an existing file may contain an @.
 
     Raises:
-        PatchValueError: the file is there, and what follows its @ is no number.
+        PatchValueError: the file exists, and the text after its @ is not a number.
     """
     file, at, factor = spec.rpartition("@")
     if not at or os.path.exists(spec):
@@ -145,15 +159,15 @@ def split_spec(spec: str) -> tuple[str, float]:
         return file, float(factor)
     except ValueError:
         if not os.path.exists(file):
-            return spec, 1.0  # a name with an @ that is not there: the reader says so
+            return spec, 1.0  # a file name with an @ that does not exist: the reader reports it
         raise not_a_strength(factor) from None
 
 
 def parse_strength(text: str) -> float:
-    """A strength from text; the patch itself refuses NaN and what float32 cannot hold.
+    """Parse a strength. The patch itself refuses NaN and values that float32 cannot represent.
 
     Raises:
-        PatchValueError: it is no number.
+        PatchValueError: the text is not a number.
     """
     try:
         return float(text)
@@ -162,31 +176,65 @@ def parse_strength(text: str) -> float:
 
 
 def not_a_strength(text: str) -> PatchValueError:
-    """The error for text where a strength should be."""
-    return PatchValueError("not a strength", field="strength", got=repr(text), wanted="a number, such as 0.5 or -1")
+    """Return the error for text that should have been a strength."""
+    return PatchValueError(
+        "the value is not a valid strength", field="strength", got=repr(text), wanted="a number, such as 0.5 or -1"
+    )
 
 
 # -- sampling --------------------------------------------------------------------------------------------------
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How tokens are picked and when to stop."""
+    """Add the options for choosing tokens and for ending a completion to a parser."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens (default 256)")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 (default): all")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop what is below P times the likeliest")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
-    group.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="generate at most N tokens (default 256)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="divide the logits by T; 0 (default) takes the most likely token",
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens; 0 (default) means all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens whose probabilities sum to P; 1 (default) means all",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens with less than P times the probability of the most likely one",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="a value above 1 reduces repetition (default 1)",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="make the random draws repeatable")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the completion before TEXT; may be repeated"
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    """Keyword arguments for PatchedModel.stream; bad ones are refused here, before seconds go into opening a model.
+    """Return the keyword arguments for PatchedModel.stream.
+
+    They are checked here, before opening the model takes seconds.
 
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value is not valid.
     """
     names = ("max_new_tokens", "stop", *(setting.name for setting in fields(Sampling)))
     options: Any = {name: getattr(args, name) for name in names}
@@ -195,8 +243,8 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
 
 
 def note_if_cut(stream: TextStream, max_new_tokens: int) -> None:
-    """Says on stderr that a completion did not come to its own end."""
+    """Report on stderr that a completion was cut: it reached its largest number of tokens or the context window."""
     if stream.finish_reason == "length":
         count = len(stream.token_ids)
-        why = "--max-new-tokens" if count == max_new_tokens else "the context window is full"
-        note(f"stopped after {plural(count, 'token')}: {why}")
+        reason = "--max-new-tokens" if count == max_new_tokens else "the context window is full"
+        note(f"stopped after {plural(count, 'token')}: {reason}")

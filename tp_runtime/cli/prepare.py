@@ -1,4 +1,4 @@
-"""`tp-runtime prepare`: bake a model folder's graph for this machine."""
+"""`tp-runtime prepare` packs the weights of a model folder's graph for this machine."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from .printing import note, size
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Add the subcommand to the parser."""
     parser = subparsers.add_parser(
         "prepare",
-        help="pack a model's weights for this machine, once",
-        description="Write the graph as this machine's processor and ONNX Runtime pack it, into the model's folder: it "
-        "then loads in less time, and processes share its pages. Does nothing where that was done. For the CPU.",
+        help="pack a model's weights once for this machine",
+        description="Write the graph into the model's folder as ONNX Runtime packs it for this machine's processor. "
+        "The model then loads in less time, and processes share its memory pages. If this was done before, the command "
+        "does nothing. Only the CPU uses the result.",
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="an exported model folder")
-    parser.add_argument("--again", action="store_true", help="even if what is there fits this machine")
+    parser.add_argument(
+        "--again", action="store_true", help="prepare the graph even if one that fits this machine is already there"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the folder and prints where."""
+    """Prepare the folder's graph and print the path of the result."""
     from ..session import prepare
 
     folder = ModelFolder.open(args.model)

@@ -1,4 +1,4 @@
-"""What the commands print: notes on stderr, text that cannot steer a terminal, aligned columns."""
+"""This module prints for the commands: notes on stderr, text without control characters, and aligned columns."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Sequence
 from importlib import metadata
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
-# Generated text has lines and tabs; everything else a terminal would act on, a model or a patch could be made to say.
+# Generated text keeps its newlines and tabs. All other control characters are replaced, because a model or a patch
+# could be made to produce characters that a terminal acts on.
 _TEXT_CONTROLS = {code: shown for code, shown in _CONTROLS.items() if chr(code) not in "\n\t"}
 
 
 def note(message: str) -> None:
-    """A line on stderr: everything that is not the result."""
+    """Print a line on stderr. This is for everything that is not the result."""
     print(message, file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """One line of text from a file, with control characters spelt out."""
+    """Return a line of text, such as a name from a file, with its control characters as escape codes."""
     return text.translate(_CONTROLS)
 
 
-def emit(piece: str) -> None:
-    """Print a piece of generated text at once; on a terminal, control characters are spelt out."""
+def emit(chunk: str) -> None:
+    """Print a chunk of generated text without delay. On a terminal, control characters are printed as escape codes."""
     if sys.stdout is not None and sys.stdout.isatty():
-        piece = piece.translate(_TEXT_CONTROLS)
-    print(piece, end="", flush=True)
+        chunk = chunk.translate(_TEXT_CONTROLS)
+    print(chunk, end="", flush=True)
 
 
 def print_fields(rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns; a value of several lines keeps its column."""
+    """Print names and values in two columns. All lines of a value stay in its column."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         for number, line in enumerate(value.split("\n")):
@@ -37,7 +38,7 @@ def print_fields(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes in a form for people."""
     if count < 1000:
         return f"{count} bytes"
     scaled = float(count)
@@ -49,12 +50,12 @@ def size(count: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """The number and the noun in the right form, for nouns that take an s."""
+    """Return the number with the noun in the singular or plural; the plural has an s."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def version(package: str) -> str:
-    """Of an installed package; "unknown" where its source folder is on the path instead."""
+    """Return the version of an installed package, or "unknown" if only its source folder is on the path."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

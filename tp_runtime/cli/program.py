@@ -1,7 +1,7 @@
-"""What every command line of this project does around its subcommands: exit codes, errors, logs, pipes and signals.
+"""The common part of this project's command lines: exit codes, errors, logs, pipes and signals.
 
-`tp-runtime` and `tp-export` are both run by it. A command is a module with `add_parser(subparsers)`, which sets a
-function `run(args) -> exit code` as the parser's default.
+`tp-runtime` and `tp-export` both use it. A subcommand is a module with `add_parser(subparsers)`, which sets a function
+`run(args) -> exit code` as the parser's default.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, Protocol
 from ..errors import TPError
 from .printing import note, printable, version
 
-_INTERRUPTED = 130  # the exit code that a shell reports of a program that SIGINT ended
+_INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
 
 
 class Command(Protocol):
-    """A subcommand: a module that adds its parser, whose default `run` does the work."""
+    """A subcommand: a module that adds its parser, whose default `run` runs the subcommand."""
 
     def add_parser(self, subparsers: Any) -> None:
         """Add the subcommand to the parser."""
@@ -52,12 +52,12 @@ def run_program(
         description: what the program does, for its help.
         commands: the subcommands, in the order in which the help lists them.
         argv: the arguments without the program's name; None takes those of the process.
-        extras: top-level module to the extra of this project that installs it. A missing module that is not in it is a
-            defect and keeps its traceback.
+        extras: for each top-level module the extra of this project that installs it. If a missing module is not listed
+            here, this is a defect, and its traceback is printed.
 
     Returns:
-        The exit code: 0 if the command is done, 2 for bad input, 1 if the system refused (disk, permission, missing
-        package), 130 after Ctrl-C, 141 if the reader of stdout went away, and 128 + n after signal n.
+        The exit code: 0 on success, 2 for bad input, 1 if the system refused (disk, permission, missing package), 130
+        after Ctrl-C, 141 if the reader of stdout closed it, and 128 + n after signal n.
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
     parser.add_argument("--version", action=_Version)
@@ -69,7 +69,7 @@ def run_program(
         try:
             code = int(args.run(args))
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, while a full disk or a closed pipe can still be reported
+                sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
             return code
         except TPError as error:
             return _fail(str(error), 2)
@@ -92,7 +92,7 @@ def run_program(
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for: reading a package's metadata takes longer than `--help`."""
+    """Prints the version. It looks the version up only on request, because this takes longer than `--help`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(nargs=0, help="print the version and exit", **options)
@@ -103,14 +103,14 @@ class _Version(argparse.Action):
 
 
 def _fail(message: str, code: int) -> int:
-    """Print an error. Further lines, such as what pip printed, are indented, so that none can pose as another error."""
+    """Print an error. Further lines, such as pip's output, are indented, so that none looks like another error."""
     note("error: " + "\n  ".join(map(printable, message.split("\n"))))
     return code
 
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Print the log of tp_runtime, one line for each message; a process that calls `main` keeps its own handlers."""
+    """Print the log of tp_runtime, one line for each message. A process that calls `main` keeps its own handlers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.addFilter(_lower_level)
@@ -129,7 +129,7 @@ def _lower_level(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _escaping_stdout() -> Iterator[None]:
-    """Print the code of a character that the terminal lacks; the default is a traceback in the middle of a text."""
+    """Print escape codes for characters that stdout's encoding lacks. Python would otherwise raise within the text."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is None:
         yield
@@ -139,34 +139,34 @@ def _escaping_stdout() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it flushes
+        with suppress(OSError):  # reconfigure flushes stdout, which can fail
             reconfigure(errors=before)
 
 
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
-    """Unwind the stack on SIGTERM and SIGHUP instead of ending at once, unless they are handled or ignored already."""
+    """Unwind the stack on SIGTERM and SIGHUP instead of ending directly, unless they are already handled or ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def end(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would interrupt the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the cleanup
         raise _Signalled(number)
 
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
+    handled = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
 def _drop_stdout() -> None:
-    """Discard what stdout still holds: Python would try to write it once more on exit, and complain."""
+    """Discard the buffered output of stdout. Python would otherwise try to write it on exit and print an error."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

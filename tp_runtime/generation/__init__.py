@@ -1,6 +1,6 @@
-"""Token ids in, token ids out: the loop, sampling, prefix cache and batches over a graph.
+"""Generation on token ids over a graph: the generation loop, sampling, the prefix cache and batches.
 
-Knows nothing of text, files or names of patches.
+This room knows nothing of text, files or the names of patches.
 """
 
 from .batch import PREFILL_TOKENS, Batch, Row

@@ -1,8 +1,9 @@
-"""A running batch, on token ids: sequences under different patches that step together, join and leave between steps.
+"""A running batch on token ids: its sequences step together under different patches, and join and leave between steps.
 
-Like engine.py it knows nothing of text, files or names. What a sequence gives out does not depend on what else is in
-the batch: its prompt is run alone, its patch, lengths and positions are its own, and so is the sampler it draws from.
-Nor does a long prompt stop the others: while they run, a step runs a piece of it and then their next token.
+Like engine.py, this module does not handle text, files or names. The output of a sequence does not depend on the other
+sequences in the batch: its prompt is run separately, and it has its own patch, lengths, positions and sampler. A long
+prompt does not stop the others either: while they run, each step runs one chunk of the prompt and then their next
+token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .prefix_cache import PrefixCache
 from .rows import new_rows
 from .sampling import Sampler, Sampling, pick_rows
 
-PREFILL_TOKENS = 32  # a CPU takes hardly longer for a prompt in pieces of so many than for all of it at once
+PREFILL_TOKENS = (
+    32  # with chunks of this size a CPU takes hardly longer for a prompt than with the whole prompt at once
+)
 
 
 @dataclass(eq=False)
@@ -25,41 +28,42 @@ class Row:
     """One sequence of a batch.
 
     Attributes:
-        tokens: ids of prompt and completion so far; the last one has not been run yet.
-        prompt_tokens: how many of them are the prompt.
-        bound: the patch it runs under.
-        full: the number of ids at which it ends.
-        eos_ids: ids that end it.
-        sampler: picks its ids.
-        cache: what of it has been run.
-        begun: whether any of its prompt has been run, or found in the prefix cache.
-        finish_reason: "eos", "length", "left" or "error" once it has left the batch, None before.
-        error: why its prompt could not be run, or nothing be picked from its logits; only with "error".
+        tokens: the ids of the prompt and of the completion so far; the last id has not been run yet.
+        prompt_tokens: the number of ids of the prompt.
+        bound: the patch that the sequence runs under.
+        token_limit: the number of ids, prompt included, at which the sequence ends.
+        eos_ids: the ids that end the sequence.
+        sampler: the sampler that picks the sequence's ids.
+        cache: the KV cache of the ids that have been run.
+        started: whether a part of the prompt has been run or looked up in the prefix cache.
+        finish_reason: "eos", "length", "left" or "error" after the sequence has left the batch; None before.
+        error: the exception that stopped the prompt's run or the choice of a token, if the reason is "error"; otherwise
+            None.
     """
 
     tokens: list[int]
     prompt_tokens: int
     bound: BoundPatch
-    full: int
+    token_limit: int
     eos_ids: frozenset[int]
     sampler: Sampler
     cache: KVCache
-    begun: bool = field(default=False, init=False)
+    started: bool = field(default=False, init=False)
     finish_reason: str | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
 
 
 class Batch:
-    """Sequences over one graph; for one thread at a time.
+    """Sequences that run over one graph. Only one thread at a time may use a batch.
 
     Args:
-        graph: where the steps are run.
-        rows: most sequences at once.
-        prefix_cache: where prompts find what was run before, and leave what they have run.
-        prefill_tokens: of prompts, run between two tokens of the rows that wait for theirs.
+        graph: the graph that runs the steps.
+        rows: the largest number of sequences at the same time.
+        prefix_cache: the cache from which prompts take keys and values of earlier runs, and which stores theirs.
+        prefill_tokens: the number of prompt tokens to run between two tokens of the running rows.
 
     Raises:
-        RequestError: `rows` or `prefill_tokens` is no number of them.
+        RequestError: `rows` or `prefill_tokens` is not a positive integer.
     """
 
     def __init__(
@@ -67,25 +71,28 @@ class Batch:
     ) -> None:
         for name, value in (("rows", rows), ("prefill_tokens", prefill_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(f"not a number of {name}", field=name, got=repr(value), wanted="a whole number >= 1")
-        self._graph, self._limit, self._prefix_cache, self._piece = graph, rows, prefix_cache, prefill_tokens
-        self._joining: list[Row] = []  # whose prompts are not run to their end yet
-        self._running: list[Row] = []  # in the order of the graph's rows
+                raise RequestError(
+                    "the value is not a positive integer", field=name, got=repr(value), wanted="a whole number >= 1"
+                )
+        self._graph, self._limit, self._prefix_cache = graph, rows, prefix_cache
+        self._prefill_tokens = prefill_tokens
+        self._joining: list[Row] = []  # the rows whose prompts have not been run to their end
+        self._running: list[Row] = []  # the running rows, in the order of the graph's rows
         self._rows = new_rows(graph, rows)
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The sequences that run now."""
+        """The sequences that are running."""
         return tuple(self._running)
 
     @property
     def joining(self) -> tuple[Row, ...]:
-        """The sequences whose prompts are still to be run, or being run."""
+        """The sequences whose prompts have not been run to their end."""
         return tuple(self._joining)
 
     @property
     def free(self) -> int:
-        """How many more may join."""
+        """The number of sequences that may still join."""
         return self._limit - len(self._running) - len(self._joining)
 
     def join(
@@ -97,50 +104,57 @@ class Batch:
         max_new_tokens: int,
         eos_ids: frozenset[int],
     ) -> Row:
-        """Let a sequence take part as soon as steps have run its prompt, all but the last id.
+        """Add a sequence to the batch. It runs with the others once steps have run its prompt up to the last id.
 
         Args:
-            prompt: at least one id.
-            bound: the patch, for every step of this sequence.
-            sampling: how its ids are picked.
-            max_new_tokens: at least 1.
-            eos_ids: ids that end it.
+            prompt: the ids of the prompt, at least one.
+            bound: the patch for every step of this sequence.
+            sampling: the settings for picking its ids.
+            max_new_tokens: the largest number of new tokens, at least 1.
+            eos_ids: the ids that end the sequence.
+
+        Returns:
+            The row of the sequence.
 
         Raises:
-            RequestError: as engine.generate; an id outside the vocabulary; or there is no room. The batch is as it
-                was.
+            RequestError: `engine.generate` would refuse the request, an id is outside the vocabulary, or the batch is
+                full. The batch stays as it was.
         """
-        full = check_request(self._graph.folder, prompt, bound, max_new_tokens)
+        token_limit = check_request(self._graph.folder, prompt, bound, max_new_tokens)
         self._graph.check_ids(prompt)
         if not self.free:
             raise RequestError(
                 "the batch is full",
                 field="rows",
-                got=f"{self._limit} sequences in it",
-                wanted=f"fewer than {self._limit}",
-                fix="step until one has ended, let one leave, or make the batch with more rows",
+                got=f"{self._limit} sequences",
+                wanted=f"fewer than {self._limit} sequences",
+                fix="step until a sequence ends, make one leave, or create the batch with more rows",
             )
         cache = self._graph.new_cache(bound)
-        row = Row(list(prompt), len(prompt), bound, full, eos_ids, Sampler(sampling), cache)
+        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache)
         self._joining.append(row)
         return row
 
     def step(self) -> list[tuple[Row, int]]:
-        """One id for every row, end-of-sequence ids included; rows that it ends leave. Nothing without rows.
+        """Run one step of the batch.
 
-        A row whose prompt cannot be run, or whose logits are not finite, leaves with its error and gives no id. Where
-        the run of all rows fails, nothing has happened to them, and the step may be tried again.
+        A row that ends with this step leaves the batch. A row whose prompt cannot be run, or whose logits are not
+        finite, leaves with its error and gets no id. If the run of all rows fails, the rows stay as they were, and the
+        step may be tried again.
+
+        Returns:
+            The new id of every running row, end-of-sequence ids included; empty if no row is running.
         """
-        # 0. Run prompts: while rows wait for their next id, a piece; otherwise all that there are.
-        self._run_prompts(self._piece if self._running else None)
+        # 0. Run prompts: one chunk while rows wait for their next id, otherwise all prompts.
+        self._run_prompts(self._prefill_tokens if self._running else None)
         rows = list(self._running)
         if not rows:
             return []
         # 1. Run the last id of every row, together.
         logits = self._rows.step([row.tokens[-1] for row in rows])
-        # 2. Pick for each by its own sampler, from its own ids.
+        # 2. Pick a token for each row, with its own sampler and its own ids.
         picked = pick_rows([row.sampler for row in rows], logits, [row.tokens for row in rows])
-        # 3. Hand out; what has ended leaves.
+        # 3. Return the tokens; rows that have ended leave.
         out = []
         for row, token in zip(rows, picked, strict=True):
             if isinstance(token, ModelFormatError):
@@ -151,12 +165,12 @@ class Batch:
             out.append((row, token))
             if token in row.eos_ids:
                 self._end(row, "eos")
-            elif len(row.tokens) == row.full:
+            elif len(row.tokens) == row.token_limit:
                 self._end(row, "length")
         return out
 
     def leave(self, row: Row) -> None:
-        """End a row before its time; one that has ended already is left alone."""
+        """Take a row out of the batch before it ends; a row that has ended already does not change."""
         if row in self._running:
             self._end(row, "left")
         elif row in self._joining:
@@ -164,34 +178,37 @@ class Batch:
             row.finish_reason = "left"
 
     def _run_prompts(self, most: int | None) -> None:
-        """Run at most so many ids of the prompts of those that join, in their order; None runs them all."""
+        """Run at most `most` ids of the joining rows' prompts, in the order of the rows; None runs all ids."""
         for row in list(self._joining):
             if most == 0:
                 return
             try:
                 ran = self._run_prompt(row, most)
-            except Exception as error:  # its own: the others go on
+            except Exception as error:  # the error belongs to this row; the other rows continue
                 self._joining.remove(row)
                 row.error, row.finish_reason = error, "error"
             else:
                 most = None if most is None else most - ran
 
     def _run_prompt(self, row: Row, most: int | None) -> int:
-        """Run the next ids of a row's prompt, all but the last; with these run, it takes part. Returns how many."""
+        """Run at most `most` more ids of a row's prompt, without its last id; returns the number of ids that were run.
+
+        When all of these ids have been run, the row starts to run with the others.
+        """
         cache, prompt = row.cache, row.tokens
-        if self._prefix_cache is not None and not row.begun:
+        if self._prefix_cache is not None and not row.started:
             self._prefix_cache.fill(cache, prompt)
-        row.begun = True
-        early = prompt[len(cache) : -1][:most]
-        if early:
-            self._graph.forward(early, cache, row.bound)
+        row.started = True
+        chunk = prompt[len(cache) : -1][:most]
+        if chunk:
+            self._graph.forward(chunk, cache, row.bound)
         if len(cache) == len(prompt) - 1:
-            if early and self._prefix_cache is not None:
+            if chunk and self._prefix_cache is not None:
                 self._prefix_cache.keep(cache, lambda: self._graph.content(cache))
             self._rows.add(cache, row.bound)
             self._joining.remove(row)
             self._running.append(row)
-        return len(early)
+        return len(chunk)
 
     def _end(self, row: Row, reason: str) -> None:
         at = self._running.index(row)

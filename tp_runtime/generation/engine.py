@@ -1,7 +1,7 @@
 """The generation loop, on token ids.
 
-The engine knows nothing of text, files, names of patches or devices. It asks a graph for caches and forward steps, and
-a sampler for the next id; the tests drive it with a fake graph.
+The engine does not handle text, files, names of patches or devices. It gets caches and forward steps from a graph, and
+the next id from a sampler. The tests run it with a fake graph.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .sampling import Sampler, Sampling
 
 
 class Steps(Protocol):
-    """What the engine needs of a graph; see graph.Graph."""
+    """The methods of a graph that the engine uses; see session.Graph."""
 
     folder: ModelFolder
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """An empty cache for runs under `bound`."""
+        """Returns an empty cache for runs under `bound`."""
 
     def forward(
         self,
@@ -35,10 +35,21 @@ class Steps(Protocol):
         all_logits: bool = False,
         copy: bool = True,
     ) -> NDArray[np.float32]:
-        """Logits [1 or len(tokens), vocab] of `tokens` after what is in `cache`; `copy`: the caller's own."""
+        """Run `tokens` after the tokens in `cache`.
+
+        Args:
+            tokens: at least one id.
+            cache: a cache made under the same patch; `tokens` are appended to it.
+            bound: the patch.
+            all_logits: whether to return the logits of every token instead of only the last token's.
+            copy: whether the returned logits are the caller's own array; if not, the next run may overwrite them.
+
+        Returns:
+            Logits [1 or len(tokens), vocab].
+        """
 
     def content(self, cache: KVCache) -> Content:
-        """Keys and values that `cache` holds."""
+        """Returns the keys and values that `cache` holds."""
 
 
 def generate(
@@ -52,44 +63,44 @@ def generate(
     cache: KVCache | None = None,
     prefix_cache: PrefixCache | None = None,
 ) -> Iterator[int]:
-    """Yield the ids of a completion, the end-of-sequence id included if it is reached.
+    """Yield the ids of a completion, including the end-of-sequence id if it is reached.
 
-    The prompt is run when the first id is asked for. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
-    where prompt and completion fill the context window.
+    The prompt is run when the first id is requested. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
+    when prompt and completion fill the context window.
 
     Args:
-        graph: where the steps are run.
+        graph: the graph that runs the steps.
         prompt: the ids so far, at least one.
-        bound: the patch, for every step of this completion.
-        sampling: how ids are picked.
-        max_new_tokens: at least 1.
-        eos_ids: ids that end a completion.
-        cache: of an earlier completion under the same patch; what it shares with `prompt` is not run again. It is left
-            holding everything run here, so that a conversation can go on from it. Completions that take turns on one
-            cache cost each other a new prefill and nothing else.
-        prefix_cache: without a `cache`, where the prompt finds what was run before. What is run here is put into it
-            after the prompt and at the end.
+        bound: the patch for every step of this completion.
+        sampling: the settings for picking ids.
+        max_new_tokens: the largest number of new tokens, at least 1.
+        eos_ids: the ids that end a completion.
+        cache: the cache of an earlier completion under the same patch. The ids that it shares with `prompt` are not run
+            again. Afterwards it holds everything that was run here, so that a conversation can continue from it.
+            Completions that alternate on one cache cost each other a new prefill, and have no other effect.
+        prefix_cache: the store of earlier prompts' keys and values, which the prompt starts from; it is ignored if
+            `cache` is passed. This completion's keys and values are stored in it after the prompt and at the end.
 
     Raises:
-        RequestError: an empty prompt, one that leaves no room for a token or cannot follow the patch's KV prefix, or
-            a bad `max_new_tokens`.
+        RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix, or
+            `max_new_tokens` is not a positive integer.
         StaleCacheError: `cache` was made under another patch.
     """
     if cache is not None:
-        cache.require_key(bound.key)  # before anything in it is given up
+        cache.require_key(bound.key)  # this must come before anything in the cache is dropped
         prefix_cache = None
-    full = check_request(graph.folder, prompt, bound, max_new_tokens)
+    token_limit = check_request(graph.folder, prompt, bound, max_new_tokens)
     if cache is None:
         cache = graph.new_cache(bound)
-    ids = _loop(graph, list(prompt), bound, Sampler(sampling), full, eos_ids, cache)
+    ids = _loop(graph, list(prompt), bound, Sampler(sampling), token_limit, eos_ids, cache)
     return ids if prefix_cache is None else _stored(graph, prompt, ids, cache, prefix_cache)
 
 
 def prefill(graph: Steps, prompt: Sequence[int], bound: BoundPatch, prefix_cache: PrefixCache) -> None:
-    """Run a prompt for what others share with it, and put its keys and values into `prefix_cache`.
+    """Run a prompt and store its keys and values in `prefix_cache`, for prompts that start with the same ids.
 
     Raises:
-        RequestError: the prompt cannot be served, or the prefix_cache cannot hold it.
+        RequestError: the prompt cannot be served, or `prefix_cache` cannot hold it.
     """
     check_request(graph.folder, prompt, bound, 1)
     cache = graph.new_cache(bound)
@@ -106,10 +117,13 @@ def prefill(graph: Steps, prompt: Sequence[int], bound: BoundPatch, prefix_cache
 
 
 def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch, max_new_tokens: int) -> int:
-    """Check that a prompt can be served under a patch; returns the number of tokens at which it is full.
+    """Check that a prompt can be served under a patch.
+
+    Returns:
+        The number of tokens, prompt included, at which the sequence ends.
 
     Raises:
-        RequestError: as `generate`.
+        RequestError: `generate` would refuse the request.
     """
     check_max_new_tokens(max_new_tokens)
     if not prompt:
@@ -131,10 +145,13 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
 
 
 def check_max_new_tokens(value: int) -> None:
-    """Raise RequestError unless `value` is a whole number of tokens, at least 1."""
+    """Raise RequestError unless `value` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(
-            "not a number of tokens", field="max_new_tokens", got=repr(value), wanted="a whole number >= 1"
+            "the value is not a positive integer",
+            field="max_new_tokens",
+            got=repr(value),
+            wanted="a whole number >= 1",
         )
 
 
@@ -143,27 +160,30 @@ def _loop(
     tokens: list[int],
     bound: BoundPatch,
     sampler: Sampler,
-    full: int,
+    token_limit: int,
     eos_ids: frozenset[int],
     cache: KVCache,
 ) -> Iterator[int]:
     while True:
-        # 1. Run what the cache does not hold: at first the prompt or its end, then the last token. Logits of the last
-        #    position only.
+        # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last token.
+        #    Only the logits of the last position are needed.
         kept = cache.keep_prefix(tokens)
         logits = graph.forward(tokens[kept:], cache, bound, copy=False)
-        # 2. Pick, hand out, stop.
+        # 2. Pick the next token, yield it, and stop if the completion has ended.
         token = sampler.pick(logits[-1], tokens)
         tokens.append(token)
         yield token
-        if token in eos_ids or len(tokens) == full:
+        if token in eos_ids or len(tokens) == token_limit:
             return
 
 
 def _stored(
     graph: Steps, prompt: Sequence[int], ids: Iterator[int], cache: KVCache, prefix_cache: PrefixCache
 ) -> Iterator[int]:
-    """`ids`, which run in `cache`, with `prefix_cache` before the prompt, after it and at the end."""
+    """Yield `ids`, which run in `cache`.
+
+    `prefix_cache` fills `cache` before the prompt is run, and stores its contents after the prompt and at the end.
+    """
     prefix_cache.fill(cache, prompt)
     fresh = True
     for token in ids:
@@ -172,7 +192,7 @@ def _stored(
             fresh = False
         try:
             yield token
-        except GeneratorExit:  # stopped early; after a run that failed nothing is kept
+        except GeneratorExit:  # the caller stopped early; after a run that failed nothing is stored
             prefix_cache.keep(cache, lambda: graph.content(cache))
             raise
     prefix_cache.keep(cache, lambda: graph.content(cache))

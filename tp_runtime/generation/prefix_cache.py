@@ -1,8 +1,9 @@
-"""Keys and values of prompts that were run before, so that what prompts share is run once.
+"""The prefix cache stores the keys and values of earlier prompts, so that a beginning that prompts share is run once.
 
-An entry belongs to one cache key (graph, patches and strengths, contract 3 of cache.py) and to the ids it was made
-from; a prompt takes from it what the two have in common from the start. Entries are copies that nobody writes to: a
-request copies what it takes into buffers of its own. Knows nothing of graphs or devices.
+Each of its entries belongs to one cache key (the graph, the patches and their strengths, see kv_cache.py) and to the
+ids it was made from. A prompt takes from an entry the part for the ids that both start with. Entries are copies that
+are never written to: a request copies the part it takes into buffers of its own. This module does not handle graphs or
+devices.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Entry:
         return sum(array.nbytes for array in self.content.values())
 
     def common(self, key: CacheKey, tokens: NDArray[np.int64]) -> int:
-        """How many ids from the start on are the same; none under another key."""
+        """Returns the number of ids that both start with; 0 under another key."""
         if key != self.key:
             return 0
         length = min(len(tokens), len(self.tokens))
@@ -41,52 +42,57 @@ class _Entry:
 
 
 class PrefixCache:
-    """Entries up to a number of bytes; the least recently used go first. For any number of threads.
+    """Entries up to a total number of bytes; the least recently used are dropped first. Threads may share a cache.
 
     Args:
-        budget: bytes, at least 1, of keys and values; ids and names are not counted.
+        budget: the largest number of bytes of keys and values, at least 1; ids and names are not counted.
 
     Attributes:
-        budget: the same.
-        hits: requests that found something.
-        misses: requests that did not.
+        budget: the largest number of bytes of keys and values.
+        hits: the number of requests that found a part of their prompt.
+        misses: the number of requests that found nothing.
 
     Raises:
-        RequestError: `budget` is no number of bytes.
+        RequestError: `budget` is not a positive integer.
     """
 
     def __init__(self, budget: int) -> None:
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise RequestError(
-                "not a number of bytes", field="prefix_cache_bytes", got=repr(budget), wanted="a whole number >= 1"
+                "the value is not a positive integer",
+                field="prefix_cache_bytes",
+                got=repr(budget),
+                wanted="a whole number >= 1",
             )
         self.budget = budget
         self.hits = self.misses = 0
-        self._entries: tuple[_Entry, ...] = ()  # the least recently used first; replaced, never changed
-        # Reentrant: a completion that was dropped is put away by the garbage collector, in whichever line that runs.
+        self._entries: tuple[_Entry, ...] = ()  # the least recently used first; the tuple is replaced, never changed
+        # The lock is reentrant because the garbage collector may run at any line, end a dropped completion there and
+        # store its keys and values.
         self._lock = threading.RLock()
 
     @property
     def entries(self) -> int:
-        """How many prompts it holds."""
+        """The number of entries."""
         return len(self._entries)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values in it, at most the budget."""
+        """The number of bytes of all stored keys and values, at most the budget."""
         return sum(entry.nbytes for entry in self._entries)
 
     def clear(self) -> None:
-        """Forget everything; the counts of hits and misses stay."""
+        """Drop all entries; the counts of hits and misses stay."""
         with self._lock:
             self._entries = ()
 
     def fill(self, cache: KVCache, tokens: Sequence[int]) -> None:
-        """Let a cache that nothing was run in begin with what is known of `tokens`, all but the last of them.
+        """Start a fresh cache with the longest stored beginning of `tokens`, which never includes the last of them.
 
         Args:
-            cache: fresh; it begins with what its patch's prefix stands in for, if there is one.
-            tokens: a prompt that follows that prefix.
+            cache: a cache in which nothing was run; it already holds the ids that its patch's KV prefix stands in for,
+                if there is one.
+            tokens: a prompt that can follow that prefix.
         """
         wanted = np.array(tokens[:-1], np.int64)
         with self._lock:
@@ -103,14 +109,14 @@ class PrefixCache:
         cache.start = {name: array[:, : cache.filled] for name, array in entry.content.items()}
 
     def keep(self, cache: KVCache, content: Callable[[], Content]) -> bool:
-        """Keep what a cache holds, in the place of entries that it extends.
+        """Store what a cache holds; the new entry replaces the entries that it extends.
 
         Args:
-            cache: whose key and tokens it goes by.
-            content: gives its keys and values, as many positions as are filled; they are copied.
+            cache: the cache, whose key and tokens the entry gets.
+            content: a function that returns the cache's keys and values at the filled positions; they are copied.
 
         Returns:
-            Whether it is in the store now; what is larger than the whole budget is not kept.
+            Whether the tokens are stored now; a cache that is larger than the whole budget is not stored.
         """
         tokens = np.array(cache.tokens, np.int64)
         with self._lock:

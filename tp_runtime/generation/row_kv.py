@@ -1,7 +1,8 @@
-"""Keys and values of a batch: one buffer a tensor, [rows, heads, capacity, head dim], its first rows in use.
+"""The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor; first rows in use.
 
-On the CPU ONNX Runtime reads and writes the arrays where they lie, so any number of first rows is a view and costs
-nothing. On another device each change of rows brings the buffers back, changes them here and sends them again.
+On the CPU, ONNX Runtime reads and writes the arrays in place, so the first rows in use are a view of the array and cost
+nothing. On another device, each change of the rows copies the buffers back to the host, changes them there and sends
+them to the device again.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from ..session import KV, grown_capacity
 
 
 class StackedKV:
-    """The buffers of a batch.
+    """The key/value buffers of a batch.
 
     Args:
-        names: (graph input, graph output) of every tensor.
-        shape: of one position.
-        dtype: of keys and values.
-        limit: most rows there can be.
-        window: most positions there can be.
-        to_device: an array as an OrtValue on the device.
-        shared: whether such a value is the array's own memory, as on the CPU.
+        names: the names (graph input, graph output) of every key and value tensor.
+        shape: the number of heads and the head dimension of keys and values.
+        dtype: the dtype of keys and values.
+        limit: the largest number of rows.
+        window: the largest number of positions.
+        to_device: a function that returns an array as an OrtValue on the device.
+        shared: whether such an OrtValue shares the array's memory, as on the CPU.
 
     Attributes:
-        capacity: positions there is room for; 0 before the first row.
+        capacity: the number of positions that each row has room for; 0 before the first row.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class StackedKV:
         self.capacity = 0
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions a row; what the rows hold stays."""
+        """Make room for `length` positions in each row; the contents of the rows stay."""
         if length <= self.capacity:
             return
         capacity = grown_capacity(self.capacity, length, self._window)
@@ -57,23 +58,23 @@ class StackedKV:
         self.pull()
         for past, array in self._arrays.items():
             grown[past][:, :, : self.capacity] = array
-        self._arrays, self.capacity = grown, capacity  # together: memory may have run out before
+        self._arrays, self.capacity = grown, capacity  # both are set last, because memory may run out above
 
     def pull(self) -> None:
-        """Bring what the runs wrote back into the arrays; needed before they are read or changed."""
+        """Copy what the runs wrote back into the arrays. Call this before the arrays are read or changed."""
         if not self._shared:
             for past, value in self._values.items():
                 written = value.numpy()
                 self._arrays[past][: len(written)] = written
-        self._values = {}  # the arrays are what counts until the next `bind`
+        self._values = {}  # until the next `bind` only the arrays are valid
 
     def put(self, row: int, content: Mapping[str, NDArray]) -> None:
-        """Fill the first positions of a row, from [heads, filled, head dim] by graph input name."""
+        """Fill the first positions of a row from arrays [heads, filled, head dim], by graph input name."""
         for past, array in content.items():
             self._arrays[past][row, :, : array.shape[1]] = array
 
     def get(self, row: int, filled: int) -> dict[str, NDArray]:
-        """Views of the first positions of a row, [heads, filled, head dim] by graph input name."""
+        """Returns views [heads, filled, head dim] of the first positions of a row, by graph input name."""
         return {past: array[row, :, :filled] for past, array in self._arrays.items()}
 
     def bind(self, binding: Any, count: int) -> None:

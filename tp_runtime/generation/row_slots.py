@@ -1,8 +1,8 @@
-"""The patch tensors of a batch: one patch for all rows as it is, or one row for each.
+"""The patch tensors of a batch: one patch's own tensors if all rows run under it, and otherwise one row for each.
 
-Rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out], where ranks are
-filled up with zeros to the largest of the slot, which adds exactly nothing. A stack is only as long-lived as its
-batch, allocated when the first two rows differ, and written for the rows that changed.
+The tensors of rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out].
+Ranks are padded with zeros to the largest rank of the slot, which adds exactly nothing. A stack is allocated when the
+first two rows differ, is written only for the rows that changed, and lives as long as its batch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from ..session import BoundPatch, CacheKey, Slot, check_rows
 
 
 class StackedSlots:
-    """What the slots of a graph are bound to while rows come and go.
+    """The tensors that are bound to a graph's slots while rows join and leave.
 
     Args:
-        slots: of the graph.
-        limit: most rows there can be.
-        dtype: of the slots.
-        deltas: what the slots add under a patch.
-        to_device: an array as an OrtValue on the device; on the CPU it shares the array's memory.
+        slots: the graph's slots.
+        limit: the largest number of rows.
+        dtype: the dtype of the slots.
+        deltas: a function that returns the deltas of a patch, by (layer, site).
+        to_device: a function that returns an array as an OrtValue on the device; on the CPU the value shares the
+            array's memory.
     """
 
     def __init__(
@@ -39,22 +40,22 @@ class StackedSlots:
         self._slots, self._limit, self._dtype = slots, limit, dtype
         self._deltas, self._to_device = deltas, to_device
         self._arrays: dict[SlotKey, tuple[NDArray, NDArray, NDArray]] = {}
-        self._written: list[CacheKey | None] = [None] * limit  # whose tensors each row of the stack holds
+        self._written: list[CacheKey | None] = [None] * limit  # the patch whose tensors each row of the stack holds
 
     def bind(self, binding: Any, bounds: Sequence[BoundPatch]) -> None:
-        """Bind the tensors of rows under `bounds`, in order, to a fresh binding.
+        """Bind the tensors for rows under the patches `bounds`, in order, to a fresh binding.
 
         Raises:
-            ModelFormatError: a row is under the folder's default patch, and its tensors cannot be read.
-            PatchShapeError: a patch bound for another batch.
+            ModelFormatError: a row runs under the folder's default patch, and the patch's tensors cannot be read.
+            PatchShapeError: the tensors of a patch have another number of rows.
         """
         values = dict(bounds[0].values)
         if any(bound.key != bounds[0].key for bound in bounds):
             self._write(bounds)
             values = {}
             for key, arrays in self._arrays.items():
-                for part, array in zip(("a", "b", "bias"), arrays, strict=True):
-                    values[f"{self._slots[key].name}.{part}"] = self._to_device(array[: len(bounds)])
+                for name, array in zip(self._slots[key].tensors, arrays, strict=True):
+                    values[name] = self._to_device(array[: len(bounds)])
         check_rows(values, len(bounds))
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -63,7 +64,7 @@ class StackedSlots:
         changed = [i for i, bound in enumerate(bounds) if self._written[i] != bound.key]
         deltas = {i: self._deltas(bounds[i]) for i in changed}
         for i in changed:
-            self._written[i] = None  # until it is whole: memory may run out in between
+            self._written[i] = None  # a row is unknown until it is complete, because memory may run out in between
         for key, slot in self._slots.items():
             here = {i: deltas[i].get(key) or Delta() for i in changed}
             rank = max((delta.rank for delta in here.values()), default=0)
@@ -77,7 +78,7 @@ class StackedSlots:
             self._written[i] = bounds[i].key
 
     def _room(self, key: SlotKey, slot: Slot, rank: int) -> tuple[NDArray, NDArray, NDArray]:
-        """The stack of one slot, with what is in it, at least `rank` wide."""
+        """Returns the stack of one slot with room for at least `rank`; its contents stay."""
         old = self._arrays.get(key)
         if old is not None and old[0].shape[2] >= rank:
             return old

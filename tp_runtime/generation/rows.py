@@ -1,8 +1,8 @@
-"""Sequences that step together: their buffers, their patches, and one run of the session for all of them.
+"""The rows of a batch: sequences that step together, with their buffers and patches, in one run of the session.
 
-Knows nothing of sampling or of where a sequence ends (batch.py). A sequence is prefilled alone, in a cache of its own;
-`add` takes what that cache holds. From then on the cache is the row's record (its tokens and positions), and the keys
-and values lie in the batch.
+This module does not handle sampling or the end of a sequence (batch.py does). Each sequence is prefilled separately, in
+a cache of its own, and `add` takes over the contents of that cache. From then on the cache only records the row's
+tokens and positions, and the batch holds the keys and values.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from .row_slots import StackedSlots
 
 
 class Rows(Protocol):
-    """What batch.py needs of a graph's rows; they are numbered from 0 in the order of `add`."""
+    """The methods of a graph's rows that batch.py uses. Rows are numbered from 0 in the order of `add`."""
 
     def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        """Append a row that goes on from `cache`, made under `bound`. One that fails leaves the rows as they were."""
+        """Append a row that continues from `cache`, which was made under `bound`. On failure, rows do not change."""
 
     def remove(self, row: int) -> None:
-        """Take a row out; the last one moves to its number."""
+        """Remove a row; the last row gets its number."""
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token for every row and append it to the row's cache; logits [rows, vocab].
+        """Run one token for every row and append it to the row's cache; returns logits [rows, vocab].
 
         A step that fails leaves every row as it was.
         """
 
     def content(self, row: int) -> Mapping[str, NDArray]:
-        """Keys and values of a row by graph input name, [heads, filled, head dim]; valid until the next call."""
+        """Returns a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
 
 
 class BatchedRows:
-    """Rows of a fused graph: every step is one run over all of them, whatever their lengths and patches.
+    """The rows of a fused graph: every step is one run over all rows, whatever their lengths and patches are.
 
-    The attention operator takes each row's length from its row of the mask, and appends in place.
+    The attention operator takes each sequence's length from its row of the mask, and appends in place.
     """
 
     def __init__(self, graph: Graph, limit: int) -> None:
@@ -52,7 +52,7 @@ class BatchedRows:
         to_kv, shared = partial(self._to, kv_device), kv_device == "cpu"
         self._kv = StackedKV(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
         self._slots = StackedSlots(folder.slots, limit, graph.dtype, graph.deltas, partial(self._to, graph.device.kind))
-        self._binding: Any = None  # None: rows or capacity changed since the last step
+        self._binding: Any = None  # None if the rows or the capacity changed since the last step
 
     def _to(self, device: str, array: NDArray) -> Any:
         return self._graph.ort.OrtValue.ortvalue_from_numpy(array, device, 0)
@@ -62,7 +62,7 @@ class BatchedRows:
         cache.require_key(bound.key)
         if any(other.key != bound.key for other in self._bounds):
             for each in (bound, *self._bounds):
-                self._graph.deltas(each)  # those that cannot be had are refused here, and not in the middle of a step
+                self._graph.deltas(each)  # a patch whose deltas cannot be read fails here, not in the middle of a step
         content = self._graph.content(cache)
         self._change()
         self._kv.reserve(cache.filled + 1)
@@ -114,7 +114,7 @@ class BatchedRows:
 
 
 class SequentialRows:
-    """Rows of a graph that concatenates (the `optimum` route): each steps by itself, in the cache it came with."""
+    """The rows of a graph that concatenates (the `optimum` route): each row steps separately, in its own cache."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -138,7 +138,7 @@ class SequentialRows:
                 logits.append(self._graph.forward([token], cache, bound))
         except BaseException:
             for cache, _bound in self._rows[: len(logits)]:
-                del cache.tokens[-1]  # a step that fails is one that no row has taken
+                del cache.tokens[-1]  # if a step fails, no row has taken it
             raise
         return np.concatenate(logits)
 
@@ -148,7 +148,7 @@ class SequentialRows:
 
 
 def new_rows(graph: Graph, limit: int) -> Rows:
-    """Room for at most `limit` sequences that step together, each under a patch of its own.
+    """Returns empty rows for at most `limit` sequences that step together, each under a patch of its own.
 
     Only a fused graph takes several sequences of different lengths in one run.
     """

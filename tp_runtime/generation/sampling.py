@@ -1,7 +1,7 @@
-"""The next token from logits: the settings, checked once, and the draw.
+"""This module picks the next token from logits: it checks the sampling settings once, and draws.
 
-Order and meaning of the settings are those of transformers' generate. Plain numpy; deterministic for a seed, whatever
-else is in the batch.
+The order and the meaning of the settings are those of transformers' generate. The code uses only numpy. For a given
+seed the result is deterministic, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from numpy.typing import NDArray
 
 from ..errors import ModelFormatError, RequestError
 
-_NUCLEUS = 256  # tokens looked at first for top_p: the nucleus of a trained model is rarely wider
+_NUCLEUS = 256  # the number of tokens that top_p sorts first: the nucleus of a trained model is rarely larger
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. The default is greedy.
+    """The settings for choosing the next token. The default is greedy.
 
     Attributes:
-        temperature: divides the logits; 0 takes the largest, and top_k, top_p, min_p, seed have no effect.
-        top_k: keep the k largest, and their equals; 0 keeps all.
-        top_p: keep the fewest tokens whose probabilities sum to this; in (0, 1], 1 keeps all.
-        min_p: keep tokens at least this fraction as probable as the first; in [0, 1), 0 keeps all.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens already there;
-            1 changes none.
-        seed: makes the draws repeatable; None does not.
+        temperature: the divisor of the logits. With 0 the largest logit wins, and top_k, top_p, min_p and seed have no
+            effect.
+        top_k: the number k of the largest logits to keep, together with logits equal to the k-th; 0 keeps all.
+        top_p: the probability that the kept tokens reach together, with as few tokens as possible; in (0, 1], 1 keeps
+            all.
+        min_p: the smallest kept probability, as a fraction of the most likely token's; in [0, 1), 0 keeps all.
+        repetition_penalty: the factor that divides the positive and multiplies the negative logits of tokens that occur
+            in the prompt or the completion; 1 changes nothing.
+        seed: the seed of the random draws, which makes them repeatable; with None they are not repeatable.
 
     Raises:
-        RequestError: a value is out of range, named by its field.
+        RequestError: a value has a wrong type or is out of range; the error's field names the setting.
     """
 
     temperature: float = 0.0
@@ -49,9 +51,9 @@ class Sampling:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            # bool counts as an int in Python; here it is a mistake.
+            # A bool is an int in Python, but as a setting it is a mistake.
             if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
-                raise RequestError("not a sampling value", field=name, got=repr(value), wanted=wanted)
+                raise RequestError("the sampling value is not valid", field=name, got=repr(value), wanted=wanted)
 
 
 _RULES: tuple[tuple[str, type, Callable[[Any], bool], str], ...] = (
@@ -65,10 +67,10 @@ _RULES: tuple[tuple[str, type, Callable[[Any], bool], str], ...] = (
 
 
 class Sampler:
-    """Draws tokens for one request; holds that request's random state.
+    """Draws tokens for one request and holds that request's random state.
 
     Args:
-        sampling: the settings.
+        sampling: the settings of the request.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -77,43 +79,47 @@ class Sampler:
 
     @property
     def takes_largest(self) -> bool:
-        """Whether the next token is the largest logit's, whatever came before."""
+        """Whether the next token is always the one with the largest logit, whatever came before."""
         return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
     def pick(self, logits: NDArray[np.floating], history: Sequence[int]) -> int:
-        """Chooses the next token; in a tie for the largest, the lowest id.
+        """Chooses the next token. If several logits are the largest, greedy choice takes the lowest id.
 
         Args:
-            logits: [vocab], not changed. -inf marks a token that cannot be chosen, and NaN is taken as that.
-            history: ids of the prompt and the completion so far, for the repetition penalty.
+            logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
+                as -inf.
+            history: the ids of the prompt and the completion so far, for the repetition penalty.
+
+        Returns:
+            The id of the token.
 
         Raises:
             ModelFormatError: no logit is finite.
-            RequestError: the penalty is on and an id in the history is outside the logits.
+            RequestError: there is a repetition penalty, and an id in the history is outside the vocabulary.
         """
         scores = _penalised(logits, history, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             best = int(scores.argmax())
-            # argmax stops at a NaN or +inf if there is one, so this one look is enough.
+            # If there is a NaN or +inf, argmax returns its index, so it is enough to check this one score.
             return best if np.isfinite(scores[best]) else int(_finite(scores).argmax())
         ids, probabilities = candidates(scores, self._sampling)
         cumulative = probabilities.cumsum()
         at = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
-        return int(ids[min(at, len(ids) - 1)])  # the product can round up to the sum
+        return int(ids[min(at, len(ids) - 1)])  # the product above can round up to the sum
 
 
 def pick_rows(
     samplers: Sequence[Sampler], logits: NDArray[np.floating], histories: Sequence[Sequence[int]]
 ) -> list[int | ModelFormatError]:
-    """The next token of every row, each by its own sampler: what `Sampler.pick` gives for the row alone.
+    """Picks the next token of every row with the row's own sampler; the results equal those of `Sampler.pick`.
 
     Args:
-        samplers: of the rows.
-        logits: [rows, vocab], not changed.
-        histories: ids of prompt and completion so far, of each row.
+        samplers: the samplers of the rows.
+        logits: the logits [rows, vocab]; they are not changed.
+        histories: for each row the ids of its prompt and its completion so far.
 
     Returns:
-        For each row a token, or the error that its logits give: one broken row does not stop the others.
+        For each row a token, or the error that its logits cause. One row with bad logits does not stop the others.
     """
     picked: list[int | ModelFormatError] = [-1] * len(samplers)
     plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
@@ -133,14 +139,14 @@ def pick_rows(
 
 
 def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """The tokens that temperature, top_k, top_p and min_p leave, in this order, and their probabilities.
+    """Returns the tokens that remain after temperature, top_k, top_p and min_p, in this order, with probabilities.
 
     Args:
-        logits: [vocab], after the repetition penalty.
-        sampling: settings with a temperature above 0.
+        logits: the logits [vocab], after the repetition penalty.
+        sampling: the settings, with a temperature above 0.
 
     Returns:
-        ids [kept] and probabilities [kept], which sum to 1; at least one.
+        The ids [kept] and their probabilities [kept], which sum to 1; at least one token is kept.
 
     Raises:
         ModelFormatError: no logit is finite.
@@ -149,7 +155,7 @@ def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArra
     if not np.isfinite(top):
         logits = _finite(logits)
         top = logits.max()
-    # Relative to the largest before dividing: a tiny temperature then cannot overflow.
+    # The largest logit is subtracted before the division, so that a tiny temperature cannot overflow.
     scores = (logits.astype(np.float64) - float(top)) / float(sampling.temperature)
     ids = np.flatnonzero(scores > -np.inf)
     scores = scores[ids]
@@ -160,7 +166,7 @@ def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArra
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         ids, weights = ids[kept], weights[kept]
-    # The largest weight is 1, so a weight is already the ratio to the first.
+    # The largest weight is 1, so each weight is already the ratio to the most likely token.
     kept = np.flatnonzero((weights >= sampling.min_p) & (weights > 0))
     ids, weights = ids[kept], weights[kept]
     return ids, weights / weights.sum()
@@ -172,13 +178,13 @@ def _penalised(logits: NDArray[np.floating], history: Sequence[int], penalty: fl
     seen = np.asarray(history, dtype=np.int64)
     if seen.min() < 0 or seen.max() >= len(logits):
         raise RequestError(
-            "token id outside the vocabulary",
+            "a token id is outside the vocabulary",
             field="history",
             got=f"{seen.min()} to {seen.max()}",
             wanted=f"0 to {len(logits) - 1}",
             fix="use the tokenizer of this model",
         )
-    # An id that comes twice is read twice from the old row and written the same value twice: penalised once.
+    # An id that occurs twice is penalised once: both reads come from the old row, and both writes are the same value.
     values = logits[seen]
     scores = logits.copy()
     scores[seen] = np.where(values < 0, values * penalty, values / penalty)
@@ -186,17 +192,17 @@ def _penalised(logits: NDArray[np.floating], history: Sequence[int], penalty: fl
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Ascending indices of the fewest weights that sum to `top_p` of all; of equals, the lowest first."""
+    """Returns ascending indices of the fewest weights that sum to `top_p` of all; ties prefer the lowest index."""
     goal = top_p * weights.sum()
     size = _NUCLEUS
     while True:
-        # Sort only the largest: with their equals, so that the cut does not depend on how the partition fell.
+        # Sort only the largest weights, with all ties at the boundary: then the order of the partition has no effect.
         if size < len(weights):
             largest = np.flatnonzero(weights >= np.partition(weights, -size)[-size])
         else:
             largest = np.arange(len(weights))
         order = largest[np.argsort(-weights[largest], kind="stable")]
-        before = weights[order].cumsum() - weights[order]  # the weight in front of each
+        before = weights[order].cumsum() - weights[order]  # for each weight the sum of the weights before it
         kept = order[before < goal]
         if len(kept) < len(order) or len(order) == len(weights):
             return np.sort(kept)
@@ -204,7 +210,7 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
 
 
 def _finite(logits: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The row with NaN as -inf and +inf (an overflow) as the largest number; raises if nothing is finite."""
+    """Returns the row with -inf for NaN and the largest number for +inf (an overflow); raises if nothing is finite."""
     if not np.isfinite(logits).any():
         raise ModelFormatError(
             "no logit is finite",

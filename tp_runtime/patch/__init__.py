@@ -1,15 +1,16 @@
 """The patch as a value and as a file: low-rank deltas, a KV prefix, their algebra, and the `.safetensors` format.
 
-Knows nothing of graphs, sessions, devices or text.
+This room knows nothing of graphs, sessions, devices or text.
 """
 
 from .config import PatchConfig
 from .delta import Delta, SlotKey
-from .file import SITES, read_tensors, slot_name
+from .file import DTYPES, SITES, read_tensors, slot_name
 from .kv_prefix import KV_PARTS, KVPrefix
 from .patch import FLOAT_PRECISIONS, Patch
 
 __all__ = [
+    "DTYPES",
     "FLOAT_PRECISIONS",
     "KV_PARTS",
     "SITES",

@@ -1,7 +1,8 @@
-"""The description a patch carries: what it was fitted on, how, and how well. Knows nothing of tensors.
+"""The description in a patch file: what the patch was fitted on, how it was fitted, and how well.
 
-Exact keys and exact types: a key this version does not know may change what the patch means, so it is
-refused, not skipped. A description never decides what a patch is; its tensors do (see `Patch.identity`).
+This module does not handle tensors. Keys and types must match exactly: a key that this version does not know may change
+the meaning of the patch, so the reader refuses the file instead of skipping the key. The tensors, and not the
+description, define which patch it is (see `Patch.identity`).
 """
 
 from __future__ import annotations
@@ -15,40 +16,40 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import PatchFormatError, PatchVersionError
+from ..storage import SHA256
 
 METHODS = ("vector", "output", "matrix", "lora", "prefix", "isotropic", "steering", "imported", "composed")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 MAX_REPORT = 64
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHORT_DIGEST = re.compile(r"[0-9a-f]{8}")
 _REFIT = "export the patch again with this version of tp-export"
 
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """What a patch says about itself.
+    """The description of a patch.
 
     Attributes:
-        name: printable, for people; never a key of anything.
+        name: the patch's name for people, printable; it is never used as a key.
         method: one of `METHODS`; "composed" for a sum of patches, "imported" for another tool's adapter.
         base_model: the base model's public name.
-        base_digest: SHA-256 of the base model (64 hex digits); a patch acts on no other base.
+        base_digest: the SHA-256 of the base model (64 hex digits). A patch acts on no other base.
         architecture: the base's model type, e.g. "llama", as in `patch_slots.json`.
-        precision: of the base the patch was fitted on: "fp32", "fp16", "int8", ...
-        context_digest: SHA-256 of the context text (64 hex digits), or "" where there is no one context.
-        context: the text itself, only if the exporter was asked to store it.
-        ridge: relative ridge of the fit.
-        calibration: counts `queries`, `rows` (token positions fitted), `max_new_tokens`, `holdout` (queries), and
-            optionally `samples`, answers fitted for each query, and `query_digests`, eight hex digits of each fitted
-            query, so that none is measured on later.
-        fidelity: held-out figures, name to number.
-        licence: of the patch, an SPDX expression.
-        created: ISO 8601 time in UTC.
-        probe: `token_ids` and, for each of the last of their positions under the patch at strength 1, `top1` token id,
-            `top1_logits` and `logsumexp` of the logits (nats).
-        report: summary of the last report on it, name to number, at most `MAX_REPORT` of them.
+        precision: the precision of the base that the patch was fitted on: "fp32", "fp16", "int8", ...
+        context_digest: the SHA-256 of the context text (64 hex digits), or "" if the patch has no single context.
+        context: the text itself, if the exporter was asked to store it; otherwise None.
+        ridge: the relative ridge of the fit.
+        calibration: the counts `queries`, `rows` (fitted token positions), `max_new_tokens` and `holdout` (queries).
+            Optional are `samples`, the number of answers fitted for each query, and `query_digests`, eight hex digits
+            for each fitted query, which keep later measurements from using a fitted query.
+        fidelity: the held-out figures, name to number.
+        licence: the licence of the patch, an SPDX expression.
+        created: the ISO 8601 time of the fit in UTC.
+        probe: `token_ids`, and three lists with a value for each of the last positions of `token_ids`, under the patch
+            at strength 1: `top1` (token id), `top1_logits` and `logsumexp` of the logits (nats).
+        report: a summary of the last report on the patch, name to number, with at most `MAX_REPORT` entries.
     """
 
     name: str
@@ -70,7 +71,7 @@ class PatchConfig:
     def __post_init__(self) -> None:
         for key in ("name", "base_model", "architecture", "precision"):
             text = _text(key, getattr(self, key))
-            # These go to terminals and logs: no control characters, nothing invisible.
+            # These texts go to terminals and logs, so control characters and invisible characters are refused.
             if not text or not text.isprintable():
                 raise _bad(key, repr(text), "printable text, not empty")
         if _text("method", self.method) not in METHODS:
@@ -81,10 +82,10 @@ class PatchConfig:
                 wanted=" | ".join(METHODS),
                 fix="update tp-runtime, or export the patch with a known method",
             )
-        if not _DIGEST.fullmatch(_text("base_digest", self.base_digest)):
+        if not SHA256.fullmatch(_text("base_digest", self.base_digest)):
             raise _bad("base_digest", repr(self.base_digest), "64 lower-case hex digits")
-        if self.context_digest != "" and not _DIGEST.fullmatch(_text("context_digest", self.context_digest)):
-            raise _bad("context_digest", repr(self.context_digest), "64 lower-case hex digits, or nothing")
+        if self.context_digest != "" and not SHA256.fullmatch(_text("context_digest", self.context_digest)):
+            raise _bad("context_digest", repr(self.context_digest), "64 lower-case hex digits, or an empty string")
         for key in ("context", "licence"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))
@@ -105,19 +106,20 @@ class PatchConfig:
             raise _bad("report", f"{len(self.report)} figures", f"at most {MAX_REPORT}")
         if self.probe is not None:
             _check_probe(self.probe)
-        for key in ("calibration", "fidelity", "probe", "report"):  # ours alone from here on: the caller's may change
+        # These are copies, because the caller may change its own objects later.
+        for key in ("calibration", "fidelity", "probe", "report"):
             object.__setattr__(self, key, copy.deepcopy(getattr(self, key)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PatchConfig:
-        """Build from the file's JSON object; optional keys may be absent or null.
+        """Build a description from the JSON object of a patch file. Optional keys may be absent or null.
 
         Args:
             data: the parsed JSON object.
 
         Raises:
-            PatchVersionError: a key or method that this version does not know.
-            PatchFormatError: a key missing, or a value of the wrong type or form.
+            PatchVersionError: `data` has a key or a method that this version does not know.
+            PatchFormatError: a key is missing, or a value has the wrong type or form.
         """
         known = [field.name for field in fields(cls)]
         required = known[: known.index("context")]
@@ -125,19 +127,19 @@ class PatchConfig:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the file: the keys that hold something, in declaration order."""
+        """Return the JSON object for the file: the keys whose values are not None, in declaration order."""
         values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in fields(self)}
         return {key: value for key, value in values.items() if value is not None}
 
 
 def _bad(key: str, got: object, wanted: str) -> PatchFormatError:
     return PatchFormatError(
-        "the patch description holds a bad value", field=f"config.{key}", got=got, wanted=wanted, fix=_REFIT
+        "the patch description has a value that is not valid", field=f"config.{key}", got=got, wanted=wanted, fix=_REFIT
     )
 
 
 def _keys(key: str, value: Any, known: Any, required: Any = None) -> None:
-    """Exact keys: an unknown one is a newer version's, a missing one is damage."""
+    """Check the keys of an object: a newer version wrote an unknown key, and a missing key means damage."""
     path = f"config.{key}".rstrip(".")
     unknown = sorted(str(name) for name in set(_mapping(key, value)) - set(known))
     if unknown:
@@ -170,15 +172,15 @@ def _text(key: str, value: Any) -> str:
         raise _bad(key, type(value).__name__, "text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; nothing can print it
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which cannot be printed
         raise _bad(key, ascii(value), "text that is valid Unicode") from None
     return value
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):  # a bool is an int to Python, not to JSON
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # a bool is an int in Python, but not in JSON
         raise _bad(key, type(value).__name__, "a number")
-    if not abs(value) <= sys.float_info.max:  # false for NaN; an int may be too large for any float
+    if not abs(value) <= sys.float_info.max:  # the comparison is false for NaN; an int may be too large for a float
         raise _bad(key, "NaN, infinity or a number too large", "a finite number")
     return float(value)
 
@@ -202,7 +204,7 @@ def _check_query_digests(digests: Any) -> None:
     if not isinstance(digests, list) or not all(
         isinstance(digest, str) and _SHORT_DIGEST.fullmatch(digest) for digest in digests
     ):
-        raise _bad("calibration.query_digests", type(digests).__name__, "a list of 8 lower-case hex digits each")
+        raise _bad("calibration.query_digests", type(digests).__name__, "a list of digests of 8 lower-case hex digits")
 
 
 def _check_probe(probe: Any) -> None:
@@ -216,6 +218,10 @@ def _check_probe(probe: Any) -> None:
             else:
                 _number(f"probe.{key}", value)
     lengths = [len(probe[key]) for key in PROBE_KEYS]
-    # Ids that a KV prefix stands in for have no logits.
+    # The ids that a KV prefix replaces have no logits, so the other lists may be shorter than token_ids.
     if not 0 < lengths[1] <= lengths[0] or len(set(lengths[1:])) != 1:
-        raise _bad("probe", f"lists of {lengths} entries", "one entry per position in every list, at least one")
+        raise _bad(
+            "probe",
+            f"lists of {lengths} entries",
+            "one value for each position in every list but token_ids, at least one",
+        )

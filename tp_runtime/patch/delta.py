@@ -1,6 +1,6 @@
-"""What a patch adds to one slot, and the arithmetic of that. Knows nothing of layers, files or descriptions.
+"""A delta: what a patch adds to one slot, with its arithmetic.
 
-Errors name the slot all the same: whoever calls says which slot it is.
+This module does not handle layers, files or descriptions. Callers pass the slot, so that errors can name it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SlotKey = tuple[int, str]
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """x -> x @ a @ b + bias, for x [..., in]. Arrays become read-only float32 copies.
+    """The update of one slot: x -> x @ a @ b + bias, for x [..., in]. The arrays become read-only float32 copies.
 
     Attributes:
-        a: [in, rank], directions in order of energy.
-        b: [rank, out].
-        bias: [out].
-        mean: [in], the mean of x over the fitted rows; needed only to truncate.
+        a: the first factor [in, rank], its directions in order of energy.
+        b: the second factor [rank, out].
+        bias: the constant [out].
+        mean: the mean of x over the fitted rows [in]; only `truncated` needs it.
 
     Raises:
-        PatchValueError: an array that is not made of numbers.
+        PatchValueError: an array holds something other than numbers.
     """
 
     a: Array | None = None
@@ -43,33 +43,39 @@ class Delta:
             object.__setattr__(self, part, _frozen(values, part))
 
     def parts(self) -> dict[str, Array]:
-        """The arrays that are there, by part name."""
+        """Return the arrays that are not None, by part name."""
         return {part: getattr(self, part) for part in DELTA_PARTS if getattr(self, part) is not None}
 
     @property
     def rank(self) -> int:
-        """Number of directions; 0 for a bias alone."""
+        """The number of directions; 0 if the delta has only a bias."""
         return 0 if self.a is None else self.a.shape[1]
 
     def scaled(self, strength: float) -> Delta:
-        """The delta times `strength`: b and bias alone, for scaling a as well would scale twice."""
+        """Return the delta times `strength`. Only b and bias are scaled: scaling a as well would scale twice."""
 
         def times(values: Array | None) -> Array | None:
             return None if values is None else (values * np.float64(strength)).astype(np.float32)  # one rounding
 
-        with np.errstate(over="ignore", under="ignore"):  # infinity is reported by `check`, with the slot's name
+        with np.errstate(over="ignore", under="ignore"):  # `check` reports infinity, with the slot's name
             return replace(self, b=times(self.b), bias=times(self.bias))
 
     def joined(self, other: Delta, slot: SlotKey) -> Delta:
-        """The sum: ranks one after the other, biases added. No mean, as a sum cannot be truncated.
+        """Return the sum: the factors are concatenated along the rank, and the biases are added.
+
+        The sum has no mean, because a sum cannot be truncated.
+
+        Args:
+            other: the delta to add.
+            slot: the slot of both deltas, for errors.
 
         Raises:
-            PatchShapeError: the two do not have the same [in] or [out].
+            PatchShapeError: the two deltas differ in [in] or [out].
         """
         for part, axis in (("a", 0), ("b", 1), ("bias", 0)):
             one, two = getattr(self, part), getattr(other, part)
             if one is not None and two is not None and one.shape[axis] != two.shape[axis]:
-                raise _misfit(slot, part, two.shape, f"{one.shape[axis]} in dimension {axis}, to be added")
+                raise _misfit(slot, part, two.shape, f"{one.shape[axis]} in dimension {axis}, as in the other patch")
         with np.errstate(over="ignore"):
             bias = self.bias + other.bias if self.bias is not None and other.bias is not None else None
         if self.a is None or self.b is None or other.a is None or other.b is None:
@@ -82,43 +88,51 @@ class Delta:
         return Delta(a, b, bias)
 
     def truncated(self, rank: int, slot: SlotKey) -> Delta:
-        """The first `rank` directions; the bias takes the mean effect of the others.
+        """Return a delta with the first `rank` directions, whose bias includes the mean effect of the others.
+
+        Args:
+            rank: the largest rank to keep.
+            slot: the slot of the delta, for errors.
 
         Raises:
-            PatchValueError: there are directions to drop and no mean.
+            PatchValueError: there are directions to drop, but the delta has no mean.
         """
         if self.a is None or self.b is None or self.rank <= rank:
             return self
         if self.mean is None:
             raise PatchValueError(
-                "the slot has directions to drop but no mean to correct its bias with",
+                "the slot has directions to drop, but no mean to correct its bias with",
                 field=slot_name(*slot, "mean"),
                 got="no such tensor",
                 wanted=f"the mean input, [{self.a.shape[0]}]",
                 fix=f"export the patch at rank {rank}, or keep rank >= {self.rank}",
             )
-        # Over the fitted rows the dropped part is, on average, this constant.
+        # This constant is the average of the dropped part over the fitted rows.
         constant = (self.mean.astype(np.float64) @ self.a[:, rank:]) @ self.b[rank:]
         bias = constant if self.bias is None else self.bias + constant
         return Delta(self.a[:, :rank], self.b[:rank], bias.astype(np.float32), self.mean)
 
     def check(self, slot: SlotKey) -> None:
-        """Check that the parts belong together and that every value is finite.
+        """Check that the parts fit each other and that every value is finite.
+
+        Args:
+            slot: the slot of the delta, for errors.
 
         Raises:
-            PatchTargetError: half of a pair, a mean without a pair, or nothing at all.
-            PatchShapeError: parts that do not fit each other, or an empty array.
-            PatchValueError: NaN or infinity.
+            PatchTargetError: there is a without b or b without a, there is a mean without the pair, or there is nothing
+                to add.
+            PatchShapeError: the shapes of the parts do not fit each other, or an array is empty.
+            PatchValueError: a value is NaN or infinity.
         """
         parts = self.parts()
         half = ("a" in parts) != ("b" in parts)
         if half or not {"b", "bias"} & set(parts) or ("mean" in parts and "a" not in parts):
             raise PatchTargetError(
-                "half of a pair" if half else "nothing to add, or a mean without a pair",
+                "the slot has only half of a pair" if half else "the slot has nothing to add, or a mean without a pair",
                 field=slot_name(*slot, "a|b|bias|mean"),
                 got=" and ".join(parts) or "no tensor",
-                wanted="a with b, or a bias, or both (a mean only beside a pair)",
-                fix="export the patch again; leave out slots that nothing is added to",
+                wanted="a with b, or a bias, or both (a mean only together with a pair)",
+                fix="export the patch again, without slots to which nothing is added",
             )
         for part, values in parts.items():
             dimensions = 2 if part in ("a", "b") else 1
@@ -126,28 +140,28 @@ class Delta:
                 raise _misfit(slot, part, values.shape, f"{dimensions} dimension(s), none of size 0")
             if not np.isfinite(values).all():
                 raise PatchValueError(
-                    "NaN or infinity",
+                    "the tensor holds NaN or infinity",
                     field=slot_name(*slot, part),
                     got=f"{np.count_nonzero(~np.isfinite(values))} of {values.size} values",
                     wanted="finite float32 values",
-                    fix="fit the patch again with a larger ridge, or scale it by less",
+                    fix="fit the patch again with a larger ridge, or use a smaller strength",
                 )
         if self.a is None or self.b is None:
             return
         (inputs, rank), out = self.a.shape, self.b.shape[1]
         if self.b.shape[0] != rank:
-            raise _misfit(slot, "b", self.b.shape, f"[{rank}, {out}], as a is {[inputs, rank]}")
+            raise _misfit(slot, "b", self.b.shape, f"[{rank}, {out}], because a is {[inputs, rank]}")
         if self.bias is not None and self.bias.shape[0] != out:
-            raise _misfit(slot, "bias", self.bias.shape, f"[{out}], as b is {[rank, out]}")
+            raise _misfit(slot, "bias", self.bias.shape, f"[{out}], because b is {[rank, out]}")
         if self.mean is not None and self.mean.shape[0] != inputs:
-            raise _misfit(slot, "mean", self.mean.shape, f"[{inputs}], as a is {[inputs, rank]}")
+            raise _misfit(slot, "mean", self.mean.shape, f"[{inputs}], because a is {[inputs, rank]}")
 
 
 def check_slot(slot: Any) -> None:
     """Check that a key is (layer, site).
 
     Raises:
-        PatchTargetError: it is not, or no such site exists.
+        PatchTargetError: the key is not such a pair, or there is no such site.
     """
     if isinstance(slot, tuple) and len(slot) == 2:
         layer, site = slot
@@ -155,7 +169,7 @@ def check_slot(slot: Any) -> None:
         if whole and 0 <= layer <= MAX_LAYER and isinstance(site, str) and site in SITES:
             return
     raise PatchTargetError(
-        "no such slot",
+        "there is no such slot",
         field="deltas",
         got=repr(slot),
         wanted=f"(layer in 0..{MAX_LAYER}, {' | '.join(SITES)})",
@@ -167,17 +181,17 @@ def _frozen(values: Any, part: str) -> Array:
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
         raise PatchValueError(
-            "not an array of numbers",
+            "the value is not an array of numbers",
             field=part,
             got=f"dtype {array.dtype}",
             wanted="float32",
             fix="convert it to float32",
         )
-    # A read-only view may still change under us through its base; an array that owns its values cannot.
-    ours = array.dtype == np.float32 and array.flags.c_contiguous and array.flags.owndata
-    if ours and not array.flags.writeable:
+    # A read-only view may still change through its base array; an array that owns its values cannot.
+    unchangeable = array.dtype == np.float32 and array.flags.c_contiguous and array.flags.owndata
+    if unchangeable and not array.flags.writeable:
         return array
-    with np.errstate(over="ignore"):  # infinity is reported by `check`, with the slot's name
+    with np.errstate(over="ignore"):  # `check` reports infinity, with the slot's name
         array = np.array(array, np.float32, order="C")
     array.setflags(write=False)
     return array
@@ -185,9 +199,9 @@ def _frozen(values: Any, part: str) -> Array:
 
 def _misfit(slot: SlotKey, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:
     return PatchShapeError(
-        "a shape does not fit",
+        "the shape of the tensor does not fit",
         field=slot_name(*slot, part),
         got=list(got),
         wanted=wanted,
-        fix="use patches of one base model; leave out a pair of rank 0",
+        fix="use patches of one base model, and leave out pairs of rank 0",
     )

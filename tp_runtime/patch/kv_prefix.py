@@ -1,11 +1,13 @@
-"""A KV prefix carried by a patch: a few key/value entries of the context, put at the front of every cache under it.
+"""The KV prefix of a patch: a few key/value entries of the context, which start every KV cache under the patch.
 
-Between the pure patch (no entries, the model's own weights changed) and the cached prompt (all entries, exact) lies a
-frontier: the entries that completions attend to most are kept, and the weight updates make up for the rest (PatchKV).
+A patch without entries changes only the model's weights. A cached prompt keeps all entries and is exact. A patch with a
+KV prefix lies between the two: it keeps the entries that completions attend to most, and its weight updates compensate
+for the others (PatchKV).
 
-The entries stand in for the beginning of the prompt: `replaces` are the ids that every prompt without the context
-starts with (for most chat templates the opening of the system and user turns). They are not run; the text after them
-continues at `position`, where it stood after the full context, so the kept keys' rotary angles stay right.
+The entries replace the beginning of the prompt. `replaces` holds the ids with which every prompt without the context
+starts (with most chat templates, the beginning of the system and user messages). These ids are not run. The text after
+them continues at `position`, its position after the full context, so that the rotary angles of the kept keys stay
+correct.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ KV_PARTS = ("key", "value")
 
 @dataclass(frozen=True, eq=False)
 class KVPrefix:
-    """Kept entries of every layer.
+    """The kept entries of every layer.
 
     Attributes:
-        entries: (layer, "key" | "value") to [n, kv heads, head dim], for layers 0 to the last; arrays become float32.
-            Keys are rotated as they stood in the context; each head may hold entries of positions of its own.
-        replaces: ids at the start of a prompt that the entries stand in for.
-        position: of the first token after them, at least n.
+        entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
+            arrays become float32. The keys are rotated for their positions in the context. Each head may hold entries
+            of other positions.
+        replaces: the ids at the start of a prompt that the entries replace.
+        position: the position of the first token after them, at least n.
 
     Raises:
-        PatchShapeError: a layer or part is missing, or shapes differ.
-        PatchValueError: NaN or infinity, or a position before the end of the entries.
+        PatchShapeError: a layer or a part is missing, or the shapes differ.
+        PatchValueError: a value is NaN or infinity, or `position` is below the number of entries.
     """
 
     entries: Mapping[Entry, Array]
@@ -47,10 +50,10 @@ class KVPrefix:
         wanted = [(layer, part) for layer in range(len(self.entries) // 2) for part in KV_PARTS]
         if not self.entries or sorted(self.entries) != wanted:
             raise PatchShapeError(
-                "the KV prefix lacks a layer",
+                "the KV prefix lacks a layer, or the keys or values of one",
                 field="prefix",
                 got=f"{len(self.entries)} tensors",
-                wanted="a key and a value for every layer, from 0 on",
+                wanted="keys and values of every layer, from 0 on",
             )
         shape = self.entries[0, "key"].shape
         frozen = {}
@@ -58,7 +61,7 @@ class KVPrefix:
             field = f"prefix.{layer}.{part}"
             if values.ndim != 3 or values.shape != shape or 0 in shape:
                 raise PatchShapeError(
-                    "a tensor of the KV prefix has another shape",
+                    "a tensor of the KV prefix has a wrong shape",
                     field=field,
                     got=list(values.shape),
                     wanted=f"[entries, kv heads, head dim], all {list(shape)}",
@@ -66,10 +69,15 @@ class KVPrefix:
             frozen[layer, part] = np.array(values, np.float32)
             frozen[layer, part].setflags(write=False)
             if not np.isfinite(frozen[layer, part]).all():
-                raise PatchValueError("NaN or infinity", field=field, got="a value not finite", wanted="numbers")
+                raise PatchValueError(
+                    "the tensor holds NaN or infinity",
+                    field=field,
+                    got="a value that is not finite",
+                    wanted="finite numbers",
+                )
         if self.position < len(self):
             raise PatchValueError(
-                "the text would stand before entries it follows",
+                "the text would begin before the end of the entries",
                 field="config.prefix.position",
                 got=self.position,
                 wanted=f"at least {len(self)}, the number of entries",
@@ -77,37 +85,41 @@ class KVPrefix:
         object.__setattr__(self, "entries", frozen)
 
     def __len__(self) -> int:
-        """Entries a head keeps."""
+        """The number of entries n of each head."""
         return int(self.entries[0, "key"].shape[0])
 
     @property
     def layers(self) -> int:
-        """Layers it has entries for."""
+        """The number of layers."""
         return len(self.entries) // 2
 
     @property
     def skipped(self) -> int:
-        """Positions between the prompt's own count and where its text stands: position - len(replaces)."""
+        """The number of positions by which the text is shifted: position - len(replaces)."""
         return self.position - len(self.replaces)
 
     def require_start(self, tokens: Sequence[int]) -> None:
-        """Raise RequestError unless `tokens` starts with `replaces` and goes on after it."""
+        """Check the start of a prompt.
+
+        Raises:
+            RequestError: `tokens` does not start with `replaces`, or has no id after it.
+        """
         lead = len(self.replaces)
         if tuple(tokens[:lead]) != self.replaces or len(tokens) <= lead:
             raise RequestError(
-                "the prompt does not start as the patch's KV prefix needs it",
+                "the prompt does not start as the patch's KV prefix requires",
                 field="messages",
                 got=f"ids {list(tokens[:lead])[:12]}",
-                wanted=f"the {lead} ids it stands in for, {list(self.replaces)[:12]}, and at least one more",
-                fix="send user messages without a system prompt of your own, rendered by the model's chat template",
+                wanted=f"the {lead} ids that it replaces, {list(self.replaces)[:12]}, and at least one more",
+                fix="send user messages through the model's chat template, without a system prompt",
             )
 
     def check(self, layers: int, heads: int, head_dim: int, vocab_size: int, context_window: int) -> None:
         """Check the entries against a model's KV cache, its vocabulary and its context window.
 
         Raises:
-            PatchShapeError: another number of layers or heads, another head size, or no room for text.
-            PatchValueError: an id it stands in for is none of the model's.
+            PatchShapeError: the number of layers or heads or the head size differs, or no room for text is left.
+            PatchValueError: an id that the entries replace is not in the model's vocabulary.
         """
         got = (self.layers, *self.entries[0, "key"].shape[1:])
         if got != (layers, heads, head_dim):
@@ -120,7 +132,7 @@ class KVPrefix:
             )
         if max(self.replaces, default=0) >= vocab_size:
             raise PatchValueError(
-                "the KV prefix stands in for ids that the model does not have",
+                "the KV prefix replaces ids that are not in the model's vocabulary",
                 field="config.prefix.replaces",
                 got=max(self.replaces),
                 wanted=f"0..{vocab_size - 1}",
@@ -136,7 +148,11 @@ class KVPrefix:
             )
 
     def check_dtype(self, dtype: DTypeLike) -> None:
-        """Raise PatchValueError if an entry does not fit the cache's dtype."""
+        """Check the entries against the dtype of a KV cache.
+
+        Raises:
+            PatchValueError: a value is too large for `dtype`.
+        """
         largest = float(np.finfo(dtype).max)
         for (layer, part), values in self.entries.items():
             if (found := float(np.abs(values).max())) > largest:
@@ -150,23 +166,31 @@ class KVPrefix:
 
 
 def prefix_from(entries: Mapping[Entry, Array], description: Any) -> KVPrefix | None:
-    """The prefix of a patch file: its tensors and the `prefix` object of its config; None if there is neither.
+    """Build the KV prefix of a patch file.
+
+    Args:
+        entries: the prefix tensors of the file.
+        description: the `prefix` object of the file's config; None if the config has no such object.
+
+    Returns:
+        The KV prefix; None if there are neither tensors nor a description.
 
     Raises:
-        PatchFormatError: one without the other, or a description that is no {"replaces": [ids], "position": n}.
+        PatchFormatError: there are tensors without a description or the reverse, or the description is not of the form
+            {"replaces": [ids], "position": n}.
         PatchShapeError, PatchValueError: see `KVPrefix`.
     """
     if not entries and description is None:
         return None
-    whole = (
+    well_formed = (
         isinstance(description, Mapping)
         and set(description) == {"replaces", "position"}
         and isinstance(description["replaces"], list)
         and all(type(number) is int and number >= 0 for number in [*description["replaces"], description["position"]])
     )
-    if not whole or not entries:
+    if not well_formed or not entries:
         raise PatchFormatError(
-            "the patch's KV prefix is not whole",
+            "the patch's KV prefix is not complete",
             field="config.prefix",
             got=f"{len(entries)} tensors, {str(description)[:80]}",
             wanted='tensors prefix.<layer>.key|value, and {"replaces": [ids], "position": whole number}',

@@ -1,8 +1,8 @@
-"""The patch: low-rank deltas beside a base model's layers, perhaps a short KV prefix, and their algebra.
+"""The patch: low-rank deltas for a base model's layers and perhaps a short KV prefix, with the algebra of patches.
 
-A patch is immutable. Scaling and adding are exact and cheap (arrays are shared where they do not change), and
-every result remembers which loaded patches it is made of, at what strengths, so that a KV cache can be keyed
-by it. Knows nothing of graphs, sessions or devices.
+A patch is immutable. Scaling and adding are exact and cheap: the result shares the arrays that do not change. Every
+result records which patches it is made of and at what strengths, so that a KV cache can be keyed by it. This module
+does not handle graphs, sessions or devices.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ from .kv_prefix import KVPrefix, prefix_from
 
 Terms = tuple[tuple[str, float], ...]
 
-# A patch fitted on any of these acts on every precision of its base; one fitted on a quantised base does not.
+# A patch fitted on one of these precisions acts on every precision of its base. A patch fitted on a quantised base acts
+# only on that precision.
 FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Deltas by slot, and the description of where they come from.
+    """A set of deltas by slot, with a description of how they were made.
 
     Attributes:
-        deltas: (layer, site) to `Delta`, read-only, in order of layer and then site name.
+        deltas: for each (layer, site) a `Delta`, read-only, in order of layer and then of site name.
         config: the description.
-        prefix: key/value entries of the context, put in front of the text; None for a pure patch.
+        prefix: the key/value entries of the context that are put in front of the text; None for a pure patch.
 
     Raises:
-        PatchTargetError: an unknown site, half of a pair, a mean without a pair, an empty delta.
-        PatchShapeError: arrays of one slot that do not fit each other.
-        PatchValueError: NaN, infinity, or an array that is not made of numbers.
+        PatchTargetError: a site is unknown, a delta has only one of a and b, a delta has a mean without the pair, or a
+            delta is empty.
+        PatchShapeError: the arrays of a slot do not fit each other.
+        PatchValueError: a value is NaN or infinity, or an array holds something other than numbers.
     """
 
     deltas: Mapping[SlotKey, Delta]
     config: PatchConfig
     prefix: KVPrefix | None = None
 
-    # numpy would otherwise treat `np.float32(2) * patch` as an array operation.
+    # Without this, numpy would treat `np.float32(2) * patch` as an array operation.
     __array_ufunc__ = None
 
     def __post_init__(self) -> None:
@@ -59,16 +61,16 @@ class Patch:
         ordered = {(int(layer), site): self.deltas[layer, site] for layer, site in sorted(self.deltas)}
         object.__setattr__(self, "deltas", MappingProxyType(ordered))
 
-    # -- what it is ------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """The description's name: for people, never a key."""
+        """The name in the description, for people; it is never used as a key."""
         return self.config.name
 
     @property
     def ranks(self) -> dict[SlotKey, int]:
-        """Rank of each slot; 0 where there is only a bias."""
+        """The rank of each slot; 0 if the slot has only a bias."""
         return {slot: delta.rank for slot, delta in self.deltas.items()}
 
     @property
@@ -78,11 +80,11 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the float32 arrays in memory."""
+        """The number of bytes of the float32 arrays in memory."""
         return sum(values.nbytes for values in self._tensors().values())
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        """Every array by its name in the file."""
+        """Return every array by its tensor name in the file."""
         tensors = {
             slot_name(*slot, part): values
             for slot, delta in self.deltas.items()
@@ -94,13 +96,13 @@ class Patch:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 (hex) over names, shapes and little-endian float32 values, in order of name.
+        """The SHA-256 (hex) over the names, shapes and little-endian float32 values, in order of name.
 
-        The file, its dtype and its description do not enter: the same values are the same patch.
+        The file, its dtype and its description have no influence: equal values are the same patch.
         """
         tensors = self._tensors()
         digest = hashlib.sha256(b"tp-patch identity 1\n")
-        if self.prefix is not None:  # the ids and the position belong to what the entries do
+        if self.prefix is not None:  # the effect of the entries depends on the ids and the position
             digest.update(f"prefix {list(self.prefix.replaces)} {self.prefix.position}\n".encode())
         for name in sorted(tensors):
             digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
@@ -109,25 +111,32 @@ class Patch:
 
     @cached_property
     def terms(self) -> Terms:
-        """The ordered (identity, strength) of the patches this one is made of: its part of a cache key.
+        """The ordered (identity, strength) pairs of the patches that this one is made of, for cache keys.
 
-        A loaded, fitted or truncated patch is one term of strength 1. Strength 0 leaves no term: the base.
+        A loaded, fitted or truncated patch is one term of strength 1. Strength 0 gives the base, which has no term.
         """
         return () if self.is_base else ((self.identity, 1.0),)
 
     @property
     def is_base(self) -> bool:
-        """Whether it changes nothing: no delta and no prefix."""
+        """Whether the patch changes nothing: it has no delta and no KV prefix."""
         return not self.deltas and self.prefix is None
 
     def require_weights_only(self, form: str) -> None:
-        """Raise PatchTargetError if the patch has a KV prefix: `form`, a file of another tool, cannot hold one."""
+        """Check that the patch can be written to a file of another tool, which cannot hold a KV prefix.
+
+        Args:
+            form: the name of that file format, for the error.
+
+        Raises:
+            PatchTargetError: the patch has a KV prefix.
+        """
         if self.prefix is not None:
             raise PatchTargetError(
-                f"a {form} has no place for a KV prefix, and without it these weights are wrong",
+                f"a {form} has no place for a KV prefix, and without the prefix the weights of this patch are wrong",
                 field="prefix",
                 got=f"{len(self.prefix)} entries a head",
-                wanted="a patch of weights alone",
+                wanted="a patch without a KV prefix",
                 fix="fit the patch without --prefix",
             )
 
@@ -148,15 +157,15 @@ class Patch:
         terms = tuple(term for term in terms if term[1] != 0.0)
         if terms and self.prefix is not None:
             raise PatchValueError(
-                "a patch with a KV prefix has no strength but 1 and 0: entries of a cache cannot be scaled",
+                "a patch with a KV prefix can only have strength 1 or 0, because cache entries cannot be scaled",
                 field=self.name,
                 got=f"strength {strength:g}",
                 wanted="1 or 0",
                 fix="scale a patch fitted without --prefix",
             )
         deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
-        # The probe and the figures were measured at strength 1.
-        return _made_of(deltas, replace(self.config, probe=None, fidelity=None, report=None), terms)
+        # The result has no probe and no figures, because these were measured at strength 1.
+        return _with_terms(deltas, replace(self.config, probe=None, fidelity=None, report=None), terms)
 
     __rmul__ = __mul__
 
@@ -167,34 +176,38 @@ class Patch:
         return _sum(self, other, "+") if isinstance(other, Patch) else NotImplemented
 
     def __radd__(self, other: Any) -> Patch:
-        # sum([p, q]) starts from the integer 0.
+        # sum([p, q]) starts with the integer 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: Any) -> Patch:
         return _sum(self, -other, "-") if isinstance(other, Patch) else NotImplemented
 
     def truncate(self, rank: int) -> Patch:
-        """Keep the first `rank` directions of every slot, and let the bias take the mean effect of the rest.
+        """Keep the first `rank` directions of every slot, and add the mean effect of the others to the bias.
 
         Args:
-            rank: the largest rank to keep, at least 1; slots of lower rank stay as they are.
+            rank: the largest rank to keep, at least 1. Slots of lower rank stay unchanged.
 
         Returns:
-            A patch of its own (own identity, one term of strength 1), with no probe and no held-out figures;
-            this very patch if nothing is dropped.
+            A new patch with its own identity and one term of strength 1, without a probe and without held-out figures.
+            If nothing is dropped, the same patch object.
 
         Raises:
-            PatchValueError: `rank` is not a whole number >= 1, a slot lacks its mean, or the patch is a sum.
+            PatchValueError: `rank` is not a whole number >= 1, a slot has no mean, or the patch is a sum.
         """
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
             raise PatchValueError(
-                "not a rank", field="rank", got=repr(rank), wanted="a whole number >= 1", fix="pass rank >= 1"
+                "the rank is not a positive integer",
+                field="rank",
+                got=repr(rank),
+                wanted="a whole number >= 1",
+                fix="pass rank >= 1",
             )
         if len(self.terms) > 1 or self.config.method == "composed":
             raise PatchValueError(
-                "a sum's directions are no longer in order of energy",
+                "the patch is a sum, whose directions are not in order of energy",
                 field=self.name,
-                got=f"a patch of {max(2, len(self.terms))} or more patches",
+                got=f"a sum of {max(2, len(self.terms))} or more patches",
                 wanted="one fitted patch",
                 fix="truncate each patch before adding",
             )
@@ -206,18 +219,19 @@ class Patch:
     # -- files -----------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], dtype: str = "f16") -> None:
-        """Write the patch file, whole or not at all; a file that is there is replaced.
+        """Write the patch file, whole or not at all. An existing file is replaced.
 
         Args:
-            path: ends in .safetensors.
-            dtype: "f16" and "bf16" halve the file and round the values (so what is loaded again has another
-                identity); "f32" keeps them.
+            path: the file to write, which ends in .safetensors.
+            dtype: the dtype of the tensors. "f16" and "bf16" halve the file and round the values, so the patch that is
+                loaded from it has another identity. "f32" keeps the values.
 
         Raises:
-            PatchTargetError: the patch holds no delta.
+            PatchTargetError: the patch holds no delta and no KV prefix.
             PatchValueError: a value does not fit the dtype.
-            PatchFormatError: an unknown dtype, or another suffix.
-            OSError: the operating system's error; no file is left behind.
+            PatchFormatError: the dtype is unknown, or `path` has another suffix.
+            OSError: the operating system refuses the write, for example because the disk is full. No file is left
+                behind.
         """
         if self.is_base:
             raise PatchTargetError(
@@ -225,7 +239,7 @@ class Patch:
                 field=self.name,
                 got="0 slots",
                 wanted="at least one",
-                fix="strength 0 needs no file: unload the patch",
+                fix="save no file for strength 0; unload the patch instead",
             )
         config = self.config.to_dict()
         if self.prefix is not None:
@@ -234,14 +248,14 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read a patch file, checking everything in it.
+        """Read a patch file and check everything in it.
 
         Raises:
-            PatchFormatError: damaged, unsafe or not a patch.
-            PatchVersionError: a version, method or key that this reader does not know.
-            PatchTargetError: an unknown slot, half of a pair, or no delta at all.
-            PatchShapeError: arrays of one slot that do not fit each other.
-            PatchValueError: NaN or infinity.
+            PatchFormatError: the file is damaged, unsafe or not a patch.
+            PatchVersionError: the file has a version, method or key that this version of tp-runtime does not know.
+            PatchTargetError: a slot is unknown, a slot has only one of a and b, or the file holds no tensor.
+            PatchShapeError: the arrays of a slot do not fit each other.
+            PatchValueError: a value is NaN or infinity.
         """
         slots, entries, config = read_patch(path)
         prefix = prefix_from(entries, config.pop("prefix", None))
@@ -249,10 +263,10 @@ class Patch:
         return cls(deltas, PatchConfig.from_dict(config), prefix)
 
 
-def _made_of(
+def _with_terms(
     deltas: Mapping[SlotKey, Delta], config: PatchConfig, terms: Terms, prefix: KVPrefix | None = None
 ) -> Patch:
-    """A patch whose terms are known: set before anyone asks, so that no digest is computed for them."""
+    """Return a patch whose terms are known. They are set here, so that no digest is computed for them."""
     patch = Patch(deltas, config, prefix)
     patch.__dict__["terms"] = terms
     return patch
@@ -266,22 +280,22 @@ def _strength(value: Any) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             got = str(strength := float(value))
-            # Past these bounds float32 deltas turn to zeros or infinities, and the terms would not tell.
+            # Beyond these bounds float32 deltas become zero or infinite, which the terms would not show.
             if strength == 0.0 or 1e-30 <= abs(strength) <= 1e30:
                 return strength
         except OverflowError:
             got = "an integer too large for a float"
     raise PatchValueError(
-        "not a strength",
+        "the value is not a valid strength",
         field="strength",
         got=got,
-        wanted="a finite number, 0 or of magnitude 1e-30 to 1e30",
+        wanted="a finite number: 0, or of magnitude 1e-30 to 1e30",
         fix="use a moderate factor, such as 0.5 or -1",
     )
 
 
 def _sum(p: Patch, q: Patch, sign: str) -> Patch:
-    """p + q, with `sign` for the name only."""
+    """Return p + q; `sign` is used only in the name."""
     if p.config.base_digest != q.config.base_digest:
         raise BaseMismatchError(
             "the patches were fitted on different base models",
@@ -291,26 +305,26 @@ def _sum(p: Patch, q: Patch, sign: str) -> Patch:
             fix="add patches of one base model",
         )
     config = _sum_config(p.config, q.config, sign)
-    if q.is_base:  # adding no patch makes no sum: what is left can still be truncated and checked
+    if q.is_base:  # adding the base makes no sum, so p can still be truncated and checked
         return p
     if p.is_base:
         return q
     if p.prefix is not None and q.prefix is not None:
         raise PatchValueError(
-            "both patches carry a KV prefix, and only one can stand at the front",
+            "both patches have a KV prefix, but a cache can start with only one",
             field=q.name,
             got="a KV prefix",
-            wanted=f"none beside that of {p.name!r}",
+            wanted=f"only the KV prefix of {p.name!r}",
             fix="fit one of them without --prefix",
         )
     deltas = dict(p.deltas)
     for slot, delta in q.deltas.items():
         deltas[slot] = deltas[slot].joined(delta, slot) if slot in deltas else delta
-    return _made_of(deltas, config, p.terms + q.terms, p.prefix or q.prefix)
+    return _with_terms(deltas, config, p.terms + q.terms, p.prefix or q.prefix)
 
 
 def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
-    """What can still be said of a sum: nothing that belongs to one fit."""
+    """Return the description of a sum, without everything that belongs to a single fit."""
     quantised = {c.precision for c in (p, q)} - set(FLOAT_PRECISIONS)
     if len(quantised) > 1:
         raise BaseMismatchError(
@@ -321,7 +335,7 @@ def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
             fix="add patches fitted on one precision",
         )
     if p.licence is None or q.licence is None:
-        licence = None  # unknown for a part is unknown for the whole
+        licence = None  # if the licence of one patch is unknown, that of the sum is unknown too
     else:
         licence = p.licence if p.licence == q.licence else f"({p.licence}) AND ({q.licence})"
     return PatchConfig(

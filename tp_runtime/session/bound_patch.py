@@ -1,4 +1,4 @@
-"""A patch that is ready to run: its tensors on the device, and the key of the caches made under it."""
+"""A patch that is ready to run: its tensors on the device, and the key of the caches that are made under it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .kv_cache import CacheKey
 
 @dataclass(frozen=True)
 class BoundPatch:
-    """A patch on the device: what to bind, and the cache key it runs under.
+    """A patch on the device: the tensors to bind, and the cache key it runs under.
 
     Attributes:
-        values: graph input name -> OrtValue; what is not in it keeps the session's default.
-        key: of every cache made under it.
-        prefix: entries put at the front of every cache made under it.
-        deltas: what the slots add, by (layer, site), for a batch whose rows differ; None where only the graph knows.
+        values: the OrtValues to bind, by graph input name; an input without one keeps the session's default.
+        key: the key of every cache that is made under this patch.
+        prefix: the entries at the front of every cache that is made under this patch.
+        deltas: the patch's deltas, by (layer, site); a batch whose rows run under different patches needs them. None
+            if only the graph holds them: `Graph.deltas` reads them from the model folder.
     """
 
     values: dict[str, Any]

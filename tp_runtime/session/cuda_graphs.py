@@ -1,30 +1,33 @@
-"""Captured decode steps: fixed device buffers through which the steps of one sequence at a time are replayed.
+"""Captured decode steps: this module replays the decode steps of one sequence at a time from fixed device buffers.
 
-A *lane* holds everything that a decode step reads or writes: ids and position [1, 1], a mask [1, capacity] that is 1 on
-the filled part, keys and values of fixed capacity, the slots' tensors filled up with zeros to a rank bucket (exact: the
-rows of b are 0), and the last logits. The exported graph takes a row's length from the sum of its mask and the total
-length from the mask's width, so with a mask of full width every shape is fixed. Between two steps nothing is bound
-anew: contents are written in place, and ids, position, mask and logits are all that crosses the bus. A CUDA graph is
-captured for each bucket; on the CPU the same steps run without capture, which is how they are tested.
+The captured decode buffers hold everything that a decode step reads or writes: the token id and the position [1, 1], a
+mask [1, capacity] that is 1 on the filled part, keys and values of fixed capacity, the slots' tensors padded with zeros
+to the rank of a bucket (this is exact, because the added rows of b are 0), and the last logits. The exported graph
+takes a row's length from the sum of its mask and the total length from the mask's width, so a mask of full width fixes
+every shape. Nothing is bound again between two steps: contents are written in place, and only the id, the position, the
+mask and the logits cross the bus. One CUDA graph is captured for each bucket. On the CPU the same steps run without
+capture, which is how they are tested.
 
-What ONNX Runtime asks of a capture (its documentation of the CUDA provider; cuda_graph.cc, cuda_execution_provider.h,
-inference_session.cc, group_query_attention.cc of its sources), and what follows here:
+The rules for a capture come from ONNX Runtime's documentation of the CUDA provider and from its sources (cuda_graph.cc,
+cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The rules and their consequences here are:
 
-- The provider option `enable_cuda_graph`; no control flow; every node on CUDA, but for shape arithmetic. A session that
-  cannot is refused when it is made. The CUDA provider's attention operator takes float16 and bfloat16 only, so graphs
-  that compute in float32 (fp32, int8 and int4 exports) are refused; fp16 exports are what this is for.
-- Shapes and addresses stay. A replay runs nothing but the captured kernels: inputs and outputs have to be bound, on the
-  device. What kernels read on the host is baked in: the total length, and which logits are asked for.
-- `gpu_graph_id` in the run options names the capture: -1 is an ordinary run, 0 is reserved, without it a run is
-  captured as 0. So every run of the session names one.
-- The first run under an id is done several times before it is captured (two that allocate, one that records). A decode
-  step may be repeated: it writes its keys and values to the same place.
+- A capture needs the provider option `enable_cuda_graph`, a graph without control flow, and every node except shape
+  arithmetic on CUDA. ONNX Runtime refuses to create a session that cannot meet this. The CUDA provider's attention
+  operator takes float16 and bfloat16 only, so graphs that compute in float32 (fp32, int8 and int4 exports) are refused;
+  captured steps are meant for fp16 exports.
+- Shapes and addresses must stay the same. A replay runs only the captured kernels, so inputs and outputs have to be
+  bound, on the device. Values that kernels read on the host are fixed at capture: the total length, and which logits
+  the run computes.
+- `gpu_graph_id` in the run options names the capture: -1 is an ordinary run, and 0 is reserved. A run without the
+  option is captured as 0, so every run of the session sets it.
+- ONNX Runtime repeats the first run under an id before it is captured (two runs allocate, one records). A decode step
+  may be repeated, because it writes its keys and values to the same place.
 - `run` may not be called from several threads, and captured graphs belong to the thread that captured them. So all runs
-  of the session go through the lane's thread, prefill and batches too.
-- While a capture records, CUDA calls that allocate or wait, from any thread, spoil it, and a session in which one
-  failed is of no more use. So all buckets are captured while the model is opened, before anything else can run in it,
-  and patches of higher rank than the last bucket take ordinary steps. Open such a model while nothing else of the
-  process uses the device.
+  of the session, prefill and batches included, go through one thread that CapturedDecode owns.
+- While a capture records, CUDA calls from any thread that allocate or wait invalidate it, and a session in which a
+  capture failed cannot be used any more. So all buckets are captured while the model is opened, before anything else
+  can run in it, and patches whose rank exceeds the last bucket's take ordinary steps. Open such a model while nothing
+  else in the process uses the device.
 
 `OrtValue.update_inplace` copies with cudaMemcpy and waits for the copy, so a replay that follows reads the new content.
 None of this has been run on a GPU.
@@ -50,21 +53,21 @@ from .kv_cache import CacheKey, KVCache
 from .model_folder import ModelFolder
 from .slots import slot_arrays
 
-BUCKETS = (0, 4, 16, 64)  # ranks
+BUCKETS = (0, 4, 16, 64)  # the ranks that a decode step is captured for
 CAPACITY = 4096  # positions; a longer sequence takes ordinary steps
 _NOT_CAPTURED = -1
 
 
 def check_capturable(folder: ModelFolder, device: str) -> None:
-    """Check that captured steps can be asked for.
+    """Check that the device and the graph allow captured decode steps.
 
     Raises:
-        DeviceUnavailableError: on the CPU.
-        RequestError: of a graph that concatenates keys and values.
+        DeviceUnavailableError: the device is the CPU.
+        RequestError: the graph concatenates keys and values.
     """
     if device == "cpu":
         raise DeviceUnavailableError(
-            "CUDA graphs were asked for, and the CPU",
+            "CUDA graphs cannot be captured on the CPU",
             field="cuda_graphs",
             got="device='cpu'",
             wanted="device='cuda'",
@@ -72,24 +75,24 @@ def check_capturable(folder: ModelFolder, device: str) -> None:
         )
     if folder.route != "fused":
         raise RequestError(
-            "the shapes of this graph change with every step, so that none can be captured",
+            "the tensor shapes of this graph change with every step, so no step can be captured",
             field="cuda_graphs",
             got=f"a folder of the {folder.route} route",
-            wanted="one of the fused route",
+            wanted="a folder of the fused route",
             fix="leave cuda_graphs out, or export the model again without --route optimum",
         )
 
 
 @dataclass(eq=False)
 class _Bucket:
-    """Steps under patches of up to one rank.
+    """The slot tensors, the binding and the capture for patches up to one rank.
 
     Attributes:
-        rank: of every slot's pair.
-        binding: of all inputs and outputs.
-        slots: graph input name -> device tensor.
+        rank: the rank of every slot's factors a and b, padding included.
+        binding: the binding of all inputs and outputs.
+        slots: the slots' tensors on the device, by graph input name.
         options: the run options that name the capture.
-        key: of the patch that `slots` hold; None while that is unknown.
+        key: the cache key of the patch that `slots` hold; None while that is unknown.
     """
 
     rank: int
@@ -100,23 +103,25 @@ class _Bucket:
 
 
 class CapturedDecode:
-    """The buffers, the thread that runs the session, and the sequence whose keys and values are in them.
+    """The captured decode buffers, the thread that runs the session, and the sequence that owns the buffers.
 
-    Whoever uses it, or a cache that may be in it, does so within `alone`; `run` needs no such care.
+    The owner is the sequence whose keys and values are in the buffers. A caller that uses this object, or a cache that
+    may own the buffers, does so inside `exclusive`. Only `run` can be called outside of it.
 
     Args:
-        folder: of the graph; its route is `fused`.
-        session, ort: ONNX Runtime's session and module.
-        device: `cuda`; or `cpu`, where nothing is captured.
-        dtypes: of slots, keys and values; of the graph's logits.
-        first_logit: name and value (on the host) of the input that asks for the last logits only.
-        kv: how the graph's caches are kept.
+        folder: the model folder of the graph; its route is `fused`.
+        session: ONNX Runtime's session.
+        ort: the onnxruntime module.
+        device: `cuda`, or `cpu`, on which nothing is captured.
+        dtypes: the dtype of slots, keys and values, and the dtype of the graph's logits.
+        first_logit: the name and the value (on the host) of the input that limits the logits to the last position.
+        kv: the object that manages the key/value buffers of the graph's caches.
 
     Attributes:
-        capacity: positions there is room for.
-        buffers: graph input name -> keys or values [1, kv heads, capacity, head dim]; a cache that has them as its own
-            is the one in the lane.
-        buckets: by rank.
+        capacity: the number of positions that the buffers have room for.
+        buffers: the keys or values [1, kv heads, capacity, head dim], by graph input name. The owner's
+            cache has this same dictionary as its `buffers`.
+        buckets: the buckets, in ascending order of rank.
     """
 
     def __init__(
@@ -131,7 +136,7 @@ class CapturedDecode:
     ) -> None:
         self._slots, self._dtype, self._kv, self._session = folder.slots, dtypes[0], kv, session
         self._ort, self._device = ort, device
-        self._thread, self._lock = ThreadPoolExecutor(1, "tp-lane"), threading.RLock()
+        self._thread, self._lock = ThreadPoolExecutor(1, "tp-captured-decode"), threading.RLock()
         self._thread_id = self._thread.submit(threading.get_ident).result()
         self._owner: weakref.ref[KVCache] | None = None
         self.capacity = min(CAPACITY, folder.context_window)
@@ -163,22 +168,22 @@ class CapturedDecode:
         return _Bucket(rank, binding, slots, self._options(number))
 
     def _padded(self, deltas: Mapping[SlotKey, Delta], rank: int) -> dict[str, NDArray[Any]]:
-        """The tensors of all slots by graph input name: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
+        """Returns the tensors of all slots by graph input name: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
         arrays = {}
         for key, slot in self._slots.items():
             for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():
                 shape = {"a": (1, slot.inputs, rank), "b": (1, rank, slot.outputs), "bias": array.shape}
-                wide = np.zeros(shape[name.rpartition(".")[2]], self._dtype)
-                wide[:, : array.shape[1], : array.shape[2]] = array
-                arrays[name] = wide
+                padded = np.zeros(shape[name.rpartition(".")[2]], self._dtype)
+                padded[:, : array.shape[1], : array.shape[2]] = array
+                arrays[name] = padded
         return arrays
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Within the context no other thread uses the lane.
+        """Inside the context no other thread uses the buffers.
 
-        On the lane's own thread nobody is waited for: the garbage collector may end a dropped completion there, while
-        the one who is alone waits for that thread.
+        On the session's own thread the context takes no lock. The garbage collector may end a dropped completion on
+        that thread while the thread that holds the lock waits for it, so locking there would deadlock.
         """
         if threading.get_ident() == self._thread_id:
             yield
@@ -189,31 +194,34 @@ class CapturedDecode:
     # -- running the session ---------------------------------------------------------------------------------
 
     def run(self, binding: Any, options: Any = None) -> None:
-        """Run the session over a binding, on the lane's thread; without `options` an ordinary run."""
+        """Run the session over a binding, on the session's thread. Without `options` the run is an ordinary one."""
         running = self._thread.submit(self._session.run_with_iobinding, binding, options or self._not_captured)
         try:
             running.result()
         except BaseException:
-            wait([running])  # interrupted: the run goes on, and writes to what the caller would use next
+            wait([running])  # after an interrupt the run continues, and writes to buffers that the caller uses next
             raise
 
     def capture(self) -> None:
-        """Capture every bucket, by a step that nobody asked for.
+        """Capture every bucket by running one step whose logits are discarded.
 
         Raises:
-            Exception: ONNX Runtime's; the session is of no use then.
+            Exception: ONNX Runtime raises its own exception; the session cannot be used any more.
         """
         for bucket in self.buckets:
             self._current = bucket
             self.step(0, 0, 1)
 
     def step(self, token: int, position: int, length: int) -> NDArray[np.float32]:
-        """Logits [1, vocab], float32, of one more token of the sequence in the lane, under what `switch` chose.
+        """Run one more token of the sequence that owns the buffers, under the patch that `switch` selected.
 
         Args:
-            token: its id.
-            position: its position.
-            length: entries with it.
+            token: the token's id.
+            position: the token's position.
+            length: the number of filled positions of the buffers, this token included.
+
+        Returns:
+            Logits [1, vocab], float32.
         """
         self._mask[0, :length], self._mask[0, length:] = 1, 0
         self._inputs["input_ids"].update_inplace(np.array([[token]], np.int64))
@@ -225,13 +233,16 @@ class CapturedDecode:
     # -- the patch -------------------------------------------------------------------------------------------
 
     def switch(self, key: CacheKey, deltas: Mapping[SlotKey, Delta]) -> bool:
-        """Let the next steps run under a patch; returns whether there is a bucket for its rank.
+        """Select the patch that the next steps run under.
 
-        Writes its tensors in place, unless its bucket still holds them.
+        The patch's tensors are written in place, unless its bucket still holds them.
 
         Args:
-            key: of the patch.
-            deltas: what its slots add.
+            key: the cache key of the patch.
+            deltas: the patch's deltas, by (layer, site).
+
+        Returns:
+            Whether there is a bucket for the patch's rank.
         """
         if key == self._current.key:
             return True
@@ -251,19 +262,24 @@ class CapturedDecode:
     # -- the sequence ----------------------------------------------------------------------------------------
 
     def holds(self, cache: KVCache) -> bool:
-        """Whether the keys and values of `cache` are those in the lane."""
+        """Whether `cache` owns the buffers."""
         return cache.buffers is self.buffers
 
     def take(self, cache: KVCache, length: int, patch: dict[str, Any]) -> bool:
-        """Let a sequence have the lane, and say whether it has; the one before keeps a copy of its own.
+        """Make a sequence the owner of the buffers, if they have room for it.
 
-        A fresh cache, or one with tokens to prefill, takes it. A decode step of a sequence that lost the lane does not
-        take it back: of two that take turns, each step would carry both through the host.
+        A fresh cache, or one with tokens to prefill, becomes the owner, and the previous owner gets its own copy of its
+        keys and values. A decode step of a sequence that lost the buffers does not take them back: if two sequences
+        alternated, each step would copy both through the host.
 
         Args:
-            cache: the sequence's.
-            length: with what is about to run; a sequence that the lane has no room for does not get it.
-            patch: graph input name -> OrtValue, for ordinary runs.
+            cache: the sequence's cache.
+            length: the number of filled positions after the run that follows. A sequence longer than `capacity` does
+                not become the owner.
+            patch: the patch's OrtValues by graph input name, which ordinary runs bind.
+
+        Returns:
+            Whether the sequence owns the buffers now.
         """
         if length > self.capacity:
             return False
@@ -284,4 +300,4 @@ class CapturedDecode:
             return
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy
         kept = {past: from_numpy(np.array(self._kv.content(owner, past))) for past in self.buffers}
-        owner.buffers, owner.binding, owner.capacity = kept, None, 0  # its next run puts them on the device again
+        owner.buffers, owner.binding, owner.capacity = kept, None, 0  # the owner's next run copies them to the device

@@ -1,7 +1,8 @@
-"""Which device a session gets, and proof that it got it.
+"""This module chooses the device of a session and checks that the session really runs there.
 
-ONNX Runtime answers a request for CUDA that it cannot meet with a CPU session and a line on stderr. Here an
-explicit `cuda` that is not given raises, `auto` says why it fell back, and nothing changes device after that.
+If ONNX Runtime cannot meet a request for CUDA, it creates a CPU session and prints a line on stderr. This module raises
+an error if an explicit `cuda` is not available. It records the reason if `auto` falls back to the CPU. A session does
+not change its device after that.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ DEVICES = ("auto", "cuda", "cpu")
 # the patch was probed with.
 _CUDA_OPTIONS = {"use_tf32": "0"}
 
-# What is decided elsewhere, and where: an option would contradict it.
-_DECIDED = {
+# Options that are set in another place, which is named here; setting them twice could contradict.
+_SET_ELSEWHERE = {
     "device_id": "choose the GPU with the environment variable CUDA_VISIBLE_DEVICES",
     "enable_cuda_graph": "use cuda_graphs=True",
-    "user_compute_stream": "the runtime's buffers belong to the provider's own stream",
-    "has_user_compute_stream": "the runtime's buffers belong to the provider's own stream",
+    "user_compute_stream": "leave it out: the runtime's buffers belong to the provider's own stream",
+    "has_user_compute_stream": "leave it out: the runtime's buffers belong to the provider's own stream",
 }
 
 _FIX_LIBRARIES = (
@@ -47,12 +48,12 @@ _FIX_PACKAGE = (
     "environment), or use device='cpu'"
 )
 
-# ONNX Runtime's words for a graph it cannot read; its other exceptions can be the device's fault as well.
+# The exceptions that ONNX Runtime raises for a graph it cannot read; the device can cause its other exceptions too.
 _GRAPH_FAULTS = frozenset(
     {"InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoModel", "NoSuchFile", "NotImplemented"}
 )
 
-# ONNX Runtime's names of memory that the CPU's kernels read.
+# ONNX Runtime's names for the memory that CPU kernels read.
 _HOST_MEMORY = frozenset({"Cpu", "CudaPinned"})
 
 _SEVERITY_ERROR = 3
@@ -66,10 +67,10 @@ class Device:
     """Where a session runs.
 
     Attributes:
-        requested: what the caller asked for, one of `DEVICES`.
+        requested: the device that the caller asked for, one of `DEVICES`.
         provider: the ONNX Runtime execution provider in use, `CUDA` or `CPU`.
-        reason: why CUDA was not given to `auto`; before the session exists, what loading CUDA's libraries
-            complained about; None where there is nothing to say.
+        reason: why `auto` fell back to the CPU; before the session exists, which of CUDA's libraries could not be
+            loaded; None if neither applies.
     """
 
     requested: str
@@ -78,30 +79,30 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """`cuda` or `cpu`, as IO binding and `OrtValue` name it."""
+        """The device's name in IO bindings and OrtValues: `cuda` or `cpu`."""
         return "cuda" if self.provider == CUDA else "cpu"
 
 
 def require_onnxruntime() -> Any:
-    """Imports ONNX Runtime once it is clear that exactly one build of it is installed.
+    """Imports ONNX Runtime after checking that exactly one build of it is installed.
 
     Returns:
         The `onnxruntime` module.
 
     Raises:
-        DeviceUnavailableError: no build is installed, two overwrite each other, or the one there cannot be
-            imported.
+        DeviceUnavailableError: no build is installed, two builds overwrite each other, or the installed build cannot
+            be imported.
     """
     found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(found) == 2:
         raise DeviceUnavailableError(
-            "two builds of ONNX Runtime share one folder, each overwrote parts of the other",
+            "two builds of ONNX Runtime are installed in one folder, and each overwrote parts of the other",
             field="onnxruntime",
             got=" and ".join(found),
             wanted="one of them",
             fix="pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tp-runtime[cpu]' or 'tp-runtime[gpu]'",
         )
-    # A vendor's build (OpenVINO, QNN, one's own) has another distribution name and is as good for the CPU.
+    # A vendor's build (OpenVINO, QNN) or a custom build has another distribution name and serves the CPU equally well.
     if not found and not _is_importable("onnxruntime"):
         raise DeviceUnavailableError(
             "ONNX Runtime is not installed",
@@ -120,7 +121,7 @@ def require_onnxruntime() -> Any:
 
 
 def select_device(requested: str) -> Device:
-    """Chooses the device to ask ONNX Runtime for; only `check_providers` knows whether it was given.
+    """Chooses the device to request from ONNX Runtime; `check_providers` later finds out whether the session got it.
 
     Args:
         requested: `auto`, `cuda` or `cpu`.
@@ -129,7 +130,8 @@ def select_device(requested: str) -> Device:
         The device to create the session with.
 
     Raises:
-        DeviceUnavailableError: an unknown name, no usable ONNX Runtime, or `cuda` on a build without it.
+        DeviceUnavailableError: the name is unknown, there is no usable ONNX Runtime, or `cuda` is requested and the
+            build does not have it.
     """
     if requested not in DEVICES:
         raise DeviceUnavailableError(
@@ -138,52 +140,55 @@ def select_device(requested: str) -> Device:
     ort = require_onnxruntime()
     if requested == "cpu":
         return Device(requested, CPU)
-    # Before the question below: newer builds register CUDA as a plugin once its libraries are loaded.
-    complaint = _preload_cuda(ort)
+    # The libraries must load before the check below: newer builds register CUDA as a plugin once they are loaded.
+    load_failure = _preload_cuda(ort)
     if CUDA in ort.get_available_providers():
-        return Device(requested, CUDA, complaint)
-    reason = complaint or "the installed build of ONNX Runtime has no CUDA provider"
-    return _without_cuda(requested, reason, _FIX_LIBRARIES if complaint else _FIX_PACKAGE)
+        return Device(requested, CUDA, load_failure)
+    reason = load_failure or "the installed build of ONNX Runtime has no CUDA provider"
+    return _without_cuda(requested, reason, _FIX_LIBRARIES if load_failure else _FIX_PACKAGE)
 
 
 def check_providers(session_providers: list[str], device: Device) -> Device:
-    """Compares what a session runs on with what it was asked to run on.
+    """Compares the providers of a session with the device it was created for.
 
     Args:
-        session_providers: `session.get_providers()`.
+        session_providers: the result of `session.get_providers()`.
         device: the device the session was created for.
 
     Returns:
-        The device the session is on, with the reason where `auto` fell back to the CPU.
+        The device the session is on, with the reason if `auto` fell back to the CPU.
 
     Raises:
-        DeviceUnavailableError: `cuda` was asked for explicitly and the session has no CUDA provider.
+        DeviceUnavailableError: `cuda` was requested explicitly, and the session has no CUDA provider.
     """
     if device.provider == CPU:
         return device
     if CUDA in session_providers:
         return replace(device, reason=None)
-    reason = device.reason or "the CUDA provider did not start; ONNX Runtime's lines on stderr say why"
+    reason = device.reason or "the CUDA provider did not start; ONNX Runtime printed the reason on stderr"
     return _without_cuda(device.requested, reason, _FIX_LIBRARIES)
 
 
 def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
-    """Options of the CUDA provider as it takes them: text.
+    """Returns the options of the CUDA provider in the form that it accepts: names and values are strings.
 
     Raises:
-        RequestError: no mapping from names to texts or numbers, or one that is decided elsewhere.
+        RequestError: a name is not a string, a value is not a string or a whole number, or an option must be set in
+            another place.
     """
     checked = {}
     for name, value in (options or {}).items():
-        if name in _DECIDED:
-            raise RequestError("not an option of a session", field="cuda_options", got=name, fix=_DECIDED[name])
+        if name in _SET_ELSEWHERE:
+            raise RequestError(
+                "this option cannot be set here", field="cuda_options", got=name, fix=_SET_ELSEWHERE[name]
+            )
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, str | int):
             raise RequestError(
-                "not an option of the CUDA provider",
+                "the name or the value of an option has the wrong type",
                 field="cuda_options",
                 got=f"{name!r}: {value!r}",
-                wanted="a name with a text or a whole number",
-                fix="write on and off as 1 and 0; ONNX Runtime's documentation has the names",
+                wanted="a name with a string or a whole number",
+                fix="write on and off as 1 and 0, and look up the names in ONNX Runtime's documentation",
             )
         checked[name] = str(value)
     return checked
@@ -196,22 +201,23 @@ def create_session(
     cuda_graphs: bool = False,
     cuda_options: Mapping[str, str] | None = None,
 ) -> tuple[onnxruntime.InferenceSession, Device]:
-    """Creates a session on a device and checks that it is there.
+    """Creates a session on a device and checks that the session runs there.
 
-    Warnings of this session are dropped unless `session_options.log_severity_level` was set.
+    The session's warnings are not printed unless the caller set `session_options.log_severity_level`.
 
     Args:
         model_path: the ONNX file.
-        device: what `select_device` returned.
-        session_options: left as they were found.
-        cuda_graphs: on CUDA, a session whose runs can be captured (cuda_graphs.py says what that asks of every run).
-        cuda_options: of the CUDA provider, as `check_cuda_options` returns them; without CUDA they mean nothing.
+        device: the result of `select_device`.
+        session_options: the session's options; they are the same after the call.
+        cuda_graphs: on CUDA, create a session whose runs can be captured; cuda_graphs.py describes what every run of
+            such a session has to do.
+        cuda_options: the options of the CUDA provider, as `check_cuda_options` returns them; ignored without CUDA.
 
     Returns:
         The session and the device it is on.
 
     Raises:
-        DeviceUnavailableError: `cuda` was asked for explicitly and not given.
+        DeviceUnavailableError: `cuda` was requested explicitly and is not available.
         ModelFormatError: ONNX Runtime cannot read the graph.
     """
     ort = require_onnxruntime()
@@ -234,10 +240,10 @@ def create_session(
 
 
 def input_kinds(session: Any, device: Device) -> dict[str, str]:
-    """Where the nodes that read them want the graph's inputs: `cpu` or `cuda`, by name.
+    """Returns for each graph input the device on which the nodes that read it run: `cpu` or `cuda`, by input name.
 
-    A provider runs the nodes it has kernels for, and what is bound anywhere else is copied when it is bound, once: a
-    buffer that later runs write to would be read as it was then.
+    A provider runs only the nodes it has kernels for. A value that is bound on another device is copied once, when it
+    is bound. If later runs write to such a buffer, the nodes would still read the old copy.
     """
     names = [value.name for value in session.get_inputs()]
     if device.kind == "cpu":
@@ -247,34 +253,36 @@ def input_kinds(session: Any, device: Device) -> dict[str, str]:
 
 
 def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options: Any) -> Any:
-    # ONNX Runtime warns, once per initializer, that one which is also a graph input will not be folded: one
-    # long line per tensor and slot, all of them meant to be overridden. To silence that line alone, tried
-    # with 1.23 and 1.32:
+    # ONNX Runtime warns once per initializer that an initializer which is also a graph input will not be folded. That
+    # is one long line per tensor and slot, and all of these tensors are meant to be overridden. These methods of
+    # silencing only that line were tried with 1.23 and 1.32:
     #   - the severity has no filter by message, and RunOptions cannot lower it again for a run;
     #   - set_default_logger_callback (not in 1.31, in 1.32) could filter, but it is process-wide and has no
-    #     getter: it would throw away the application's own callback and default severity, for good;
+    #     getter: it would discard the application's own callback and default severity permanently;
     #   - redirecting file descriptor 2 delays other threads' stderr, and a crash while loading loses it.
-    # So: warnings only, of this session only. Errors, and what CUDA says when it fails to start (through the
-    # process's logger), still reach stderr. Whoever sets a severity gets that one, and the warning with it.
+    # So this function drops all warnings of this session, and nothing else. Errors still reach stderr, and so do the
+    # messages of CUDA when it fails to start, which go through the process's logger. A caller that sets a severity gets
+    # that severity, and with it the warning.
     severity = options.log_severity_level
     if severity < 0:
         options.log_severity_level = _SEVERITY_ERROR
     try:
-        # Fallback off: with it, a failing CUDA session prints a banner and becomes a CPU one, even in run().
+        # The fallback is off: with it, a failing CUDA session prints a banner and becomes a CPU session, even in run().
         return ort.InferenceSession(str(model_path), sess_options=options, providers=providers, enable_fallback=0)
     finally:
         options.log_severity_level = severity
 
 
 def _preload_cuda(ort: Any) -> str | None:
-    """Loads CUDA's and cuDNN's libraries from NVIDIA's wheels; returns what could not be loaded, or None."""
-    if not hasattr(ort, "preload_dlls"):
+    """Loads CUDA's and cuDNN's libraries from NVIDIA's wheels; returns the failures as one line, or None."""
+    # A CPU build has nothing to load, and before 1.24 its preload_dlls prints a warning about that.
+    if not hasattr(ort, "preload_dlls") or getattr(ort, "cuda_version", None) == "":
         return None
-    said = io.StringIO()
-    # It prints its failures and raises nothing. sys.stdout belongs to the process: one thread at a time.
-    with _preload_lock, contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    # preload_dlls prints its failures and raises nothing. The lock is needed because all threads share sys.stdout.
+    with _preload_lock, contextlib.redirect_stdout(printed):
         ort.preload_dlls()
-    lines = said.getvalue().splitlines()
+    lines = printed.getvalue().splitlines()
     for line in lines:
         if not line.startswith(_PRELOAD_FAILURE):
             print(line, file=sys.stderr)
@@ -284,7 +292,7 @@ def _preload_cuda(ort: Any) -> str | None:
 def _without_cuda(requested: str, reason: str, fix: str, cause: Exception | None = None) -> Device:
     if requested == "cuda":
         raise DeviceUnavailableError(
-            f"CUDA was asked for and not given: {reason}", field="device", got=CPU, wanted=CUDA, fix=fix
+            f"CUDA was asked for but is not available: {reason}", field="device", got=CPU, wanted=CUDA, fix=fix
         ) from cause
     return Device(requested, CPU, reason)
 
@@ -311,6 +319,6 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _is_importable(module: str) -> bool:
-    # A folder left behind by an uninstall imports as an empty namespace package: it has no origin.
+    # A folder that an uninstall left behind imports as an empty namespace package, which has no origin.
     spec = util.find_spec(module)
     return spec is not None and spec.origin is not None

@@ -1,7 +1,8 @@
-"""The exported graph in one ONNX Runtime session: forward steps over a KV cache, with a patch bound or not.
+"""The exported graph in one ONNX Runtime session: forward steps over a KV cache, with or without a patch.
 
-Knows nothing of text or sampling. A patch is bound per run: its tensors are graph inputs that default to rank 0, so
-switching rebinds pointers and copies nothing, and runs under different patches may go on at the same time.
+This module does not handle text or sampling. A patch is bound for each run. Its tensors are graph inputs that default
+to rank 0, so switching patches rebinds pointers and copies nothing, and runs under different patches may take place at
+the same time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
 from ..storage import REEXPORT
 from .bound_patch import BoundPatch
 from .cuda_graphs import CapturedDecode, check_capturable
+from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
@@ -35,35 +37,39 @@ from .threads import set_threads
 log = logging.getLogger("tp_runtime")
 
 FIRST_LOGIT = "tp.first_logit"
-_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 class Graph:
     """A session over an exported folder.
 
     Args:
-        folder: the opened folder.
+        folder: the opened model folder.
         device: `auto`, `cuda` or `cpu`.
-        defaults: a patch baked in as the session's defaults (SessionOptions.add_initializer): requests under it bind
-            nothing. None leaves the folder's own defaults.
-        options: how the session runs; see SessionSettings.
+        defaults: a patch whose tensors become the session's defaults (SessionOptions.add_initializer), so that requests
+            under it bind nothing. None keeps the folder's own defaults.
+        options: the settings of the session; see SessionSettings.
 
     Attributes:
-        folder, device: the folder, and the device the session is really on.
-        session, ort: ONNX Runtime's session and module.
-        dtype: of slots, keys and values.
-        kv: how the keys and values of one sequence are kept.
-        lane: where captured steps run; None if nothing is captured.
-        capture_failure: why nothing is captured, where that was asked for.
-        base: the base model, bound.
-        default: what the session computes with nothing bound: `defaults`, the folder's default patch, or the base.
-        repair: of a quantised folder that has one: the patch that makes up for the quantisation, part of the base.
+        folder: the model folder.
+        device: the device that the session really runs on.
+        session: ONNX Runtime's session.
+        ort: the onnxruntime module.
+        dtype: the dtype of slots, keys and values.
+        kv: the object that manages the key/value buffers of single sequences.
+        captured: the captured decode buffers; None if nothing is captured.
+        capture_failure: why nothing is captured although `cuda_graphs` asked for it; None otherwise.
+        base: the base model as a bound patch.
+        default: the patch that the session runs under if nothing is bound: `defaults`, the folder's default patch, or
+            the base.
+        repair: the patch that compensates what quantisation costs, which is part of the base; None if the folder has
+            none.
 
     Raises:
-        DeviceUnavailableError: see device.py; or `cuda_graphs` on the CPU.
+        DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
         ModelFormatError: ONNX Runtime cannot load the graph.
-        PatchError: `defaults` does not fit.
-        RequestError: `threads`, `spin` or `cuda_options` is none, or all sessions share a pool; or `cuda_graphs` for a
+        PatchError: `defaults` does not fit the graph.
+        RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
+            valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
             graph of the `optimum` route.
     """
 
@@ -81,7 +87,7 @@ class Graph:
             check_capturable(folder, device)
         self.ort = require_onnxruntime()
         self.folder = folder
-        self.dtype = _DTYPES[folder.kv.dtype]
+        self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
         self.repair = self._folder_default if folder.default_patch and folder.default_patch.repair else None
@@ -91,16 +97,16 @@ class Graph:
             self._check(defaults)
             defaults = self._repaired(defaults)
             terms, deltas = defaults.terms, defaults.deltas
-            # The session reads these where they are: they must outlive it.
-            self._baked = self._slot_values(deltas, "cpu")
-            for name, value in self._baked.items():
+            # The session reads these values in place, so they must live as long as the session.
+            self._default_values = self._slot_values(deltas, "cpu")
+            for name, value in self._default_values.items():
                 session_options.add_initializer(name, value)
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
-        self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # with a lane: its `alone`
+        self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
         chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
         self._huge_pages = settings.huge_pages
-        self._taken: list[Range] = []  # memory that is to be on huge pages after the first run
+        self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
         if not settings.cuda_graphs or not self._capture(chosen, session_options):
             self._open(chosen, session_options)
         prefix = None if defaults is None else defaults.prefix
@@ -108,31 +114,34 @@ class Graph:
         self.base = self._bind_base()
 
     def _open(self, device: Device, options: Any, cuda_graphs: bool = False) -> None:
-        """A session, over the graph prepared for this processor if there is one and it is to run there."""
+        """Open a session; on the CPU, over the graph that was prepared for this processor, if there is one."""
         folder = self.folder
         prepared = prepared_graph(folder) if device.kind == "cpu" else None
         model = prepared or folder.path / "model.onnx"
         before = mapped()
         self.session, self.device = create_session(model, device, options, cuda_graphs, self._cuda_options)
-        self._taken = without(mapped(), before) if self._huge_pages and self.device.kind == "cpu" else []
+        self._for_huge_pages = without(mapped(), before) if self._huge_pages and self.device.kind == "cpu" else []
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
-        self._ones = np.ones((1, folder.context_window), np.int64)  # masks of one sequence are its first entries
+        self._ones = np.ones((1, folder.context_window), np.int64)  # a mask of one sequence is a view of its front
         from_numpy = self.ort.OrtValue.ortvalue_from_numpy
         self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
         buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
-        place = input_kinds(self.session, self.device)[f"past_key_values.0.{KV_PARTS[0]}"]
-        if place != self.device.kind:
-            log.warning("attention runs on the CPU: the CUDA provider has none for %s; export with fp16", self.dtype)
-        self.kv = buffers(folder, self.session, self.ort, place, self.dtype)
+        kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
+        if kv_device != self.device.kind:
+            log.warning(
+                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16",
+                self.dtype,
+            )
+        self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype)
 
     def _capture(self, device: Device, options: Any) -> bool:
-        """Open a session with captured steps; False, with the reason in `capture_failure`, if that fails."""
+        """Open a session with captured steps; if that fails, return False and set `capture_failure` to the reason."""
         try:
             self._open(device, options, cuda_graphs=True)
             self._start_captured()
-        except Exception as error:  # ONNX Runtime's own have no class in common
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
             self.captured, self._exclusive = None, nullcontext
             self.capture_failure = " ".join(str(error.__cause__ or error).split())
             log.warning("decode steps are not captured: %s", self.capture_failure)
@@ -148,25 +157,26 @@ class Graph:
         self.captured.capture()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
-        """Put a patch on the device, ready to run; None is the base.
+        """Put a patch on the device, ready to run; None means the base.
 
-        On a repaired folder the base is the repaired one, and a patch that was not fitted for this precision acts
-        beside the repair; one that was takes its place, for it makes up for the same loss.
+        If the folder has a repair, the base includes it. A patch that was not fitted for the folder's precision is
+        added to the repair. A patch that was fitted for this precision replaces the repair, because it compensates the
+        same loss.
 
         Raises:
-            BaseMismatchError: the patch was fitted on another base, or on a quantised one of another precision.
-            PatchTargetError, PatchShapeError, PatchValueError: it does not fit the slots.
+            BaseMismatchError: the patch was fitted on another base, or on a quantised base of another precision.
+            PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the slots.
         """
         if patch is None:
             return self.base
-        self._check(patch)  # first: whether it fits does not depend on its strength or on the defaults
+        self._check(patch)  # this comes first because the fit does not depend on the strength or on the defaults
         if not patch.terms:
             return self.base
         patch = self._repaired(patch)
         deltas = dict(patch.deltas)
         if patch.terms == self.default.key[1]:
             return self.default
-        # With rank-0 defaults, slots the patch leaves alone need no binding.
+        # If the defaults are rank 0, the slots without a delta need no binding.
         only = None if self.default.key[1] else set(deltas)
         values = self._slot_values(deltas, self.device.kind, only)
         return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, deltas)
@@ -179,7 +189,7 @@ class Graph:
         return BoundPatch(self._slot_values(deltas, self.device.kind), key, deltas=deltas)
 
     def _repaired(self, patch: Patch) -> Patch:
-        """What is bound for `patch`, which has a term: see `bind`."""
+        """Returns the patch to bind for `patch`, which has at least one term: with the repair if `bind` adds it."""
         if self.repair is None or patch.config.precision not in FLOAT_PRECISIONS:
             return patch
         return self.repair + patch
@@ -203,41 +213,54 @@ class Graph:
         return values
 
     def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
-        """What the slots add under `bound`, by (layer, site); those of the folder's own default are read on first use.
+        """Returns the deltas of `bound`, by (layer, site). Those of the folder's default patch are read on first use.
 
         Raises:
-            ModelFormatError, PatchError: they cannot be read.
+            ModelFormatError, PatchError: the folder's default patch cannot be read.
         """
         return self._folder_default.deltas if bound.deltas is None else bound.deltas
 
     @cached_property
     def _folder_default(self) -> Patch:
-        """The folder's default patch, from its own file: a session keeps its initializers to itself."""
+        """The folder's default patch, read from its own file because a session does not give out its initializers."""
         assert self.folder.default_patch is not None
         if DEFAULT_FILE not in self.folder.files:
-            raise ModelFormatError("has a default patch and no file of it", field=DEFAULT_FILE, fix=REEXPORT)
+            raise ModelFormatError(
+                "the folder has a default patch but no file for it", field=DEFAULT_FILE, fix=REEXPORT
+            )
         patch, wanted = Patch.load(self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
         if patch.identity != wanted:
             raise ModelFormatError(
-                "is not the folder's default patch", field=DEFAULT_FILE, got=patch.identity, wanted=wanted, fix=REEXPORT
+                "the file does not hold the folder's default patch",
+                field=DEFAULT_FILE,
+                got=patch.identity,
+                wanted=wanted,
+                fix=REEXPORT,
             )
         return patch
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """An empty cache for runs under `bound`; it begins after the patch's prefix, if it has one."""
+        """Returns an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one."""
         return KVCache(bound.key, bound.prefix)
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
-        """Keys and values that a cache holds, by graph input name: [heads, filled, head dim], valid until it is run."""
+        """Returns a cache's keys and values [heads, filled, head dim] by graph input name, valid until its next run."""
         with self._exclusive():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
 
     def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
-        """Logits [T, vocab] of T ids in a cache of their own; of those after the ids that the patch's prefix replaces.
+        """Run ids in a fresh cache.
+
+        Args:
+            tokens: T ids; under a patch with a KV prefix they start with the ids that the prefix replaces.
+            bound: the patch.
+
+        Returns:
+            Logits [T, vocab], float32, without the positions of the ids that the prefix replaces.
 
         Raises:
-            RequestError: as `forward`; or `tokens` cannot follow the prefix.
+            RequestError: `forward` raises it, or `tokens` cannot follow the prefix.
         """
         cache = self.new_cache(bound)
         cache.require_start(tokens)
@@ -252,29 +275,30 @@ class Graph:
         all_logits: bool = False,
         copy: bool = True,
     ) -> NDArray[np.float32]:
-        """Run `tokens` after what is in `cache`, and append them to it.
+        """Run `tokens` after the tokens that `cache` holds, and append them to it.
 
         Args:
-            tokens: ids, at least one.
-            cache: made by `new_cache` under the same patch.
+            tokens: at least one id.
+            cache: a cache that `new_cache` made under the same patch.
             bound: the patch.
-            all_logits: logits of every token instead of the last one only.
-            copy: whether the logits are the caller's own. If not, the cache's next run may overwrite them: it
-                saves a copy, which takes longer than picking a token does.
+            all_logits: whether to return the logits of every token instead of only the last token's.
+            copy: whether the returned logits are the caller's own array. If not, the cache's next run may overwrite
+                them. This saves a copy, which takes longer than picking a token.
 
         Returns:
             Logits [len(tokens) or 1, vocab], float32.
 
         Raises:
             StaleCacheError: the cache was made under another patch or graph.
-            RequestError: an id outside the vocabulary, or more tokens than the context window holds.
+            RequestError: `tokens` is empty or has an id outside the vocabulary, or the context window cannot hold that
+                many tokens.
         """
         cache.require_key(bound.key)
         position = len(cache) + cache.skipped
         self.check_ids(tokens)
         if position + len(tokens) > self.folder.context_window:
             raise RequestError(
-                "more tokens than the context window holds",
+                "the context window cannot hold this many tokens",
                 field="tokens",
                 got=position + len(tokens),
                 wanted=f"at most {self.folder.context_window}",
@@ -286,20 +310,20 @@ class Graph:
         return logits
 
     def _after_run(self) -> None:
-        """After the first one, weights move to huge pages; not sooner, for somebody waits for the first token."""
-        if self._taken:
-            taken, self._taken = self._taken, []
-            use_huge_pages_soon(taken)
+        """After the first run, move the weights to huge pages; doing it earlier would delay the first token."""
+        if self._for_huge_pages:
+            ranges, self._for_huge_pages = self._for_huge_pages, []
+            use_huge_pages_soon(ranges)
 
     def _run(
         self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, copy: bool
     ) -> NDArray[np.float32]:
         steps, length = len(tokens), cache.filled + len(tokens)
-        lane = self.captured
-        if lane is not None:
-            taken = lane.take(cache, length, bound.values)
-            if taken and steps == 1 and lane.switch(bound.key, self.deltas(bound)):
-                return lane.step(tokens[0], position, length)
+        captured = self.captured
+        if captured is not None:
+            owned = captured.take(cache, length, bound.values)
+            if owned and steps == 1 and captured.switch(bound.key, self.deltas(bound)):
+                return captured.step(tokens[0], position, length)
         self.kv.prepare(cache, length, bound.values)
         mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
@@ -307,7 +331,7 @@ class Graph:
             logits = logits.copy() if copy else logits
             self._after_run()
         else:
-            cache.step = None  # what it has bound is bound to something else now
+            cache.step = None  # the run below binds other values to the inputs that it had bound
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
             logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)[0]
         self.kv.adopt(cache)
@@ -328,13 +352,14 @@ class Graph:
         *,
         all_logits: bool = False,
     ) -> NDArray[np.float32]:
-        """One run of the session over a binding that holds keys, values and patch.
+        """Run the session once over a binding that already holds keys, values and patch.
 
         Args:
-            binding: of this session.
-            ids, positions: [B, T].
-            mask: [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right.
-            all_logits: logits of every position instead of the last one only.
+            binding: a binding of this session.
+            ids: token ids [B, T].
+            mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right.
+            positions: the ids' positions [B, T].
+            all_logits: whether to return the logits of every position instead of only the last position's.
 
         Returns:
             Logits [B, T or 1, vocab], float32.
@@ -343,26 +368,29 @@ class Graph:
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input("position_ids", positions)
         binding.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
-        # An array of one's own: asking the binding for its outputs takes as long as they are many, two for each layer.
+        # The logits get an array of their own, because asking the binding for its outputs takes time for each of them,
+        # and there are two for every layer.
         rows, steps = ids.shape
         logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
         run = self.session.run_with_iobinding if self.captured is None else self.captured.run
-        run(binding)  # one that fails leaves the caches' tokens as they were
+        run(binding)  # a run that fails leaves the caches' tokens as they were
         self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def check_ids(self, tokens: Sequence[int]) -> None:
-        """Check that there are tokens, and that all are ids of the vocabulary.
+        """Check that there is at least one token and that every token is an id of the vocabulary.
 
         Raises:
-            RequestError: they are not.
+            RequestError: `tokens` is empty, or a token is not an id of the vocabulary.
         """
         if not tokens:
-            raise RequestError("no tokens", field="tokens", got=0, wanted="at least one id")
+            raise RequestError("the list of tokens is empty", field="tokens", got=0, wanted="at least one id")
         for token in tokens:
             if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
-                raise RequestError("not a token id", field="tokens", got=repr(token), wanted="a whole number")
+                raise RequestError(
+                    "a token id is not an integer", field="tokens", got=repr(token), wanted="a whole number"
+                )
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.folder.vocab_size:
             raise RequestError(

@@ -1,12 +1,13 @@
-"""Weights on huge pages.
+"""This module puts a session's weights on huge pages.
 
-A token reads every weight once. On pages of 4 kB most of these reads first miss the table in which the processor keeps
-the addresses of pages (the TLB); on pages of 2 MB few do. Linux gives such pages to whom asks, and ONNX Runtime does
-not ask. So the memory that was taken while a session was made is named afterwards; what it holds stays as it is.
+A decode step reads every weight once. On pages of 4 kB most of these reads first miss the table in which the processor
+keeps the addresses of pages (the TLB). On pages of 2 MB few reads miss it. Linux gives such pages to a program that
+asks for them, and ONNX Runtime does not ask. So this module finds the memory that the process gained while a session
+was created and asks the kernel to put it on huge pages. The contents of the memory do not change.
 
-Only advice: another system, an old kernel or an administrator's `never` leave everything as it was. And since it
-changes nothing that a program can see, it is given in the background, after the first run: where a virtual machine has
-to ask its host for each huge page, it takes 0.3 s for 100 MB.
+The request is only advice. On another system, with an old kernel, or with an administrator's setting `never`,
+everything stays as it was. The advice changes nothing that a program can see, so it is given in the background, after
+the first run. If a virtual machine has to ask its host for each huge page, it takes 0.3 s for 100 MB.
 """
 
 from __future__ import annotations
@@ -23,51 +24,52 @@ from pathlib import Path
 
 log = logging.getLogger("tp_runtime")
 
-Range = tuple[int, int]  # first address, and the one behind the last
+Range = tuple[int, int]  # the first address, and the address after the last
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _PROCESS = Path("/proc/self")
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)$")
 _RESIDENT = re.compile(r"^Rss: +(\d+) kB$")
-_HUGE = 14  # MADV_HUGEPAGE: the kernel may use huge pages here, at once or in the background
-_COLLAPSE = 25  # MADV_COLLAPSE, from Linux 6.1: at once
+_HUGE = 14  # MADV_HUGEPAGE: the kernel may use huge pages here, immediately or in the background
+_COLLAPSE = 25  # MADV_COLLAPSE, from Linux 6.1: the kernel uses huge pages immediately
 
 
 def mapped() -> list[Range]:
-    """The address ranges that this process has; none where the system does not tell."""
+    """Returns the address ranges that this process has mapped; empty if the system does not report them."""
     return mappings(_read(_PROCESS / "maps"))
 
 
 def use_huge_pages_soon(taken: Sequence[Range]) -> threading.Thread:
-    """`use_huge_pages` in a thread of its own, which keeps no process from ending."""
+    """Run `use_huge_pages` in a daemon thread, which does not keep the process from ending; returns the thread."""
     thread = threading.Thread(target=use_huge_pages, args=(taken,), name="huge pages", daemon=True)
     thread.start()
     return thread
 
 
 def use_huge_pages(taken: Sequence[Range]) -> int:
-    """Put memory of this process on huge pages, as far as it is its own and written.
+    """Put private, written memory of this process on huge pages.
 
     Args:
-        taken: where to look: what `mapped` has gained. Memory that other threads took in the same time is among it.
+        taken: the address ranges to search: those that `mapped` reports now and did not report before the session was
+            created. They include memory that other threads allocated in the meantime.
 
     Returns:
-        Bytes that huge pages were asked for; 0 where there are none.
+        The number of bytes for which huge pages were requested; 0 if the system has no huge pages.
     """
     size = page_size()
     if size is None:
         return 0
-    start, asked = time.perf_counter(), 0
+    start, requested = time.perf_counter(), 0
     for first, end in aligned(within(written(_read(_PROCESS / "smaps")), taken), size):
         _advise(first, end - first, _HUGE)
         _advise(first, end - first, _COLLAPSE)
-        asked += end - first
-    log.debug("asked for huge pages for %.0f MB in %.2f s", asked / 1e6, time.perf_counter() - start)
-    return asked
+        requested += end - first
+    log.debug("requested huge pages for %.0f MB in %.2f s", requested / 1e6, time.perf_counter() - start)
+    return requested
 
 
 def page_size() -> int | None:
-    """Bytes of a huge page; None where there are none, or they are switched off."""
+    """Returns the size of a huge page in bytes; None if the system has no huge pages or they are switched off."""
     if "[never]" in _read(_SETTINGS / "enabled"):
         return None
     size = _read(_SETTINGS / "hpage_pmd_size").strip()
@@ -75,22 +77,22 @@ def page_size() -> int | None:
 
 
 def mappings(maps: str) -> list[Range]:
-    """All address ranges of /proc/PID/maps."""
+    """Returns all address ranges in the text of /proc/PID/maps."""
     found = (_MAPPING.match(line) for line in maps.splitlines())
     return [(int(match[1], 16), int(match[2], 16)) for match in found if match]
 
 
 def written(smaps: str) -> list[Range]:
-    """The ranges of /proc/PID/smaps that are the process's own, and in memory for at least one half.
+    """Returns the private, writable ranges in the text of /proc/PID/smaps of which at least one half is resident.
 
-    What is not is a thread's stack, or reserved: huge pages would fill it up.
+    A range of which less is resident is a thread's stack or reserved memory. Huge pages would fill it up.
     """
     found: list[Range] = []
     candidate: Range | None = None
     for line in smaps.splitlines():
         if match := _MAPPING.match(line):
-            own = match[3] == "rw-p" and match[4] in ("", "[heap]")
-            candidate = (int(match[1], 16), int(match[2], 16)) if own else None
+            private = match[3] == "rw-p" and match[4] in ("", "[heap]")
+            candidate = (int(match[1], 16), int(match[2], 16)) if private else None
         elif candidate and (match := _RESIDENT.match(line)):
             if 2 * 1024 * int(match[1]) >= candidate[1] - candidate[0]:
                 found.append(candidate)
@@ -99,39 +101,39 @@ def written(smaps: str) -> list[Range]:
 
 
 def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """What of `ranges` lies in none of `others`."""
-    apart: list[list[int]] = []  # the others in order, those that touch as one
+    """Returns the parts of `ranges` that lie outside all of `others`."""
+    merged: list[list[int]] = []  # the others in ascending order, with overlapping and adjacent ranges joined
     for first, end in sorted(others):
-        if apart and first <= apart[-1][1]:
-            apart[-1][1] = max(apart[-1][1], end)
+        if merged and first <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
         else:
-            apart.append([first, end])
-    starts, left = [first for first, _end in apart], []
+            merged.append([first, end])
+    starts, outside = [first for first, _end in merged], []
     for first, end in ranges:
-        for cut, until in apart[max(0, bisect_right(starts, first) - 1) :]:
-            if cut >= end:
+        for other_first, other_end in merged[max(0, bisect_right(starts, first) - 1) :]:
+            if other_first >= end:
                 break
-            if first < cut:
-                left.append((first, cut))
-            first = max(first, until)
+            if first < other_first:
+                outside.append((first, other_first))
+            first = max(first, other_end)
         if first < end:
-            left.append((first, end))
-    return left
+            outside.append((first, end))
+    return outside
 
 
 def within(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """What of `ranges` lies in some of `others`."""
+    """Returns the parts of `ranges` that lie in at least one of `others`."""
     return without(ranges, without(ranges, others))
 
 
 def aligned(ranges: Sequence[Range], size: int) -> list[Range]:
-    """The whole pages of `size` bytes within each range."""
+    """Returns for each range the part that consists of whole pages of `size` bytes, if there is one."""
     pages = [(-(-first // size) * size, end // size * size) for first, end in ranges]
     return [(first, end) for first, end in pages if first < end]
 
 
 def _advise(address: int, length: int, advice: int) -> None:
-    """What the kernel refuses stays as it was, so its answer does not matter."""
+    """Call madvise; its result is ignored, because memory stays as it was if the kernel refuses the advice."""
     madvise = _madvise()
     assert madvise is not None
     madvise(address, length, advice)
@@ -141,7 +143,7 @@ def _advise(address: int, length: int, advice: int) -> None:
 def _madvise() -> Callable[[int, int, int], int] | None:
     try:
         function = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError, TypeError):  # no C library to be found, as on Windows
+    except (OSError, AttributeError, TypeError):  # there is no C library to load, as on Windows
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function  # type: ignore[no-any-return]

@@ -1,10 +1,11 @@
-"""How a graph's keys and values live between steps: one way for each export route.
+"""This module manages the key/value buffers of a graph between steps, in one variant for each export route.
 
-fused    the attention operator appends in place: one buffer with room to grow is bound as past and as present.
-optimum  the graph concatenates: past is exactly as long as what was run, and every step returns it anew, longer.
+fused    The attention operator appends in place. One buffer with room to grow is bound as past and as present.
+optimum  The graph concatenates. The past is exactly as long as the tokens run so far, and every step returns a new,
+         longer tensor.
 
-Either way a failed run leaves the tokens of the cache as they were, and a rewound cache (KVCache.keep_prefix) goes on
-from the tokens it kept.
+In both variants a failed run leaves the tokens of the cache as they were, and a cache that was rewound
+(KVCache.keep_prefix) continues from the tokens it kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patch import KV_PARTS
+from .description import past_name, present_name
 from .kv_cache import KVCache
 from .model_folder import ModelFolder
 from .slots import check_rows
@@ -23,7 +25,10 @@ _FIRST_CAPACITY = 256
 
 
 def grown_capacity(capacity: int, length: int, window: int) -> int:
-    """Positions of a buffer that has become too short for `length`: doubled, for copying it costs; at most `window`."""
+    """Returns the capacity, in positions, of a buffer that must grow to hold `length` positions; at most `window`.
+
+    The capacity doubles until it suffices, because every growth copies the buffer.
+    """
     capacity = max(_FIRST_CAPACITY, capacity)
     while capacity < length:
         capacity *= 2
@@ -31,18 +36,19 @@ def grown_capacity(capacity: int, length: int, window: int) -> int:
 
 
 class _KVBuffers:
-    """What both ways need.
+    """The parts that both variants share.
 
     Args:
-        folder: of the graph.
-        session: its session.
+        folder: the model folder of the graph.
+        session: the graph's session.
         ort: the onnxruntime module.
-        device: `cpu` or `cuda`, where the attention operator runs.
-        dtype: of keys and values.
+        device: the device that the attention operator runs on, `cpu` or `cuda`.
+        dtype: the dtype of keys and values.
 
     Attributes:
-        device: where the buffers are: the same.
-        names: (graph input, graph output) of every tensor, in the order in which they are bound.
+        device: the device that the buffers are on, which is the attention operator's.
+        names: the names (graph input, graph output) of every key and value tensor, in the order in which they are
+            bound.
     """
 
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
@@ -50,11 +56,11 @@ class _KVBuffers:
         self._session, self.device, self._dtype = session, device, dtype
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in KV_PARTS]
-        self.names = [(f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for layer, part in parts]
+        self.names = [(past_name(*part), present_name(*part)) for part in parts]
         self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
 
     def _value(self, length: int, content: Any = None) -> Any:
-        """A buffer on the device with `length` places, the first of them filled from [1, heads, kept, head dim]."""
+        """Returns a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
         return self._from_numpy(self._array(length, content), self.device, 0)
 
     def _array(self, length: int, content: Any) -> NDArray[Any]:
@@ -64,9 +70,10 @@ class _KVBuffers:
         return array
 
     def content(self, cache: KVCache, past: str) -> Any:
-        """What a cache holds of one tensor, [1, heads, filled, head dim], or None of nothing.
+        """Returns the filled part of one tensor of a cache, [1, heads, filled, head dim]; None if the cache is empty.
 
-        From its buffers, or before it has any: what it starts with, or its patch's prefix.
+        The data comes from the cache's buffers. A cache without buffers yet gives its `start`, or else its patch's KV
+        prefix.
         """
         if past in cache.buffers:
             return cache.buffers[past].numpy()[:, :, : cache.filled]
@@ -83,7 +90,7 @@ class _KVBuffers:
 
 
 class InPlaceBuffers(_KVBuffers):
-    """One buffer a tensor, read as past and written as present; doubled when it is full."""
+    """One buffer for each tensor, which a run reads as past and writes as present; it doubles when it is full."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
         """Bind buffers with room for `length` positions, and `patch`, to `cache.binding`."""
@@ -93,7 +100,7 @@ class InPlaceBuffers(_KVBuffers):
         self.hold(cache, {past: self._value(capacity, self.content(cache, past)) for past, _ in self.names}, patch)
 
     def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
-        """Let `cache` run in `buffers`, which hold what it held: bind them, and `patch`, to a binding of its own."""
+        """Make `cache` run in `buffers`, which hold its contents: bind them and `patch` to a new binding of its own."""
         binding = self._new_binding(patch)
         for past, present in self.names:
             binding.bind_ortvalue_input(past, buffers[past])
@@ -103,35 +110,35 @@ class InPlaceBuffers(_KVBuffers):
         cache.start = None
 
     def fixed_buffers(self, capacity: int) -> dict[str, Any]:
-        """Buffers of zeros that one sequence after the other will run in (cuda_graphs.py), by graph input name."""
+        """Returns buffers of zeros, by graph input name, in which sequences run one after another (cuda_graphs.py)."""
         return {past: self._value(capacity) for past, _present in self.names}
 
     def refill(self, buffer: Any, content: NDArray[Any]) -> None:
-        """Overwrite a buffer where it lies: `content` [1, heads, kept, head dim] in its first places, then zeros."""
+        """Overwrite a buffer in place: first `content` [1, heads, kept, head dim], then zeros."""
         buffer.update_inplace(self._array(buffer.shape()[2], content))
 
     def adopt(self, cache: KVCache) -> None:
-        """Nothing to do after a run: it wrote where the next one reads."""
+        """Do nothing: a run writes its keys and values to the place where the next run reads them."""
 
 
 class ConcatenatedBuffers(_KVBuffers):
-    """Each step's present becomes the next step's past."""
+    """A tensor of exact length for each past; the present that a run returns becomes the past of the next run."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
-        """Bind a past of exactly what `cache` holds, outputs to be allocated, and `patch`, to `cache.binding`."""
+        """Bind to `cache.binding` a past of exactly the cache's length, outputs for ORT to allocate, and `patch`."""
         if cache.binding is None:
             cache.binding = self._new_binding(patch)
         for past, present in self.names:
-            if past not in cache.buffers or cache.capacity != cache.filled:  # new, or rewound
+            if past not in cache.buffers or cache.capacity != cache.filled:  # the cache is new or was rewound
                 cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
-            cache.binding.bind_output(present, self.device, 0)  # anew: the last run's has the last run's length
+            cache.binding.bind_output(present, self.device, 0)  # the output of the last run has the last run's length
         cache.capacity = cache.filled
         cache.start = None
 
     def adopt(self, cache: KVCache) -> None:
-        """Keep what a run returned."""
-        *presents, _logits = cache.binding.get_outputs()  # in the order in which they were first bound
+        """Store the keys and values that a run returned as the cache's buffers."""
+        *presents, _logits = cache.binding.get_outputs()  # the outputs come in the order in which they were first bound
         for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
         cache.capacity = presents[0].shape()[2]

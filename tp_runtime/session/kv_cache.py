@@ -1,7 +1,7 @@
 """The KV cache of one sequence, which belongs to one patch.
 
-A patch changes every later layer's keys and values, so a cache made under one is wrong under another. Each cache
-carries the key it was made under, and the graph refuses to run it under any other.
+A patch changes the keys and values of every later layer, so a cache made under one patch is wrong under another. Each
+cache stores the key it was made under, and the graph refuses to run it under any other key.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from ..errors import StaleCacheError
 from ..patch import KVPrefix
 from .step_io import StepIO
 
-# (graph digest, ordered (patch identity, strength) terms); () is the base.
+# The graph digest and the ordered terms (patch identity, strength); the base has no terms.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens run so far, for one run at a time.
+    """The keys and values of the tokens run so far. Only one run at a time may use a cache.
 
     Attributes:
-        key: what the cache was made under.
-        prefix: entries that the patch puts in front, which stand in for the first ids of every prompt.
-        tokens: the ids in it, in order, those that `prefix` stands in for included.
-        capacity: positions its buffers are long.
-        buffers: graph input name -> buffer [1, kv heads, capacity, head dim] on the device; kv_buffers.py says how they
-            grow. With capacity 0 a copy on the host, [1, kv heads, filled, head dim], that the next run puts back.
-        binding: the ONNX Runtime binding that holds the buffers, kept between steps.
-        start: what the buffers begin with, by graph input name, [kv heads, filled, head dim]; read, never written.
-        step: the ids and logits that `binding` has bound since the last decode step; None after any other run.
+        key: the graph and the patch that the cache was made under.
+        prefix: the entries that the patch puts at the front, which stand in for the first ids of every prompt.
+        tokens: the ids that the cache holds, in order, including those that `prefix` stands in for.
+        capacity: the length of the buffers, in positions.
+        buffers: the buffers [1, kv heads, capacity, head dim] on the device, by graph input name; kv_buffers.py
+            describes how they grow. If `capacity` is 0, they are a copy on the host, [1, kv heads, filled, head dim],
+            which the next run copies to the device.
+        binding: the ONNX Runtime binding that holds the buffers; it is reused from step to step.
+        start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
+            never written.
+        step: the ids and logits that are bound to `binding` since the last decode step; None after any other run.
     """
 
     key: CacheKey
@@ -54,14 +56,14 @@ class KVCache:
 
     @property
     def filled(self) -> int:
-        """Positions of the buffers in use: one for each id, or for each entry of the prefix and each id after it."""
+        """The number of filled positions. A prefix counts by its own entries, not by the ids that it replaces."""
         if self.prefix is None:
             return len(self.tokens)
         return len(self.prefix) + len(self.tokens) - len(self.prefix.replaces)
 
     @property
     def skipped(self) -> int:
-        """How much further the next id's position is than the number of ids before it."""
+        """The difference between the next id's position and the number of ids before it."""
         return 0 if self.prefix is None else self.prefix.skipped
 
     def require_start(self, tokens: Sequence[int]) -> None:
@@ -81,16 +83,16 @@ class KVCache:
             )
 
     def keep_prefix(self, tokens: list[int]) -> int:
-        """Forget everything after the longest common prefix with `tokens`; returns its length.
+        """Drop all tokens after the longest common prefix with `tokens`; returns the length of that common prefix.
 
-        At least the last of `tokens` is left to run, since its logits are what a continuation starts from.
+        The common prefix never includes the last of `tokens`, because the logits of that token are needed to continue.
 
         Raises:
-            RequestError: `tokens` cannot follow the cache's prefix.
+            RequestError: `tokens` cannot follow the patch's KV prefix.
         """
         self.require_start(tokens)
         common = min(len(self.tokens), len(tokens) - 1)
-        if self.tokens[:common] != tokens[:common]:  # one comparison in C where nothing differs: every decode step
+        if self.tokens[:common] != tokens[:common]:  # in a decode step nothing differs, and one comparison in C is fast
             pairs = zip(self.tokens, tokens, strict=False)
             common = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
         del self.tokens[common:]

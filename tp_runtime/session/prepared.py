@@ -1,12 +1,12 @@
-"""A graph baked for one machine: optimised, its weights already packed the way this processor's kernels read them.
+"""A graph prepared for one machine: it is optimised, and its weights are packed as this processor's kernels read them.
 
-ONNX Runtime packs weights anew at every load, into memory of the process's own. Packed once and written to disk they
-are mapped instead: a load takes less time, and processes that run the same model share the pages. What comes out
-depends on the processor and on ONNX Runtime's version, so the folder says what it was made on, and is used nowhere
-else.
+ONNX Runtime packs the weights again at every load, into the process's own memory. Weights that were packed once and
+written to disk are mapped instead. A load takes less time, and processes that run the same model share the pages. The
+result depends on the processor and on ONNX Runtime's version. So the folder records the machine that it was made on,
+and no other machine uses it.
 
     MODEL/prepared/model.onnx, weights      the graph
-    MODEL/prepared/prepared.json            what it was made from and on, and the size of its files
+    MODEL/prepared/prepared.json            the graph and the machine it was made from and for, and its files' sizes
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("tp_runtime")
 
 _GRAPH, _WEIGHTS, _RECORD = "model.onnx", "weights", "prepared.json"
 _RECORD_CAP = 2**16
-_BAKE = {
+_SESSION_CONFIG = {
     "session.save_external_prepacked_constant_initializers": "1",
     "session.optimized_model_external_initializers_file_name": _WEIGHTS,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -36,19 +36,19 @@ _BAKE = {
 
 
 def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
-    """Bake a folder's graph for this machine, if that was not done yet or was done for another.
+    """Prepare a folder's graph for this machine, unless a prepared graph that fits is already there.
 
     Args:
         folder: the opened folder; it must be writable.
-        again: even if what is there fits.
+        again: whether to prepare the graph even if one that fits is there.
 
     Returns:
-        Whether anything had to be done.
+        Whether a graph was prepared.
 
     Raises:
         ModelFormatError: ONNX Runtime cannot load the graph.
         DeviceUnavailableError: there is no ONNX Runtime.
-        OSError: the disk is full or the folder cannot be written; what was there is left as it was.
+        OSError: the disk is full or the folder cannot be written; an earlier prepared graph stays as it was.
     """
     if not again and prepared_graph(folder) is not None:
         return False
@@ -56,7 +56,7 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
     with atomic_folder(folder.path / PREPARED, overwrite=True) as out:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(out / _GRAPH)
-        for name, value in _BAKE.items():
+        for name, value in _SESSION_CONFIG.items():
             options.add_session_config_entry(name, value)
         create_session(folder.path / _GRAPH, Device("cpu", CPU), options)
         sizes = {name: (out / name).stat().st_size for name in (_GRAPH, _WEIGHTS) if (out / name).exists()}
@@ -66,17 +66,17 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
 
 
 def prepared_graph(folder: ModelFolder) -> Path | None:
-    """The graph baked for this machine, or None: there is none, or it fits another machine, which is logged."""
+    """Returns the graph prepared for this machine, or None; a prepared graph that does not fit is logged."""
     if not (folder.path / PREPARED).is_dir():
         return None
-    if (reason := _misfit(folder)) is None:
+    if (reason := _why_unusable(folder)) is None:
         return folder.path / PREPARED / _GRAPH
     log.warning("the prepared graph is not used: %s; run `tp-runtime prepare` again", reason)
     return None
 
 
-def _misfit(folder: ModelFolder) -> str | None:
-    """Why what is there cannot be used."""
+def _why_unusable(folder: ModelFolder) -> str | None:
+    """Returns the reason why the prepared graph cannot be used here; None if it can."""
     root = folder.path / PREPARED
     try:
         record = checked_file(root, _RECORD)
@@ -86,24 +86,24 @@ def _misfit(folder: ModelFolder) -> str | None:
         wanted = {**_machine(), "graph_digest": folder.graph_digest}
         for key, value in wanted.items():
             if found.get(key) != value:
-                return f"made for {key} {found.get(key)!a:.80}, and this is {value}"
+                return f"it was made for {key} {found.get(key)!a:.80}, but this is {value}"
         if not {_GRAPH} <= found["files"].keys() <= {_GRAPH, _WEIGHTS}:
-            return f"{_RECORD} lists other files"
+            return f"{_RECORD} lists missing or unknown files"
         for name, size in found["files"].items():
             if checked_file(root, name).stat().st_size != size:
-                return f"{name} has another size than it had"
+                return f"the size of {name} differs from the recorded size"
     except (TPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
     return None
 
 
 def _machine() -> dict[str, Any]:
-    """What packed weights depend on."""
+    """Returns the properties of this machine that packed weights depend on."""
     return {"onnxruntime": require_onnxruntime().__version__, "system": platform.system(), "processor": _processor()}
 
 
 def _processor() -> str:
-    """Name of the processor, and a digest of what it can do: a virtual machine may hide some of it."""
+    """Returns the processor's name and a digest of its features, because a virtual machine may hide some features."""
     name, features = platform.processor() or platform.machine(), ""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

@@ -1,7 +1,7 @@
-"""Is a patch live on this device, and does it do what it did on the host?
+"""This module checks that a patch is live on this device and that it computes what it computed on the host.
 
-At export the patched model is run on a few token ids and the result goes into the patch file. `check` runs the same
-ids here, with the patch and without, so that a patch that is silently ignored cannot pass.
+At export the host runs the patched model on a few token ids and writes the result into the patch file. `check_probe`
+runs the same ids on this device, with the patch and without it, so that a patch that is silently ignored cannot pass.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from ..errors import PatchFormatError
 from ..patch import Patch
 from .graph import Graph
 
-# Largest logit error that is rounding: float32 kernels differ by some 1e-4, halves of 11 bits by some 1e-2.
+# The largest logit error that counts as rounding. Float32 kernels differ by about 1e-4. Kernels in fp16, whose
+# significand has 11 bits, differ by about 1e-2.
 _TOLERANCE = {"fp32": 5e-3, "fp16": 0.25}
 
 
 @dataclass(frozen=True)
 class ProbeCheck:
-    """What `check` found.
+    """The result of `check_probe`.
 
     Attributes:
-        live: the patch changes the logits on this device.
-        ok: it is live and does what it did on the host.
-        top1_agreement: share of the probe's positions with the same most likely token as on the host.
-        max_logit_error: of those tokens' logits, against the host's.
-        max_logit_error_unpatched: the same with no patch bound, for comparison.
+        live: whether the patch changes the logits on this device.
+        ok: whether the patch is live and computes what it computed on the host.
+        top1_agreement: the share of the probe's positions with the same most likely token as on the host.
+        max_logit_error: the largest difference from the host, over the logits of the host's most likely tokens and the
+            logsumexp of every position.
+        max_logit_error_unpatched: the same difference with no patch bound, for comparison.
     """
 
     live: bool
@@ -39,12 +41,20 @@ class ProbeCheck:
     max_logit_error_unpatched: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the fields as a dictionary for JSON."""
         return asdict(self)
 
 
 def measure_probe(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
-    """The probe of a patch file: logits [n, vocab] of the last n of `token_ids` under the patch, in a few numbers."""
+    """Returns the probe that a patch file stores.
+
+    Args:
+        token_ids: the ids that were run.
+        logits: the logits [n, vocab] of the last n ids, under the patch.
+
+    Returns:
+        The ids, and for each of the n positions the most likely token, its logit, and the logsumexp of the logits.
+    """
     top1 = logits.argmax(1)
     peak = logits.max(1, keepdims=True).astype(np.float64)
     logsumexp = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
@@ -59,26 +69,26 @@ def measure_probe(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str
 def check_probe(graph: Graph, patch: Patch) -> ProbeCheck:
     """Run the patch's probe on `graph`.
 
-    On a quantised graph the logits move by more than rounding; there the patch passes if it brings them closer to the
-    host's than the base is.
+    On a quantised graph the logits differ from the host's by more than rounding. There the patch passes if its logits
+    are closer to the host's than the base's logits are.
 
     Raises:
-        PatchFormatError: the patch carries no probe, or one with ids this model does not have.
-        PatchError: it does not fit the graph.
+        PatchFormatError: the patch has no probe, or its probe does not belong to this model or to this patch.
+        PatchError: the patch does not fit the graph.
     """
     probe = patch.config.probe
     if probe is None:
         raise PatchFormatError(
-            f"the patch {patch.name!r} carries no probe",
+            f"the patch {patch.name!r} has no probe",
             field="config.probe",
             got="nothing",
             wanted="token ids and their logits",
-            fix="check a patch as exported: scaled, added and truncated ones have no host figures",
+            fix="check the patch as it was exported: scaled, added and truncated patches have no values from the host",
         )
     token_ids, vocabulary = probe["token_ids"], graph.folder.vocab_size
     if max(*token_ids, *probe["top1"]) >= vocabulary or len(token_ids) > graph.folder.context_window:
         raise PatchFormatError(
-            f"the probe of the patch {patch.name!r} is of another model",
+            f"the probe of the patch {patch.name!r} was made for another model",
             field="config.probe",
             got=f"{len(token_ids)} ids up to {max(*token_ids, *probe['top1'])}",
             wanted=f"at most {graph.folder.context_window} ids below {vocabulary}",
@@ -88,7 +98,7 @@ def check_probe(graph: Graph, patch: Patch) -> ProbeCheck:
         raise _other_probe(patch, "ids that do not start with those that the KV prefix replaces")
     replaced = 0 if patch.prefix is None else len(patch.prefix.replaces)
     if len(probe["top1"]) != len(token_ids) - replaced:
-        raise _other_probe(patch, f"{len(probe['top1'])} positions of {len(token_ids) - replaced}")
+        raise _other_probe(patch, f"{len(probe['top1'])} positions for {len(token_ids) - replaced} ids")
     host = np.array(probe["top1_logits"], np.float64), np.array(probe["logsumexp"], np.float64)
 
     def run(chosen: Patch | None) -> tuple[NDArray[np.float32], float]:
@@ -108,9 +118,9 @@ def check_probe(graph: Graph, patch: Patch) -> ProbeCheck:
 
 def _other_probe(patch: Patch, got: str) -> PatchFormatError:
     return PatchFormatError(
-        f"the probe of the patch {patch.name!r} is of another patch",
+        f"the probe of the patch {patch.name!r} was made for another patch",
         field="config.probe",
         got=got,
-        wanted="the ids a prompt starts with under this patch, and a position for each that is run",
+        wanted="the ids that a prompt starts with under this patch, and a position for each id that is run",
         fix="export the patch again",
     )

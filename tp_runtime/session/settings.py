@@ -1,4 +1,4 @@
-"""How a session runs: what `Graph` and `PatchedModel.from_pretrained` take besides a folder and a device."""
+"""The settings of a session: the arguments of `Graph` and `PatchedModel.from_pretrained` that control how it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypedDict
 
 
 class SessionOptions(TypedDict, total=False):
-    """The keyword arguments of a session; `SessionSettings` says what each means and what its default is."""
+    """The keyword arguments of a session; `SessionSettings` documents their meanings and defaults."""
 
     threads: int | None
     spin: bool
@@ -22,16 +22,17 @@ class SessionSettings:
     """The settings of a session.
 
     Attributes:
-        threads: the number of threads of one operator. None takes one for each core, or the pool that `share_threads`
-            set up.
-        spin: whether idle threads wait actively for the next run. That is fastest if the cores have nothing else to
-            do; False leaves them to other models and programs.
-        cuda_graphs: capture the decode steps of single sequences and replay them (cuda_graphs.py, docs/serving.md).
-            This needs CUDA and an fp16 export, so `auto` does not fall back to the CPU then. A graph that cannot be
-            captured runs without capture, and the reason is logged. Not run on a GPU yet.
+        threads: the number of threads of one operator. None means one thread for each core, or the pool that
+            `share_threads` set up.
+        spin: whether idle threads wait actively for the next run. True is fastest if the cores have nothing else to do.
+            False leaves the cores to other models and programs.
+        cuda_graphs: whether to capture the decode steps of single sequences and replay them (cuda_graphs.py,
+            docs/serving.md). This needs CUDA and an fp16 export, so `auto` does not fall back to the CPU. A graph that
+            cannot be captured runs without capture, and the reason is logged. Not run on a GPU yet.
         cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
-        huge_pages: on the CPU, move the weights that loading placed in the process's own memory to huge pages if the
-            system has them, after the first run (huge_pages.py). Tokens are faster from then on.
+        huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
+            happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
+            faster from then on.
     """
 
     threads: int | None = None

@@ -1,4 +1,4 @@
-"""A patch against the slots of a graph: does it fit, and what exactly is bound."""
+"""This module checks a patch against the base and the slots of a graph, and builds the tensors that are bound."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
-from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
-from .model_folder import Slot
+from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, slot_name
+from .description import Slot
 
 
 def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) -> None:
-    """Check that `patch` was fitted on this base; one that repairs a quantised base acts on no other precision.
+    """Check that `patch` was fitted on this base. A patch that repairs a quantised base fits that precision only.
 
     Raises:
-        BaseMismatchError: it was not.
+        BaseMismatchError: the patch was fitted on another base, or it repairs a base of another precision.
     """
     if patch.config.base_digest != base_digest:
         raise BaseMismatchError(
@@ -29,20 +29,20 @@ def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) 
         )
     if patch.config.precision not in (precision, *FLOAT_PRECISIONS):
         raise BaseMismatchError(
-            f"the patch {patch.name!r} repairs a quantised base",
+            f"the patch {patch.name!r} repairs a quantised base of another precision",
             field="precision",
             got=patch.config.precision,
             wanted=precision,
-            fix=f"use the {patch.config.precision} export of the base, or fit the patch on this one",
+            fix=f"use the {patch.config.precision} export of the base, or fit the patch for {precision}",
         )
 
 
 def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, Delta]:
-    """The deltas of `patch`, once each is known to have a slot of its shape.
+    """Check that every delta of `patch` has a slot of its shape; returns the deltas.
 
     Raises:
-        PatchTargetError: the graph has no such slot.
-        PatchShapeError: the graph has fewer layers, or the slot another shape.
+        PatchTargetError: the graph has no slot for a delta.
+        PatchShapeError: the graph has fewer layers than the patch, or a slot has another shape than its delta.
     """
     layers = 1 + max((layer for layer, _ in slots), default=-1)
     sites = sorted({site for _, site in slots})
@@ -59,7 +59,7 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
         slot = slots.get((layer, site))
         if slot is None:
             raise PatchTargetError(
-                f"the graph has no slot for this part of the patch {patch.name!r}",
+                f"the graph has no slot for this delta of the patch {patch.name!r}",
                 field=field,
                 got=f"site {site}",
                 wanted=f"one of {', '.join(sites) or 'no sites at all'}",
@@ -74,7 +74,7 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
         for part, size in wanted.items():
             if got[part] != size:
                 raise PatchShapeError(
-                    f"the patch {patch.name!r} does not fit the slot",
+                    f"a tensor of the patch {patch.name!r} does not fit the slot",
                     field=f"{field}.{part}",
                     got=got[part],
                     wanted=f"{size} {'inputs' if part == 'a' else 'outputs'}",
@@ -84,15 +84,16 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
 
 
 def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, NDArray]:
-    """The tensors bound to one slot, by graph input name.
+    """Returns the tensors to bind to one slot, by graph input name.
 
     Args:
-        delta: what the patch has for the slot; None for nothing, which is rank 0 and a bias of zero: exactly the base.
+        delta: the patch's delta for the slot. None means no delta: rank 0 and a bias of zero, which is exactly the
+            base.
         slot: the slot.
         dtype: the dtype of the graph's slots.
 
     Returns:
-        a [1, in, rank], b [1, rank, out], bias [1, 1, out].
+        The tensors a [1, in, rank], b [1, rank, out] and bias [1, 1, out].
 
     Raises:
         PatchValueError: a value does not fit the dtype.
@@ -104,39 +105,39 @@ def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, 
         "bias": np.zeros((1, slot.outputs), dtype) if delta.bias is None else delta.bias[None],
     }
     arrays = {}
-    for part, values in parts.items():
+    for name, (part, values) in zip(slot.tensors, parts.items(), strict=True):
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(values[None], dtype)
         if not np.isfinite(cast).all():
             raise PatchValueError(
                 "a value does not fit the slot's precision",
-                field=f"layers.{slot.layer}.{slot.site}.{part}",
+                field=slot_name(slot.layer, slot.site, part),
                 got=float(np.abs(values).max()),
                 wanted=f"at most {np.finfo(dtype).max}",
                 fix="use a smaller strength, or an fp32 export",
             )
-        arrays[f"{slot.name}.{part}"] = cast
+        arrays[name] = cast
     return arrays
 
 
 def check_rows(values: Mapping[str, Any], batch: int) -> None:
-    """Check that each slot tensor has one row for the whole batch, or one for each of its sequences.
+    """Check that each slot tensor has one row for the whole batch, or one row for each sequence in it.
 
-    ONNX would broadcast a batch of one over the rows of a patch, and give out the logits of the first.
+    Without this check ONNX would broadcast a batch of one over the rows of a patch and return the logits of the first.
 
     Args:
-        values: graph input name -> OrtValue.
-        batch: sequences in the run.
+        values: the OrtValues of the slots, by graph input name.
+        batch: the number of sequences in the run.
 
     Raises:
-        PatchShapeError: it has another number of rows.
+        PatchShapeError: a tensor has another number of rows.
     """
     for name, value in values.items():
         if (rows := value.shape()[0]) not in (1, batch):
             raise PatchShapeError(
-                "a slot tensor has the rows of another batch",
+                "the rows of a slot tensor do not match the batch",
                 field=name,
                 got=f"{rows} rows",
-                wanted="1" if batch == 1 else f"1 or {batch}",
+                wanted="1 row" if batch == 1 else f"1 or {batch} rows",
                 fix="bind one patch for the whole batch, or one row for each sequence",
             )

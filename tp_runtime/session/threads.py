@@ -1,8 +1,9 @@
-"""Threads of sessions: a pool for each, or one for all sessions of the process.
+"""The threads of sessions: each session has its own pool, or all sessions of the process share one pool.
 
-A session starts as many threads as there are cores, and after a run they wait actively for the next: quickest for one
-session that has the cores to itself. Many sessions, or a busy machine, take the cores from each other that way. Then
-either the threads sleep (`spin=False`), or all sessions share one pool (`share_threads`), which still waits actively.
+A session starts as many threads as there are cores. After a run they wait actively for the next run, which is fastest
+for one session that has the cores to itself. If there are many sessions, or the machine is busy, actively waiting
+threads take the cores from each other. There are two remedies: the threads sleep (`spin=False`), or all sessions share
+one pool (`share_threads`), whose threads still wait actively.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from ..errors import RequestError
 from .device import require_onnxruntime
 
 _lock = threading.Lock()
-_shared: int | None = None  # threads of the pool that all sessions share, None while each has its own
-_any_session = False  # whether one was made here
+_shared: int | None = None  # the number of threads in the shared pool; None while each session has its own pool
+_any_session = False  # whether this process has created a session
 
 
 def share_threads(count: int) -> None:
-    """Let all sessions of this process run on one pool of threads. To be called before the first model is opened.
+    """Make all sessions of this process share one pool of threads. Call this before the first model is opened.
 
-    ONNX Runtime then refuses pools of a session's own, those of other libraries in the process too: such sessions need
-    `SessionOptions.use_per_session_threads = False`.
+    ONNX Runtime then refuses sessions with a pool of their own, including sessions of other libraries in the process.
+    Those need `SessionOptions.use_per_session_threads = False`.
 
     Args:
-        count: threads of the pool, the one that runs a session included.
+        count: the number of threads in the pool, including the thread that runs a session.
 
     Raises:
-        RequestError: not a number of threads, another number than is shared already, or a model was opened before.
+        RequestError: `count` is not a positive integer, a pool of another size is already shared, or a model was opened
+            before.
         DeviceUnavailableError: ONNX Runtime is missing.
     """
     global _shared
@@ -38,10 +40,12 @@ def share_threads(count: int) -> None:
             return
         if _shared is not None or _any_session:
             raise RequestError(
-                "threads are shared from the first model on, and in one way",
+                "the shared pool can be set up only once, and only before the first model is opened",
                 field="share_threads",
                 got=count,
-                wanted=f"{_shared}, as shared already" if _shared is not None else "a call before any model is opened",
+                wanted=f"{_shared}, the size that was set"
+                if _shared is not None
+                else "a call before any model is opened",
                 fix="call share_threads once, when the program starts",
             )
         require_onnxruntime().set_global_thread_pool_sizes(count, 1)
@@ -49,30 +53,32 @@ def share_threads(count: int) -> None:
 
 
 def set_threads(options: Any, threads: int | None, spin: bool) -> None:
-    """Set up the threads of a session that is about to be made.
+    """Set up the threads of a session before it is created.
 
     Args:
-        options: its SessionOptions.
-        threads: threads of one operator; None takes the shared pool, or without one as many as there are cores.
-        spin: whether they wait actively.
+        options: the session's SessionOptions.
+        threads: the number of threads of one operator. None means the shared pool if there is one, and otherwise one
+            thread for each core.
+        spin: whether idle threads wait actively.
 
     Raises:
-        RequestError: not a number of threads, no truth value, or either of them set beside a shared pool.
+        RequestError: `threads` is not a positive integer, `spin` is not a boolean, or `threads` is not None or `spin`
+            is False although all sessions share a pool.
     """
     global _any_session
     if threads is not None:
         _check(threads)
     if not isinstance(spin, bool):
-        raise RequestError("not a truth value", field="spin", got=repr(spin), wanted="True or False")
+        raise RequestError("the value is not a boolean", field="spin", got=repr(spin), wanted="True or False")
     with _lock:
         if _shared is not None:
             if threads is not None or not spin:
                 raise RequestError(
-                    "all sessions share one pool of threads",
+                    "this setting is not allowed while all sessions share one pool of threads",
                     field="spin" if threads is None else "threads",
                     got=spin if threads is None else threads,
                     wanted=True if threads is None else "None",
-                    fix=f"leave it out: share_threads({_shared}) holds for every model of the process",
+                    fix=f"leave it out: share_threads({_shared}) applies to every model of the process",
                 )
             options.use_per_session_threads = False
         elif threads is not None:
@@ -84,4 +90,6 @@ def set_threads(options: Any, threads: int | None, spin: bool) -> None:
 
 def _check(threads: Any) -> None:
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise RequestError("not a number of threads", field="threads", got=repr(threads), wanted="a whole number >= 1")
+        raise RequestError(
+            "the value is not a positive integer", field="threads", got=repr(threads), wanted="a whole number >= 1"
+        )

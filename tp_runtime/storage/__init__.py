@@ -1,14 +1,16 @@
-"""Bytes on disk: files and folders that appear whole or not at all, and paths that are checked before they are opened.
+"""Files on disk: atomic writes of files and folders, paths that are checked before they are opened, digests, and JSON.
 
-Knows nothing of patches, models or sessions.
+This room knows nothing of patches, models or sessions.
 """
 
 from .atomic import atomic_file, atomic_folder
+from .digests import SHA256, sha256_file
 from .safe_path import REEXPORT, check_name, checked_file
 from .strict_json import StrictJSONError, parse_json, parse_json_object, read_json_object
 
 __all__ = [
     "REEXPORT",
+    "SHA256",
     "StrictJSONError",
     "atomic_file",
     "atomic_folder",
@@ -17,4 +19,5 @@ __all__ = [
     "parse_json",
     "parse_json_object",
     "read_json_object",
+    "sha256_file",
 ]

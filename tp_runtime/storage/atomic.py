@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all.
+"""This module writes files and folders so that they appear whole or not at all.
 
-Everything is written beside its destination under a hidden temporary name, flushed to the disk, and renamed.
-Any exception, KeyboardInterrupt included, removes the temporary and leaves the destination as it was; the
-operating system's own errors (a full disk) pass through unchanged. Knows nothing of what is written.
+Everything is written next to its destination under a hidden temporary name, flushed to the disk, and renamed. Any
+exception, including KeyboardInterrupt, removes the temporary file or folder and leaves the destination as it was. The
+operating system's own errors, such as a full disk, are raised unchanged. The contents do not matter here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from ..errors import ModelFormatError
 
 
-def _beside(path: Path) -> Path:
-    """A hidden name in the same folder (a rename must not cross file systems) with the same suffix."""
+def _temporary_path(path: Path) -> Path:
+    """Return a hidden path in the same folder (a rename must not cross file systems) with the same suffix."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, onto the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     if path.is_dir():
-        # Windows cannot open a folder and some file systems refuse to flush one: no reason to fail.
+        # Windows cannot open a folder, and some file systems refuse to flush one. Neither is a reason to fail.
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -39,10 +39,10 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path to write; on success it becomes `path`, replacing a file that is there.
+    """Provide a temporary path to write to. On success it becomes `path`, and an existing file is replaced.
 
-    The temporary exists, empty, when the block starts, so that an unwritable folder or a full disk shows at
-    once.
+    The temporary file exists and is empty when the block starts, so that an unwritable folder or a full disk raises
+    immediately.
 
     Args:
         path: the destination; its folder must exist.
@@ -51,12 +51,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder with the same suffix.
 
     Raises:
-        OSError: whatever the operating system raises; no temporary is left behind.
+        OSError: the operating system refuses an operation. No temporary file is left behind.
     """
     target = Path(path)
-    temporary = _beside(target)
+    temporary = _temporary_path(target)
     try:
-        # os.open, not tempfile: its 0600 would outlive the rename; this way the user's umask decides.
+        # The mode 0600 of tempfile would stay after the rename. With os.open the user's umask sets the mode.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         _flush(temporary)
@@ -73,7 +73,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise ModelFormatError(
-            "the output folder's name is taken by a file",
+            "the output folder cannot be created, because a file has its name",
             field=str(target),
             got="a file",
             wanted="a new or empty folder",
@@ -85,48 +85,49 @@ def _check_free(target: Path, overwrite: bool) -> None:
             field=str(target),
             got=f"{sum(1 for _ in target.iterdir())} entries",
             wanted="a new or empty folder",
-            fix="choose another folder, empty this one, or ask for it to be overwritten",
+            fix="choose another folder, empty this one, or allow overwriting it",
         )
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it becomes `path`.
+    """Provide a temporary folder to fill. On success it becomes `path`.
 
-    With an old folder in the way there are two renames, old aside and new in: a failure between them puts the
-    old one back. (Only a power cut between them can leave the old folder under its temporary hidden name.)
+    If an old folder exists, there are two renames: the old folder gets a temporary hidden name, and then the new folder
+    gets the destination's name. If the second rename fails, the old folder gets its name back. (Only a power cut
+    between the two can leave the old folder under its temporary hidden name.)
 
     Args:
-        path: the destination; its parent must exist. A symlink to a folder stands for that folder.
-        overwrite: replace a folder that is there and holds something.
+        path: the destination; its parent folder must exist. A symlink to a folder means that folder.
+        overwrite: whether to replace an existing folder that is not empty.
 
     Yields:
-        An empty folder beside the destination.
+        An empty folder next to the destination.
 
     Raises:
-        ModelFormatError: `path` is a file, or a folder that is not empty and `overwrite` is false.
-        OSError: whatever the operating system raises; nothing is left behind.
+        ModelFormatError: `path` is a file, or it is a folder that is not empty and `overwrite` is False.
+        OSError: the operating system refuses an operation. Nothing is left behind.
     """
     target = Path(os.path.realpath(path))
     _check_free(target, overwrite)
-    temporary, aside = _beside(target), _beside(target)
+    temporary, old = _temporary_path(target), _temporary_path(target)
     try:
         temporary.mkdir()
         yield temporary
         for entry in sorted(temporary.rglob("*")):
             if entry.is_dir() or (entry.is_file() and not entry.is_symlink()):
                 _flush(entry)
-        _check_free(target, overwrite)  # again: someone may have filled it while we wrote
+        _check_free(target, overwrite)  # a second check, because another program may have filled it meanwhile
         try:
             if target.exists():
-                os.rename(target, aside)
+                os.rename(target, old)
             os.rename(temporary, target)
         except BaseException:
-            if aside.exists() and not target.exists():
-                os.rename(aside, target)
+            if old.exists() and not target.exists():
+                os.rename(old, target)
             raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Names of files in a model folder, and where those files really are. Opens nothing.
+"""This module checks the names of files in a model folder, and where those files really are. It opens no file.
 
-ONNX Runtime follows whatever path a graph or a link gives it; these checks come first.
+ONNX Runtime follows every path in a graph and every link. So these checks run before it does.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from ..errors import ModelFormatError, UnsafePathError
 
 REEXPORT = "export the model again with tp-export, or copy the whole folder again"
 
-# Both separators, and the colon of a drive or of an NTFS stream.
+# Both path separators, and the colon, which marks a drive or an NTFS stream.
 _NOT_PLAIN = frozenset("/\\:")
 
 
 def check_name(name: str, field: str) -> None:
-    """Accepts a plain file name, one that means the same file of one folder on every system.
+    """Check that a name is a plain file name, which means the same file of one folder on every system.
 
     Args:
-        name: the name as some file spells it.
-        field: who spells it, for the error.
+        name: the name as it is written in some file.
+        field: the field of that file that holds the name, for the error.
 
     Raises:
-        UnsafePathError: an absolute path, a drive or UNC, a folder, `..`, NUL or another control character.
+        UnsafePathError: the name is an absolute path, has a drive, is a UNC path, or contains a folder, `..`, NUL or
+            another control character.
     """
-    # Not printable: NUL and other controls, and the surrogates that no file system call accepts.
+    # Not printable are NUL and other control characters, and the surrogates that no file system call accepts.
     if name in ("", ".", "..") or not _NOT_PLAIN.isdisjoint(name) or not name.isprintable():
         raise UnsafePathError(
-            "is not a plain name of a file in the model folder",
+            "the name is not a plain name of a file in the model folder",
             field=field,
             got=ascii(name),
             wanted="a name without folders, drives, '..', backslashes and control characters",
@@ -39,20 +40,20 @@ def check_name(name: str, field: str) -> None:
 
 
 def checked_file(root: Path, name: str) -> Path:
-    """Finds a file of the model folder without opening it.
+    """Find a file of the model folder without opening it.
 
     Args:
-        root: the model folder, resolved.
+        root: the path of the model folder, resolved.
         name: the file's name.
 
     Returns:
-        Where it really is: in the folder, or in the blobs of the Hugging Face snapshot the folder belongs to.
+        The file's real path: in the folder, or in the blobs of the Hugging Face snapshot that the folder belongs to.
 
     Raises:
         ModelFormatError: there is no such file.
-        UnsafePathError: the name is not plain, or the file resolves outside, has a second hard link, or is
-            not a regular file.
-        PermissionError: the operating system will not say.
+        UnsafePathError: the name is not plain, or the file resolves to a path outside the folder, has a second hard
+            link, or is not a regular file.
+        PermissionError: the operating system does not permit finding the file.
     """
     check_name(name, "file name")
     try:
@@ -60,41 +61,41 @@ def checked_file(root: Path, name: str) -> Path:
         status = os.stat(real)
     except FileNotFoundError as error:
         raise ModelFormatError(
-            "file is missing from the model folder", field=name, wanted=root / name, fix=REEXPORT
+            "the file is missing from the model folder", field=name, wanted=root / name, fix=REEXPORT
         ) from error
     except PermissionError:
         raise
-    except OSError as error:  # a loop of links, or a link through something that is no folder
-        raise UnsafePathError("cannot be resolved", field=name, got=error, fix=REEXPORT) from error
+    except OSError as error:  # a loop of links, or a link through something that is not a folder
+        raise UnsafePathError("the path of the file cannot be resolved", field=name, got=error, fix=REEXPORT) from error
     blobs = _hub_blobs(root)
     in_blobs = blobs is not None and real.parent == blobs
     if not in_blobs and not real.is_relative_to(root):
         raise UnsafePathError(
-            "resolves outside the model folder",
+            "the file resolves outside the model folder",
             field=name,
             got=real,
             wanted=f"a file in {root}",
-            fix="replace the link by the file it points to, if you trust that file",
+            fix="if you trust the file that the link points to, replace the link with that file",
         )
-    # Before anything opens it: opening a FIFO blocks, reading a device may never end.
+    # This check comes before anything opens the file: opening a FIFO blocks, and reading a device may never end.
     if not stat.S_ISREG(status.st_mode):
         raise UnsafePathError(
-            "is not a regular file", field=name, got=_kind(status.st_mode), wanted="a file", fix=REEXPORT
+            "the file is not a regular file", field=name, got=_kind(status.st_mode), wanted="a file", fix=REEXPORT
         )
-    # A second name elsewhere can change the weights under us. The hub's cache may share its blobs that way.
+    # Through a second name elsewhere the weights can be changed during use. The hub's cache may hard-link its blobs.
     if status.st_nlink > 1 and not in_blobs:
         raise UnsafePathError(
-            "has more than one hard link, so it can be changed from outside the model folder",
+            "the file has more than one hard link, so it can be changed from outside the model folder",
             field=name,
             got=f"{status.st_nlink} links",
             wanted="1 link",
-            fix="copy the folder (cp -r makes new files)",
+            fix="copy the folder, which makes new files (cp -r)",
         )
     return real
 
 
 def _hub_blobs(root: Path) -> Path | None:
-    """The blobs folder if `root` is, or is inside, a snapshot: models--x/snapshots/<revision>[/...]."""
+    """Return the blobs folder if `root` is a snapshot or lies in one: models--x/snapshots/<revision>[/...]."""
     for revision in (root, *root.parents):
         snapshots = revision.parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):

@@ -1,7 +1,8 @@
-"""The one JSON reader: every file and every header that this project parses as JSON goes through it.
+"""The JSON reader of this project: it parses every file and every header that holds JSON.
 
-Python's own reader takes the last of two equal keys and accepts NaN, so two readers of one file could take two values.
-Here both are refused, as are text that is not UTF-8, numbers too long to convert, and nesting too deep for the stack.
+Python's own reader takes the last of two equal keys and accepts NaN, so two readers of one file could find different
+values. This reader refuses both. It also refuses text that is not UTF-8, numbers that are too long to convert, and
+nesting that is too deep for the stack.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class StrictJSONError(ValueError):
 
     Attributes:
         problem: a clause to put after the name of what was read, such as "is not valid JSON".
-        got: what was found.
-        wanted: what would have been accepted.
+        got: the value that was found.
+        wanted: the values that would have been accepted.
     """
 
     def __init__(self, problem: str, got: object, wanted: str) -> None:
@@ -32,8 +33,8 @@ def parse_json(raw: bytes | str, *, lenient: bool = False) -> Any:
 
     Args:
         raw: the text, or its UTF-8 bytes.
-        lenient: accept duplicate keys (the last one counts), NaN and Infinity, as Hugging Face's tools write and read
-            them. This is for files that those tools made; formats of this project are always read strictly.
+        lenient: whether to accept duplicate keys (the last one counts), NaN and Infinity, as Hugging Face's tools do.
+            This is for files that those tools made. Formats of this project are always read strictly.
 
     Raises:
         StrictJSONError: the text is not valid JSON, or holds a duplicate key or a number that JSON does not have.
@@ -48,10 +49,10 @@ def parse_json(raw: bytes | str, *, lenient: bool = False) -> Any:
 
 
 def parse_json_object(raw: bytes | str, *, lenient: bool = False) -> dict[str, Any]:
-    """Parse a JSON object; arguments and errors are those of `parse_json`.
+    """Parse a JSON object. The arguments are those of `parse_json`.
 
     Raises:
-        StrictJSONError: also if the text is another JSON value than an object.
+        StrictJSONError: as for `parse_json`; or the text is a JSON value other than an object.
     """
     value = parse_json(raw, lenient=lenient)
     if not isinstance(value, dict):
@@ -65,11 +66,11 @@ def read_json_object(path: Path, error: type[TPError], fix: str, *, lenient: boo
     Args:
         path: the file.
         error: the class of the error to raise; it names the file as the field at fault.
-        fix: what the user can do about a bad file.
+        fix: an instruction that tells the user what to do about a bad file.
         lenient: see `parse_json`.
 
     Raises:
-        TPError: of class `error`: the file is missing, cannot be read, or does not hold a JSON object.
+        TPError: the file is missing, cannot be read, or does not hold a JSON object; the class is `error`.
     """
     try:
         return parse_json_object(path.read_bytes(), lenient=lenient)
@@ -87,8 +88,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise StrictJSONError("holds a duplicate key", ascii(twice), "every key once")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise StrictJSONError("holds a duplicate key", ascii(duplicate), "every key once")
     return found
 
 

@@ -1,6 +1,6 @@
-"""Text in, text out: tokenizer and chat template, requests, streams, and batches of texts.
+"""The text side of the runtime: tokenizer and chat template, requests, streams, and batches of texts.
 
-Knows nothing of how a graph runs.
+This room knows nothing of how a graph runs.
 """
 
 from .batch import Completion, TextBatch

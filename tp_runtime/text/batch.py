@@ -1,4 +1,4 @@
-"""A running batch of texts: completions under different patches that step together, join and leave at any time.
+"""A running batch of texts: completions under different patches step together, and join and leave at any time.
 
 with model.batch(rows=8) as batch:
     one = batch.add("How do I learn to swim?", patch="pirate")
@@ -31,16 +31,16 @@ class Completion:
     """One completion of a batch; it grows with `TextBatch.step`.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        text: so far; it never ends within a character.
-        token_ids: so far, the end-of-sequence id included.
-        seconds_to_first_token: from `add` to the first id, the time spent waiting included; None before.
-        seconds: from `add` to the last id.
-        finish_reason: "eos", "stop", "length", "closed" or "error" once it is over, None before.
-        error: what ended it; only with "error".
+        prompt_tokens: the number of tokens of the prompt.
+        text: the text so far; it never ends within a character.
+        token_ids: the ids so far, including the end-of-sequence id.
+        seconds_to_first_token: the seconds from `add` to the first id, including the time spent waiting; None before.
+        seconds: the seconds from `add` to the last id.
+        finish_reason: "eos", "stop", "length", "closed" or "error" after the end of the completion; None before.
+        error: the exception that ended the completion, if `finish_reason` is "error"; otherwise None.
     """
 
-    def __init__(self, batch: TextBatch, request: EncodedRequest, pieces: StoppingDecoder, using: ExitStack) -> None:
+    def __init__(self, batch: TextBatch, request: EncodedRequest, decoder: StoppingDecoder, using: ExitStack) -> None:
         self.prompt_tokens = len(request.tokens)
         self.text = ""
         self.token_ids: list[int] = []
@@ -48,30 +48,31 @@ class Completion:
         self.seconds = 0.0
         self.finish_reason: str | None = None
         self.error: Exception | None = None
-        self._batch, self._request, self._pieces, self._using = batch, request, pieces, using
+        self._batch, self._request, self._decoder, self._using = batch, request, decoder, using
         self._start = time.perf_counter()
         self._row: Row | None = None
 
     def close(self) -> None:
-        """Stop early, make room, and release the patch; nothing where it is over already."""
+        """Stop the completion early, free its row, and release its patch. After the end this has no effect."""
         self._batch._end(self, "closed")
 
 
 class TextBatch:
-    """Completions that run together, at most `rows` at once; the others wait their turn, first come first served.
+    """Completions that run together. At most `rows` run at the same time; the others wait and join in order of arrival.
 
-    Threads may add, close and step at once; each waits for the step that runs.
+    Several threads may add, close and step at the same time. Each call waits for the running step.
 
     Args:
-        graph: runs the steps.
-        codec: the tokenizer and chat template.
-        patches: where requests find their patches.
-        rows: at most this many completions run at once.
-        prefix_cache: where prompts find what was run before; None runs each from its start.
-        prefill_tokens: of prompts, run between two tokens of the completions that wait for theirs.
+        graph: the graph that runs the steps.
+        codec: the tokenizer and the chat template.
+        patches: the loaded patches, from which requests take theirs.
+        rows: the largest number of completions that run at the same time.
+        prefix_cache: the cache from which prompts take the keys and values of earlier runs. With None every prompt is
+            run from its start.
+        prefill_tokens: the largest number of prompt tokens to run between two tokens of the running completions.
 
     Raises:
-        RequestError: `rows` or `prefill_tokens` is no number of them.
+        RequestError: `rows` or `prefill_tokens` is not a positive integer.
     """
 
     def __init__(
@@ -91,20 +92,25 @@ class TextBatch:
         self._closed = False
 
     def add(self, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Completion:
-        """Let a completion take part from the next step on, or as soon as there is room.
+        """Add a completion, which takes part from the next step on, or as soon as a row is free.
+
+        If this raises, the batch is unchanged.
 
         Args:
             prompt: one user message, or a list of messages; see Request.
-            options: see Request; a batch keeps caches of its own, so there is no `cache`. A patch that is named
-                cannot be unloaded until the completion is over.
+            options: the options of Request. There is no `cache`, because a batch has its own caches. A patch that is
+                named here cannot be unloaded until the completion is over.
 
         Raises:
-            RequestError: a prompt or a value that cannot be served, or the batch is closed. The batch is as it was.
-            PatchError: the patch is not loaded or does not fit. The batch is as it was.
+            RequestError: the prompt or an option is not valid, or the batch is closed.
+            PatchError: the patch is not loaded or does not fit.
         """
         if "cache" in options:
             raise RequestError(
-                "a batch keeps caches of its own", field="cache", got="a cache", fix="leave it out, or use stream"
+                "a batch has its own caches and does not accept a cache",
+                field="cache",
+                got="a cache",
+                fix="leave it out, or use stream",
             )
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
@@ -119,28 +125,28 @@ class TextBatch:
             return completion
 
     def step(self) -> list[tuple[Completion, str]]:
-        """Fill free rows with those that wait, run their prompts or a piece of them, then one token for every row.
+        """Fill free rows with waiting completions, run their prompts or a chunk of them, then one token for every row.
 
         Returns:
-            The completions that moved, each with its new text, which may be empty; what has ended says why. Nothing
-            when none is left.
+            The completions that advanced or ended, each with its new text, which may be empty. If a completion ended,
+            its `finish_reason` is set. The list is empty when no completion is left.
         """
         with self._lock:
             self._fill()
-            handed = self._batch.step()
-            moved = []
+            new_tokens = self._batch.step()
+            advanced = []
             for row, completion in list(self._running.items()):
                 if row.error is not None:
                     completion.error = row.error
                     self._end(completion, "error")
-                    moved.append((completion, ""))
-            for row, token in handed:
+                    advanced.append((completion, ""))
+            for row, token in new_tokens:
                 completion = self._running[row]
-                moved.append((completion, self._take(completion, row, token)))
-            return moved
+                advanced.append((completion, self._take(completion, row, token)))
+            return advanced
 
     def close(self) -> None:
-        """Stop everything that runs or waits, and take nothing more."""
+        """Stop all running and waiting completions, and accept no more."""
         with self._lock:
             self._closed = True
             for completion in (*self._running.values(), *self._waiting):
@@ -157,7 +163,7 @@ class TextBatch:
     # -- completions -----------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Let those that wait join while there is room."""
+        """Let waiting completions join while rows are free."""
         while self._waiting and self._batch.free:
             completion = self._waiting.popleft()
             request = completion._request
@@ -175,13 +181,13 @@ class TextBatch:
         if completion.seconds_to_first_token is None:
             completion.seconds_to_first_token = completion.seconds
         completion.token_ids.append(token)
-        pieces = completion._pieces
-        text = pieces.push(token)
-        if row.finish_reason and not pieces.finish_reason:
-            text += pieces.end(row.finish_reason)
+        decoder = completion._decoder
+        text = decoder.push(token)
+        if row.finish_reason and not decoder.finish_reason:
+            text += decoder.end(row.finish_reason)
         completion.text += text
-        if pieces.finish_reason:
-            self._end(completion, pieces.finish_reason)
+        if decoder.finish_reason:
+            self._end(completion, decoder.finish_reason)
         return text
 
     def _end(self, completion: Completion, reason: str) -> None:

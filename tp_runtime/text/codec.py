@@ -1,45 +1,43 @@
-"""Text to token ids and back: the tokenizer.json and the chat template of one model folder.
+"""The codec converts text to token ids and back, with the tokenizer and the chat template of one model folder.
 
-Knows nothing of graphs, patches or sampling. The ids are those of transformers: of `apply_chat_template` in
-chat style, of a tokenizer called on plain text in completion style. The tests hold it against transformers.
+This module does not handle graphs, patches or sampling. The ids are the same as those of transformers: of
+`apply_chat_template` in chat style, and of a tokenizer called on plain text in completion style. Tests compare them
+with transformers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, RequestError
-from ..storage import read_json_object
+from .template import TemplateRefusal, compile_template
+from .tokenizer_files import (
+    check_added_tokens,
+    read_eos_ids,
+    read_json,
+    read_special_tokens,
+    read_template,
+    read_tokenizer,
+)
 
 Style = Literal["chat", "completion"]
 Message = Mapping[str, Any]
-_T = TypeVar("_T")
-
-_FIX = "export the model again, or copy the file from its source"
-
-# The names transformers hands to a template; one that is not set stays undefined there and here.
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TextCodec:
-    """The tokenizer and chat template of one model folder.
+    """The tokenizer and the chat template of one model folder.
 
     Attributes:
         style: "chat" (a string is one user message) or "completion" (a string is the text itself).
         eos_ids: every token id that ends a completion.
-        bos_id: id of the beginning-of-sequence token, None if the model names none.
-        template_source: the chat template's text, None in completion style.
+        bos_id: the id of the beginning-of-sequence token; None if the model has none.
+        template_source: the text of the chat template; None in completion style.
     """
 
     def __init__(
@@ -59,40 +57,41 @@ class TextCodec:
         self._special_tokens = dict(special_tokens)
         self._template = template
         self.template_source = template_source
-        # What the tokenizer puts before a text. What it may put after one, an EOS, would end a prompt that is
-        # there to be continued.
+        # The prefix holds the ids that the tokenizer puts before a text. An EOS that it may put after the text is not
+        # used, because it would end a prompt that is to be continued.
         probe = tokenizer.encode("a")
         self._prefix: list[int] = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens the tokenizer knows, counted anew; the graph's logits may be wider (padding rows)."""
+        """The number of tokens of the tokenizer, counted at each call. A graph with padding rows has more logits."""
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         return size
 
     @classmethod
     def from_folder(cls, path: str | Path, style: Style | None = None) -> TextCodec:
-        """Reads the tokenizer and template of a Hugging Face or exported folder.
+        """Read the tokenizer and the template of a Hugging Face folder or an exported folder.
 
         Args:
-            path: folder with tokenizer.json and tokenizer_config.json, and what there is of
-                chat_template.jinja, generation_config.json and config.json.
-            style: how a string prompt is meant; None takes "chat" where the folder has a chat template.
+            path: the folder. It has tokenizer.json and tokenizer_config.json, and may have chat_template.jinja,
+                generation_config.json and config.json.
+            style: the meaning of a string prompt. None means "chat" if the folder has a chat template, and otherwise
+                "completion".
 
         Raises:
-            ModelFormatError: a file is missing, cannot be read, or contradicts another; style is "chat" and
-                there is no template; nothing names an end-of-sequence token.
-            RequestError: style is none of the known ones.
+            ModelFormatError: a file is missing, cannot be read, or contradicts another; `style` is "chat" and there is
+                no template; or no file names an end-of-sequence token.
+            RequestError: `style` is unknown.
         """
         if style not in ("chat", "completion", None):
-            raise RequestError("unknown style", field="style", got=repr(style), wanted="chat or completion")
+            raise RequestError("the style is unknown", field="style", got=repr(style), wanted="chat or completion")
         folder = Path(path)
-        tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
         config_path = folder / "tokenizer_config.json"
-        config = _read_json(config_path)
-        _check_added_tokens(tokenizer, config, config_path)
-        special_tokens = _read_special_tokens(tokenizer, config, config_path)
-        source = _read_template(folder, config)
+        config = read_json(config_path)
+        check_added_tokens(tokenizer, config, config_path)
+        special_tokens = read_special_tokens(tokenizer, config, config_path)
+        source = read_template(folder, config)
         style = style or ("completion" if source is None else "chat")
         template = None
         if style == "chat":
@@ -100,14 +99,14 @@ class TextCodec:
                 raise ModelFormatError(
                     "the model has no chat template",
                     field=str(config_path),
-                    wanted="chat_template, or chat_template.jinja beside it",
+                    wanted="chat_template, or the file chat_template.jinja",
                     fix='use style="completion"',
                 )
-            template = _compile_template(source, str(folder))
+            template = compile_template(source, str(folder))
         return cls(
             tokenizer,
             style=style,
-            eos_ids=_read_eos_ids(folder, tokenizer, special_tokens),
+            eos_ids=read_eos_ids(folder, tokenizer, special_tokens),
             special_tokens=special_tokens,
             template=template,
             template_source=None if template is None else source,
@@ -121,33 +120,38 @@ class TextCodec:
         raw: bool = False,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Turns a prompt into token ids.
+        """Convert a prompt to token ids.
 
-        Chat style: the template over the messages (a string is one user message, `system` a system message in
-        front). Completion style: `[bos] + context + query`, where the context is `system` and exactly one
-        newline. The two are tokenised apart, so the query's ids are the same with and without a context.
+        In chat style the template renders the messages: a string is one user message, and `system` is a system message
+        in front. In completion style the ids are `[bos] + context + query`, where the context is `system` with exactly
+        one newline at its end. Context and query are tokenised separately, so the query's ids are the same with and
+        without a context.
 
         Args:
             messages: a string, or in chat style also a list of {"role", "content"}.
-            system: system message, or context of a completion.
-            raw: encode the string as it is, also in chat style.
-            add_generation_prompt: whether the template opens the assistant's turn; plain text has no turns.
+            system: the system message, or the context of a completion.
+            raw: whether to encode the string as it is, also in chat style.
+            add_generation_prompt: whether the template ends with the beginning of the assistant's message. This has no
+                effect on plain text.
 
         Returns:
-            Token ids, at least one.
+            The token ids, at least one.
 
         Raises:
-            RequestError: the prompt is empty, malformed, does not fit the style, or the template refuses it.
+            RequestError: the prompt is empty or malformed, it does not fit the style, or the template refuses it.
+            ModelFormatError: the template tries to leave its sandbox.
         """
         if system is not None and not isinstance(system, str):
-            raise RequestError("not a string", field="system", got=type(system).__name__, wanted="str")
+            raise RequestError(
+                "the system prompt is not a string", field="system", got=type(system).__name__, wanted="str"
+            )
         if raw and system is not None:
             raise RequestError(
-                "raw text takes no system prompt",
+                "raw text cannot have a system prompt",
                 field="system",
                 got=repr(system[:40]),
                 wanted="None",
-                fix="put the text in front of the prompt yourself, or drop raw=True",
+                fix="put the text in front of the prompt, or leave raw=True out",
             )
         if not raw and self._template is not None:
             chat = _as_messages(messages, system)
@@ -155,29 +159,29 @@ class TextCodec:
         else:
             if not isinstance(messages, str):
                 raise RequestError(
-                    "raw text is a string" if raw else "a completion-style model takes no messages",
+                    "the raw prompt is not a string" if raw else "a completion-style model does not accept messages",
                     field="messages",
                     got=type(messages).__name__,
                     wanted="str",
-                    fix="drop raw=True" if raw else 'pass the text itself, or load with style="chat"',
+                    fix="leave raw=True out" if raw else 'pass the text itself, or load with style="chat"',
                 )
             if not messages.strip():
                 raise _empty("messages", repr(messages[:40]))
             ids = list(self._prefix)
             if system is not None:
                 if not system.strip():
-                    raise _empty("system", repr(system[:40]), fix="pass None for no context")
+                    raise _empty("system", repr(system[:40]), fix="pass None if there is no context")
                 ids += self._encode(system.rstrip("\n") + "\n", "system")
             ids += self._encode(messages, "messages")
         if not ids:
-            raise _empty("messages", "a prompt of no tokens")
+            raise _empty("messages", "a prompt without tokens")
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Turns token ids into the text they stand for.
+        """Convert token ids to text.
 
-        `clean_up_tokenization_spaces` of the tokenizer config is not applied: it rewrites what was generated
-        ("a ." becomes "a."), and a streamed text could not be the text decoded at once.
+        `clean_up_tokenization_spaces` of the tokenizer config is not applied. It rewrites generated text ("a ." becomes
+        "a."), so a streamed text could differ from the text that is decoded at once.
         """
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -187,14 +191,14 @@ class TextCodec:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                "not valid Unicode", field=field, got=repr(text[error.start]), wanted="no lone surrogates"
+                "the text is not valid Unicode", field=field, got=repr(text[error.start]), wanted="no lone surrogates"
             ) from None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _fill(self, template: jinja2.Template, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
-            # tools and documents are None, not undefined: templates ask `tools is not none`.
+            # tools and documents are None and not undefined, because templates test `tools is not none`.
             return template.render(
                 self._special_tokens,
                 messages=messages,
@@ -202,81 +206,38 @@ class TextCodec:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except _TemplateRefusal as error:
-            raise RequestError(f"the chat template refuses this: {error}", field="messages") from None
+        except TemplateRefusal as error:
+            raise RequestError(f"the chat template refuses this prompt: {error}", field="messages") from None
         except SecurityError as error:
             raise ModelFormatError(
-                f"the chat template leaves its sandbox: {error}",
+                f"the chat template tries to leave its sandbox: {error}",
                 field="chat_template",
-                fix="do not use this model folder unless you know why it does so",
+                fix="do not use this model folder unless you know why its template does this",
             ) from None
-        # A template is a program of the model's author: on messages it did not foresee it fails in any way.
+        # A template is a program by the model's author, and may raise any exception on messages that it did not expect.
         except Exception as error:
             raise RequestError(
-                f"the chat template cannot render this: {type(error).__name__}: {error}",
+                f"the chat template cannot render this prompt: {type(error).__name__}: {error}",
                 field="messages",
-                fix="use the roles and keys this model's template knows",
+                fix="use the roles and keys that this model's template knows",
             ) from error
 
 
-class _TemplateRefusal(jinja2.TemplateError):
-    """What a template's own `raise_exception` raises."""
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training; here it is only its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - the attribute jinja2 declares
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Reads the block and keeps what is in it, in a scope of its own as transformers has it."""
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _compile_template(source: str, field: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise _TemplateRefusal(message)
-
-    def to_json(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own filter escapes HTML characters, which the model was not trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ModelFormatError(
-            f"the chat template is not valid Jinja: {error}",
-            field=field,
-            got=f"line {getattr(error, 'lineno', '?')}",
-            wanted="a template transformers would accept",
-            fix='restore the template from the model\'s source, or use style="completion"',
-        ) from None
-
-
 def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[Message]:
-    """The checked messages with `system` in front; raises RequestError."""
+    """Check the messages and return them with `system` in front.
+
+    Raises:
+        RequestError: the prompt is empty or malformed, or has two system messages.
+    """
     if not isinstance(messages, Sequence):
         got = type(messages).__name__
-        raise RequestError("not a prompt", field="messages", got=got, wanted="str or list of messages")
+        raise RequestError("the value is not a prompt", field="messages", got=got, wanted="str or a list of messages")
     chat: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     for i, message in enumerate(chat):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 got, wanted = repr(message)[:60], '{"role": str, "content": str}'
-                raise RequestError("malformed message", field=f"messages[{i}].{key}", got=got, wanted=wanted)
+                raise RequestError("the message is malformed", field=f"messages[{i}].{key}", got=got, wanted=wanted)
     if not chat:
         raise _empty("messages", "no messages")
     if not chat[-1]["content"].strip():
@@ -290,106 +251,4 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
 
 
 def _empty(field: str, got: str, fix: str = "pass some text") -> RequestError:
-    return RequestError("empty prompt", field=field, got=got, wanted="text that is not blank", fix=fix)
-
-
-def _broken(path: Path, problem: str, got: object, wanted: str) -> ModelFormatError:
-    return ModelFormatError(problem, field=str(path), got=got, wanted=wanted, fix=_FIX)
-
-
-def _read_text(path: Path) -> str:
-    return _read(path, lambda: path.read_text(encoding="utf-8"))
-
-
-def _read(path: Path, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except FileNotFoundError:
-        raise _broken(path, "missing file", got="nothing", wanted="the file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, "cannot be read", got=error, wanted="UTF-8 text") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path, ModelFormatError, _FIX, lenient=True)
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    content = _read(path, path.read_bytes)  # as text, Gemma's 33 MB would be decoded here and encoded again there
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        raise _broken(path, "not a tokenizer", got=error, wanted="a file of the tokenizers library") from None
-    # Settings left over from training; transformers sets both anew for each call.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The variables a template sees: name to text, and additional_special_tokens to a list of texts."""
-    named = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        named |= extra
-    tokens: dict[str, Any] = {name: _token_text(value, name, path) for name, value in named.items()}
-    name = "additional_special_tokens"
-    if additional := config.get(name):
-        if not isinstance(additional, list):
-            raise _broken(path, f"{name} is malformed", got=additional, wanted="a list")
-        tokens[name] = [_token_text(value, name, path) for value in additional]
-    for name in ("bos_token", "eos_token"):
-        if name in tokens and tokenizer.token_to_id(tokens[name]) is None:
-            raise _broken(path, f"{name} is not in tokenizer.json", got=tokens[name], wanted="a known token")
-    return tokens
-
-
-def _token_text(value: Any, name: str, path: Path) -> str:
-    text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise _broken(path, f"{name} is not a token", got=value, wanted='str or {"content": str}')
-    return text
-
-
-def _check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
-    # transformers would append a token that only the config knows, and give ids this tokenizer does not have.
-    added = config.get("added_tokens_decoder") or {}
-    if not isinstance(added, dict):
-        raise _broken(path, "added_tokens_decoder is malformed", got=type(added).__name__, wanted="object")
-    for index, value in added.items():
-        text = _token_text(value, f"added_tokens_decoder[{index}]", path)
-        known = tokenizer.token_to_id(text)
-        if str(known) != index:
-            raise _broken(path, f"{text!r} has another id in tokenizer.json", got=index, wanted=str(known))
-
-
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    beside = folder / "chat_template.jinja"
-    if beside.exists():
-        return _read_text(beside)
-    template = value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        template = named.get("default")
-    if value is not None and not isinstance(template, str):
-        got, wanted = str(value)[:60], 'str, or a list with a template named "default"'
-        raise _broken(folder / "tokenizer_config.json", "chat_template is malformed", got, wanted)
-    return template
-
-
-def _read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
-    # A union: files of real models disagree, and to run past an end costs more than to stop at a second one.
-    ids: set[int] = set()
-    if "eos_token" in special_tokens:
-        ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = _read_json(path).get("eos_token_id") if path.exists() else None
-        found = [] if value is None else value if isinstance(value, list) else [value]
-        for eos in found:
-            if type(eos) is not int or eos < 0:
-                raise _broken(path, "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
-        ids.update(found)
-    if not ids:
-        raise _broken(folder, "no end-of-sequence token", got="none", wanted="eos_token_id or eos_token")
-    return frozenset(ids)
+    return RequestError("the prompt is empty", field=field, got=got, wanted="text that is not blank", fix=fix)

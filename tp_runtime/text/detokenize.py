@@ -1,7 +1,7 @@
-"""Token ids to text, one token at a time, and stop strings in the stream.
+"""This module decodes token ids to text, one token at a time, and finds stop strings in the stream.
 
-Both hold text back until it is certain: the decoder while a character is incomplete, the scanner while a stop
-string could still begin. Neither knows what produced the tokens.
+Both classes hold text back until it is certain: the decoder while a character is incomplete, and the scanner while the
+end of the text could be the beginning of a stop string. Neither depends on how the tokens were produced.
 """
 
 from __future__ import annotations
@@ -11,124 +11,130 @@ from collections.abc import Callable, Sequence
 from ..errors import RequestError
 
 _REPLACEMENT = "\ufffd"
-_MAX_INCOMPLETE = 3  # bytes, and so at most tokens, of a UTF-8 character that is not complete
-_WINDOW = 16  # ids decoded together before malformed text is given up on; well-formed text takes far fewer
+_MAX_INCOMPLETE = 3  # an incomplete UTF-8 character has at most 3 bytes, and so at most 3 tokens
+_WINDOW = 16  # ids to decode together before malformed text is let out; well-formed text needs far fewer
 
 
 class IncrementalDecoder:
-    """Decodes a stream of token ids into pieces that never split a character.
+    """Decodes a stream of token ids to chunks of text that never split a character.
 
-    The pieces together are `decode(all ids)`. It decodes a short window: the tokens of the last piece, whose
-    text is already out, and the new ones. The old ones are there because decoders treat the first token apart
-    (SentencePiece drops its space) and because a run of byte tokens is decoded as one.
+    The chunks together are `decode(all ids)`. The decoder decodes a short window: the tokens of the last chunk, whose
+    text was already returned, and the new tokens. It keeps the old tokens because tokenizers decode the first token
+    differently (SentencePiece drops its space), and because they decode a run of byte tokens as one.
 
-    One exception: `tokenizers` turns a whole run of byte-fallback tokens into U+FFFD if any byte in it
-    is malformed, also characters before that byte, which are already out by then. Such a text differs
-    within that run: in which of its characters, and how many, are U+FFFD. What is around it is the same.
+    There is one exception. If any byte in a run of byte-fallback tokens is malformed, `tokenizers` replaces the whole
+    run with U+FFFD, including characters before that byte, which were already returned. Within such a run, the chunks
+    differ from `decode(all ids)` in which characters are U+FFFD and in their number. The text around it is the same.
 
     Args:
-        decode: token ids to text, such as `TextCodec.decode`.
+        decode: a function that converts token ids to text, such as `TextCodec.decode`.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []  # the window
-        self._old = 0  # how many ids of the window belong to pieces already out
+        self._old = 0  # the number of ids in the window whose text was already returned
         self._text = ""  # decode(window)
-        self._sent = 0  # characters of it already out
+        self._sent = 0  # the number of characters of `_text` that were already returned
 
     def push(self, token_id: int) -> str:
-        """Takes one token; returns the text that it makes certain, which may be empty.
+        """Add one token and return the text that becomes certain with it, which may be empty.
 
-        The cost does not depend on how many tokens came before.
+        The cost does not depend on the number of earlier tokens.
         """
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        # U+FFFD at the end may be the beginning of a character.
+        # U+FFFD at the end may be the beginning of a character, so it is not certain.
         certain = len(text.rstrip(_REPLACEMENT))
         if text and text == self._text and certain == len(text):
-            # A token without text (a skipped special one) must not become the window's first: what follows it
-            # would then be treated as the start of a text.
+            # A token without text (a skipped special token) must not become the first one of the window, because the
+            # next token would then be decoded as the start of a text.
             self._ids.pop()
             return ""
         self._text = text
-        piece = text[self._sent : certain]
+        chunk = text[self._sent : certain]
         self._sent = max(self._sent, certain)
-        if piece and certain == len(text):
+        if chunk and certain == len(text):
             self._drop(self._old)
             self._old = len(self._ids)
         elif len(self._ids) % _WINDOW == 0:
-            piece += self._shorten()
-        return piece
+            chunk += self._shorten()
+        return chunk
 
     def flush(self) -> str:
-        """Ends the stream: returns what was held back, an incomplete character as U+FFFD, and starts anew."""
-        piece = self._text[self._sent :]
+        """End the stream: return the text that was held back, with U+FFFD for an incomplete character, and reset."""
+        chunk = self._text[self._sent :]
         self._ids, self._old, self._text, self._sent = [], 0, "", 0
-        return piece
+        return chunk
 
     def _drop(self, cut: int) -> None:
-        """Takes the first `cut` ids, whose text is out, from the window."""
+        """Remove the first `cut` ids, whose text was already returned, from the window."""
         held = len(self._text) - self._sent
         self._ids, self._old = self._ids[cut:], max(0, self._old - cut)
         self._text = self._decode(self._ids)
         self._sent = len(self._text) - held
 
     def _shorten(self) -> str:
-        """Cuts a window in which characters stay incomplete; returns the malformed text given up on."""
+        """Shorten a window in which characters stay incomplete, and return the malformed text that is let out."""
         held = len(self._text) - self._sent
         latest = len(self._ids) - _MAX_INCOMPLETE
-        # Only so many cuts are tried: where none fits, the window grows, but the search does not.
+        # The number of cuts to try is limited. If none fits, the window grows, but the search does not.
         for cut in range(latest, max(0, latest - _WINDOW), -1):
             tail = self._decode(self._ids[cut:])
-            # A cut inside a character leaves U+FFFD in front of text that is known, and out, already.
+            # After a cut inside a character, U+FFFD stands in front of text that is known and was already returned.
             known = tail.lstrip(_REPLACEMENT)
             if len(known) > held and self._text.endswith(known):
                 self._drop(cut)
                 return ""
-            # Nothing known: the tokens before the cut have malformed text that nothing after it completes.
+            # No known text follows: the tokens before the cut have malformed text that no later token completes.
             end = len(self._text) - len(tail)
             if end >= self._sent and self._decode(self._ids[:cut]) + tail == self._text:
-                piece = self._text[self._sent : end]
+                chunk = self._text[self._sent : end]
                 self._sent = end
                 self._drop(cut)
-                return piece
+                return chunk
         return ""
 
 
 class StopScanner:
-    """Finds stop strings in a stream of text pieces and lets out only what precedes them.
+    """Finds stop strings in a stream of text chunks and returns only the text before the first one.
 
-    The stop string that is complete first counts; of two that end together, the longer. So the result does
-    not depend on how the text is cut into pieces.
+    The stop string that is complete first counts. If two end at the same place, the longer one counts. So the result
+    does not depend on how the text is divided into chunks.
 
     Args:
-        stops: strings, none empty; the list may be.
+        stops: a list of strings; the list may be empty, but no string may.
 
     Raises:
-        RequestError: a stop string is empty or not a string.
+        RequestError: `stops` is not a list, or a stop string is empty or not a string.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
-            raise RequestError("not a list", field="stop", got=repr(stops[:40]), wanted="a list of strings")
+            raise RequestError(
+                "the value is not a list of strings", field="stop", got=repr(stops[:40]), wanted="a list of strings"
+            )
         for i, stop in enumerate(stops):
             if not isinstance(stop, str) or not stop:
-                raise RequestError("not a stop string", field=f"stop[{i}]", got=repr(stop), wanted="non-empty str")
+                raise RequestError(
+                    "the stop string is empty or not a string",
+                    field=f"stop[{i}]",
+                    got=repr(stop),
+                    wanted="a non-empty str",
+                )
         self._stops = tuple(stops)
         self._held = ""
         self._stopped = False
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Takes a piece of text.
+    def push(self, chunk: str) -> tuple[str, bool]:
+        """Add a chunk of text.
 
         Returns:
-            The text that is safe to let out, and whether a stop string was found; from then on the text is
-            empty.
+            The text that is certain, and whether a stop string was found. After a stop string the text is always empty.
         """
         if self._stopped:
             return "", True
-        text = self._held + piece
+        text = self._held + chunk
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held, self._stopped = "", True
@@ -139,11 +145,11 @@ class StopScanner:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Ends the stream: returns what was held back in case a stop string came."""
+        """End the stream: return the text that was held back because a stop string could have followed."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`, but not the whole of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""One completion that is asked for, and the same once it is ready to run.
+"""A request for one completion, and the same request after encoding, when it is ready to run.
 
-What a request can ask is stated here and nowhere else; a call, a stream, a row of a batch and the command line all ask
-with the same object.
+This module is the only place that lists the options of a request. A call, a stream, a row of a batch and the command
+line all use the same object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SAMPLING = frozenset(setting.name for setting in fields(Sampling))
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments that say how tokens are chosen and where a completion ends; see `Request`, `Sampling`."""
+    """The keyword arguments for choosing tokens and for ending a completion; see `Request` and `Sampling`."""
 
     max_new_tokens: int
     stop: Sequence[str]
@@ -33,7 +33,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class RequestOptions(SamplingOptions, total=False):
-    """The keyword arguments of a request; `Request` and `Sampling` say what each means and what its default is."""
+    """The keyword arguments of a request; `Request` and `Sampling` document their meanings and defaults."""
 
     system: str | None
     raw: bool
@@ -43,22 +43,22 @@ class RequestOptions(SamplingOptions, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """A request for one completion.
 
     Attributes:
-        prompt: a string is one user message through the chat template (for a completion-style model: the text to
-            continue); or a list of {"role", "content"} messages.
-        system: a system message in front of the prompt (completion style: context text).
+        prompt: a string or a list of {"role", "content"} messages. A string is one user message for the chat template;
+            for a completion-style model it is the text to continue.
+        system: a system message in front of the prompt; for a completion-style model, the context text.
         raw: whether a string is encoded as it is, without the chat template.
-        patch: a loaded patch's name, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
-            default the patch that `patched` activated, else the one that the model was opened with.
+        patch: the name of a loaded patch, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
+            default it is the patch that `patched` activated, or else the one that the model was opened with.
         strength: a factor on the patch; a negative one inverts its effect.
-        max_new_tokens: the completion has at most this many tokens.
+        max_new_tokens: the largest number of tokens of the completion.
         stop: strings that end the completion and are not part of it.
-        sampling: how each token is chosen; greedy by default.
+        sampling: the settings for choosing each token; greedy by default.
 
     Raises:
-        RequestError: `max_new_tokens` or `stop` cannot be served.
+        RequestError: `max_new_tokens` is not a positive integer, or `stop` is not a list of non-empty strings.
     """
 
     prompt: str | Sequence[Message]
@@ -76,10 +76,10 @@ class Request:
 
     @classmethod
     def of(cls, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
-        """A request from keyword arguments, those of `Sampling` among them.
+        """Build a request from keyword arguments, including those of `Sampling`.
 
         Raises:
-            RequestError: a value cannot be served.
+            RequestError: a value is not valid.
             TypeError: an argument has an unknown name.
         """
         given: dict[str, Any] = dict(options)
@@ -93,10 +93,10 @@ class EncodedRequest:
 
     Attributes:
         tokens: the ids of the prompt.
-        patch: the patch that it runs under.
-        sampling: how each token is chosen.
-        max_new_tokens: the completion has at most this many tokens.
-        scanner: finds the stop strings in the text of this completion.
+        patch: the patch that the request runs under.
+        sampling: the settings for choosing each token.
+        max_new_tokens: the largest number of tokens of the completion.
+        scanner: the scanner that finds the stop strings in the text of this completion.
     """
 
     tokens: list[int]
@@ -107,7 +107,7 @@ class EncodedRequest:
 
 
 def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -> EncodedRequest:
-    """Encode the prompt of `request` and find the patch that it runs under; the prompt's length is not checked yet.
+    """Encode the prompt of `request` and resolve its patch. This does not check the length of the prompt.
 
     Raises:
         RequestError: the prompt cannot be encoded, or has a system message that the patch's KV prefix replaces.
@@ -121,14 +121,14 @@ def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -
 
 
 def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
-    """Refuse a system message under a KV prefix, which stands in its place.
+    """Refuse a system message under a KV prefix, which is in the place of a system message.
 
-    The ids alone do not show one, except where the template has a default system message.
+    The ids do not show a system message, except if the template has a default system message.
     """
     first = prompt[0] if not isinstance(prompt, str) and prompt else {}
     if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
         raise RequestError(
-            "the patch's KV prefix stands where a system message would",
+            "the patch's KV prefix takes the place of a system message",
             field="system",
             got=repr(str(system if system is not None else first.get("content"))[:40]),
             wanted="user messages without a system prompt",

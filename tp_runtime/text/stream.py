@@ -1,4 +1,4 @@
-"""A running completion as pieces of text: decoding, stop strings, and the figures of one request."""
+"""A running completion as a stream of text chunks, with decoding, stop strings, and the figures of one request."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .detokenize import IncrementalDecoder, StopScanner
 
 
 class TextStream:
-    """A running completion: an iterator over pieces of text that never split a character.
+    """A running completion: an iterator over chunks of text that never split a character.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        token_ids: ids produced so far, the end-of-sequence id included.
-        seconds_to_first_token: from the first `next` to the first id; None before.
-        seconds: from the first `next` to the last id.
-        finish_reason: "eos", "stop" or "length" once it is over, None before.
+        prompt_tokens: the number of tokens of the prompt.
+        token_ids: the ids produced so far, including the end-of-sequence id.
+        seconds_to_first_token: the seconds from the first `next` to the first id; None before.
+        seconds: the seconds from the first `next` to the last id.
+        finish_reason: "eos", "stop" or "length" after the end of the completion; None before.
     """
 
     def __init__(
@@ -35,25 +35,26 @@ class TextStream:
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
         self.finish_reason: str | None = None
-        # A weak reference: with a strong one a stream that is dropped midway would hold its patch until a collection.
-        self._pieces = _run(weakref.proxy(self), ids, StoppingDecoder(codec, scanner), using)
+        # The reference is weak: with a strong one, a stream that is dropped before its end would keep its patch in use
+        # until the next garbage collection.
+        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, scanner), using)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return next(self._chunks)
 
     def close(self) -> None:
-        """Stop early and release the patch."""
-        self._pieces.close()
+        """Stop the completion early and release the patch."""
+        self._chunks.close()
 
 
 class StoppingDecoder:
-    """The text of one completion, id by id, and how it ended.
+    """Decodes the text of one completion id by id, up to its end.
 
     Attributes:
-        finish_reason: "eos", "stop", or what `end` was told; None before.
+        finish_reason: "eos", "stop", or the reason passed to `end`; None before the end.
     """
 
     def __init__(self, codec: TextCodec, scanner: StopScanner) -> None:
@@ -62,7 +63,7 @@ class StoppingDecoder:
         self._decoder = IncrementalDecoder(codec.decode)
 
     def push(self, token: int) -> str:
-        """Take one id; returns the text that it makes certain, with all that was held back if it ends the text."""
+        """Add one id and return the text that becomes certain; at the end also the text that was held back."""
         if token in self._eos_ids:
             return self.end("eos")
         text, stopped = self._scanner.push(self._decoder.push(token))
@@ -71,16 +72,16 @@ class StoppingDecoder:
         return text
 
     def end(self, reason: str) -> str:
-        """End the text; returns what was held back."""
+        """End the text and return the part that was held back."""
         text, stopped = self._scanner.push(self._decoder.flush())
         self.finish_reason = "stop" if stopped else reason
         return text if stopped else text + self._scanner.flush()
 
 
 def _run(
-    stream: TextStream, ids: Iterator[int], pieces: StoppingDecoder, using: AbstractContextManager[None]
+    stream: TextStream, ids: Iterator[int], decoder: StoppingDecoder, using: AbstractContextManager[None]
 ) -> Generator[str]:
-    """The pieces of `stream`, whose figures are kept up to date on the way."""
+    """Yield the chunks of `stream` and update its figures."""
     start = time.perf_counter()
     with using:
         for token in ids:
@@ -88,13 +89,13 @@ def _run(
             if stream.seconds_to_first_token is None:
                 stream.seconds_to_first_token = stream.seconds
             stream.token_ids.append(token)
-            text = pieces.push(token)
-            if pieces.finish_reason:
+            text = decoder.push(token)
+            if decoder.finish_reason:
                 break
             if text:
                 yield text
         else:
-            text = pieces.end("length")
-    stream.finish_reason = pieces.finish_reason
+            text = decoder.end("length")
+    stream.finish_reason = decoder.finish_reason
     if text:
         yield text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_tests.tiny import tiny_model
+from runtime_tests.export.tiny import tiny_model
 from tp_export.cli import main
 
 

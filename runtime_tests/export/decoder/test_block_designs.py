@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from runtime_tests.export.fit.test_forms import dialogues
+from runtime_tests.export.rows import fit_affine
+from runtime_tests.export.tiny import VARIANTS, tiny_model
 from runtime_tests.patches import random_config
-from runtime_tests.tiny import VARIANTS, tiny_model
 from tp_export.decoder import (
     SLOT_SETS,
     Block,
@@ -27,7 +28,6 @@ from tp_export.decoder import (
 from tp_export.decoder.adapters import ADAPTERS
 from tp_export.fit import Settings, lockstep, to_half
 from tp_export.fit.forms import FORMS, Rows
-from tp_export.fit.ridge import fit_affine
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError, ModelFormatError
 from tp_runtime.patch import Patch

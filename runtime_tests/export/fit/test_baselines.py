@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from runtime_tests.export.rows import fit_affine
 from tp_export.decoder import blocks_of
 from tp_export.fit import Settings, fit_steering, lockstep, steering_candidates
 from tp_export.fit.baselines import fit_isotropic, isotropic_map
 from tp_export.fit.forms import Rows
-from tp_export.fit.ridge import fit_affine
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime_tests.tiny import VARIANTS, tiny_model
+from runtime_tests.export.tiny import VARIANTS, tiny_model
 from tp_export.decoder import adapter_for, blocks_of
 from tp_export.decoder.adapters import ADAPTERS
 from tp_export.fit import verify

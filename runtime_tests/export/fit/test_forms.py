@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from runtime_tests.export.rows import some_rows
 from runtime_tests.patches import random_config
-from runtime_tests.rows import some_rows
 from tp_export.decoder import applied, blocks_of, layer_inputs, patched, plain_inputs
 from tp_export.fit import Settings, lockstep, to_half
 from tp_export.fit.forms import FORMS
@@ -61,7 +61,7 @@ def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(model: A
 @torch.no_grad()
 def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
     """dW_gate = W_gate M and dW_up = W_up M with the ridge map M of z, in one shared low-rank factor."""
-    from tp_export.fit.ridge import fit_affine
+    from runtime_tests.export.rows import fit_affine
 
     block, rows = blocks_of(model)[0], some_rows(model, 60)
     deltas = FORMS["matrix"](block, rows, Settings(rank=model.config.hidden_size, ridge=0.7))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from runtime_tests.logits import furthest, graph_logits, token_ids, torch_logits
-from runtime_tests.rows import some_rows
+from runtime_tests.export.rows import some_rows
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, graph_logits, token_ids
 from tp_export import cli
 from tp_export.decoder import applied, blocks_of
 from tp_export.fit import Settings

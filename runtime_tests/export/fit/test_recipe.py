@@ -136,7 +136,7 @@ def test_held_out_queries_that_are_fitted(tiny_llama: Path, tmp_path: Path, caps
     queries.write_text("What is tea?\nWhat is salt?\n")
     same.write_text("what is  TEA?\n")
     arguments = [*patch_arguments(tiny_llama, tmp_path / "p.safetensors", queries=queries), f"--held-out={same}"]
-    assert "held-out queries equal fitted ones" in refused(arguments, capsys)
+    assert "held-out queries are also among the fitted ones" in refused(arguments, capsys)
 
 
 def test_evaluating_on_fitted_queries(
@@ -148,7 +148,7 @@ def test_evaluating_on_fitted_queries(
     file = tmp_path / "fitted.txt"
     file.write_text(fitted[0].upper() + "\nWhat else?\n")
     arguments = ["evaluate", str(tiny_llama), str(patch_file), "--prompt", CONTEXT, "--queries", str(file)]
-    assert "held-out queries equal fitted ones" in refused(arguments, capsys)
+    assert "held-out queries are also among the fitted ones" in refused(arguments, capsys)
 
 
 def test_evaluating_on_another_base(

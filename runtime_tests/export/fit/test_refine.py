@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import random_config
-from runtime_tests.tiny import tiny_model
 from tp_export import cli
 from tp_export.decoder import TorchPrefix
 from tp_export.fit import Recipe, Settings, choose_entries, lockstep, make_patch, to_half
 from tp_export.fit.refine import refine_deltas
-from tp_export.measure import fidelity
+from tp_export.measure import TorchStudent, measure_fidelity
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
@@ -35,9 +35,8 @@ def dialogues() -> list[Dialogue]:
 
 def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
     patch = Patch(to_half(deltas), random_config(), None if prefix is None else prefix.numpy())
-    torch_student = fidelity.torch_student
-    return fidelity.measure_fidelity(
-        dialogues(), torch_student(model), torch_student(model), torch_student(model, patch)
+    return measure_fidelity(
+        dialogues(), TorchStudent(model), TorchStudent(model), TorchStudent(model, patch)
     ).kl_patched
 
 

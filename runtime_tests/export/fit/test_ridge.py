@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tp_export.fit.ridge import Moments, fit_affine, top_directions
+from runtime_tests.export.rows import fit_affine
+from tp_export.fit.ridge import Moments, top_directions
 
 
 def rows(seed: int, count: int, inputs: int = 12, outputs: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from runtime_tests.logits import furthest, token_ids, torch_logits
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import random_config
 from tp_export import cli
 from tp_export.formats import read_control_vector
@@ -131,7 +132,7 @@ def test_a_patch_without_such_biases(tiny_llama: Path, tmp_path: Path, capsys: p
     bias_patch(tiny_llama, range(1)).save(tmp_path / "p.safetensors")
     arguments = ["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf"), "--lossy"]
     assert cli.main(arguments) == 2
-    assert "nothing that a control vector can carry" in capsys.readouterr().err
+    assert "the patch has nothing that a control vector can represent" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
 
 
@@ -142,8 +143,8 @@ VALUES = np.ones(SIZE, np.float32)
     ("directions", "options", "error", "named"),
     [
         ({"direction.1": VALUES}, {"architecture": "llama"}, PatchFormatError, "general.architecture"),
-        ({"direction.1": VALUES}, {"layer_count": 2}, PatchFormatError, "not all there"),
-        ({}, {}, PatchFormatError, "not all there"),
+        ({"direction.1": VALUES}, {"layer_count": 2}, PatchFormatError, "directions are missing from the file"),
+        ({}, {}, PatchFormatError, "directions are missing from the file"),
         ({"direction.1": VALUES.astype(np.float64)}, {}, PatchFormatError, "F64"),
         ({"direction.x": VALUES}, {}, PatchTargetError, "direction.x"),
         ({"direction.-1": VALUES}, {}, PatchTargetError, "direction.-1"),

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from runtime_tests.logits import furthest, graph_logits, token_ids, torch_logits
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, graph_logits, token_ids
 from runtime_tests.patches import random_config
 from tp_export import cli
 from tp_export.decoder import slots_of

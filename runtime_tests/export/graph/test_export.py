@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
+from runtime_tests.export.tiny import tiny_model
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids
 from runtime_tests.patches import patch_for
-from runtime_tests.tiny import tiny_model
 from tp_export.decoder.adapters import ADAPTERS
 from tp_export.graph import export as model_export
 from tp_export.graph import export_model
@@ -80,7 +81,7 @@ def test_every_weight_has_the_name_of_its_module(made: Callable[[str], Made], ar
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     model = AutoModelForCausalLM.from_pretrained(source)
     known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
-    # side by side (onnx_products.py)
+    # side by side (products.py)
     for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"), (".w1.", ".w1_w3.")):
         known |= {name.replace(first, joint) for name in known}
     weights = {i.name for i in graph.initializer if i.dims and min(i.dims) >= 16 and not i.name.startswith("tp.")}

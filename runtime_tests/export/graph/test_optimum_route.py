@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from runtime_tests.export.tiny import VARIANTS, tiny_model
 from runtime_tests.patches import random_config, random_patch
-from runtime_tests.tiny import VARIANTS, tiny_model
 from tp_export.decoder import SLOT_SETS, patched, slots_of
 from tp_export.decoder.adapters import ADAPTERS
 from tp_export.graph import export as model_export
@@ -277,7 +277,7 @@ def test_where_no_route_works_the_error_is_ours(tiny_llama: Path, monkeypatch: p
     model = load_model(open_source(tiny_llama))
     modules = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises(
-        ModelFormatError, match="optimum cannot export it: RuntimeError: aten::strange is not supported;"
+        ModelFormatError, match="optimum cannot export the model: RuntimeError: aten::strange is not supported;"
     ):
         model_export._trace(model, slots_of(model, "output"), "optimum")
     assert {name: id(module) for name, module in model.named_modules()} == modules

@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 
+from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
-from runtime_tests.tiny import tiny_model
 from tp_export.fit import Recipe, make_patch
 from tp_export.graph import export_model
-from tp_export.measure import fidelity
+from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import QuantisedStudent, float_weights, quantised, student_of
 from tp_export.rollout import dialogues_for
 from tp_export.source import Source, load_model, open_source
@@ -165,8 +165,8 @@ def test_a_repair_repairs_the_exported_graph(
 ) -> None:
     graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
     dialogues = dialogues_for(source, model, None, QUESTIONS[14:], 16)
-    students = fidelity.runtime_student(graph), fidelity.runtime_student(graph, repair)
-    assert fidelity.measure_fidelity(dialogues, fidelity.torch_student(model), *students).gap_closed > 0.2
+    students = RuntimeStudent(graph), RuntimeStudent(graph, repair)
+    assert measure_fidelity(dialogues, TorchStudent(model), *students).gap_closed > 0.2
 
 
 def test_a_repair_acts_on_its_own_precision_alone(repair: Patch, folders: dict[str, Path]) -> None:

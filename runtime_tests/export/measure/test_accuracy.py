@@ -45,7 +45,7 @@ def test_half_an_entry_is_refused(tmp_path: Path, line: Any) -> None:
 
 @pytest.mark.parametrize("line", [{"answer": "x"}, {"query": 3, "answer": "x"}, 3])
 def test_a_line_that_is_no_query_is_refused(tmp_path: Path, line: Any) -> None:
-    with pytest.raises(CalibrationError, match="something else than text"):
+    with pytest.raises(CalibrationError, match="the file holds an entry that is not text"):
         load_questions(write(tmp_path, line))
 
 
@@ -70,7 +70,7 @@ def test_what_counts(tiny_llama: Path) -> None:
     assert found.kept == pytest.approx(2 / 3) and found.questions == 4
     assert found.to_dict()["accuracy_kept"] == 0.6667
     assert ["Context" in text for text in asked] == [True, False, False]
-    with pytest.raises(CalibrationError, match="no questions with answers"):
+    with pytest.raises(CalibrationError, match="no question has an expected answer"):
         measure_accuracy(source, "Context", {}, prompted, unpatched, patched)
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tp_export.quantise import BLOCK, MEASURED, Blocks, quantised
 from tp_export.quantise.precision import INT4, PRECISIONS, resolve
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.session import model_folder as folder
+from tp_runtime.session import description
 
 QUANTISED = ("int8", *INT4)
 
@@ -84,7 +84,7 @@ def test_int4_is_the_quantiser_that_loses_least() -> None:
 
 
 def test_every_precision_of_an_export_is_one_that_a_folder_may_have() -> None:
-    assert set(PRECISIONS) - {MEASURED} == set(folder.PRECISIONS)
+    assert set(PRECISIONS) - {MEASURED} == set(description.PRECISIONS)
 
 
 def test_unknown_precision() -> None:

@@ -17,10 +17,11 @@ import torch
 from tp_export.cli import main as tp_export_main
 from tp_export.decoder import patched
 from tp_export.fit import Recipe, make_patch
-from tp_export.measure import diverge, fidelity, with_prompt, without_prompt
+from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prompt, without_prompt
 from tp_export.queries import load_questions
-from tp_export.report import about, compare, costs, measure, page, running, store
+from tp_export.report import compare, costs, describe_report, measure, running, store_summary
 from tp_export.report.figures import Fits, Report, Turns
+from tp_export.report.page import render_page
 from tp_export.rollout import Dialogue, dialogues_for
 from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
@@ -78,13 +79,13 @@ def report(files: list[Path], tiny_llama: Path, tiny_llama_export: Path, model: 
         fitted = compare.fitted_queries(patch, load_questions(None))
         subjects.append(measure.Subject(patch, file, prompt, QUERIES, fitted))
     parts = [measure.measure_patch(setup, subject) for subject in subjects]
-    return about.describe(setup, parts, measure.measure_composition(setup, subjects))
+    return describe_report(setup, parts, measure.measure_composition(setup, subjects))
 
 
 @pytest.fixture(scope="module")
 def whole(report: Report) -> tuple[dict[str, Any], str]:
     """Its JSON and its page."""
-    return json.loads(json.dumps(report.to_dict())), page.render(report)
+    return json.loads(json.dumps(report.to_dict())), render_page(report)
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +98,15 @@ def dialogues(tiny_llama: Path, model: Any) -> list[Dialogue]:
 
 def test_divergence_is_that_of_evaluate(model: Any, dialogues: list[Dialogue], files: list[Path]) -> None:
     patch = Patch.load(files[0])
-    plain, under = fidelity.torch_student(model), fidelity.torch_student(model, patch)
-    wanted = fidelity.measure_fidelity(dialogues, plain, plain, under)
+    plain, under = TorchStudent(model), TorchStudent(model, patch)
+    wanted = measure_fidelity(dialogues, plain, plain, under)
     found = diverge(dialogues, with_prompt(plain), {"patch": without_prompt(under)})["patch"]
     assert found.mean == pytest.approx(wanted.kl_patched, rel=1e-5)
     assert found.top1 == pytest.approx(wanted.top1_agreement)
 
 
 def test_positions_add_up_to_the_total(model: Any, dialogues: list[Dialogue]) -> None:
-    plain = fidelity.torch_student(model)
+    plain = TorchStudent(model)
     found = diverge(dialogues, with_prompt(plain), {"plain": without_prompt(plain), "self": with_prompt(plain)})
     for width in (1, 4, 100):
         means, tokens = found["plain"].by_position(width)
@@ -134,10 +135,10 @@ def test_strength_zero_is_no_patch_and_one_is_the_patch(
 ) -> None:
     strengths = {s["strength"]: s for s in whole[0]["patches"][0]["sweep"]["strengths"]}
     assert set(strengths) == set(measure.STRENGTHS)
-    plain = fidelity.torch_student(model)
+    plain = TorchStudent(model)
     arms = {
         0.0: without_prompt(plain),
-        1.0: without_prompt(fidelity.torch_student(model, Patch.load(files[0]))),
+        1.0: without_prompt(TorchStudent(model, Patch.load(files[0]))),
     }
     found = diverge(dialogues[:4], with_prompt(plain), {str(s): arm for s, arm in arms.items()})
     for strength in arms:
@@ -150,12 +151,12 @@ def test_a_layer_switched_off_is_a_patch_without_it(model: Any, dialogues: list[
     measured = {layer.layer: layer for layer in measure.layer_effects(model, patch, dialogues, {1: {"mlp_out": 0.5}})}
     assert set(measured) == {0, 1, 2} and measured[1].retained == {"mlp_out": 0.5}
     handmade = Patch({slot: d for slot, d in patch.deltas.items() if slot[0] in (0, 2)}, patch.config)
-    plain = fidelity.torch_student(model)
+    plain = TorchStudent(model)
     arms = {"off": handmade, "on": patch, "none": None}
     found = diverge(
         dialogues,
         with_prompt(plain),
-        {name: without_prompt(fidelity.torch_student(model, p)) for name, p in arms.items()},
+        {name: without_prompt(TorchStudent(model, p)) for name, p in arms.items()},
     )
     assert measured[1].kl_without == pytest.approx(found["off"].mean, rel=1e-5)
     lost = (found["off"].mean - found["on"].mean) / found["none"].mean
@@ -183,8 +184,8 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     found = measure.measure_patch(setup, measure.Subject(patch, file, PIRATE, QUERIES, []))
     assert found.sweep is None and found.frontier == [] and found.layers == []
     assert [answer.patch for answer in found.answers] == [answer.prompt for answer in found.answers]
-    assert "has no strengths" in page.render(about.describe(setup, [found], []))
-    store.store(file, Patch.load(file), found)
+    assert "has no strengths" in render_page(describe_report(setup, [found], []))
+    store_summary(file, Patch.load(file), found)
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == patch.identity and stored.prefix is not None
 
@@ -247,8 +248,8 @@ def test_composition_is_the_sum(
     whole: tuple[dict[str, Any], str], model: Any, dialogues: list[Dialogue], files: list[Path]
 ) -> None:
     p, q = map(Patch.load, files)
-    plain = fidelity.torch_student(model)
-    arms = {name: without_prompt(fidelity.torch_student(model, x)) for name, x in {"q": q, "p+q": p + q}.items()}
+    plain = TorchStudent(model)
+    arms = {name: without_prompt(TorchStudent(model, x)) for name, x in {"q": q, "p+q": p + q}.items()}
     found = diverge(dialogues, with_prompt(plain), {"none": without_prompt(plain), **arms})
     row = whole[0]["composition"][0]
     assert row["others"] == pytest.approx(1 - found["q"].mean / found["none"].mean, rel=1e-3)
@@ -262,7 +263,7 @@ def test_a_kept_prefix_changes_nothing(tiny_llama_export: Path, model: Any, dial
     shared = costs.shared_prefix([d.teacher_prompt for d in dialogues])
     assert len({d.teacher_prompt[:shared] for d in dialogues}) == 1
     assert len({d.teacher_prompt[: shared + 1] for d in dialogues}) > 1
-    arm = costs.cached_prefix_arm(graph, dialogues[0].teacher_prompt[:shared])
+    arm = costs.CachedPrefixArm(graph, dialogues[0].teacher_prompt[:shared])
     for d in dialogues:
         wanted = model(torch.tensor([d.teacher()])).logits[0, len(d.teacher_prompt) - 1 :]
         assert torch.allclose(arm(d), wanted, atol=1e-3)
@@ -272,7 +273,7 @@ def test_a_kept_prefix_changes_nothing(tiny_llama_export: Path, model: Any, dial
 # -- the page ----------------------------------------------------------------------------------------------------
 
 SECTIONS = (
-    *("Four variants to the same behaviour", "Along the answer", "Long answers, unattended", "Dialogues", "Layers"),
+    *("The four variants", "Along the answer", "Long answers", "Dialogues", "Layers"),
     *("Strength", "Against the heuristics", "Answers", "The worst answers", "Their sum", "How it was measured"),
 )
 
@@ -320,18 +321,18 @@ def test_what_was_not_measured_says_so(report: Report) -> None:
     one = report.patches[0]
     variants = [replace(variant, first_token_ms=None, token_ms=None) for variant in one.variants]
     fits = Fits(0, 0, False, [], "left out with --baselines none")
-    turns = Turns(0, 64, [], {}, "the model is of completion style: it has no turns")
+    turns = Turns(0, 64, [], {}, "the model is completion-style, so it has no chat turns")
     layers = [replace(layer, retained={}) for layer in one.layers]
     less = replace(one, variants=variants, fits=fits, turns=turns, layers=layers, long=None)
-    text = page.render(replace(report, patches=[less], composition=[], runtime=None))
-    for said in ("--runtime)", "--baselines none", "it has no turns", "Energy kept is not known"):
+    text = render_page(replace(report, patches=[less], composition=[], runtime=None))
+    for said in ("--runtime)", "--baselines none", "it has no chat turns", "The energy kept is not known"):
         assert said in text
     assert "Long answers" not in text and "Their sum" not in text
 
 
 def test_a_completion_style_model_has_no_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
     found = running.measure_turns(open_source(tiny_gemma), model, PIRATE, Patch.load(files[0]), QUERIES, ["Why?"], 8)
-    assert found.turns == [] and "it has no turns" in found.why_not
+    assert found.turns == [] and "it has no chat turns" in found.why_not
 
 
 # -- the summary in the file -------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_the_summary_is_stored_and_nothing_else_changes(
     file = tmp_path / "p.safetensors"
     Patch.load(files[0]).save(file, dtype)
     before, size = Patch.load(file), file.stat().st_size
-    store.store(file, before, report.patches[0])
+    store_summary(file, before, report.patches[0])
     after = Patch.load(file)
     assert after.identity == before.identity and after.config.probe == before.config.probe
     assert file.stat().st_size - size < 2000
@@ -410,11 +411,11 @@ def test_fitted_queries_and_twice_the_same_patch(
     fitted = tmp_path / "fitted.txt"
     fitted.write_text(load_questions(None)[0])
     assert tp_export_main(arguments(tiny_llama, files[:1], fitted, tmp_path / "r.html")) == 2
-    assert "held-out queries equal fitted ones" in capsys.readouterr().err
+    assert "held-out queries are also among the fitted ones" in capsys.readouterr().err
     copy = shutil.copy(files[0], tmp_path / "copy.safetensors")
     both = arguments(tiny_llama, [files[0], Path(copy)], held_out, tmp_path / "r.html", "--prompt", FRENCH)
     assert tp_export_main(both) == 2
-    assert "the same patch twice" in capsys.readouterr().err
+    assert "the same patch is given twice" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
 
 

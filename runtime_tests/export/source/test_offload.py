@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
-from runtime_tests.export.tiny import tiny_model
 from tp_export.fit import Settings, fit_lockstep
 from tp_export.rollout import Dialogue, complete
 from tp_export.source import load_model, load_offloaded, open_source, resident

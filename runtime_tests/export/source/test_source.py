@@ -60,10 +60,10 @@ def test_what_changes_the_model_changes_the_digest(what: str, copy: Path, tiny_l
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(ModelFormatError, match="no safetensors weights"):
+    with pytest.raises(ModelFormatError, match="the folder has no safetensors weights"):
         _ = open_source(copy).digest
 
 
 def test_neither_a_folder_nor_on_the_hub() -> None:
-    with pytest.raises(ModelFormatError, match="no such folder"):
+    with pytest.raises(ModelFormatError, match="there is no such folder"):
         open_source("nobody/nothing-of-this-name")

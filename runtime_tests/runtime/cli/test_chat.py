@@ -9,15 +9,13 @@ import pytest
 
 from runtime_tests.cli import Cli, Result
 from runtime_tests.patches import patch_for
-from tp_export.graph import export_model
-from tp_export.source import open_source
 from tp_runtime.cli import chat as chat_module
 from tp_runtime.cli.chat import Chat
 from tp_runtime.cli.options import Selection, read_patches
 from tp_runtime.errors import PatchFormatError, PatchTargetError, RequestError
 from tp_runtime.model import ACTIVE, PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import ModelFolder
+from tp_runtime.session import DEFAULT_FILE, ModelFolder
 
 Talk = Callable[..., Result]
 
@@ -131,11 +129,10 @@ def test_a_completion_style_model_gets_each_line_on_its_own(talk: Talk, tiny_gem
 
 
 def test_a_folders_own_patch_can_be_left_but_not_scaled(
-    talk: Talk, tiny_llama: Path, model: PatchedModel, file: Path, tmp_path: Path
+    talk: Talk, tiny_llama_patched: Path, model: PatchedModel
 ) -> None:
-    patch = Patch.load(file)
-    folder = export_model(open_source(tiny_llama), tmp_path / "model", patch=patch)
-    result = talk("one", "/strength 2", "two", "/patch", "three", model=folder)
+    patch = Patch.load(tiny_llama_patched / DEFAULT_FILE)
+    result = talk("one", "/strength 2", "two", "/patch", "three", model=tiny_llama_patched)
     assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch), ("three", None))
     assert "the folder's own patch cannot be scaled" in result.err
 
@@ -174,7 +171,7 @@ def test_a_strength_that_is_none(talk: Talk, model: PatchedModel, file: Path, st
     result = talk("one", f"/strength {strength}", "two", args=("--patch", str(file)))
     patch = Patch.load(file)
     assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch))
-    assert "error: strength: not a strength" in result.err
+    assert "error: strength: the value is not a valid strength" in result.err
 
 
 def test_a_patch_that_does_not_fit_leaves_the_old_one(

@@ -8,11 +8,9 @@ import pytest
 
 from runtime_tests.cli import Cli
 from runtime_tests.patches import patch_for
-from tp_export.graph import export_model
-from tp_export.source import open_source
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import ModelFolder
+from tp_runtime.session import DEFAULT_FILE, ModelFolder
 
 SHORT = ("--max-new-tokens", "12", "--device", "cpu")
 
@@ -96,13 +94,10 @@ def test_auto_says_in_one_line_why_it_is_on_the_cpu(cli: Cli, tiny_llama_export:
         assert result.err.count("\n") == 1
 
 
-def test_a_folders_own_patch_is_used_and_named(
-    cli: Cli, tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    patch = Patch.load(files[0])
-    folder = export_model(open_source(tiny_llama), tmp_path / "model", patch=patch)
-    own = cli("generate", folder, "hello", *SHORT, "--json").json
-    base = cli("generate", folder, "hello", *SHORT, "--json", "--patch", "none").json
+def test_a_folders_own_patch_is_used_and_named(cli: Cli, tiny_llama_patched: Path) -> None:
+    patch = Patch.load(tiny_llama_patched / DEFAULT_FILE)
+    own = cli("generate", tiny_llama_patched, "hello", *SHORT, "--json").json
+    base = cli("generate", tiny_llama_patched, "hello", *SHORT, "--json", "--patch", "none").json
     assert own["patches"] == [{"name": "random-1", "identity": patch.identity, "strength": 1.0}]
     assert base["patches"] == []
     assert own["text"] != base["text"]
@@ -111,8 +106,8 @@ def test_a_folders_own_patch_is_used_and_named(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["  "], "empty prompt"),
-        (["-"], "empty prompt"),
+        (["  "], "the prompt is empty"),
+        (["-"], "the prompt is empty"),
         (["hi", "--temperature", "nan"], "temperature"),
         (["hi", "--top-k", "-1"], "top_k"),
         (["hi", "--top-p", "0"], "top_p"),

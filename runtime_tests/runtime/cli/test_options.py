@@ -42,13 +42,13 @@ def test_an_at_before_no_number_belongs_to_the_name() -> None:
 
 @pytest.mark.parametrize("factor", ["", "x", "0,5", "1/2"])
 def test_what_follows_the_at_of_a_file_must_be_a_number(files: tuple[Path, Path], factor: str) -> None:
-    with pytest.raises(PatchValueError, match="not a strength"):
+    with pytest.raises(PatchValueError, match="the value is not a valid strength"):
         read_patches([f"{files[0]}@{factor}"])
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf", "-inf", "1e999", "1e-99"])
 def test_a_strength_is_finite(files: tuple[Path, Path], factor: str) -> None:
-    with pytest.raises(PatchValueError, match="not a strength"):
+    with pytest.raises(PatchValueError, match="the value is not a valid strength"):
         read_patches([f"{files[0]}@{factor}"])
 
 
@@ -76,7 +76,7 @@ def test_no_patch_is_the_folders_default_and_none_is_the_base() -> None:
 
 
 def test_none_adds_to_nothing(files: tuple[Path, Path]) -> None:
-    with pytest.raises(PatchTargetError, match="adds to nothing"):
+    with pytest.raises(PatchTargetError, match="selects the base model and cannot be added to a patch"):
         read_patches(["none", str(files[0])])
 
 

@@ -279,7 +279,7 @@ def test_a_system_prompt_run_ahead_of_time(
 
 def test_running_ahead_of_time_that_cannot_be(plain: PatchedModel, tiny_llama_export: Path) -> None:
     assert plain.prefix_cache is None
-    with pytest.raises(RequestError, match="keeps no prefixes"):
+    with pytest.raises(RequestError, match="the model was opened without a prefix cache"):
         plain.prefill("Hi")
     small = PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1000)
     with pytest.raises(RequestError, match="cannot hold this prompt"):

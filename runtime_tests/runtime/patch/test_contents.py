@@ -87,7 +87,7 @@ def test_no_tensor(tmp_path):
 )
 def test_unknown_slot(tmp_path, name):
     content = container({"__metadata__": METADATA, name: entry()}, bytes(8))
-    refused(tmp_path, content, PatchTargetError, "addresses no slot")
+    refused(tmp_path, content, PatchTargetError, "does not address a slot or the KV prefix")
 
 
 @pytest.mark.parametrize("part", ["a", "b"])

@@ -35,7 +35,7 @@ def test_truncated_before_the_header_length(tmp_path, size):
 
 
 def test_truncated_header(tmp_path):
-    malformed(tmp_path, tensors()[:100], "header length over the file")
+    malformed(tmp_path, tensors()[:100], "the header length goes past the end of the file")
 
 
 def test_truncated_tensors(tmp_path):
@@ -43,15 +43,15 @@ def test_truncated_tensors(tmp_path):
 
 
 def test_header_over_cap(tmp_path):
-    malformed(tmp_path, (16 << 20 | 1).to_bytes(8, "little") + b"{" + bytes(100), "header length over the cap")
+    malformed(tmp_path, (16 << 20 | 1).to_bytes(8, "little") + b"{" + bytes(100), "the header length is over the limit")
 
 
 def test_header_length_of_all_ones(tmp_path):
-    malformed(tmp_path, b"\xff" * 8 + b"{}", "over the cap; got 18446744073709551615")
+    malformed(tmp_path, b"\xff" * 8 + b"{}", "over the limit; got 18446744073709551615")
 
 
 def test_header_over_file(tmp_path):
-    malformed(tmp_path, (1000).to_bytes(8, "little") + b"{}", "over the file; got 1000; wanted <= 2 bytes")
+    malformed(tmp_path, (1000).to_bytes(8, "little") + b"{}", "past the end of the file; got 1000; wanted <= 2 bytes")
 
 
 def test_empty_header(tmp_path):
@@ -119,16 +119,16 @@ def test_trailing_bytes_without_tensors(tmp_path):
 
 @pytest.mark.parametrize("shape", [[2**62, 4], [2**64], [10**30, 10**30], [2**32, 2**32]])
 def test_size_overflow(tmp_path, shape):
-    malformed(tmp_path, tensors(bias=entry(shape=shape)), "size overflow")
+    malformed(tmp_path, tensors(bias=entry(shape=shape)), "the size of tensor .* overflows")
 
 
 def test_size_that_wraps_to_the_right_one(tmp_path):
     # 4 * (2^62 + 2) is 8 in 64 bits.
-    malformed(tmp_path, tensors(bias=entry(shape=[2**62 + 2])), "size overflow")
+    malformed(tmp_path, tensors(bias=entry(shape=[2**62 + 2])), "the size of tensor .* overflows")
 
 
 def test_range_of_another_size_than_the_shape(tmp_path):
-    malformed(tmp_path, tensors(bias=entry(shape=[1])), "does not fill its range; got 8 bytes; wanted 4")
+    malformed(tmp_path, tensors(bias=entry(shape=[1])), "does not fill its byte range; got 8 bytes; wanted 4")
 
 
 @pytest.mark.parametrize("offsets", [[8, 0], [-8, 0], [0], [0, 8, 8], "08", [0, 8.0], [False, 8], None])
@@ -187,7 +187,7 @@ def test_no_such_file(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the path of a socket is at most 108 bytes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        with pytest.raises(PatchFormatError, match=r"no such file|not a path") as caught:
+        with pytest.raises(PatchFormatError, match=r"there is no such file|the path is not valid") as caught:
             Patch.load(tmp_path / name)
     assert caught.value.field and caught.value.fix == "check the path"
 

@@ -136,7 +136,7 @@ def test_bad_delta(parts, error):
 
 @pytest.mark.parametrize("values", [np.array(["x"]), np.array([None]), np.ones(4) * 1j, np.ones(4, bool)])
 def test_bad_array(values):
-    with pytest.raises(PatchValueError, match="bias: not an array of numbers"):
+    with pytest.raises(PatchValueError, match="bias: the value is not an array of numbers"):
         Delta(bias=values)
 
 

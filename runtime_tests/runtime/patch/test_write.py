@@ -65,7 +65,7 @@ def test_largest_f16_fits(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["f64", "float16", None])
 def test_save_with_an_unknown_dtype(tmp_path, dtype):
-    with pytest.raises(PatchFormatError, match=r"unknown dtype.*wanted f16 \| bf16 \| f32"):
+    with pytest.raises(PatchFormatError, match=r"the dtype is unknown.*wanted f16 \| bf16 \| f32"):
         bias_patch(1.0).save(tmp_path / "p.safetensors", dtype=dtype)
 
 

@@ -364,7 +364,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
         def create(path: Path, device: Device, options: Any, cuda_graphs: bool, _cuda_options: Any) -> Any:
             asked.append(cuda_graphs)
             if cuda_graphs and refusal is not None:
-                raise DeviceUnavailableError("CUDA was asked for and not given", field="device") from refusal
+                raise DeviceUnavailableError("CUDA was asked for but is not available", field="device") from refusal
             session, _ = real(path, Device("cpu", "CPUExecutionProvider"), options)
             return session, Device("cpu", "CPUExecutionProvider")
 

@@ -1,4 +1,8 @@
-"""Patches that need no binding: exported as the slots' defaults, or baked in when the model is opened."""
+"""Patches that need no binding: exported as the slots' defaults, or baked in when the model is opened.
+
+What they must compute is what the plain export does with them bound; runtime_tests/export/parity/test_defaults.py runs
+the same tests on fresh exports, where torch says it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids, torch_logits
+from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids
 from runtime_tests.patches import patch_for
-from tp_export.graph import export_model
-from tp_export.source import load_model, open_source
 from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
 from tp_runtime.generation.rows import new_rows
 from tp_runtime.model import PatchedModel
-from tp_runtime.patch import Delta, Patch
+from tp_runtime.patch import Patch
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
 
 IDS = token_ids(30)
@@ -25,11 +27,15 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def patch(tiny_llama_export: Path) -> Patch:
+def exported(tiny_llama_patched: Path) -> Path:
+    """Tiny Llama, exported with `patch` as its default."""
+    return tiny_llama_patched
+
+
+@pytest.fixture(scope="module")
+def patch(exported: Path) -> Patch:
     """A pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
-    whole = patch_for(ModelFolder.open(tiny_llama_export), seed=1, scale=0.3)
-    bias = whole.deltas[2, "mlp_out"].bias
-    return Patch({(0, "mlp_out"): whole.deltas[0, "mlp_out"], (2, "mlp_out"): Delta(bias=bias)}, whole.config)
+    return Patch.load(exported / DEFAULT_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +46,11 @@ def other(tiny_llama_export: Path) -> Patch:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_llama: Path, patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny Llama, exported with `patch` as its default."""
-    return export_model(open_source(tiny_llama), tmp_path_factory.mktemp("export") / "patched", patch=patch)
-
-
-@pytest.fixture(scope="module")
-def wanted(tiny_llama: Path, patch: Patch, other: Patch) -> dict[str, Any]:
-    """Logits by torch."""
-    model = load_model(open_source(tiny_llama))
-    found = {name: torch_logits(model, IDS, p) for name, p in {"base": None, "patch": patch, "other": other}.items()}
+def wanted(tiny_llama_export: Path, patch: Patch, other: Patch) -> dict[str, Any]:
+    """Logits of the plain export, with patches bound."""
+    graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    patches = {"base": None, "patch": patch, "other": other}
+    found = {name: graph_logits(graph, IDS, graph.bind(chosen)) for name, chosen in patches.items()}
     assert min(furthest(found["base"], found[name]) for name in ("patch", "other")) > 0.1
     assert furthest(found["patch"], found["other"]) > 0.1
     return found

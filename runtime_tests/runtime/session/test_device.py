@@ -13,8 +13,8 @@ from importlib import metadata, util
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper, save
 
+from runtime_tests.committed import GRAPHS
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError
 from tp_runtime.session import device as device_module
 from tp_runtime.session import require_onnxruntime
@@ -144,6 +144,13 @@ def test_auto_on_the_cpu_build():
     assert "no CUDA provider" in device.reason
 
 
+def test_a_cpu_build_is_not_asked_to_load_the_libraries(fake, capsys):
+    """Before 1.24 it answers with a warning."""
+    fake(printed="WARNING: onnxruntime is not built with CUDA 12.x support.", available=(CPU,)).cuda_version = ""
+    assert "no CUDA provider" in select_device("auto").reason
+    assert capsys.readouterr().err == ""
+
+
 def test_library_failures_become_the_reason(fake, capsys):
     fake(printed=f"{MISSING}\nPlease follow the guide.", available=(CPU,))
     assert select_device("auto") == Device("auto", CPU, MISSING)
@@ -252,26 +259,9 @@ def test_inputs_are_wanted_where_their_nodes_run():
 
 
 @pytest.fixture
-def graph(tmp_path):
+def graph():
     """x + x @ a @ b with overridable rank-0 a and b, and an unused initializer to be warned of."""
-    a = numpy_helper.from_array(np.zeros((1, 4, 0), np.float32), "tp.0.mlp_out.a")
-    b = numpy_helper.from_array(np.zeros((1, 0, 4), np.float32), "tp.0.mlp_out.b")
-    unused = numpy_helper.from_array(np.zeros(3, np.float32), "unused")
-    nodes = [
-        helper.make_node("MatMul", ["x", a.name], ["down"]),
-        helper.make_node("MatMul", ["down", b.name], ["delta"]),
-        helper.make_node("Add", ["x", "delta"], ["y"]),
-    ]
-    shapes = {"x": ["n", "s", 4], a.name: ["r", 4, "k"], b.name: ["r", "k", 4]}
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "s", 4])
-    opset = [helper.make_opsetid("", 17)]
-    model = helper.make_model(
-        helper.make_graph(nodes, "tiny", inputs, [output], [a, b, unused]), opset_imports=opset, ir_version=9
-    )
-    path = tmp_path / "model.onnx"
-    save(model, path)
-    return path
+    return GRAPHS / "slots.onnx"
 
 
 def test_slot_warning_is_silent_and_options_are_left_alone(graph, capfd):
@@ -295,21 +285,9 @@ def test_a_severity_that_was_set_is_kept(graph, capfd):
     assert "Removing initializer 'unused'" in said
 
 
-def test_errors_of_the_session_still_reach_stderr(tmp_path, capfd):
+def test_errors_of_the_session_still_reach_stderr(capfd):
     """A node that fails while running is logged at ERROR, which stays on."""
-    node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="breaks")
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]),
-        helper.make_tensor_value_info("shape", TensorProto.INT64, [1]),
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])
-    model = helper.make_model(
-        helper.make_graph([node], "tiny", inputs, [output]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-    )
-    save(model, tmp_path / "model.onnx")
-    session, _ = create_session(tmp_path / "model.onnx", select_device("cpu"), onnxruntime.SessionOptions())
+    session, _ = create_session(GRAPHS / "breaks.onnx", select_device("cpu"), onnxruntime.SessionOptions())
     with pytest.raises(Exception, match="reshape"):
         session.run(None, {"x": np.ones(3, np.float32), "shape": np.array([2])})
     assert "breaks" in capfd.readouterr().err

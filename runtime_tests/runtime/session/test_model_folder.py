@@ -15,7 +15,7 @@ from runtime_tests.folders import BASE_DIGEST, alter, describe, fill
 from tp_runtime.errors import ModelFormatError, UnsafePathError
 from tp_runtime.session import DefaultPatch, ModelFolder, Slot, write_slots_file
 from tp_runtime.session import model_folder as folder_module
-from tp_runtime.session.model_folder import SLOTS_FILE
+from tp_runtime.session.description import SLOTS_FILE
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 
@@ -75,7 +75,7 @@ def test_file_instead_of_folder(model):
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx", "model.onnx_data", "config.json"])
 def test_missing_file(model, name):
     (model / name).unlink()
-    with pytest.raises(ModelFormatError, match=f"{name}: file is missing"):
+    with pytest.raises(ModelFormatError, match=f"{name}: the file is missing"):
         ModelFolder.open(model)
 
 
@@ -250,7 +250,7 @@ def _outside(model, name):
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx", "model.onnx_data"])
 def test_symlink_out_of_the_folder(model, name):
     (model / name).symlink_to(_outside(model, name))
-    with pytest.raises(UnsafePathError, match=f"{name}: resolves outside"):
+    with pytest.raises(UnsafePathError, match=f"{name}: the file resolves outside"):
         ModelFolder.open(model)
 
 
@@ -282,7 +282,7 @@ def test_symlink_loop(model):
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx_data"])
 def test_hard_link(model, name):
     os.link(model / name, model.parent / "second name")
-    with pytest.raises(UnsafePathError, match=f"{name}: has more than one hard link"):
+    with pytest.raises(UnsafePathError, match=f"{name}: the file has more than one hard link"):
         ModelFolder.open(model)
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime_tests.logits import graph_logits, token_ids, torch_logits
+from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
-from tp_export.source import load_model, open_source
 from tp_runtime.errors import BaseMismatchError, PatchFormatError
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, Graph, ModelFolder, probe
@@ -47,14 +46,6 @@ class FakeGraph:
 
     def run(self, _tokens: Any, bound: BoundPatch) -> Any:
         return self.logits["patch" if bound.key[1] else "base"]
-
-
-def test_a_probe_made_by_torch_passes_on_the_graph(graph: Graph, patch: Patch, tiny_llama: Path) -> None:
-    logits = torch_logits(load_model(open_source(tiny_llama)), IDS, patch)
-    found = probe.check_probe(graph, probed(patch, logits))
-    assert found.ok and found.live and found.top1_agreement == 1
-    assert found.max_logit_error < 1e-4 < 0.1 < found.max_logit_error_unpatched
-    assert found.to_dict()["ok"] is True and len(found.to_dict()) == 5
 
 
 def test_a_probe_survives_the_file(graph: Graph, patch: Patch, tmp_path: Path) -> None:

