@@ -56,7 +56,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from tp_export.fit import Settings, lockstep
+    from tp_export.fit import Settings, fit_lockstep
     from tp_export.rollout import Dialogue
     from tp_export.source import load_offloaded
     from tp_runtime.bench import memory_bytes
@@ -89,7 +89,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
         for s in range(rows // ANSWER)
     ]
     start = time.perf_counter()
-    lockstep.fit_lockstep(model, dialogues, "output", Settings(rank))
+    fit_lockstep(model, dialogues, "output", Settings(rank))
     seconds = time.perf_counter() - start
     peak = memory_bytes("VmHWM")
     assert before is not None and peak is not None

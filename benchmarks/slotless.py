@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
-from tp_export.decoder import slot_modules
+from tp_export.decoder import SLOT_SETS
 from tp_export.graph import export_model
 from tp_export.source import open_source
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--precision", default="fp32")
     args = parser.parse_args()
-    cast(dict[str, Any], slot_modules.SLOT_SETS)["none"] = lambda block: ()
+    cast(dict[str, Any], SLOT_SETS)["none"] = lambda block: ()
     print(export_model(open_source(args.source), args.out, slot_set="none", precision=args.precision))
 
 

@@ -1,7 +1,7 @@
 """Check an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
 
 A graph can name code (custom-op domains) and files (external data). The edge cannot read the graph, so the check runs
-where `onnx` is installed: after an export, and in `tp-export check`. It reads the graph, never the weights.
+where `onnx` is installed, in `tp-export check`. It reads the graph, never the weights.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _check_domains(model: onnx.ModelProto) -> None:
     for field, domain in used:
         if domain not in DOMAINS:
             raise UnsafeGraphError(
-                "uses a custom-op domain",
+                "the graph uses a custom-op domain",
                 field=field,
                 got=ascii(domain),
                 wanted="one of " + ", ".join(sorted(DOMAINS - {""})),
@@ -113,7 +113,7 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
     # Refuse a repeated key like an unknown one, because two readers may take different values.
     if len(keys) != len(entries) or not EXTERNAL_KEYS.issuperset(keys) or "location" not in entries:
         raise UnsafeGraphError(
-            "has unknown, repeated or missing keys",
+            "the external data has unknown, repeated or missing keys",
             field=field,
             got=ascii(keys),
             wanted="location, and at most one each of offset, length, checksum",
@@ -121,11 +121,13 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
         )
     location = entries["location"]
     if location.startswith(_ADDRESS_MARKER):
-        raise UnsafeGraphError("points into memory", field=field, got=ascii(location), wanted="a file", fix=_UNTRUSTED)
+        raise UnsafeGraphError(
+            "the tensor points into memory", field=field, got=ascii(location), wanted="a file", fix=_UNTRUSTED
+        )
     check_name(location, field)
     if location not in folder.files:
         raise UnsafePathError(
-            "is in a file that patch_slots.json does not list",
+            "the tensor is in a file that patch_slots.json does not list",
             field=field,
             got=location,
             wanted="one of " + ", ".join(sorted(folder.files)),
@@ -145,7 +147,7 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
         )
     if offset + length > (size := folder.files[location].bytes):
         raise UnsafePathError(
-            f"ends past the end of {location}",
+            f"the tensor ends past the end of {location}",
             field=field,
             got=f"{offset} + {length} bytes",
             wanted=f"at most {size}",
@@ -159,7 +161,7 @@ def _bounded(text: str, field: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() and len(text) <= 19 else -1
     if not 0 <= value <= _LARGEST:
         raise UnsafePathError(
-            "is not a size",
+            "the text is not a number of bytes",
             field=field,
             got=f"{text!a:.60}",
             wanted=f"an integer from 0 to {_LARGEST}",
@@ -175,7 +177,7 @@ def _bytes_of(tensor: TensorProto, field: str) -> int:
     )
     if not known or any(dim < 0 for dim in tensor.dims):
         raise UnsafeGraphError(
-            "has no size in bytes",
+            "the tensor has no size in bytes",
             field=field,
             got=f"type {tensor.data_type}, shape {list(tensor.dims)}",
             wanted="a numeric type and dimensions of at least 0",

@@ -1,4 +1,4 @@
-"""Patch files written byte by byte, so that each can be wrong in one way."""
+"""This module writes patch files byte by byte, so that each file can have exactly one defect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BIAS = "layers.0.mlp_out.bias"
 
 
 def container(header: object, data: bytes = b"") -> bytes:
-    """A safetensors file with exactly this header (an object, or its text)."""
+    """Return a safetensors file with exactly this header, which is a JSON object or its text."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -27,12 +27,13 @@ def entry(begin=0, end=8, dtype="F32", shape=(2,)):
 
 
 def tensors(data=bytes(8), metadata=METADATA, **entries):
-    """A patch file with these entries; the one good entry is a bias of two zeros."""
+    """Return a patch file with these tensor entries; the default is one valid entry, a bias of two zeros."""
     named = {f"layers.0.mlp_out.{part}": value for part, value in (entries or {"bias": entry()}).items()}
     return container({"__metadata__": metadata, **named}, data)
 
 
 def refused(tmp_path: Path, content: bytes, error: type[PatchError], match: str, name: str = "p.safetensors"):
+    """Assert that loading the content raises exactly this error class, with every field of the message set."""
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(error, match=match) as caught:
@@ -43,4 +44,5 @@ def refused(tmp_path: Path, content: bytes, error: type[PatchError], match: str,
 
 
 def malformed(tmp_path, content, match):
+    """Assert that loading the content raises PatchFormatError."""
     refused(tmp_path, content, PatchFormatError, match)

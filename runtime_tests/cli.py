@@ -1,4 +1,4 @@
-"""Runs the command line in this process."""
+"""This module runs the command line in the process of the test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tp_runtime.cli import main
 
 @dataclass(frozen=True)
 class Result:
-    """What a command returned and printed."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ class Result:
 
 
 class Cli:
-    """Calls `main`; `typed` is what stdin holds."""
+    """Calls `main` with `typed` as the content of stdin."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys

@@ -1,6 +1,6 @@
-"""The committed fixtures: exported tiny models and little graphs, so that the edge tests need no exporter.
+"""This module finds the committed fixtures: exported tiny models and small graphs, so the edge tests need no exporter.
 
-`python -m runtime_tests.export.fixtures` makes them anew.
+Run `python -m runtime_tests.export.fixtures` to write the fixtures again.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ FIGURES = FIXTURES / "torch.json"
 
 
 def digests() -> dict[str, str]:
-    """SHA-256 of each little graph and each folder's patch_slots.json (which lists every other file), by its path."""
+    """Return the SHA-256 of each small graph and of each folder's patch_slots.json, by path.
+
+    A folder's patch_slots.json lists the digests of every other file in the folder.
+    """
     return json.loads(DIGESTS.read_text(encoding="utf-8"))
 
 
 def torch_figures() -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """What torch says of a few tokens in the weights of each model folder: `default` with nothing bound, and `patched`.
+    """Return the figures that torch computed for a few tokens with the weights of each model folder.
 
-    Each is written as a patch's probe is.
+    The figures of a folder are `default`, with nothing bound, and `patched`. Each has the format of a patch's probe.
     """
     return json.loads(FIGURES.read_text(encoding="utf-8"))
 
 
 def figure_patch(folder: ModelFolder) -> Patch:
-    """The patch of the `patched` figures: something in every slot, in place of the folder's default patch."""
+    """Return the patch of the `patched` figures: a delta in every slot, instead of the folder's default patch."""
     return patch_for(folder, seed=1, scale=0.2)
 
 
 def private_copy(name: str, parent: Path) -> Path:
-    """A copy of a committed model folder in `parent`, which a test may write to."""
+    """Copy a committed model folder into `parent`, so that a test may write to it."""
     return shutil.copytree(FIXTURES / name, parent / name)

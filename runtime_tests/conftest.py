@@ -1,4 +1,4 @@
-"""What every test may use. Nothing here needs torch: the edge tests run where it is not installed."""
+"""Fixtures for every test. Nothing here needs torch, because the edge tests run without it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from runtime_tests.cli import Cli
 
-# The tests never ask a hub; what they need is committed, made here, or fetched through pip and npm. Set before any
-# conftest below this one imports transformers.
+# The tests never ask a hub: their models are committed, made by a test, or fetched through pip and npm. This is set
+# before any conftest below this one imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command line of the runtime, in this process."""
+    """The command line of the runtime, run in the process of the test."""
     return Cli(monkeypatch, capsys)

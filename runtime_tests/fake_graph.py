@@ -1,6 +1,6 @@
-"""A graph without weights or ONNX Runtime, for tests of the loops over it.
+"""A fake graph without weights or ONNX Runtime, for tests of the generation loops.
 
-Its next token depends on every token in its cache and on the patch, so a cache that holds anything else shows.
+The next token depends on every token in the cache and on the patch, so a cache with wrong content changes the output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ PATCH = BoundPatch({}, ("graph", (("p", 1.0),)))
 
 
 class FakeGraph:
-    """Forward passes that are arithmetic on the tokens; `runs` records what was run. The runner-up is one id on."""
+    """A graph whose forward passes are arithmetic on the tokens.
+
+    The second most likely token is the most likely id plus one.
+
+    Attributes:
+        folder: the values of a model folder that the loops read.
+        runs: the token ids of each forward pass so far.
+    """
 
     def __init__(self, window: int = 64) -> None:
         self.folder: Any = SimpleNamespace(context_window=window, vocab_size=VOCAB)
@@ -50,11 +57,12 @@ class FakeGraph:
 
 
 def next_token(tokens: Sequence[int], bound: BoundPatch) -> int:
-    """What the fake says after `tokens`."""
-    return (sum((place + 1) * token for place, token in enumerate(tokens)) + 7 * len(bound.key[1])) % VOCAB
+    """Return the id that the fake graph predicts after `tokens`."""
+    return (sum((position + 1) * token for position, token in enumerate(tokens)) + 7 * len(bound.key[1])) % VOCAB
 
 
 def expected(prompt: Sequence[int], count: int, bound: BoundPatch = BASE) -> list[int]:
+    """Return the greedy completion of `count` ids."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(tokens, bound))
@@ -62,12 +70,13 @@ def expected(prompt: Sequence[int], count: int, bound: BoundPatch = BASE) -> lis
 
 
 class FakeBatchGraph(FakeGraph):
-    """The engine's fake for batches: its rows step one by one, as those of a graph that concatenates do."""
+    """A fake graph for batches; its rows step one by one, like those of a graph that concatenates."""
 
     def __init__(self, window: int = 64) -> None:
         super().__init__(window)
-        self.folder.route = "optimum"
+        self.folder.route, self.folder.check_ids = "optimum", _check_ids
 
-    def check_ids(self, tokens: Sequence[int]) -> None:
-        if not all(0 <= token < VOCAB for token in tokens):
-            raise RequestError("not an id", field="tokens")
+
+def _check_ids(tokens: Sequence[int]) -> None:
+    if not all(0 <= token < VOCAB for token in tokens):
+        raise RequestError("not an id", field="tokens")

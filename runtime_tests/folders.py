@@ -1,4 +1,4 @@
-"""Tiny exported model folders for tests: valid, written as the exporter writes them."""
+"""This module writes tiny model folders for tests; they are valid and have the exporter's layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASE_DIGEST = "0123456789abcdef" * 4
 
 
 def describe(path: Path, **changes: Any) -> ModelFolder:
-    """A description of the files that are in a folder; keyword arguments replace its values."""
+    """Return a description of the files in a folder; keyword arguments replace its values."""
     folder = ModelFolder(
         path=path,
         architecture="llama",
@@ -36,7 +36,7 @@ def describe(path: Path, **changes: Any) -> ModelFolder:
 
 
 def fill(path: Path) -> Path:
-    """A model folder whose graph is no graph: enough for all that does not open it."""
+    """Write a model folder whose graph is not an ONNX graph, for tests that do not open the graph."""
     path.mkdir(parents=True)
     (path / "model.onnx").write_bytes(b"graph")
     (path / "model.onnx_data").write_bytes(b"weights" * 100)
@@ -46,7 +46,7 @@ def fill(path: Path) -> Path:
 
 
 def alter(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Rewrites a folder's description after `change` has edited its parsed JSON in place."""
+    """Rewrite a folder's description after `change` has edited its parsed JSON in place."""
     file = path / SLOTS_FILE
     data = json.loads(file.read_text())
     change(data)

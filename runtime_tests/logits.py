@@ -1,4 +1,4 @@
-"""Logits of a graph, through the runtime and without it, and how far two of them are apart."""
+"""This module computes logits of a graph, through the runtime and without it, and compares logits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ Logits = NDArray[np.float32]
 
 
 def token_ids(count: int, seed: int = 0, below: int = 320) -> list[int]:
-    """Random ids."""
+    """Return `count` random token ids from 0 to `below` - 1; equal seeds give equal ids."""
     return np.random.default_rng(seed).integers(0, below, count).tolist()
 
 
 def graph_logits(
     graph: Graph, ids: Sequence[int], bound: BoundPatch | None = None, chunks: Sequence[int] = ()
 ) -> Logits:
-    """[T, vocab] by a graph on a cache of its own, all at once or in pieces of the lengths `chunks`."""
+    """Return logits [T, vocab] of a graph on a new cache, in one run or in chunks of the lengths `chunks`."""
     bound = bound or graph.base
     cache = graph.new_cache(bound)
     cuts = np.cumsum(chunks or [len(ids)]).tolist()
     assert cuts[-1] == len(ids)
-    pieces = zip([0, *cuts], cuts, strict=False)
-    return np.concatenate([graph.forward(ids[i:j], cache, bound, all_logits=True) for i, j in pieces])
+    ranges = zip([0, *cuts], cuts, strict=False)
+    return np.concatenate([graph.forward(ids[i:j], cache, bound, all_logits=True) for i, j in ranges])
 
 
 def plain_session_logits(path: Any, ids: Any, **feeds: Any) -> Logits:
-    """[batch, T, vocab] by ONNX Runtime alone, as a program would that has never heard of slots."""
+    """Return logits [batch, T, vocab] that ONNX Runtime computes without tp_runtime, so the slots keep their defaults.
+
+    Args:
+        path: the model folder.
+        ids: the token ids, [T] or [batch, T].
+        feeds: further inputs of the graph, by name.
+    """
     import onnxruntime
 
     folder = ModelFolder.open(path)
@@ -47,6 +53,6 @@ def plain_session_logits(path: Any, ids: Any, **feeds: Any) -> Logits:
 
 
 def furthest(one: Logits, other: Logits) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference."""
     assert one.shape == other.shape
     return float(np.abs(one - other).max())

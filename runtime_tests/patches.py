@@ -1,4 +1,4 @@
-"""Random patches for tests: small, valid, the same for the same seed."""
+"""This module makes random patches for tests: small, valid, and equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIGEST = "0123456789abcdef" * 4
 
 
 def random_config(**changes: Any) -> PatchConfig:
-    """A full description; keyword arguments replace its values."""
+    """Return a complete patch config; keyword arguments replace its values."""
     values: dict[str, Any] = {
         "name": "pirate",
         "method": "output",
@@ -43,17 +43,17 @@ def random_patch(
     scale: float = 1.0,
     config: PatchConfig | None = None,
 ) -> Patch:
-    """A patch with every part in every slot.
+    """Return a patch with every part in every slot.
 
     Args:
         seed: equal seeds give equal patches.
-        layers: number of layers patched, from layer 0.
-        ranks: one rank, or one per layer; rank 0 leaves a bias alone.
-        sites: sites patched in every layer.
-        inputs: size of [in] in every slot.
-        outputs: size of [out] in every slot.
-        scale: standard deviation of a @ b and of the bias.
-        config: the description; `random_config()` if not given.
+        layers: the number of patched layers, from layer 0.
+        ranks: one rank for all layers, or one per layer; a delta of rank 0 has only a bias.
+        sites: the sites that are patched in every layer.
+        inputs: the size of [in] in every slot.
+        outputs: the size of [out] in every slot.
+        scale: the standard deviation of a @ b and of the bias.
+        config: the config of the patch; the default is `random_config()`.
     """
     rng = np.random.default_rng(seed)
 
@@ -74,7 +74,7 @@ def random_patch(
 
 
 def apply_patch(patch: Patch, x: Any) -> Any:
-    """What the patch adds, for x [..., in] at every slot: (layer, site) to float64 array [..., out]."""
+    """Return the float64 array [..., out] that the patch adds for x [..., in] at every slot, by (layer, site)."""
     added = {}
     for slot, delta in patch.deltas.items():
         total = 0.0
@@ -85,13 +85,13 @@ def apply_patch(patch: Patch, x: Any) -> Any:
 
 
 def patch_for(folder: ModelFolder, seed: int = 0, rank: int = 4, scale: float = 1.0) -> Patch:
-    """A patch with every part in every slot of an exported model.
+    """Return a patch with every part in every slot of an exported model.
 
     Args:
         folder: the exported model.
         seed: equal seeds give equal patches.
-        rank: of every slot; 0 leaves a bias alone.
-        scale: standard deviation of a @ b and of the bias.
+        rank: the rank of every delta; a delta of rank 0 has only a bias.
+        scale: the standard deviation of a @ b and of the bias.
     """
     rng = np.random.default_rng(seed)
 

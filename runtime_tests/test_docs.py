@@ -1,4 +1,4 @@
-"""The list of errors is one list: the classes, the documentation and the tests."""
+"""The error classes, the documentation and the tests list the same errors, and the documentation names real files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ BASES = {"TPError", "PatchError", "ModelError"}
 
 
 def raised_classes() -> set[str]:
+    """Return the names of the error classes that the code raises."""
     return {name for name, value in vars(errors).items() if isinstance(value, type)} - BASES
 
 
-def test_every_error_is_documented_and_no_other() -> None:
+def test_the_documentation_lists_exactly_the_errors_that_exist() -> None:
     table = (ROOT / "docs" / "errors.md").read_text()
     assert set(re.findall(r"\| (\w+Error) \|$", table, re.MULTILINE)) == raised_classes()
 
@@ -28,7 +29,7 @@ def test_every_error_has_a_test_that_raises_it() -> None:
     assert raised_classes() <= expected
 
 
-def test_the_readme_names_the_commands_that_exist() -> None:
+def test_every_make_target_that_the_readme_names_exists() -> None:
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)", readme):
@@ -41,13 +42,13 @@ def test_every_test_that_the_documentation_names_exists() -> None:
     assert named and not [path for path in sorted(named) if not (ROOT / path).exists()]
 
 
-# Files of other projects, and a placeholder.
+# These are files of other projects, and a placeholder.
 NOT_OURS = {"convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "vllm/lora/peft_helper.py", "vllm/lora/utils.py"}
 NOT_OURS |= {"models/NAME.json"}
 
 
 def names_of_files(text: str) -> set[str]:
-    """Names of source files and pages in a text, and paths that begin in one of the repository's folders."""
+    """Return the source files and pages that a text names, and paths that start with a folder of the repository."""
     folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     sources = re.findall(r"(?<![\w./-])[\w./-]*\w\.(?:py|md|sh)\b", text)
     paths = re.findall(rf"(?<![\w./<-])(?:{folders})/[\w./-]+\.\w+", text)
@@ -55,7 +56,7 @@ def names_of_files(text: str) -> set[str]:
 
 
 def test_the_documentation_names_no_file_that_does_not_exist() -> None:
-    """A page names a path from the repository's root or from itself; code may name the end of a path."""
+    """A page names a path relative to the repository's root or to itself; code may name the end of a path."""
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     files = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()}
     ends = {"/".join(Path(name).parts[-n:]) for name in files for n in range(1, 5)}
@@ -72,7 +73,7 @@ def test_the_documentation_names_no_file_that_does_not_exist() -> None:
 
 
 def prose(code: str) -> list[str]:
-    """The docstrings and comments of Python code, or the comment lines of any other file."""
+    """Return the docstrings and comments of Python code, or the comment lines of any other file."""
     try:
         tree = ast.parse(code)
     except SyntaxError:

@@ -1,10 +1,12 @@
-"""The wheel holds every module and data file of the tree, and nothing else."""
+"""The wheel has the files of the tree, and the edge tests run on the oldest ONNX Runtime that the package allows."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,8 +15,9 @@ FOLDERS = {"tp_runtime": "tp_runtime", "export": "tp_export", "models": "tp_expo
 SHIPPED = {".py", ".txt", ".json", ".j2"}
 
 
-def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
-    # In a copy: setuptools leaves its own folders behind, and would ship what an older build left in them.
+def test_the_wheel_contains_exactly_the_files_of_the_tree(tmp_path: Path) -> None:
+    # The wheel is built from a copy, because setuptools leaves its own folders in the tree and would ship the files
+    # of an older build.
     for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
         source, target = ROOT / name, tmp_path / "tree" / name
         if source.is_dir():
@@ -33,3 +36,10 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
         if file.suffix in SHIPPED and "__pycache__" not in file.parts
     }
     assert packed == expected
+
+
+def test_the_edge_tests_run_on_the_oldest_onnxruntime_that_the_package_allows() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    allowed = {re.sub(r"^[^>]*>=", "", requirement) for extra in ("cpu", "gpu") for requirement in extras[extra]}
+    tested = re.search(r"^OLDEST_RUNTIME := onnxruntime==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tested and allowed == {tested[1]}

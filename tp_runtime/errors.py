@@ -94,3 +94,11 @@ class RequestError(TPError):
 
 class CalibrationError(TPError):
     """The queries cannot be used to fit or to measure a patch."""
+
+
+def require_positive(field: str, value: object) -> None:
+    """Raise RequestError unless the value of the argument `field` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(
+            "the value is not a positive integer", field=field, got=repr(value), wanted="a whole number >= 1"
+        )

@@ -228,4 +228,9 @@ class LoadedPatches:
 
 def not_a_patch(got: object, wanted: str) -> PatchTargetError:
     """Return the error for a value that should have been a patch."""
-    return PatchTargetError("the value is not a patch", field="patch", got=type(got).__name__, wanted=wanted)
+    return PatchTargetError(
+        "the value is not a patch",
+        field="patch",
+        got=type(got).__name__,
+        wanted=wanted,
+    )

@@ -67,7 +67,7 @@ class PatchedModel:
                 model, and it becomes part of the session when the model is loaded. By default it is the patch that the
                 folder was exported with.
             prefix_cache_bytes: the largest number of bytes for keys and values of earlier prompts. If a later prompt
-                under the same patch begins with the same tokens, that part is not run again. 0 turns this off.
+                under the same patch begins with the same tokens, that part is not run again. 0 switches this off.
             verify: whether to check the digest of every file, including the weights.
             options: the settings of the session; see SessionSettings.
 

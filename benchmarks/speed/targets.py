@@ -176,8 +176,8 @@ TARGETS = (
         0.15,
         False,
         _python,
-        "The run before evicts what Python reads and writes from the processor's caches. The same lines take less time "
-        "with a smaller model.",
+        "The graph's run evicts Python's data from the processor's caches. The same lines take less time with a "
+        "smaller model.",
     ),
     Target("switch to another patch, ms", 0.3, False, _switch),
     Target("first token, with a patch / without patch and context", 1.05, False, _first_under_patch),

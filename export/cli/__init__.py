@@ -1,7 +1,7 @@
-"""The command `tp-export`, with one module for each subcommand.
+"""The command `tp-export`: one file for each subcommand. Results go to stdout, and everything else goes to stderr.
 
-Results go to stdout, everything else goes to stderr. No subcommand imports torch before it runs, so `--help` answers
-at once.
+This room knows nothing of how the work is done: it reads arguments and prints results. No subcommand imports torch
+before it runs, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..fetch import load_manifest, manifest_names
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand to the parser."""
@@ -31,11 +29,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch the model and print its folder, or list the models."""
+    from ..fetch import fetch, load_manifest, manifest_names
+
     if args.list:
         for manifest in map(load_manifest, manifest_names()):
             print(f"{manifest.name}\t{manifest.style}\t{manifest.licence.name}\t{manifest.licence.url}")
         return 0
-    from ..fetch import fetch
-
     print(fetch(args.name, args.to))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .options import add_overwrite
 
 if TYPE_CHECKING:
-    from tp_runtime.patch import Patch
+    from tp_runtime.patch import Patch, SlotKey
 
     from ..decoder import SiteLinear
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_gguf(patch: Patch, layers: dict[tuple[int, str], SiteLinear], args: argparse.Namespace) -> None:
+def _write_gguf(patch: Patch, layers: dict[SlotKey, SiteLinear], args: argparse.Namespace) -> None:
     from tp_runtime.storage import atomic_folder
 
     from ..formats import check_lossless, control_vector_parts, pairs, write_control_vector, write_gguf_lora

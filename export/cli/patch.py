@@ -81,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="leave the blocks below N unpatched (default 0); control vectors of llama.cpp begin at block 1",
+        help="leave the layers below N unpatched (default 0); control vectors of llama.cpp begin at layer 1",
     )
     parser.add_argument("--rank", type=int, default=16, help="the rank of each pair of factors (default 16)")
     parser.add_argument(

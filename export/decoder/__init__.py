@@ -1,6 +1,6 @@
-"""The structure of a transformers decoder: its blocks, sites and slots, and patches applied with forward hooks.
+"""The structure of a transformers decoder: its blocks and sites, the tensors of a slot, and patches applied by hooks.
 
-This room knows nothing of files, queries or fits.
+This room knows nothing of files, of queries, or of how deltas are fitted.
 """
 
 from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of

@@ -207,7 +207,7 @@ class Block:
         def stop(split: Tensor) -> None:
             raise _Stopped(split)
 
-        with self.at_cut(stop):
+        with self.at_split(stop):
             try:
                 self.layer(x, **kwargs)
             except _Stopped as stopped:
@@ -217,7 +217,7 @@ class Block:
         )
 
     @contextmanager
-    def at_cut(self, reached: Callable[[Tensor], None]) -> Iterator[None]:
+    def at_split(self, reached: Callable[[Tensor], None]) -> Iterator[None]:
         """Call `reached` with the tensor at the split point [b, T, d or 2d] whenever the layer runs in the context."""
         branch: list[Tensor] = []
 

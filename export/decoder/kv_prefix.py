@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class TorchPrefix:
     values: Sequence[Tensor]
     replaces: tuple[int, ...]
     position: int
+    _frozen: dict[int, _Frozen] = field(default_factory=dict, compare=False, repr=False)  # by the number of rows
 
     def __len__(self) -> int:
         return int(self.keys[0].shape[2])
@@ -43,9 +44,15 @@ class TorchPrefix:
             "attention_mask": torch.cat([kept, attention_mask], 1),
             "position_ids": (self.position + where)[None].expand(rows, -1),
             "cache_position": len(self) + where,
-            "past_key_values": _Frozen(self, rows),
+            "past_key_values": self._frozen_cache(rows),
             "use_cache": True,
         }
+
+    def _frozen_cache(self, rows: int) -> _Frozen:
+        """Return the cache of this many batch rows. A run leaves it as it was, so one serves every run."""
+        if rows not in self._frozen:
+            self._frozen[rows] = _Frozen(self, rows)
+        return self._frozen[rows]
 
     def cache(self) -> DynamicCache:
         """Return a growing cache of one batch row that starts with the entries."""

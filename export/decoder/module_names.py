@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_runtime.patch import SlotKey
+
 from .adapters import adapter_for, blocks_of
 from .slot_modules import slots_of
 
@@ -45,7 +47,7 @@ def model_without_weights(config: Mapping[str, Any]) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
-def site_linears(model: nn.Module) -> dict[tuple[int, str], SiteLinear]:
+def site_linears(model: nn.Module) -> dict[SlotKey, SiteLinear]:
     """Return (layer, site) -> linear layer, for every site of the model that adds to the output of one linear layer.
 
     `mlp_out` is the same as `down` if nothing follows `down` in the MLP branch. After a post-norm, and in a mixture of

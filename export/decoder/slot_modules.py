@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tp_runtime.patch import SlotKey
 from tp_runtime.session import Slot
 
 from .adapters import Block, blocks_of, weight_of
@@ -104,7 +105,7 @@ def _sizes(block: Block, site: str) -> tuple[int, int]:
 
 
 @contextmanager
-def slotted(model: nn.Module, tensors: Mapping[tuple[int, str], SlotTensors]) -> Iterator[None]:
+def slotted(model: nn.Module, tensors: Mapping[SlotKey, SlotTensors]) -> Iterator[None]:
     """Put slots into the layers of `model` within the context; `tensors` maps (layer, site) to the slot's inputs."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
 

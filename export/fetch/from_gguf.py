@@ -27,7 +27,7 @@ _SAMPLE = "In 12345 days: naïve café, Ελλάδα, 日本語 🙂\n\tx  =  3.
 
 
 def convert_weights(gguf: Path, folder: Path) -> None:
-    """Writes model.safetensors, config.json and generation_config.json.
+    """Write model.safetensors, config.json and generation_config.json.
 
     Args:
         gguf: the path of the GGUF file.
@@ -50,7 +50,7 @@ def convert_weights(gguf: Path, folder: Path) -> None:
 
 
 def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
-    """Writes the tokenizer that transformers reads from the GGUF file, before any correction.
+    """Write the tokenizer that transformers reads from the GGUF file, before any correction.
 
     Args:
         gguf: the path of the GGUF file.
@@ -68,7 +68,7 @@ def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
 
 
 def correct_tokenizer(manifest: Manifest, folder: Path) -> None:
-    """Applies the manifest's corrections to the tokenizer's files.
+    """Apply the manifest's corrections to the tokenizer's files.
 
     Args:
         manifest: the model's manifest.
@@ -87,7 +87,7 @@ def correct_tokenizer(manifest: Manifest, folder: Path) -> None:
 
 
 def check_tokenizer(manifest: Manifest, folder: Path) -> None:
-    """Loads the finished tokenizer as a user will, and checks the properties that every later step relies on.
+    """Load the finished tokenizer as a user will, and check the properties that every later step relies on.
 
     Args:
         manifest: the model's manifest.
@@ -118,7 +118,7 @@ def check_tokenizer(manifest: Manifest, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences transformers' warnings, which the manifest's corrections answer, but not its progress bars."""
+    """Silence transformers' warnings, which the manifest's corrections answer, but not its progress bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Converts safetensors' report of a full disk back into the operating system's own error."""
+    """Convert safetensors' report of a full disk back into the operating system's own error."""
     from safetensors import SafetensorError
 
     try:

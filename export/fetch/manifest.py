@@ -64,7 +64,7 @@ class Correction:
     drop: tuple[str, ...]
 
     def apply(self, document: dict[str, Any]) -> None:
-        """Changes `document` in place.
+        """Change `document` in place.
 
         A value is replaced as a whole and never merged: a decoder of another type must not keep the old one's fields.
 
@@ -109,12 +109,12 @@ class Manifest:
 
 
 def manifest_names() -> list[str]:
-    """Returns the names of the models that have a manifest, sorted."""
+    """Return the names of the models that have a manifest, sorted."""
     return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
 
 
 def load_manifest(name: str) -> Manifest:
-    """Reads the manifest of a known model.
+    """Read the manifest of a known model.
 
     Args:
         name: the model's name, as `manifest_names()` lists it.
@@ -139,7 +139,7 @@ def load_manifest(name: str) -> Manifest:
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Parses and validates a manifest.
+    """Parse and validate a manifest.
 
     Args:
         text: the JSON text.
@@ -234,7 +234,10 @@ class _Fields:
         if not isinstance(value, str) or not value or (pattern and not pattern.fullmatch(value)):
             wanted = f"text matching {pattern.pattern}" if pattern else "text"
             raise ModelFormatError(
-                "the value is not valid", field=f"{self.where}.{key}", got=repr(value), wanted=wanted
+                "the field does not have its form",
+                field=f"{self.where}.{key}",
+                got=repr(value),
+                wanted=wanted,
             )
         return value
 

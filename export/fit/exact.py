@@ -90,14 +90,14 @@ def verify(
 
 
 def _verify_token(model: Any, blocks: Sequence[Block], teacher_ids: list[int], student_ids: list[int]) -> Token:
-    cuts: list[Tensor] = []
+    splits: list[Tensor] = []
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(block.at_cut(lambda cut: cuts.append(cut[0, -1])))
+            stack.enter_context(block.at_split(lambda split: splits.append(split[0, -1])))
         wanted, teacher = _run(model, blocks, teacher_ids)
     bare, _ = _run(model, blocks, student_ids)
     with _Edits() as edits:
-        _patch_all(model, blocks, student_ids, cuts, teacher, edits)
+        _patch_all(model, blocks, student_ids, splits, teacher, edits)
         got, student = _run(model, blocks, student_ids)
     return Token(
         int(wanted.argmax()),
@@ -129,17 +129,17 @@ def _patch_all(
     model: Any,
     blocks: Sequence[Block],
     ids: Sequence[int],
-    cuts: Sequence[Tensor],
+    splits: Sequence[Tensor],
     outputs: Sequence[Tensor],
     edits: _Edits,
 ) -> None:
-    """Write this token's patch into every block, bottom up, from the teacher's cut and output of each block."""
+    """Write this token's patch into every block, bottom up, from the teacher's split tensors and outputs."""
     input_ids = torch.tensor([list(ids)], device=model.device)
     hidden, kwargs = layer_inputs(model, input_ids, plain_inputs(torch.ones_like(input_ids)))
-    for block, teacher, wanted in zip(blocks, cuts, outputs, strict=True):
-        cut = block.attention_half(hidden, kwargs[block.index])
-        _write(block, teacher, wanted.double(), cut[:, -1:], edits)
-        hidden = block.mlp_half(cut)
+    for block, teacher, wanted in zip(blocks, splits, outputs, strict=True):
+        split = block.attention_half(hidden, kwargs[block.index])
+        _write(block, teacher, wanted.double(), split[:, -1:], edits)
+        hidden = block.mlp_half(split)
 
 
 def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits: _Edits) -> None:
@@ -147,9 +147,9 @@ def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits
 
     Args:
         block: the block to patch.
-        teacher: the teacher's cut [d or 2d].
+        teacher: the teacher's split tensor [d or 2d].
         wanted: the teacher's output o [d], float64.
-        student: the student's cut [1, 1, d or 2d].
+        student: the student's split tensor [1, 1, d or 2d].
         edits: the record of the changed weights.
     """
     z_teacher, z_student = block.normed(teacher).double(), block.normed(student).flatten().double()
@@ -171,26 +171,26 @@ def _write(block: Block, teacher: Tensor, wanted: Tensor, student: Tensor, edits
             _add_rank_one(weight_of(mlp.down), (u - branch) / share, h, edits)
 
 
-def _chosen(block: Block, cut: Tensor) -> list[tuple[Mlp, Tensor]]:
-    """Return the MLP, or the experts that the block's own router chooses at `cut`, each with its h [f] in float64."""
+def _chosen(block: Block, split: Tensor) -> list[tuple[Mlp, Tensor]]:
+    """Return the MLP, or the experts that the block's own router chooses at `split`, each with its h [f] in float64."""
     chosen: list[tuple[Mlp, Tensor]] = []
     handles = [
         mlp.down.register_forward_pre_hook(lambda _m, args, mlp=mlp: chosen.append((mlp, args[0].flatten().double())))
         for mlp in block.mlps
     ]
     try:
-        block.branch(cut)
+        block.branch(split)
     finally:
         for handle in handles:
             handle.remove()
     return chosen
 
 
-def _routing_sum(block: Block, cut: Tensor) -> float:
-    """Return the sum of the routing weights at `cut`, i.e. what the branch outputs if every expert returns ones."""
+def _routing_sum(block: Block, split: Tensor) -> float:
+    """Return the sum of the routing weights at `split`, i.e. what the branch outputs if every expert returns ones."""
     handles = [mlp.down.register_forward_hook(lambda _m, _args, out: torch.ones_like(out)) for mlp in block.mlps]
     try:
-        return float(block.branch(cut).flatten()[0])
+        return float(block.branch(split).flatten()[0])
     finally:
         for handle in handles:
             handle.remove()

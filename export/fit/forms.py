@@ -1,6 +1,6 @@
 """The forms of a static patch: closed-form regressions that fit one block of the student to the teacher.
 
-Each form takes the completion rows of both sides at the cut between the block's halves and returns the deltas of this
+Each form takes the completion rows of both sides at the block's split point and returns the deltas of this
 block. The rows are v_T and v_S; in parallel blocks each row also holds the MLP's input. Row t of the teacher is aligned
 with row t of the student. The letters are those of docs/method.md.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.patch import Patch
 
 from ..decoder import Block, TorchDelta, applied, weight_of
 from .lora_form import pre_norm_target
@@ -28,7 +29,8 @@ class Rows:
     """The data that a form is fitted on at one block.
 
     Attributes:
-        teacher: the teacher's rows at the cut, v_T [N, d] (v and u [N, 2d] in parallel blocks, decoder/adapters.py).
+        teacher: the teacher's rows at the split point, v_T [N, d] (in parallel blocks v and u, [N, 2d]; see
+            decoder/adapters.py).
         student: the same rows of the student, which is already patched below this block.
         sink: the student's row at position 0, the attention sink, whose direction is projected out of the maps. None if
             a KV prefix stands in its place, so that the student never runs that position.
@@ -60,6 +62,11 @@ class Settings:
     ridge: float = 1.0
     first_layer: int = 0
     bias: bool = True
+
+    @classmethod
+    def of(cls, patch: Patch) -> Settings:
+        """Return the rank and the ridge of `patch`, with the defaults for what it does not state."""
+        return cls(patch.rank or cls.rank, cls.ridge if patch.config.ridge is None else patch.config.ridge)
 
 
 Form = Callable[[Block, Rows, Settings], dict[str, TorchDelta]]

@@ -1,10 +1,10 @@
 """The form that every LoRA can represent: a pair on the output of `down`, before the post-norm if the block has one.
 
-Without a post-norm, this is `output` under another name. With one, o = v + m y(u), u = W_down h, y(u) = u / rms(u).
-The block should then output e = o_T - o_S more, but the pair can change only u. The exact equation
-m y(u') = tau = o_T - v_S has no solution, because y has length sqrt(d) and tau has any length. The quotient tau / m,
-which a token's own patch may use because it also changes m, becomes very large where m is small: Gemma's m spans five
-orders of magnitude. The target is therefore the damped step [own]
+Without a post-norm, this form is the same as `output`. With a post-norm, o = v + m y(u), u = W_down h,
+y(u) = u / rms(u). The block's output then has to change by e = o_T - o_S, but the pair can change only u. The exact
+equation m y(u') = tau = o_T - v_S has no solution, because y has length sqrt(d) and tau has any length. The quotient
+tau / m, which a token's own patch may use because it also changes m, becomes very large where m is small: Gemma's m
+spans five orders of magnitude. The target is therefore the damped step [own]
 
     y' = y_S + m e / (m^2 + k mean(m^2)),    u' = r y' / rms(y'),    r = rms(u_S)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig
+from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey
 
 from ..decoder import TorchDelta, TorchPrefix, blocks_of
 from ..measure import TorchStudent, measure_fidelity, torch_probe
@@ -201,7 +201,7 @@ def _held_out_figures(
     return measured.to_dict()
 
 
-def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[tuple[int, str], Delta]:
+def to_half(deltas: Mapping[int, Mapping[str, TorchDelta]]) -> dict[SlotKey, Delta]:
     """Convert deltas to numpy, rounded to the precision of the file, so that figures describe the stored values."""
 
     def array(tensor: torch.Tensor | None) -> np.ndarray | None:

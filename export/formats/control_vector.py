@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError
-from tp_runtime.patch import Delta, Patch
+from tp_runtime.patch import Delta, Patch, SlotKey
 from tp_runtime.storage import atomic_file
 
 _ARCHITECTURE = "controlvector"
@@ -110,7 +110,7 @@ def write_control_vector(directions: Mapping[int, NDArray[np.float32]], architec
         writer.close()
 
 
-def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[tuple[int, str], Delta]:
+def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[SlotKey, Delta]:
     """Read a .gguf control vector as biases of `mlp_out`.
 
     Args:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from tp_runtime.patch import Delta, Patch, PatchConfig
+from tp_runtime.patch import Delta, Patch, PatchConfig, SlotKey
 
 from ..measure import torch_probe
 from ..queries import load_questions
 from ..source import Source
 
 
-def imported_patch(source: Source, model: Any, deltas: Mapping[tuple[int, str], Delta], name: str) -> Patch:
+def imported_patch(source: Source, model: Any, deltas: Mapping[SlotKey, Delta], name: str) -> Patch:
     """Make a patch from deltas that were read from another tool's file.
 
     Nothing is known about how the deltas were made, so the patch has no context, calibration or fidelity. The probe is

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError, PatchVersionError
-from tp_runtime.patch import Delta, read_tensors
+from tp_runtime.patch import Delta, SlotKey, read_tensors
 from tp_runtime.storage import read_json_object
 
 from ..decoder import SiteLinear
 
 Array = NDArray[np.float32]
-Deltas = dict[tuple[int, str], Delta]
+Deltas = dict[SlotKey, Delta]
 
 # Settings that the formula uses.
 _USED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
@@ -58,7 +58,7 @@ def is_lora_folder(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def read_peft(folder: Path, layers: Mapping[tuple[int, str], SiteLinear]) -> tuple[Deltas, str]:
+def read_peft(folder: Path, layers: Mapping[SlotKey, SiteLinear]) -> tuple[Deltas, str]:
     """Read an adapter folder.
 
     Args:

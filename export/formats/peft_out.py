@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tp_runtime.errors import PatchShapeError, PatchTargetError
-from tp_runtime.patch import Delta, Patch, slot_name
+from tp_runtime.patch import Delta, Patch, SlotKey, slot_name
 from tp_runtime.storage import atomic_folder
 
 from ..decoder import SiteLinear
@@ -44,7 +44,7 @@ class Pair:
     bias: Array | None
 
 
-def pairs(patch: Patch, layers: Mapping[tuple[int, str], SiteLinear]) -> dict[str, Pair]:
+def pairs(patch: Patch, layers: Mapping[SlotKey, SiteLinear]) -> dict[str, Pair]:
     """Return the patch as LoRA pairs, all of the patch's largest rank (1 if the patch has only biases).
 
     Args:
@@ -70,9 +70,7 @@ def pairs(patch: Patch, layers: Mapping[tuple[int, str], SiteLinear]) -> dict[st
     return {module: _pair(delta, rank, sizes[module]) for module, delta in merged.items()}
 
 
-def write_peft(
-    patch: Patch, layers: Mapping[tuple[int, str], SiteLinear], out: Path, base: str, overwrite: bool
-) -> None:
+def write_peft(patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, base: str, overwrite: bool) -> None:
     """Write the folder, completely or not at all.
 
     Args:
@@ -118,7 +116,7 @@ def write_peft(
         (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
-def _linear_of(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, str], SiteLinear]) -> SiteLinear:
+def _linear_of(patch: Patch, slot: SlotKey, layers: Mapping[SlotKey, SiteLinear]) -> SiteLinear:
     linear = layers.get(slot)
     if linear is not None:
         return linear
@@ -140,7 +138,7 @@ def _linear_of(patch: Patch, slot: tuple[int, str], layers: Mapping[tuple[int, s
     )
 
 
-def _check_shape(patch: Patch, slot: tuple[int, str], delta: Delta, linear: SiteLinear) -> None:
+def _check_shape(patch: Patch, slot: SlotKey, delta: Delta, linear: SiteLinear) -> None:
     for part, values, axis, size in (
         ("a", delta.a, 0, linear.inputs),
         ("b", delta.b, 1, linear.outputs),

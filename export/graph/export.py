@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
-from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch
+from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
 from tp_runtime.session import (
     DEFAULT_FILE,
     KV,
@@ -108,9 +108,9 @@ def export_model(
     """
     check_precision(precision)
     if route not in ROUTES:
-        raise ModelFormatError("unknown route", field="route", got=route, wanted=" | ".join(ROUTES))
+        raise ModelFormatError("the route is unknown", field="route", got=route, wanted=" | ".join(ROUTES))
     if slot_set not in SLOT_SETS:
-        raise ModelFormatError("unknown slot set", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
+        raise ModelFormatError("the slot set is unknown", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
     if patch is not None:
         check_base(patch, source.name, source.digest, precision)
         patch.require_weights_only("graph")
@@ -130,7 +130,7 @@ def export_model(
     slots = slots_of(model, slot_set)
     if repair:
         patch = repair_patch(source, model, precision, slots)
-    deltas: Mapping[tuple[int, str], Delta] = {}
+    deltas: Mapping[SlotKey, Delta] = {}
     if patch is not None:
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
     with atomic_folder(out, overwrite=overwrite) as folder:

@@ -15,14 +15,14 @@ import onnx_ir as ir
 from onnx_ir import external_data
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.patch import Delta
+from tp_runtime.patch import Delta, SlotKey
 from tp_runtime.session import FIRST_LOGIT, Slot, slot_arrays
 
 from .edit import add_initializer
 
 
 def make_slots_overridable(
-    model: ir.Model, slots: Sequence[Slot], defaults: Mapping[tuple[int, str], Delta], dtype: np.dtype
+    model: ir.Model, slots: Sequence[Slot], defaults: Mapping[SlotKey, Delta], dtype: np.dtype
 ) -> list[ir.Value]:
     """Make each slot's required inputs initializers that are also inputs.
 

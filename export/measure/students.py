@@ -1,8 +1,7 @@
 """Students: models whose logits are compared with the teacher's, run by transformers or by the exported graph.
 
-A student is called with token ids and returns logits. Within `attached()` its patch is uploaded once and its hooks are
-registered once. The patch is active only during the student's own calls, so many students of one model can be compared
-dialogue by dialogue.
+A student is called with token ids and returns logits. `attached()` uploads its patch and registers its hooks once. The
+patch is active only during the student's own calls, so many students of one model can be compared dialogue by dialogue.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def check_precision(name: str) -> None:
         ModelFormatError: `name` is not one of PRECISIONS.
     """
     if name not in PRECISIONS:
-        raise ModelFormatError("unknown precision", field="precision", got=name, wanted=" | ".join(PRECISIONS))
+        raise ModelFormatError("the precision is unknown", field="precision", got=name, wanted=" | ".join(PRECISIONS))
 
 
 def resolve(name: str, measure: Callable[[Precision], float]) -> str:

@@ -37,7 +37,8 @@ def load_questions(path: Path | None) -> list[str]:
     name = "built-in questions" if path is None else str(path)
     entries = [_query(entry) for entry in _entries(path).values()]
     if not all(isinstance(query, str) for query in entries):
-        raise CalibrationError("the file holds an entry that is not text", field=name, wanted="a list of strings")
+        wanted = 'lines with a JSON string or {"query": text}' if name.endswith(".jsonl") else "a list of strings"
+        raise CalibrationError("the file holds an entry that is not text", field=name, wanted=wanted)
     # Only the first of equal queries is kept: a query that is in the list twice could land on both sides of the split.
     queries = list({query_key(query): query.strip() for query in reversed(entries) if query.strip()}.values())[::-1]
     if not queries:
@@ -112,7 +113,7 @@ def split_holdout(queries: Sequence[str], holdout: int, seed: int) -> tuple[list
     """
     if not 0 <= holdout < len(queries):
         raise CalibrationError(
-            "cannot hold out that many queries",
+            "more queries are to be held out than there are",
             field="holdout",
             got=holdout,
             wanted=f"0 to {len(queries) - 1}",

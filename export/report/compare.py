@@ -73,7 +73,7 @@ def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: P
         The fit, or None if no setting gives finite tensors; this can happen with an isotropic Gram.
     """
     start = time.perf_counter()
-    settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
+    settings = Settings.of(like)
     tried = []
     for deltas, setting in _candidates(model, calibration, method, settings):
         with suppress(PatchValueError):

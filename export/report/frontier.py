@@ -14,7 +14,7 @@ from tp_runtime.patch import Patch
 
 from ..decoder import TorchPrefix
 from ..fit import Settings, choose_entries, fit_lockstep, to_half
-from ..measure import Arm, TorchStudent, diverge, with_prompt, without_prompt
+from ..measure import Arm, TorchStudent, diverge, gap_closed, with_prompt, without_prompt
 from ..progress import bar
 from ..rollout import Dialogue
 from .figures import Point
@@ -25,7 +25,9 @@ _ALL = 1 << 20
 def measure_frontier(
     model: Any, calibration: Sequence[Dialogue], held: Sequence[Dialogue], like: Patch, entries: Sequence[int]
 ) -> list[Point]:
-    """Measure weights only, each number of `entries` with and without weights, and the whole prompt.
+    """Measure a patch of weights only, patches with each number of `entries`, and all entries of the prompt.
+
+    Each number of entries is measured twice: alone, and with weights fitted after the entries are in place.
 
     Args:
         model: a transformers causal language model whose architecture has an adapter.
@@ -37,7 +39,7 @@ def measure_frontier(
     Returns:
         One point for each mixture.
     """
-    settings = Settings(like.rank or Settings.rank, Settings.ridge if like.config.ridge is None else like.config.ridge)
+    settings = Settings.of(like)
     arms: dict[str, Arm] = {"none": without_prompt(TorchStudent(model))}
     sizes: dict[str, tuple[int, int, bool]] = {}  # name -> (entries, bytes, whether it has weights)
     for count in (0, *entries, _ALL):
@@ -54,7 +56,7 @@ def measure_frontier(
     with bar("fidelity against bytes", len(held), "query") as shown:
         found = diverge(held, with_prompt(TorchStudent(model)), arms, shown.update)
     base = found["none"].mean
-    return [Point(*sizes[name], gap_closed=1 - found[name].mean / base) for name in sizes]
+    return [Point(*sizes[name], gap_closed=gap_closed(base, found[name].mean)) for name in sizes]
 
 
 def _patch(

@@ -220,7 +220,10 @@ def _variants(setup: Setup, subject: Subject, held: list[Dialogue]) -> tuple[lis
 def layer_effects(
     model: Any, patch: Patch, dialogues: Sequence[Dialogue], retained: dict[int, dict[str, float]]
 ) -> list[Layer]:
-    """Measure the KL with the delta of each layer switched off in turn, while those of the other layers stay on."""
+    """Measure the KL with one layer's deltas switched off and those of all other layers on, for each layer.
+
+    Each of the L arms runs all L layers, so the cost grows with the square of the number of layers.
+    """
     layers = sorted({layer for layer, _ in patch.deltas})
     student = TorchStudent(model, patch)
     arms = {

@@ -1,4 +1,4 @@
-"""Source models and their exports, each made once a session by the code under test."""
+"""Fixtures: source models and their exports, each made once per test session by the code under test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime_tests.export.sources import gemma3, smollm2, tiny_gemma, tiny_llama
 from tp_export.graph import export_model
 from tp_export.source import open_source
 
-__all__ = ["gemma3", "smollm2", "tiny_gemma", "tiny_llama"]  # fixtures, by being here
+__all__ = ["gemma3", "smollm2", "tiny_gemma", "tiny_llama"]  # pytest finds these fixtures by their names here
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""Makes the committed fixtures of the edge tests anew: `python -m runtime_tests.export.fixtures`.
+"""This module writes the committed fixtures of the edge tests again: `python -m runtime_tests.export.fixtures`.
 
-Run it after a change to what the exporter writes, and commit what it wrote; test_fixtures.py fails until then.
+Run it after a change of the exporter's output, and commit the new files; test_fixtures.py fails until then.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tp_runtime.session import DEFAULT_FILE, ModelFolder, measure_probe
 from tp_runtime.session.description import SLOTS_FILE
 from tp_runtime.storage import sha256_file
 
-IDS = token_ids(24)  # of the figures that torch leaves behind; longer than the sliding window
+IDS = token_ids(24)  # the ids of the figures that torch computes; longer than the sliding window
 
 SOURCES: dict[str, dict[str, Any]] = {
     "tiny-llama": {"design": "llama"},
     "tiny-gemma": {"design": "gemma3_text", "chat": False},
 }
-# Model folder -> its source, and how it is exported.
+# Each model folder's source and export options, by the name of the folder.
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-llama": ("tiny-llama", {}),
     "tiny-llama-optimum": ("tiny-llama", {"route": "optimum"}),
@@ -49,29 +49,29 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_source(name: str, parent: Path) -> Path:
-    """Write one of SOURCES to `parent`: a tiny random model under the name that its exports will give as their base."""
+    """Write one of SOURCES to `parent`: a tiny random model, with the name that its exports state as their base."""
     return tiny_model(parent / name, **SOURCES[name])
 
 
 def make_folder(name: str, source: Source, out: Path) -> Path:
-    """Export `source` to `out` as FOLDERS says."""
+    """Export `source` to `out` with the options in FOLDERS."""
     options = FOLDERS[name][1]
     if name == "tiny-llama-patched":
         options = {**options, "patch": default_patch(source)}
-    # A fitted repair would differ from processor to processor by more than the last bit.
+    # A fitted repair would differ between processors by more than the last bit, so a random one replaces it.
     with mock.patch("tp_export.graph.export.repair_patch", lambda source, *_rest: repair(source)):
         return export_model(source, out, **options)
 
 
 def default_patch(source: Source) -> Patch:
-    """A pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
+    """Return a patch with a low-rank pair in layer 0, only a bias in layer 2, and nothing in layer 1."""
     whole = _patch_of_every_layer(source, "random-1", "fp32", scale=0.3)
     bias = whole.deltas[2, "mlp_out"].bias
     return Patch({(0, "mlp_out"): whole.deltas[0, "mlp_out"], (2, "mlp_out"): Delta(bias=bias)}, whole.config)
 
 
 def repair(source: Source) -> Patch:
-    """What stands for a fitted repair of an int4 base: random, in every layer."""
+    """Return a random patch of every layer that replaces a fitted repair of an int4 base."""
     return _patch_of_every_layer(source, "repair", "int4-rtn", scale=0.1)
 
 
@@ -97,9 +97,9 @@ def _patch_of_every_layer(source: Source, name: str, precision: str, scale: floa
 
 
 def torch_figures(source: Source, folder: Path) -> dict[str, dict[str, list[Any]]]:
-    """What torch says of IDS in the weights of an exported folder.
+    """Return the figures that torch computes for IDS with the weights of an exported folder.
 
-    `default` is what the folder says where nothing is bound, `patched` what it says under `figure_patch`.
+    `default` has the figures with nothing bound, and `patched` those with `figure_patch`.
     """
     model, opened = load_model(source), ModelFolder.open(folder)
     default = None if opened.default_patch is None else Patch.load(folder / DEFAULT_FILE)
@@ -110,11 +110,11 @@ def torch_figures(source: Source, folder: Path) -> dict[str, dict[str, list[Any]
         return {name: measure_probe(IDS, torch_logits(model, IDS, patch)) for name, patch in patches.items()}
 
 
-# -- little graphs -------------------------------------------------------------------------------------------
+# -- small graphs --------------------------------------------------------------------------------------------
 
 
 def make_graphs(out: Path) -> Path:
-    """Write every little graph to the new folder `out`."""
+    """Write every small graph to the new folder `out`."""
     out.mkdir()
     for name, graph in {"slots": _slots_graph(), "breaks": _breaking_graph()}.items():
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -124,7 +124,7 @@ def make_graphs(out: Path) -> Path:
 
 
 def _slots_graph() -> onnx.GraphProto:
-    """x + x @ a @ b with overridable rank-0 a and b, and an unused initializer to be warned of."""
+    """Return the graph x + x @ a @ b with overridable rank-0 a and b; an unused initializer causes a warning."""
     a = numpy_helper.from_array(np.zeros((1, 4, 0), np.float32), "tp.0.mlp_out.a")
     b = numpy_helper.from_array(np.zeros((1, 0, 4), np.float32), "tp.0.mlp_out.b")
     unused = numpy_helper.from_array(np.zeros(3, np.float32), "unused")
@@ -140,7 +140,7 @@ def _slots_graph() -> onnx.GraphProto:
 
 
 def _breaking_graph() -> onnx.GraphProto:
-    """A node that fails while it runs, if x and the shape given for it do not agree."""
+    """Return a graph whose node fails while it runs, if x and the given shape do not agree."""
     node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="breaks")
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]),
@@ -150,27 +150,27 @@ def _breaking_graph() -> onnx.GraphProto:
     return helper.make_graph([node], "tiny", inputs, [output])
 
 
-# -- all of it -----------------------------------------------------------------------------------------------
+# -- all fixtures --------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Replace every committed fixture, once all of them are made."""
+    """Replace every committed fixture, after all new ones are made."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         sources = {name: open_source(make_source(name, root / "sources")) for name in SOURCES}
-        made = root / FIXTURES.name
-        made.mkdir()
+        written = root / FIXTURES.name
+        written.mkdir()
         figures = {}
         for name, (source, _options) in FOLDERS.items():
-            folder = make_folder(name, sources[source], made / name)
+            folder = make_folder(name, sources[source], written / name)
             figures[name] = torch_figures(sources[source], folder)
-        make_graphs(made / GRAPHS.name)
-        held = sorted([*made.glob(f"*/{SLOTS_FILE}"), *made.glob(f"{GRAPHS.name}/*")])
-        digests = {file.relative_to(made).as_posix(): sha256_file(file) for file in held}
-        (made / DIGESTS.name).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-        (made / FIGURES.name).write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        make_graphs(written / GRAPHS.name)
+        listed = sorted([*written.glob(f"*/{SLOTS_FILE}"), *written.glob(f"{GRAPHS.name}/*")])
+        digests = {file.relative_to(written).as_posix(): sha256_file(file) for file in listed}
+        (written / DIGESTS.name).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        (written / FIGURES.name).write_text(json.dumps(figures) + "\n", encoding="utf-8")
         shutil.rmtree(FIXTURES, ignore_errors=True)
-        shutil.copytree(made, FIXTURES)
+        shutil.copytree(written, FIXTURES)
 
 
 if __name__ == "__main__":

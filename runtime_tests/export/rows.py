@@ -1,4 +1,4 @@
-"""Rows that a form is fitted on, without any rollout, and a ridge fit of rows that are all at hand."""
+"""This module makes the rows that a form is fitted on without a rollout, and a ridge fit of rows given all at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_export.fit.ridge import AffineMap, Moments
 
 
 def some_rows(model: Any, count: int) -> Rows:
-    """A random student and a teacher near it, of a sequential model: v [count, d], and a sink."""
+    """Return a random student v [count, d], a teacher near it, and a random sink [1, d], for a sequential model."""
     g = torch.Generator().manual_seed(1)
     d = model.config.hidden_size
     student = torch.randn(count, d, generator=g)
@@ -22,7 +22,7 @@ def some_rows(model: Any, count: int) -> Rows:
 def fit_affine(
     inputs: Tensor, targets: Tensor, ridge: float, sink: Tensor | None = None, bias: bool = True
 ) -> AffineMap:
-    """The ridge solution for inputs a [N, n] and targets d [N, m]."""
+    """Return the ridge solution for inputs a [N, n] and targets d [N, m]."""
     moments = Moments(sink, bias)
     moments.add(inputs, targets)
     return moments.solve(ridge)

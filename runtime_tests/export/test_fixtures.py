@@ -1,7 +1,7 @@
-"""The committed fixtures of the edge tests are what the exporter writes today.
+"""The committed fixtures of the edge tests equal the exporter's current output.
 
-Digests of weights are not compared: random numbers may differ in the last bit from processor to processor. After a
-change that is meant, `python -m runtime_tests.export.fixtures` makes them anew.
+The digests of weights are not compared, because random numbers may differ in the last bit between processors. After an
+intended change, run `python -m runtime_tests.export.fixtures` to write the fixtures again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sources(tiny_llama: Path, tiny_gemma: Path) -> dict[str, Source]:
 def remade(
     sources: dict[str, Source], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """name -> the folder, made once; two of them are shared with every other test."""
+    """A function that exports a fixture again, once, given its name; two of the exports are shared with other tests."""
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("remade")
 
@@ -56,7 +56,7 @@ def without_digests(value: Any) -> Any:
 
 
 def contents(graph: Path) -> tuple[str, dict[str, Any]]:
-    """A graph as text without the values of its tensors, and those values by name."""
+    """Return a graph as text without the values of its tensors, and the values by name."""
     model = onnx.load(graph)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -74,14 +74,14 @@ def assert_same_graph(committed: Path, remade: Path) -> None:
     for name, value in values.items():
         now = values_now[name]
         assert (value.shape, value.dtype) == (now.shape, now.dtype), name
-        if value.dtype == np.uint8:  # packed codes of quantised weights, which the last bit may push over an edge
+        if value.dtype == np.uint8:  # packed codes of quantised weights, which a difference in the last bit may change
             assert np.mean(value != now) < 0.01, name
         else:
             assert np.allclose(value, now, rtol=0, atol=CLOSE), name
 
 
 @pytest.mark.parametrize("name", fixtures.FOLDERS)
-def test_a_folder_is_what_the_exporter_writes(name: str, remade: Callable[[str], Path]) -> None:
+def test_a_committed_folder_equals_a_new_export(name: str, remade: Callable[[str], Path]) -> None:
     committed, now = FIXTURES / name, remade(name)
     assert {file.name for file in committed.iterdir()} == {file.name for file in now.iterdir()}
     assert_same_graph(committed / "model.onnx", now / "model.onnx")
@@ -99,14 +99,16 @@ def test_a_folder_is_what_the_exporter_writes(name: str, remade: Callable[[str],
 
 
 @pytest.mark.parametrize("name", fixtures.FOLDERS)
-def test_its_figures_are_what_torch_says(name: str, remade: Callable[[str], Path], sources: dict[str, Source]) -> None:
+def test_committed_figures_equal_those_of_torch(
+    name: str, remade: Callable[[str], Path], sources: dict[str, Source]
+) -> None:
     now = fixtures.torch_figures(sources[fixtures.FOLDERS[name][0]], remade(name))
-    for under, figures in torch_figures()[name].items():
+    for variant, figures in torch_figures()[name].items():
         for key, numbers in figures.items():
-            assert np.allclose(numbers, now[under][key], rtol=0, atol=1e-3), (under, key)
+            assert np.allclose(numbers, now[variant][key], rtol=0, atol=1e-3), (variant, key)
 
 
-def test_little_graphs_are_what_the_maker_writes(tmp_path: Path) -> None:
+def test_committed_small_graphs_equal_new_ones(tmp_path: Path) -> None:
     now = fixtures.make_graphs(tmp_path / "graphs")
     assert {file.name for file in GRAPHS.iterdir()} == {file.name for file in now.iterdir()}
     for file in GRAPHS.iterdir():

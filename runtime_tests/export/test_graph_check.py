@@ -1,4 +1,4 @@
-"""The graph check: what passes, and what each unsafe graph is refused with."""
+"""The graph check: which graphs pass, and the error of each unsafe graph."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathErro
 from tp_runtime.session import write_slots_file
 from tp_runtime.session.description import SLOTS_FILE
 
-BYTES = 4 * 4 * 4  # the weight: [4, 4] in float32
+BYTES = 4 * 4 * 4  # the size of the weight, [4, 4] in float32
 
 
 def _external(name="w", **entries):
-    """A [4, 4] tensor in external data; keyword arguments are its external-data entries."""
+    """Return a [4, 4] tensor in external data; keyword arguments are its external-data entries."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4, 4])
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in ({"location": "model.onnx_data"} | entries).items():
@@ -65,7 +65,7 @@ def folder_of(tmp_path):
 
 
 def _branch(**how):
-    """An If node whose branch holds a tensor or a node."""
+    """Return an If node whose branches contain the given tensors or nodes."""
     nodes = how.get("nodes", [helper.make_node("Identity", ["inner"], ["out"])])
     graph = helper.make_graph(
         nodes,
@@ -83,15 +83,15 @@ def _sparse(values):
     return helper.make_sparse_tensor(values, indices, [4, 4])
 
 
-def test_exported_graph_passes(folder_of):
+def test_an_exported_graph_passes(folder_of):
     lines = check_graph(folder_of(_model(helper.make_node("FastGelu", ["y"], ["g"], domain="com.microsoft"))))
     assert "domains: ai.onnx, com.microsoft" in lines
     assert "initializers: 1, 1 external and inside their files" in lines
     assert "data files: model.onnx_data" in lines
 
 
-def test_graph_saved_by_onnx_passes(folder_of, tmp_path):
-    """The library's own layout: its keys and its offsets, on a 4-bit and an 8-bit tensor beside a float."""
+def test_a_graph_saved_by_onnx_passes(folder_of, tmp_path):
+    """The graph has the onnx library's keys and offsets, and a 4-bit, an 8-bit and a float tensor."""
     model = _model(initializers=[_inline("w")])
     for bits in (4, 8):
         kind = getattr(TensorProto, f"UINT{bits}")
@@ -99,36 +99,36 @@ def test_graph_saved_by_onnx_passes(folder_of, tmp_path):
     for tensor in model.graph.initializer[1:]:
         packed = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
         tensor.CopyFrom(packed)
-    made = tmp_path / "made"
-    made.mkdir()
+    folder = tmp_path / "saved"
+    folder.mkdir()
     save(
         model,
-        made / "model.onnx",
+        folder / "model.onnx",
         save_as_external_data=True,
         location="model.onnx_data",
         size_threshold=0,
     )
-    write_slots_file(describe(made))
-    assert "initializers: 3, 3 external and inside their files" in check_graph(made)
+    write_slots_file(describe(folder))
+    assert "initializers: 3, 3 external and inside their files" in check_graph(folder)
 
 
-def test_subgraph_without_external_data_passes(folder_of):
+def test_a_subgraph_without_external_data_passes(folder_of):
     check_graph(folder_of(_model(_branch(initializers=[_inline("inner")]))))
 
 
-def test_function_of_a_known_domain_passes(folder_of):
+def test_a_function_of_a_known_domain_passes(folder_of):
     function = helper.make_function(
         "com.microsoft", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], []
     )
     assert "nodes: 2, subgraphs and 1 functions included" in check_graph(folder_of(_model(functions=[function])))
 
 
-def test_unused_import_passes(folder_of):
+def test_an_unused_import_passes(folder_of):
     """A graph saved by ONNX Runtime imports every domain it knows."""
     check_graph(folder_of(_model(imports=("", "org.pytorch.aten", "ai.onnx.training"))))
 
 
-# Custom operators.
+# -- custom operators ----------------------------------------------------------------------------------------
 
 CUSTOM = helper.make_node("Run", ["x"], ["out"], domain="evil.ops")
 
@@ -144,25 +144,25 @@ CUSTOM = helper.make_node("Run", ["x"], ["out"], domain="evil.ops")
     ],
     ids=["node", "subgraph", "subgraph-of-subgraph", "function", "subgraph-of-function"],
 )
-def test_custom_op_domain(folder_of, model):
+def test_a_custom_operator_is_refused(folder_of, model):
     with pytest.raises(UnsafeGraphError, match=r"'Run'.*custom-op domain; got 'evil.ops'; wanted one of ai.onnx"):
         check_graph(folder_of(model))
 
 
-def test_function_of_a_custom_domain(folder_of):
+def test_a_function_of_a_custom_domain_is_refused(folder_of):
     function = helper.make_function("evil.ops", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [])
-    with pytest.raises(UnsafeGraphError, match="function 'F': uses a custom-op domain"):
+    with pytest.raises(UnsafeGraphError, match="function 'F': the graph uses a custom-op domain"):
         check_graph(folder_of(_model(functions=[function])))
 
 
-def test_training_graphs(folder_of):
+def test_training_graphs_are_refused(folder_of):
     model = _model()
     model.training_info.add()
     with pytest.raises(UnsafeGraphError, match="the graph holds training graphs"):
         check_graph(folder_of(model))
 
 
-# External data where the exporter writes none.
+# -- external data in places where the exporter writes none --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,54 +176,54 @@ def test_training_graphs(folder_of):
     ],
     ids=["subgraph", "subgraph-sparse", "sparse", "attribute", "sparse-attribute"],
 )
-def test_external_data_in_a_hidden_place(folder_of, model, place):
+def test_external_data_outside_the_main_initializers_is_refused(folder_of, model, place):
     with pytest.raises(UnsafeGraphError, match=f"the graph has external data in {place}"):
         check_graph(folder_of(model))
 
 
-def test_external_data_not_marked_as_such(folder_of):
+def test_external_data_that_is_not_marked_as_external_is_checked(folder_of):
     tensor = _external(location="../outside")
     tensor.data_location = TensorProto.DEFAULT
     with pytest.raises(UnsafePathError, match="is not a plain name"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
-# External data: keys.
+# -- external data: keys -------------------------------------------------------------------------------------
 
 
 def _check_entries(folder_of, **entries):
     return check_graph(folder_of(_model(initializers=[_external(**entries)])))
 
 
-def test_checksum_is_a_known_key(folder_of):
+def test_the_key_checksum_is_accepted(folder_of):
     _check_entries(folder_of, checksum="a" * 40)
 
 
-def test_unknown_external_data_key(folder_of):
+def test_an_unknown_external_data_key_is_refused(folder_of):
     with pytest.raises(UnsafeGraphError, match=r"has unknown, repeated or missing keys.*prepacked"):
         _check_entries(folder_of, prepacked_0="x")
 
 
-def test_repeated_external_data_key(folder_of):
+def test_a_repeated_external_data_key_is_refused(folder_of):
     tensor = _external()
     tensor.external_data.add(key="location", value="../outside")
     with pytest.raises(UnsafeGraphError, match="has unknown, repeated or missing keys"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
-def test_external_data_without_location(folder_of):
+def test_external_data_without_a_location_is_refused(folder_of):
     tensor = _external()
     tensor.ClearField("external_data")
     with pytest.raises(UnsafeGraphError, match="has unknown, repeated or missing keys"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
-def test_memory_address_marker(folder_of):
+def test_the_memory_address_marker_is_refused(folder_of):
     with pytest.raises(UnsafeGraphError, match="points into memory"):
         _check_entries(folder_of, location="*/_ORT_MEM_ADDR_/*", offset=140737353871360, length=BYTES)
 
 
-# External data: places.
+# -- external data: locations --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,19 +240,19 @@ def test_memory_address_marker(folder_of):
     ],
     ids=["absolute", "parent", "parent-inside", "drive", "drive-relative", "unc", "nul", "empty"],
 )
-def test_unsafe_location(folder_of, location):
+def test_an_unsafe_location_is_refused(folder_of, location):
     with pytest.raises(UnsafePathError, match="is not a plain name"):
         _check_entries(folder_of, location=location)
 
 
-def test_location_that_is_not_listed(folder_of):
+def test_a_location_that_is_not_listed_is_refused(folder_of):
     folder = folder_of(_model(initializers=[_external(location="other.bin")]))
     (folder / "other.bin").write_bytes(b"\0" * BYTES)
     with pytest.raises(UnsafePathError, match=r"does not list; got other.bin"):
         check_graph(folder)
 
 
-def test_location_that_is_a_symlink_out(folder_of):
+def test_a_location_that_is_a_symlink_out_of_the_folder_is_refused(folder_of):
     folder = folder_of(_model())
     shutil.move(folder / "model.onnx_data", folder.parent / "outside")
     (folder / "model.onnx_data").symlink_to(folder.parent / "outside")
@@ -260,7 +260,7 @@ def test_location_that_is_a_symlink_out(folder_of):
         check_graph(folder)
 
 
-# External data: ranges.
+# -- external data: ranges -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -268,20 +268,20 @@ def test_location_that_is_a_symlink_out(folder_of):
     [{"offset": 1}, {"offset": BYTES, "length": BYTES}, {"offset": 2**63 - 1, "length": BYTES}],
     ids=["by-one", "by-all", "sum-over-64-bits"],
 )
-def test_range_past_the_end(folder_of, entries):
+def test_a_range_past_the_end_of_the_file_is_refused(folder_of, entries):
     with pytest.raises(UnsafePathError, match=r"ends past the end of model.onnx_data"):
         _check_entries(folder_of, **entries)
 
 
 @pytest.mark.parametrize("text", ["-1", "+1", "1_0", " 1", "0x10", "", "²", str(2**63), "9" * 5000])
 @pytest.mark.parametrize("key", ["offset", "length"])
-def test_number_that_is_no_size(folder_of, key, text):
-    with pytest.raises(UnsafePathError, match=f"{key}: is not a size"):
+def test_a_number_that_is_not_a_size_is_refused(folder_of, key, text):
+    with pytest.raises(UnsafePathError, match=f"{key}: the text is not a number of bytes"):
         _check_entries(folder_of, **{key: text})
 
 
 @pytest.mark.parametrize("length", [0, BYTES - 1])
-def test_length_that_does_not_fit_the_tensor(folder_of, length):
+def test_a_length_that_does_not_fit_the_tensor_is_refused(folder_of, length):
     with pytest.raises(UnsafeGraphError, match="the length does not fit the tensor's shape"):
         _check_entries(folder_of, length=length)
 
@@ -289,7 +289,7 @@ def test_length_that_does_not_fit_the_tensor(folder_of, length):
 @pytest.mark.parametrize(
     "change", [{"dims": [-4, 4]}, {"data_type": TensorProto.STRING}, {"data_type": 99}, {"data_type": 0}]
 )
-def test_tensor_without_a_size(folder_of, change):
+def test_a_tensor_without_a_size_is_refused(folder_of, change):
     tensor = _external()
     for key in change:
         tensor.ClearField(key)
@@ -298,14 +298,14 @@ def test_tensor_without_a_size(folder_of, change):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
-def test_shape_whose_product_overflows(folder_of):
+def test_a_shape_whose_product_overflows_is_refused(folder_of):
     tensor = _external()
     tensor.dims[:] = [2**62, 2**62]
-    with pytest.raises(UnsafePathError, match="is not a size"):
+    with pytest.raises(UnsafePathError, match="the text is not a number of bytes"):
         check_graph(folder_of(_model(initializers=[tensor])))
 
 
-def test_graph_that_is_no_graph(folder_of):
+def test_a_file_that_is_not_a_graph_is_refused(folder_of):
     folder = folder_of(_model())
     (folder / "model.onnx").write_bytes(b"\xff" * 50)
     write_slots_file(describe(folder))
@@ -313,7 +313,7 @@ def test_graph_that_is_no_graph(folder_of):
         check_graph(folder)
 
 
-# The command.
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 def _run(folder, *flags):
@@ -323,7 +323,7 @@ def _run(folder, *flags):
     return args.run(args)
 
 
-def test_command_prints_a_line_for_each_check(folder_of, capsys):
+def test_the_command_prints_a_line_for_each_check(folder_of, capsys):
     folder = folder_of(_model())
     (folder / "notes.txt").write_text("x")
     assert _run(folder) == 0
@@ -332,21 +332,21 @@ def test_command_prints_a_line_for_each_check(folder_of, capsys):
     assert lines[-1] == "-- 'notes.txt' is not listed, so nothing reads it"
 
 
-def test_command_json(folder_of, capsys):
+def test_the_command_prints_json(folder_of, capsys):
     assert _run(folder_of(_model()), "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 6
 
 
-def test_command_hashes_everything(folder_of):
+def test_the_command_verifies_all_digests(folder_of):
     folder = folder_of(_model())
     (folder / "model.onnx_data").write_bytes(b"\1" * BYTES)
     with pytest.raises(ModelFormatError, match="SHA-256 differs"):
         _run(folder)
 
 
-def test_fixture_is_a_graph_onnx_reads(folder_of):
-    """Guards the tests above: their base model loads with its external data."""
+def test_the_graph_of_these_tests_can_be_read_by_onnx(folder_of):
+    """The tests above rely on this: their base model loads with its external data."""
     folder = folder_of(_model())
     assert numpy_helper.to_array(load(folder / "model.onnx").graph.initializer[0]).shape == (4, 4)
     assert (folder / SLOTS_FILE).exists()

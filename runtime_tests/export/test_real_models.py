@@ -1,4 +1,4 @@
-"""The two real models: exported graphs against transformers, and a patch that closes the gap on held-out queries."""
+"""The two real models: graphs compared with transformers, and a patch that closes the gap on held-out queries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def real(request: pytest.FixtureRequest) -> tuple[Path, Path]:
 
 
 def test_logits_match_transformers(real: tuple[Path, Path]) -> None:
-    """64 tokens in one go, and again as a prompt and single tokens through the KV cache: under 1e-3."""
+    """The difference is below 1e-3 for 64 tokens in one run, and for a prompt and single tokens with the KV cache."""
     source, export = real
     graph = Graph(ModelFolder.open(export, verify=True), "cpu")
     ids = np.random.default_rng(0).integers(5, 40_000, 64).tolist()
@@ -43,24 +43,24 @@ def test_logits_match_transformers(real: tuple[Path, Path]) -> None:
     assert np.abs(np.concatenate(steps) - wanted[39:]).max() < 1e-3
 
 
-def test_ortmodel_loads_the_folder_unchanged(real: tuple[Path, Path]) -> None:
+def test_optimum_loads_the_exported_folder_unchanged(real: tuple[Path, Path]) -> None:
     from optimum.onnxruntime import ORTModelForCausalLM
 
     source, export = real
     ids = torch.tensor([open_source(source).codec.render("The weather today is")])
-    theirs = ORTModelForCausalLM.from_pretrained(export).generate(ids, max_new_tokens=8, do_sample=False)
+    got = ORTModelForCausalLM.from_pretrained(export).generate(ids, max_new_tokens=8, do_sample=False)
     wanted = load_model(open_source(source)).generate(ids, max_new_tokens=8, do_sample=False)
-    assert theirs[0].tolist() == wanted[0].tolist()
+    assert got[0].tolist() == wanted[0].tolist()
 
 
 def test_weights_are_stored_once(real: tuple[Path, Path]) -> None:
-    """A tied embedding is not duplicated: the data file is no larger than the source."""
+    """A tied embedding is not duplicated, so the data file is not larger than the source (to within 1%)."""
     source, export = real
     assert (export / "model.onnx_data").stat().st_size < 1.01 * (source / "model.safetensors").stat().st_size
 
 
 def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_export: Path) -> None:
-    """A quick fit (24 queries) of each form, measured through the exported graph where its slots allow."""
+    """Each form gets a quick fit (24 queries) and is measured through the exported graph if the graph has its slots."""
     source = open_source(smollm2)
     model = load_model(source)
     queries = load_questions(None)[:30]
@@ -68,18 +68,18 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     fitted, held_out = dialogues[:24], dialogues[24:]
     graph = Graph(ModelFolder.open(smollm2_export), "cpu")
     teacher, unpatched = TorchStudent(model), TorchStudent(model)
-    closed = {}
+    gap_closed = {}
     for method in ("vector", "output", "matrix"):
         deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16)))
         patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
         student = TorchStudent(model, patch) if method == "matrix" else RuntimeStudent(graph, patch)
-        closed[method] = measure_fidelity(held_out, teacher, unpatched, student).gap_closed
-    assert closed["output"] > 0.8 and closed["matrix"] > 0.8
-    assert closed["vector"] < closed["output"]
+        gap_closed[method] = measure_fidelity(held_out, teacher, unpatched, student).gap_closed
+    assert gap_closed["output"] > 0.8 and gap_closed["matrix"] > 0.8
+    assert gap_closed["vector"] < gap_closed["output"]
 
 
-def test_chat_is_rendered_as_it_was_fitted(smollm2: Path, smollm2_export: Path) -> None:
-    """`generate` meets the tokens that the fit did: the export's text side is the source's."""
+def test_chats_are_rendered_as_in_the_fit(smollm2: Path, smollm2_export: Path) -> None:
+    """`generate` runs the same tokens as the fit, because the export has the tokenizer and template of the source."""
     source = open_source(smollm2)
     model = PatchedModel.from_pretrained(smollm2_export, device="cpu")
     for system in (None, PIRATE):

@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer, as Hugging Face folders: every architecture without weights to download."""
+"""This module writes tiny random models with a tokenizer as Hugging Face folders, so no test downloads weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCAB = 320  # 3 special tokens, 256 bytes, and rows no token uses, as real models have
+VOCAB = 320  # 3 special tokens, 256 bytes, and rows that no token uses, as in real models
 
 _SHAPE = {
     "hidden_size": 48,
@@ -32,12 +32,12 @@ _SHAPE = {
     "pad_token_id": 0,
 }
 _OWN = {
-    "llama": {"hidden_size": 64},  # head_dim as optimum derives it; in the others it is a size of its own
+    "llama": {"hidden_size": 64},  # so that head_dim is hidden_size / heads, as optimum derives it; with 48 it is not
     "gemma2": {
         "query_pre_attn_scalar": 16,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "attn_logit_softcapping": 1.0,  # low enough to matter
+        "attn_logit_softcapping": 1.0,  # low enough to have an effect
         "final_logit_softcapping": 0.5,
     },
     "gemma3_text": {
@@ -57,7 +57,7 @@ _OWN = {
         "mlp_only_layers": [1],
     },
 }
-# Block designs that share a model type with another: name -> model type and what sets them apart.
+# Block designs that share a model type with another design: each one's model type and different settings, by name.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi3 longrope": (
@@ -73,14 +73,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_model(folder: Path, design: str, *, chat: bool = True, seed: int = 0, **options: Any) -> Path:
-    """Write a random model to `folder`; weights large enough for every branch to matter.
+    """Write a random model to `folder`, with weights large enough for every branch to have an effect.
 
     Args:
-        folder: where to.
+        folder: the folder to write.
         design: a model type, or one of VARIANTS.
-        chat: with a chat template.
+        chat: whether the tokenizer has a chat template.
         seed: equal seeds give equal models.
-        options: of the architecture's config.
+        options: further settings of the architecture's config.
     """
     torch.manual_seed(seed)
     model_type, own = VARIANTS.get(design, (design, {}))

@@ -1,4 +1,4 @@
-"""Logits by transformers, for tests that hold a graph or a hook against them."""
+"""This module computes logits with transformers, for tests that compare a graph or a hook with them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ from tp_runtime.patch import Patch
 
 
 def torch_logits(model: Any, ids: Sequence[int], patch: Patch | None = None) -> Logits:
-    """[T, vocab] by transformers, with `patch` applied by hooks."""
+    """Return logits [T, vocab] of transformers, with `patch` applied by hooks."""
     with torch.no_grad(), patched(model, patch) if patch else contextlib.nullcontext():
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()

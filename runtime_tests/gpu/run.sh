@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The GPU tests and the bench on any CUDA machine, in one command, from a fresh checkout:
+# Runs the GPU tests and the benchmark on any CUDA machine, from a fresh checkout:
 #     runtime_tests/gpu/run.sh [RESULTS]      (default: build/gpu)
-# Makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, then `tp-runtime bench` on the fp32, fp16 and int4
-# exports of SmolLM2-135M and of Gemma 3 270M (whose tokenizer comes through npm). RESULTS/report.json has the chip, the driver, the versions, how the tests went and every
-# figure. Exits with 1 if a test or a bench failed. Not run on a GPU yet.
+# The script makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, and then runs `tp-runtime bench` on
+# the fp32, fp16 and int4 exports of SmolLM2-135M and of Gemma 3 270M (whose tokenizer comes through npm). It writes the
+# GPU, the driver, the versions, the test results and every figure to RESULTS/report.json. It exits with 1 if a test or
+# a benchmark failed. It has not been run on a GPU yet.
 set -euo pipefail
 
 start=$PWD
@@ -15,12 +16,13 @@ results=$(cd "$results" && pwd)
 bin=$results/venv/bin
 
 if ! command -v nvidia-smi > /dev/null; then
-    echo "error: nvidia-smi is not there: this needs a machine with an NVIDIA GPU and its driver" >&2
+    echo "error: nvidia-smi was not found; this script needs a machine with an NVIDIA GPU and its driver" >&2
     exit 2
 fi
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader | tee "$results/gpu.csv"
 
-# torch first and by its exact version. Never with the cpu extra: the two builds of ONNX Runtime share one folder.
+# torch is installed first and with its exact version. The cpu extra must not be installed, because the two builds of
+# ONNX Runtime share one folder.
 torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 "${PYTHON:-python3}" -m venv "$results/venv"
 "$bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
@@ -56,8 +58,8 @@ from xml.etree import ElementTree
 results, failed = Path(sys.argv[1]), sys.argv[2:]
 names = ("name", "driver", "compute_capability", "memory")
 gpus = [dict(zip(names, line.split(", "))) for line in (results / "gpu.csv").read_text().splitlines()]
-told = ("onnxruntime", "nvidia-", "torch", "numpy")
-packages = [dist for dist in metadata.distributions() if dist.name.startswith(told)]
+reported = ("onnxruntime", "nvidia-", "torch", "numpy")
+packages = [dist for dist in metadata.distributions() if dist.name.startswith(reported)]
 steps, tests = results / "steps.jsonl", results / "tests.xml"
 report = {
     "gpus": gpus,
@@ -69,6 +71,6 @@ report = {
     "bench": {file.stem[6:]: json.loads(file.read_text()) for file in sorted(results.glob("bench-*.json"))},
 }
 (results / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-print(f"{results / 'report.json'}: " + (f"failed: {', '.join(failed)}" if failed else "all went well"))
+print(f"{results / 'report.json'}: " + (f"failed: {', '.join(failed)}" if failed else "nothing failed"))
 PYTHON
 ((${#failed[@]} == 0))

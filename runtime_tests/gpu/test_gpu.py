@@ -1,7 +1,7 @@
-"""The runtime on CUDA, held against the CPU. Written without a GPU at hand: `run.sh` beside it runs it on one.
+"""The runtime on CUDA, compared with the CPU. It was written without a GPU; `run.sh` in this folder runs it on one.
 
-Tolerances are fractions of the largest logit, by what each precision rounds: the CPU's int4 kernel rounds activations
-to eight bits too, CUDA's does not. Nothing here falls back: every graph asks for `cuda`.
+The tolerances are fractions of the largest logit and depend on what each precision rounds: the CPU's int4 kernel also
+rounds activations to eight bits, and CUDA's does not. Nothing here falls back to the CPU: every graph requests `cuda`.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ STEPS = (24, *(1,) * 24)
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One folder on both devices."""
+    """One model folder, opened on both devices."""
 
     cpu: Graph
     cuda: Graph
 
     def require_close(self, got: Logits, wanted: Logits) -> None:
-        apart = furthest(got, wanted) / float(np.abs(wanted).max())
-        assert apart < CLOSE[self.cuda.folder.precision], apart
+        error = furthest(got, wanted) / float(np.abs(wanted).max())
+        assert error < CLOSE[self.cuda.folder.precision], error
 
     def patch(self, rank: int, seed: int = 1) -> Patch:
-        """Small enough for a real model to stay finite, large enough to show."""
+        """Return a patch that is small enough for a real model to stay finite, and large enough to have an effect."""
         return patch_for(self.cpu.folder, seed=seed, rank=rank, scale=0.3)
 
 
@@ -92,7 +92,7 @@ def captured(pair: Pair) -> Graph:
 
 
 def record(name: str, values: dict[str, Any]) -> None:
-    """Print figures, and add them to the file that run.sh collects."""
+    """Print figures and adds them to the file that run.sh collects."""
     print(f"\n{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
     if file := os.environ.get("TP_GPU_RESULTS"):
         with Path(file).open("a", encoding="utf-8") as out:
@@ -107,18 +107,18 @@ def named(pair: Pair) -> str:
 # -- the device ----------------------------------------------------------------------------------------------
 
 
-def test_cuda_is_what_was_given(pair: Pair) -> None:
+def test_graph_patches_and_caches_are_on_cuda(pair: Pair) -> None:
     graph = pair.cuda
     assert (graph.device.provider, graph.device.reason, graph.session.get_providers()[0]) == (CUDA, None, CUDA)
     bound = graph.bind(pair.patch(4))
     cache = graph.new_cache(bound)
     graph.forward(IDS[:5], cache, bound)
     assert {value.device_name() for value in bound.values.values()} == {DEVICE}
-    attention = DEVICE if graph.folder.kv.dtype == "f16" else "cpu"  # the provider's has no float32 kernel
+    attention = DEVICE if graph.folder.kv.dtype == "f16" else "cpu"  # CUDA's attention operator has no float32 kernel
     assert {value.device_name() for value in cache.buffers.values()} == {attention} == {graph.kv.device}
 
 
-def test_auto_is_cuda_too(pair: Pair) -> None:
+def test_auto_selects_cuda(pair: Pair) -> None:
     assert Graph(pair.cuda.folder, "auto").device.kind == DEVICE
 
 
@@ -127,19 +127,19 @@ def test_auto_is_cuda_too(pair: Pair) -> None:
 
 @pytest.mark.parametrize("chunks", [(), STEPS, (20, 1, 1, 20, 6)], ids=["at once", "steps", "chunks"])
 @pytest.mark.parametrize("rank", [None, 0, 1, 16, 60])
-def test_logits_are_those_of_the_cpu(pair: Pair, rank: int | None, chunks: Sequence[int]) -> None:
+def test_logits_match_those_of_the_cpu(pair: Pair, rank: int | None, chunks: Sequence[int]) -> None:
     patch = None if rank is None else pair.patch(rank)
     wanted = graph_logits(pair.cpu, IDS, pair.cpu.bind(patch), chunks)
     pair.require_close(graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks), wanted)
 
 
-def test_a_patch_shows(pair: Pair) -> None:
+def test_a_patch_changes_the_logits(pair: Pair) -> None:
     base, patched = (graph_logits(pair.cuda, IDS, pair.cuda.bind(patch)) for patch in (None, pair.patch(16)))
     assert furthest(base, patched) > 2 * CLOSE[pair.cuda.folder.precision] * float(np.abs(base).max())
 
 
-def test_rank_zero_that_is_bound_is_the_base(pair: Pair) -> None:
-    """A product over no columns, under IO binding."""
+def test_bound_slots_of_rank_zero_give_the_base(pair: Pair) -> None:
+    """The graph multiplies matrices of rank 0 under IO binding."""
     graph = pair.cuda
     bound = BoundPatch(graph._slot_values({}, graph.device.kind), graph.base.key)
     assert (
@@ -147,14 +147,14 @@ def test_rank_zero_that_is_bound_is_the_base(pair: Pair) -> None:
     )
 
 
-def test_the_base_is_untouched_by_patches_that_come_and_go(pair: Pair) -> None:
+def test_binding_and_dropping_patches_does_not_change_the_base(pair: Pair) -> None:
     before = graph_logits(pair.cuda, IDS, chunks=STEPS)
     for rank in (0, 4, 60):
         graph_logits(pair.cuda, IDS, pair.cuda.bind(pair.patch(rank, seed=rank)), STEPS)
         assert np.array_equal(graph_logits(pair.cuda, IDS, chunks=STEPS), before)
 
 
-def test_a_patch_baked_in(pair: Pair) -> None:
+def test_a_patch_set_as_default_matches_the_cpu(pair: Pair) -> None:
     patch = pair.patch(4)
     graph = on_cuda(pair.cuda.folder, defaults=patch)
     pair.require_close(graph_logits(graph, IDS, graph.default), graph_logits(pair.cpu, IDS, pair.cpu.bind(patch)))
@@ -169,12 +169,12 @@ def prefixed_logits(graph: Graph, patch: Patch) -> Logits:
     return np.concatenate(logits)
 
 
-def test_a_kv_prefix(pair: Pair) -> None:
+def test_a_kv_prefix_matches_the_cpu(pair: Pair) -> None:
     patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
     pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
 
 
-def test_a_mixed_batch(pair: Pair) -> None:
+def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
     patches = [None, pair.patch(4), pair.patch(16), pair.patch(0)]
     logits = {}
     for graph in (pair.cpu, pair.cuda):
@@ -194,37 +194,37 @@ def test_a_mixed_batch(pair: Pair) -> None:
 # -- captured steps ------------------------------------------------------------------------------------------
 
 
-def test_what_can_be_captured_is(pair: Pair, captured: Graph) -> None:
-    """The CUDA provider's attention operator has no float32 kernel: then with the reason, and step by step."""
-    halves = pair.cuda.folder.kv.dtype == "f16"
-    assert (captured.captured is not None, captured.capture_failure is None) == (halves, halves), (
+def test_decode_steps_are_captured_only_in_float16_exports(pair: Pair, captured: Graph) -> None:
+    """CUDA's attention operator has no float32 kernel, so float32 graphs report why their steps are not captured."""
+    is_f16 = pair.cuda.folder.kv.dtype == "f16"
+    assert (captured.captured is not None, captured.capture_failure is None) == (is_f16, is_f16), (
         captured.capture_failure
     )
     print(f"\n{named(pair)}: captured: {captured.capture_failure or 'yes'}")
 
 
 def captured_close(pair: Pair, got: Logits, wanted: Logits) -> None:
-    """Of the same device; wider shapes may be summed in another order."""
+    """Assert that logits of the same device are close; wider shapes may be summed in another order."""
     assert furthest(got, wanted) / float(np.abs(wanted).max()) < CLOSE[pair.cuda.folder.precision] / 3
 
 
 @pytest.mark.parametrize("rank", [None, 0, 3, 4, 16, 64, 65])
-def test_captured_steps_are_ordinary_steps(pair: Pair, captured: Graph, rank: int | None) -> None:
+def test_captured_steps_give_the_logits_of_ordinary_steps(pair: Pair, captured: Graph, rank: int | None) -> None:
     patch = None if rank is None else pair.patch(rank)
     for chunks in (STEPS, (1,) * 48):
         wanted = graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks)
         captured_close(pair, graph_logits(captured, IDS, captured.bind(patch), chunks), wanted)
 
 
-def test_captured_steps_read_what_was_written_in_place(pair: Pair, captured: Graph) -> None:
-    """Patches of one bucket, one after the other and back: a replay that kept the first one's tensors would show."""
+def test_captured_steps_read_patches_written_in_place(pair: Pair, captured: Graph) -> None:
+    """Two patches of one bucket alternate, so a replay that kept the first patch's tensors would give wrong logits."""
     patches = [pair.patch(16, seed=seed) for seed in (1, 2)]
     wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
     for at in (0, 1, 0, 1):
         captured_close(pair, graph_logits(captured, IDS, captured.bind(patches[at]), STEPS), wanted[at])
 
 
-def test_captured_sequences_take_turns(pair: Pair, captured: Graph) -> None:
+def test_captured_sequences_can_alternate_their_decode_steps(pair: Pair, captured: Graph) -> None:
     patches = [None, pair.patch(4), pair.patch(16)]
     wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
     bounds = [captured.bind(patch) for patch in patches]
@@ -235,12 +235,12 @@ def test_captured_sequences_take_turns(pair: Pair, captured: Graph) -> None:
             captured_close(pair, captured.forward(IDS[at:end], cache, bound), logits[end - 1 : end])
 
 
-def test_a_captured_kv_prefix(pair: Pair, captured: Graph) -> None:
+def test_a_kv_prefix_works_with_captured_steps(pair: Pair, captured: Graph) -> None:
     patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
     captured_close(pair, prefixed_logits(captured, patch), prefixed_logits(pair.cuda, patch))
 
 
-# -- what it takes -------------------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------------------------
 
 
 def step_ms(graph: Graph, bound: BoundPatch) -> float:
@@ -254,7 +254,7 @@ def step_ms(graph: Graph, bound: BoundPatch) -> float:
     return 1e3 * median(seconds[8:])
 
 
-def test_milliseconds_of_a_step(pair: Pair, captured: Graph) -> None:
+def test_the_time_of_a_decode_step_is_recorded(pair: Pair, captured: Graph) -> None:
     times = {}
     for label, patch in (("base", None), ("rank 16", pair.patch(16))):
         times[label] = step_ms(pair.cuda, pair.cuda.bind(patch))
@@ -263,7 +263,7 @@ def test_milliseconds_of_a_step(pair: Pair, captured: Graph) -> None:
     record(f"ms a step, {named(pair)}", times)
 
 
-def test_milliseconds_of_a_switch(pair: Pair, captured: Graph) -> None:
+def test_the_time_of_a_switch_is_recorded(pair: Pair, captured: Graph) -> None:
     graph, times = pair.cuda, {}
     patches = {str(seed): pair.patch(16, seed=seed) for seed in (1, 2)}
     model = PatchedModel.from_pretrained(graph.folder.path, DEVICE)
@@ -273,8 +273,8 @@ def test_milliseconds_of_a_switch(pair: Pair, captured: Graph) -> None:
     if captured.captured is not None:
         bounds = [captured.bind(patch) for patch in patches.values()]
         seconds = []
-        for turn in range(50):
-            bound = bounds[turn % 2]
+        for number in range(50):
+            bound = bounds[number % 2]
             start = time.perf_counter()
             captured.captured.switch(bound.key, captured.deltas(bound))
             seconds.append(time.perf_counter() - start)

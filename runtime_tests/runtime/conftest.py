@@ -1,6 +1,6 @@
-"""Private copies of the committed exports, a live tiny model, and a patch for it.
+"""Fixtures: private copies of the committed exports, an open tiny model, and a patch for it.
 
-Modules that need another model or patch have fixtures of their own by these names.
+Test modules that need another model or patch define fixtures with the same names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tiny_llama_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a default patch: a pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
+    """The same model with a default patch: a low-rank pair in layer 0, only a bias in layer 2, nothing in layer 1."""
     return private_copy("tiny-llama-patched", tmp_path_factory.mktemp("export"))
 
 
@@ -42,7 +42,7 @@ def shared(tiny_llama_export: Path) -> PatchedModel:
 
 @pytest.fixture
 def model(shared: PatchedModel) -> Iterator[PatchedModel]:
-    """The shared session, with nothing loaded and no end-of-sequence id in the way before or after the test."""
+    """The shared model, without loaded patches and without end-of-sequence ids, so that no completion ends early."""
     eos_ids = shared.codec.eos_ids
     shared.codec.eos_ids = frozenset()
     yield shared

@@ -1,4 +1,4 @@
-"""The edge side runs where the host side's packages are not installed."""
+"""The edge half runs without the packages of the host half."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tp_runtime
 
-# Without site packages of the host side: every import of one fails as if it were not there.
+# Every import of a package of the host half fails as if the package were not installed.
 BLOCK = """
 import importlib, pkgutil, sys
 
@@ -37,11 +37,11 @@ def run(code: str, *args: str) -> str:
     return done.stdout
 
 
-def test_every_module_imports_without_the_host_side() -> None:
+def test_every_module_imports_without_the_host_half() -> None:
     run(f"{ALL_MODULES}\n{NONE_LOADED}")
 
 
-def test_text_is_generated_without_the_host_side(tiny_llama_export: Path) -> None:
+def test_text_is_generated_without_the_host_half(tiny_llama_export: Path) -> None:
     code = f"from tp_runtime.cli import main\ncode = main(sys.argv[1:])\n{NONE_LOADED}\nsys.exit(code)"
     out = run(code, "generate", str(tiny_llama_export), "hello", "--max-new-tokens", "4", "--device", "cpu")
     assert out.strip()

@@ -1,4 +1,4 @@
-"""Patches beside a live model: loading, choosing, unloading, and what every kind of misuse leaves behind."""
+"""Patches of an open model: loading, choosing and unloading them, and that no misuse changes the model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def same(one: Any, two: Any) -> bool:
 # -- loading and unloading -----------------------------------------------------------------------------------
 
 
-def test_loaded_patches_go_by_name_and_unload_to_the_base_bit_for_bit(
+def test_loaded_patches_are_used_by_name_and_unloading_restores_the_base_exactly(
     model: PatchedModel, patch: Patch, other: Patch, tmp_path: Path
 ) -> None:
     base = model.logits(IDS)
@@ -94,7 +94,7 @@ def test_a_taken_name_is_refused(model: PatchedModel, patch: Patch, other: Patch
     assert model.patches["p"] is patch
 
 
-def test_strength_scales_what_is_chosen_by_name_by_object_or_by_context(model: PatchedModel, patch: Patch) -> None:
+def test_strength_scales_a_patch_chosen_by_name_by_object_or_by_block(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
     half = model.logits(IDS, 0.5 * patch)
     assert not same(half, model.logits(IDS, patch))
@@ -102,14 +102,14 @@ def test_strength_scales_what_is_chosen_by_name_by_object_or_by_context(model: P
     with model.patched("p", 0.5):
         assert same(model.logits(IDS), half)
         assert same(model.logits(IDS, strength=2), model.logits(IDS, patch))
-        assert same(model.logits(IDS, "p"), model.logits(IDS, patch))  # a patch named afresh is whole
+        assert same(model.logits(IDS, "p"), model.logits(IDS, patch))  # a patch that a request names has strength 1
     with model.patched("p"):
         assert same(model.logits(IDS, strength=0.5), half)
     assert same(model.logits(IDS, "p", 0), model.logits(IDS, None))
     assert same(model.logits(IDS, "p", -1), model.logits(IDS, -patch))
 
 
-def test_unknown_names_and_things_that_are_no_patch(model: PatchedModel, patch: Patch) -> None:
+def test_unknown_names_and_objects_that_are_not_patches_are_refused(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
     before = model.logits(IDS)
     for call in (
@@ -120,7 +120,7 @@ def test_unknown_names_and_things_that_are_no_patch(model: PatchedModel, patch: 
         lambda: model.check("q"),
         lambda: model.patched("q").__enter__(),
     ):
-        with pytest.raises(PatchTargetError, match="'p'"):  # what there is, is said
+        with pytest.raises(PatchTargetError, match="'p'"):  # the error lists the loaded names
             call()
     for thing in (1, 2.0, Path("p"), ["p"], {"p": 1.0}):
         with pytest.raises(PatchTargetError, match="not a patch"):
@@ -129,12 +129,12 @@ def test_unknown_names_and_things_that_are_no_patch(model: PatchedModel, patch: 
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), True, "1", None, 1e300])
-def test_strengths_that_are_none(model: PatchedModel, patch: Patch, strength: Any) -> None:
+def test_invalid_strengths_are_refused(model: PatchedModel, patch: Patch, strength: Any) -> None:
     model.load_patch(patch, "p")
     with model.patched("p"):
         before = model.logits(IDS)
         for choice in ("p", patch, ACTIVE):
-            if strength is not True or choice is patch:  # True == 1.0: nothing is scaled
+            if strength is not True or choice is patch:  # True equals 1.0, so "p" and ACTIVE are not scaled
                 with pytest.raises(PatchValueError) as error:
                     model.stream("Hi", patch=choice, strength=strength)
                 assert error.value.field == "strength"
@@ -152,7 +152,7 @@ def test_a_strength_without_a_patch_is_refused(model: PatchedModel, choice: Any)
 
 
 def bad_patches(patch: Patch) -> dict[str, tuple[type, Patch]]:
-    """Patches that do not fit the model, and what is raised."""
+    """Return patches that do not fit the model, with the error that each raises."""
     delta = patch.deltas[0, "mlp_out"]
     assert delta.a is not None and delta.b is not None
     slots = {
@@ -190,8 +190,10 @@ def test_a_patch_that_does_not_fit_changes_nothing(model: PatchedModel, patch: P
     assert dict(model.patches) == {"p": patch} and same(model.logits(IDS), base)
 
 
-def test_values_of_a_foreign_patch_do_not_pass_for_those_of_a_fitting_one(model: PatchedModel, patch: Patch) -> None:
-    """Identity is over values: a fitting patch used a moment ago must not open the door to its foreign twin."""
+def test_a_patch_of_another_base_is_refused_even_if_its_values_were_accepted_before(
+    model: PatchedModel, patch: Patch
+) -> None:
+    """The identity covers only values, so an accepted patch must not make its foreign copy acceptable."""
     foreign = bad_patches(patch)["base"][1]
     model.logits(IDS, patch)
     for strength in (1, 0):
@@ -203,7 +205,7 @@ def test_values_of_a_foreign_patch_do_not_pass_for_those_of_a_fitting_one(model:
 # -- in use --------------------------------------------------------------------------------------------------
 
 
-def test_a_patch_cannot_be_unloaded_under_a_stream(model: PatchedModel, patch: Patch) -> None:
+def test_a_patch_in_use_by_a_stream_cannot_be_unloaded(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
     for strength in (1.0, 0.5):
         streams = [model.stream("Hi", patch="p", strength=strength, max_new_tokens=200) for _ in range(2)]
@@ -213,8 +215,8 @@ def test_a_patch_cannot_be_unloaded_under_a_stream(model: PatchedModel, patch: P
             with pytest.raises(PatchInUseError, match=f"used {users} times"):
                 model.unload_patch("p")
             stream.close()
-    for _piece in model.stream("Hi", patch="p", max_new_tokens=3):
-        pass  # ran to its end: released without close
+    for _chunk in model.stream("Hi", patch="p", max_new_tokens=3):
+        pass  # a stream that ran to its end releases the patch without close
     model.unload_patch("p")
 
 
@@ -227,27 +229,27 @@ def test_a_patch_cannot_be_unloaded_inside_its_block(model: PatchedModel, patch:
     model.unload_patch("p")
 
 
-def test_a_stream_whose_patch_was_unloaded_before_it_began_does_not_run(
+def test_a_stream_does_not_run_if_its_patch_was_unloaded_before_it_began(
     model: PatchedModel, patch: Patch, other: Patch
 ) -> None:
     model.load_patch(patch, "p")
-    gone, renamed = (model.stream("Hi", patch="p") for _ in range(2))
+    unloaded, replaced = (model.stream("Hi", patch="p") for _ in range(2))
     model.unload_patch("p")
     with pytest.raises(PatchTargetError):
-        next(gone)
+        next(unloaded)
     model.load_patch(other, "p")
     with pytest.raises(PatchTargetError):
-        next(renamed)
-    model.unload_patch("p")  # and neither counts as a user
+        next(replaced)
+    model.unload_patch("p")  # neither stream counts as a user
 
 
-def test_a_dropped_stream_releases_its_patch_wherever_the_collector_runs(model: PatchedModel, patch: Patch) -> None:
+def test_a_dropped_stream_releases_its_patch_even_while_the_lock_is_held(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
 
     def drop() -> None:
         stream = model.stream("Hi", patch="p", max_new_tokens=200)
         next(stream)
-        with model._patches.lock:  # as the collector may, in the middle of loading another patch
+        with model._patches.lock:  # the garbage collector may run while another patch is being loaded
             del stream
 
     thread = threading.Thread(target=drop, daemon=True)
@@ -269,22 +271,24 @@ def test_a_failed_request_releases_its_patch(model: PatchedModel, patch: Patch, 
 # -- the active patch ----------------------------------------------------------------------------------------
 
 
-def test_blocks_nest_and_end_where_they_began(model: PatchedModel, patch: Patch, other: Patch) -> None:
+def test_nested_blocks_restore_the_patch_that_was_active_before(
+    model: PatchedModel, patch: Patch, other: Patch
+) -> None:
     model.load_patch(patch, "p")
-    base, under_p, under_q = (model.logits(IDS, choice) for choice in (None, patch, other))
+    base, with_p, with_q = (model.logits(IDS, choice) for choice in (None, patch, other))
     with model.patched("p") as entered:
-        assert entered is model and same(model.logits(IDS), under_p)
+        assert entered is model and same(model.logits(IDS), with_p)
         with model.patched(other):
-            assert same(model.logits(IDS), under_q)
+            assert same(model.logits(IDS), with_q)
             assert same(model.logits(IDS, None), base)
             with model.patched(None):
                 assert same(model.logits(IDS), base)
         with pytest.raises(PatchTargetError), model.patched("no such"):
             pass
-        assert same(model.logits(IDS), under_p)
+        assert same(model.logits(IDS), with_p)
         stream = model.stream("Hi", max_new_tokens=6)
     assert same(model.logits(IDS), base)
-    # A request is under the patch that was active when it was made.
+    # A request uses the patch that was active when the request was made.
     assert "".join(stream) == model.generate("Hi", patch="p", max_new_tokens=6)
 
 
@@ -303,7 +307,7 @@ def test_blocks_are_local_to_a_thread(model: PatchedModel, patch: Patch, other: 
         futures = [pool.submit(work, choice) for choice in (patch, other, None)]
         assert all(future.result() for future in futures)
     with model.patched(patch), ThreadPoolExecutor(1) as pool:
-        assert same(pool.submit(model.logits, IDS).result(), wanted[2])  # a new thread starts without
+        assert same(pool.submit(model.logits, IDS).result(), wanted[2])  # a new thread starts without a patch
 
 
 def test_blocks_are_local_to_a_task_and_reach_its_threads(model: PatchedModel, patch: Patch, other: Patch) -> None:
@@ -322,9 +326,7 @@ def test_blocks_are_local_to_a_task_and_reach_its_threads(model: PatchedModel, p
     assert asyncio.run(main()) == [True] * 3
 
 
-def test_a_task_that_outlives_the_block_it_was_started_in_is_not_served_an_unloaded_patch(
-    model: PatchedModel, patch: Patch
-) -> None:
+def test_a_task_that_outlives_its_block_cannot_use_an_unloaded_patch(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
 
     async def later() -> Any:
@@ -344,7 +346,7 @@ def test_a_task_that_outlives_the_block_it_was_started_in_is_not_served_an_unloa
 # -- probes --------------------------------------------------------------------------------------------------
 
 
-def test_load_with_check_takes_what_works_and_leaves_what_does_not(
+def test_load_with_check_accepts_only_patches_that_pass_their_probe(
     model: PatchedModel, patch: Patch, other: Patch
 ) -> None:
     measured = probe.measure_probe(IDS, model.logits(IDS, patch))

@@ -1,4 +1,4 @@
-"""Text in, text out: rendering, streaming, stopping, seeds, caches, and requests that cannot be served."""
+"""Text generation by a model: rendering, streaming, stopping, seeds, caches, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PROMPT = "Where is the cat?"
 
 
 def read(model: PatchedModel, prompt: Any = PROMPT, **options: Any) -> tuple[str, list[int], str | None]:
-    """A whole stream: its text, ids and reason to finish."""
+    """Read a stream to its end and returns its text, token ids and finish reason."""
     stream = model.stream(prompt, **{"max_new_tokens": 24, **options})
     return "".join(stream), stream.token_ids, stream.finish_reason
 
 
-def test_pieces_join_to_what_generate_returns(model: PatchedModel, patch: Patch) -> None:
+def test_streamed_chunks_join_to_the_text_that_generate_returns(model: PatchedModel, patch: Patch) -> None:
     for options in ({}, {"patch": patch}, {"temperature": 1.5, "seed": 3}, {"raw": True}):
         stream = model.stream(PROMPT, max_new_tokens=24, **options)
         assert stream.finish_reason is None and stream.seconds_to_first_token is None
-        pieces = list(stream)
-        assert "".join(pieces) == model.generate(PROMPT, max_new_tokens=24, **options)
-        assert "".join(pieces) == model.codec.decode(stream.token_ids)
-        assert len(pieces) > 1 and all(pieces)
+        chunks = list(stream)
+        assert "".join(chunks) == model.generate(PROMPT, max_new_tokens=24, **options)
+        assert "".join(chunks) == model.codec.decode(stream.token_ids)
+        assert len(chunks) > 1 and all(chunks)
         assert len(stream.token_ids) == 24 and stream.finish_reason == "length"
         assert stream.seconds_to_first_token is not None
         assert 0 < stream.seconds_to_first_token < stream.seconds
@@ -45,10 +45,10 @@ def test_a_string_is_one_user_message(model: PatchedModel) -> None:
     assert as_message.token_ids == as_string.token_ids
 
 
-def test_system_and_raw_prompts_are_other_prompts(model: PatchedModel) -> None:
+def test_system_and_raw_prompts_change_the_completion(model: PatchedModel) -> None:
     plain, system, raw = (read(model, **options)[1] for options in ({}, {"system": "Speak."}, {"raw": True}))
-    spelled = [{"role": "system", "content": "Speak."}, {"role": "user", "content": PROMPT}]
-    assert system == read(model, spelled)[1]
+    explicit = [{"role": "system", "content": "Speak."}, {"role": "user", "content": PROMPT}]
+    assert system == read(model, explicit)[1]
     assert len({tuple(ids) for ids in (plain, system, raw)}) == 3
 
 
@@ -84,7 +84,7 @@ def test_a_stop_string_ends_the_text_before_it(model: PatchedModel, data: st.Dat
 def test_seeds_make_draws_repeatable(model: PatchedModel) -> None:
     drawn = [read(model, temperature=2.0, seed=seed)[1] for seed in (7, 7, 8)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0] != read(model)[1] == read(model, seed=9)[1]  # greedy needs none
+    assert drawn[0] != read(model)[1] == read(model, seed=9)[1]  # greedy decoding ignores the seed
 
 
 def test_a_stream_is_lazy_and_can_be_closed(model: PatchedModel) -> None:
@@ -95,16 +95,18 @@ def test_a_stream_is_lazy_and_can_be_closed(model: PatchedModel) -> None:
     held = len(cache)
     stream.close()
     assert list(stream) == [] and len(cache) == held and len(stream.token_ids) < 24
-    model.stream(PROMPT, cache=cache).close()  # one that never began
+    model.stream(PROMPT, cache=cache).close()  # this stream never began
     assert len(cache) == held
 
 
-def test_a_conversation_on_a_cache_says_the_same_and_runs_less(model: PatchedModel, patch: Patch) -> None:
+def test_a_conversation_on_a_cache_gives_the_same_answer_and_runs_fewer_tokens(
+    model: PatchedModel, patch: Patch
+) -> None:
     cache = model.new_cache(patch)
     first = "Where is the cat?" * 3
     answer = model.generate(first, patch=patch, cache=cache, max_new_tokens=9)
     held = list(cache.tokens)
-    turn = [
+    messages = [
         {"role": "user", "content": first},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": "And the dog?"},
@@ -113,15 +115,15 @@ def test_a_conversation_on_a_cache_says_the_same_and_runs_less(model: PatchedMod
     forward = model.graph.forward
     model.graph.forward = lambda tokens, *a, **k: ran.append(len(tokens)) or forward(tokens, *a, **k)  # type: ignore
     try:
-        with_cache = read(model, turn, patch=patch, cache=cache)
+        with_cache = read(model, messages, patch=patch, cache=cache)
     finally:
         del model.graph.forward
-    assert with_cache == read(model, turn, patch=patch)
-    assert ran[0] <= len(model.codec.render(turn)) - len(model.codec.render(first)) + 3
+    assert with_cache == read(model, messages, patch=patch)
+    assert ran[0] <= len(model.codec.render(messages)) - len(model.codec.render(first)) + 3
     assert cache.tokens[: len(model.codec.render(first))] == held[: len(model.codec.render(first))]
 
 
-def test_a_cache_of_another_patch_is_refused_and_still_serves_its_own(model: PatchedModel, patch: Patch) -> None:
+def test_a_cache_of_another_patch_is_refused_and_still_works_with_its_own(model: PatchedModel, patch: Patch) -> None:
     cache = model.new_cache(patch)
     model.generate(PROMPT, patch=patch, cache=cache, max_new_tokens=5)
     held = list(cache.tokens)
@@ -132,7 +134,7 @@ def test_a_cache_of_another_patch_is_refused_and_still_serves_its_own(model: Pat
         model.stream("Something else", patch=patch, strength=0, cache=cache)
     assert cache.tokens == held
     assert read(model, patch=patch, cache=cache) == read(model, patch=patch)
-    # And a cache of the base serves a patch of strength 0, which is the base.
+    # A patch of strength 0 is the base, so it can use a cache of the base.
     assert read(model, patch=patch, strength=0, cache=model.new_cache(None)) == read(model, patch=None)
 
 
@@ -169,7 +171,7 @@ def test_requests_that_cannot_be_served_raise_at_once(model: PatchedModel, optio
 
 
 @pytest.mark.parametrize("ids", [[], [320], [-1], [0.5], list(range(300)) * 2])
-def test_logits_of_ids_that_are_none(model: PatchedModel, ids: list[Any]) -> None:
+def test_invalid_token_ids_are_refused(model: PatchedModel, ids: list[Any]) -> None:
     with pytest.raises(RequestError, match="tokens"):
         model.logits(ids)
 
@@ -178,19 +180,21 @@ def test_a_completion_style_model_continues_text(tiny_gemma_export: Path) -> Non
     model = PatchedModel.from_pretrained(tiny_gemma_export, "cpu")
     model.codec.eos_ids = frozenset()
     stream = model.stream("dog: chien, cat:", max_new_tokens=5)
-    assert stream.prompt_tokens == 1 + len("dog: chien, cat:")  # BOS and one token a byte
+    assert stream.prompt_tokens == 1 + len("dog: chien, cat:")  # BOS and one token per byte
     assert "".join(stream) == model.generate("dog: chien, cat:", raw=True, max_new_tokens=5)
     with pytest.raises(RequestError, match="completion-style"):
         model.stream([{"role": "user", "content": "cat"}])
 
 
 @pytest.mark.parametrize("patch", [42, 0.5, b"pirate", ["pirate"]])
-def test_a_model_is_opened_with_a_patch_or_none(tiny_llama_export: Path, patch: Any) -> None:
+def test_a_model_cannot_be_opened_with_an_object_that_is_not_a_patch(tiny_llama_export: Path, patch: Any) -> None:
     with pytest.raises(TPError, match="not a patch"):
         PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=patch)
 
 
-def test_a_patch_that_does_not_fit_opens_no_model(tiny_llama_export: Path, patch: Patch, tmp_path: Path) -> None:
+def test_a_model_cannot_be_opened_with_a_patch_of_another_base(
+    tiny_llama_export: Path, patch: Patch, tmp_path: Path
+) -> None:
     foreign = Patch(patch.deltas, replace(patch.config, base_digest="0" * 64))
     foreign.save(tmp_path / "foreign.safetensors")
     for given_patch in (foreign, tmp_path / "foreign.safetensors", str(tmp_path / "foreign.safetensors")):
@@ -199,6 +203,6 @@ def test_a_patch_that_does_not_fit_opens_no_model(tiny_llama_export: Path, patch
 
 
 @pytest.mark.parametrize("threads", [0, -3, True, 1.5])
-def test_a_bad_number_of_threads_is_named(tiny_llama_export: Path, threads: Any) -> None:
+def test_an_invalid_number_of_threads_is_refused(tiny_llama_export: Path, threads: Any) -> None:
     with pytest.raises(RequestError, match="threads"):
         PatchedModel.from_pretrained(tiny_llama_export, device="cpu", threads=threads)

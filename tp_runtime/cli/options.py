@@ -189,38 +189,46 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for choosing tokens and for ending a completion to a parser."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="generate at most N tokens (default 256)"
+        "--max-new-tokens",
+        type=int,
+        default=Request.max_new_tokens,
+        metavar="N",
+        help="generate at most N tokens (default %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
+        default=Sampling.temperature,
         metavar="T",
-        help="divide the logits by T; 0 (default) takes the most likely token",
+        help="divide the logits by T; 0 takes the most likely token (default %(default)g)",
     )
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens; 0 (default) means all"
+        "--top-k",
+        type=int,
+        default=Sampling.top_k,
+        metavar="K",
+        help="draw from the K most likely tokens; 0 means all (default %(default)s)",
     )
     group.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
+        default=Sampling.top_p,
         metavar="P",
-        help="draw from the most likely tokens whose probabilities sum to P; 1 (default) means all",
+        help="draw from the most likely tokens whose probabilities sum to P; 1 means all (default %(default)g)",
     )
     group.add_argument(
         "--min-p",
         type=float,
-        default=0.0,
+        default=Sampling.min_p,
         metavar="P",
-        help="drop tokens with less than P times the probability of the most likely one",
+        help="drop tokens with less than P times the probability of the most likely one (default %(default)g)",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
-        default=1.0,
+        default=Sampling.repetition_penalty,
         metavar="R",
-        help="a value above 1 reduces repetition (default 1)",
+        help="a value above 1 reduces repetition (default %(default)g)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="make the random draws repeatable")
     group.add_argument(

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ..errors import TPError
 from .printing import note, printable, version
@@ -59,18 +59,22 @@ def run_program(
         The exit code: 0 on success, 2 for bad input, 1 if the system refused (disk, permission, missing package), 130
         after Ctrl-C, 141 if the reader of stdout closed it, and 128 + n after signal n.
     """
-    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser = _Parser(prog=name, description=description)
     parser.add_argument("--version", action=_Version)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands:
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
     with _log_on_stderr(), _escaping_stdout(), _ending_on_signals():
         try:
+            args = parser.parse_args(argv)
             code = int(args.run(args))
             if sys.stdout is not None:
                 sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
             return code
+        except SystemExit:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # `--help` and `--version` print and exit
+            raise
         except TPError as error:
             return _fail(str(error), 2)
         except KeyboardInterrupt:
@@ -89,6 +93,13 @@ def run_program(
             if extra is None:
                 raise
             return _fail(f"{error.name} is not installed; run: pip install 'tp-runtime[{extra}]'", 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line without control characters: arguments may come from a file or another program."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 class _Version(argparse.Action):

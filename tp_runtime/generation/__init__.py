@@ -4,7 +4,7 @@ This room knows nothing of text, files or the names of patches.
 """
 
 from .batch import PREFILL_TOKENS, Batch, Row
-from .engine import check_max_new_tokens, check_request, generate, prefill
+from .engine import check_request, generate, prefill
 from .prefix_cache import PrefixCache
 from .sampling import Sampler, Sampling
 
@@ -15,7 +15,6 @@ __all__ = [
     "Row",
     "Sampler",
     "Sampling",
-    "check_max_new_tokens",
     "check_request",
     "generate",
     "prefill",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import ModelFormatError, RequestError, require_positive
 from ..session import BoundPatch, Graph, KVCache
 from .engine import check_request
 from .prefix_cache import PrefixCache
@@ -69,11 +69,8 @@ class Batch:
     def __init__(
         self, graph: Graph, rows: int, prefix_cache: PrefixCache | None = None, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
-        for name, value in (("rows", rows), ("prefill_tokens", prefill_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(
-                    "the value is not a positive integer", field=name, got=repr(value), wanted="a whole number >= 1"
-                )
+        require_positive("rows", rows)
+        require_positive("prefill_tokens", prefill_tokens)
         self._graph, self._limit, self._prefix_cache = graph, rows, prefix_cache
         self._prefill_tokens = prefill_tokens
         self._joining: list[Row] = []  # the rows whose prompts have not been run to their end
@@ -121,7 +118,7 @@ class Batch:
                 full. The batch stays as it was.
         """
         token_limit = check_request(self._graph.folder, prompt, bound, max_new_tokens)
-        self._graph.check_ids(prompt)
+        self._graph.folder.check_ids(prompt)
         if not self.free:
             raise RequestError(
                 "the batch is full",

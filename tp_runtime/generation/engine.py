@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from ..errors import RequestError, require_positive
 from ..session import BoundPatch, KVCache, ModelFolder
 from .prefix_cache import Content, PrefixCache
 from .sampling import Sampler, Sampling
@@ -24,7 +24,7 @@ class Steps(Protocol):
     folder: ModelFolder
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """Returns an empty cache for runs under `bound`."""
+        """Return an empty cache for runs under `bound`."""
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class Steps(Protocol):
         """
 
     def content(self, cache: KVCache) -> Content:
-        """Returns the keys and values that `cache` holds."""
+        """Return the keys and values that `cache` holds."""
 
 
 def generate(
@@ -125,7 +125,7 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
     Raises:
         RequestError: `generate` would refuse the request.
     """
-    check_max_new_tokens(max_new_tokens)
+    require_positive("max_new_tokens", max_new_tokens)
     if not prompt:
         raise RequestError("the prompt is empty", field="prompt", got="0 tokens", wanted="at least one token")
     skipped = 0
@@ -142,17 +142,6 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
             fix="shorten the prompt, or put its fixed part into a patch",
         )
     return min(len(prompt) + max_new_tokens, window)
-
-
-def check_max_new_tokens(value: int) -> None:
-    """Raise RequestError unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(
-            "the value is not a positive integer",
-            field="max_new_tokens",
-            got=repr(value),
-            wanted="a whole number >= 1",
-        )
 
 
 def _loop(

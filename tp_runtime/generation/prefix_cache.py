@@ -1,9 +1,8 @@
 """The prefix cache stores the keys and values of earlier prompts, so that a beginning that prompts share is run once.
 
 Each of its entries belongs to one cache key (the graph, the patches and their strengths, see kv_cache.py) and to the
-ids it was made from. A prompt takes from an entry the part for the ids that both start with. Entries are copies that
-are never written to: a request copies the part it takes into buffers of its own. This module does not handle graphs or
-devices.
+ids it was made from. If a prompt starts with the same ids as an entry, the request copies the keys and values of these
+ids into buffers of its own. An entry is never written to. This module does not handle graphs or devices.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from ..errors import require_positive
 from ..session import CacheKey, KVCache
 
 Content = Mapping[str, NDArray[Any]]  # graph input name -> [heads, filled, head dim]
@@ -33,7 +32,7 @@ class _Entry:
         return sum(array.nbytes for array in self.content.values())
 
     def common(self, key: CacheKey, tokens: NDArray[np.int64]) -> int:
-        """Returns the number of ids that both start with; 0 under another key."""
+        """Return the number of ids that both start with; 0 under another key."""
         if key != self.key:
             return 0
         length = min(len(tokens), len(self.tokens))
@@ -57,13 +56,7 @@ class PrefixCache:
     """
 
     def __init__(self, budget: int) -> None:
-        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-            raise RequestError(
-                "the value is not a positive integer",
-                field="prefix_cache_bytes",
-                got=repr(budget),
-                wanted="a whole number >= 1",
-            )
+        require_positive("prefix_cache_bytes", budget)
         self.budget = budget
         self.hits = self.misses = 0
         self._entries: tuple[_Entry, ...] = ()  # the least recently used first; the tuple is replaced, never changed

@@ -1,8 +1,8 @@
-"""The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor; first rows in use.
+"""The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor.
 
-On the CPU, ONNX Runtime reads and writes the arrays in place, so the first rows in use are a view of the array and cost
-nothing. On another device, each change of the rows copies the buffers back to the host, changes them there and sends
-them to the device again.
+The rows in use are always the first ones. On the CPU, ONNX Runtime reads and writes the arrays in place, so these rows
+are a view of the array and cost nothing. On another device, each change of the rows copies the buffers back to the
+host, changes them there and sends them to the device again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StackedKV:
             self._arrays[past][row, :, : array.shape[1]] = array
 
     def get(self, row: int, filled: int) -> dict[str, NDArray]:
-        """Returns views [heads, filled, head dim] of the first positions of a row, by graph input name."""
+        """Return views [heads, filled, head dim] of the first positions of a row, by graph input name."""
         return {past: array[row, :, :filled] for past, array in self._arrays.items()}
 
     def bind(self, binding: Any, count: int) -> None:

@@ -78,7 +78,7 @@ class StackedSlots:
             self._written[i] = bounds[i].key
 
     def _room(self, key: SlotKey, slot: Slot, rank: int) -> tuple[NDArray, NDArray, NDArray]:
-        """Returns the stack of one slot with room for at least `rank`; its contents stay."""
+        """Return the stack of one slot with room for at least `rank`; its contents stay."""
         old = self._arrays.get(key)
         if old is not None and old[0].shape[2] >= rank:
             return old

@@ -35,7 +35,7 @@ class Rows(Protocol):
         """
 
     def content(self, row: int) -> Mapping[str, NDArray]:
-        """Returns a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
+        """Return a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
 
 
 class BatchedRows:
@@ -49,13 +49,11 @@ class BatchedRows:
         self._caches: list[KVCache] = []
         self._bounds: list[BoundPatch] = []
         folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
-        to_kv, shared = partial(self._to, kv_device), kv_device == "cpu"
+        to_kv, shared = partial(graph.to_device, device=kv_device), kv_device == "cpu"
         self._kv = StackedKV(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
-        self._slots = StackedSlots(folder.slots, limit, graph.dtype, graph.deltas, partial(self._to, graph.device.kind))
+        to_slots = partial(graph.to_device, device=graph.device.kind)
+        self._slots = StackedSlots(folder.slots, limit, graph.dtype, graph.deltas, to_slots)
         self._binding: Any = None  # None if the rows or the capacity changed since the last step
-
-    def _to(self, device: str, array: NDArray) -> Any:
-        return self._graph.ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def add(self, cache: KVCache, bound: BoundPatch) -> None:
         """Append a row; see Rows."""
@@ -101,7 +99,7 @@ class BatchedRows:
         return logits[:, 0]
 
     def _bind(self) -> Any:
-        binding = self._graph.session.io_binding()
+        binding = self._graph.new_binding()
         self._slots.bind(binding, self._bounds)
         self._kv.pull()
         self._kv.bind(binding, len(self._caches))
@@ -148,7 +146,7 @@ class SequentialRows:
 
 
 def new_rows(graph: Graph, limit: int) -> Rows:
-    """Returns empty rows for at most `limit` sequences that step together, each under a patch of its own.
+    """Return empty rows for at most `limit` sequences that step together, each under a patch of its own.
 
     Only a fused graph takes several sequences of different lengths in one run.
     """

@@ -83,7 +83,7 @@ class Sampler:
         return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
     def pick(self, logits: NDArray[np.floating], history: Sequence[int]) -> int:
-        """Chooses the next token. If several logits are the largest, greedy choice takes the lowest id.
+        """Choose the next token. If several logits are the largest, greedy choice takes the lowest id.
 
         Args:
             logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
@@ -111,7 +111,7 @@ class Sampler:
 def pick_rows(
     samplers: Sequence[Sampler], logits: NDArray[np.floating], histories: Sequence[Sequence[int]]
 ) -> list[int | ModelFormatError]:
-    """Picks the next token of every row with the row's own sampler; the results equal those of `Sampler.pick`.
+    """Pick the next token of every row with the row's own sampler; the results equal those of `Sampler.pick`.
 
     Args:
         samplers: the samplers of the rows.
@@ -139,7 +139,7 @@ def pick_rows(
 
 
 def candidates(logits: NDArray[np.floating], sampling: Sampling) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Returns the tokens that remain after temperature, top_k, top_p and min_p, in this order, with probabilities.
+    """Return the tokens that remain after temperature, top_k, top_p and min_p, in this order, with probabilities.
 
     Args:
         logits: the logits [vocab], after the repetition penalty.
@@ -192,7 +192,7 @@ def _penalised(logits: NDArray[np.floating], history: Sequence[int], penalty: fl
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Returns ascending indices of the fewest weights that sum to `top_p` of all; ties prefer the lowest index."""
+    """Return ascending indices of the fewest weights that sum to `top_p` of all; ties prefer the lowest index."""
     goal = top_p * weights.sum()
     size = _NUCLEUS
     while True:
@@ -210,7 +210,7 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
 
 
 def _finite(logits: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Returns the row with -inf for NaN and the largest number for +inf (an overflow); raises if nothing is finite."""
+    """Return the row with -inf for NaN and the largest number for +inf (an overflow); raise if nothing is finite."""
     if not np.isfinite(logits).any():
         raise ModelFormatError(
             "no logit is finite",

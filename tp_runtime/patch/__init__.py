@@ -4,9 +4,9 @@ This room knows nothing of graphs, sessions, devices or text.
 """
 
 from .config import PatchConfig
-from .delta import Delta, SlotKey
-from .file import DTYPES, SITES, read_tensors, slot_name
-from .kv_prefix import KV_PARTS, KVPrefix
+from .delta import Delta
+from .file import DTYPES, KV_PARTS, SITES, SlotKey, read_tensors, slot_name
+from .kv_prefix import KVPrefix
 from .patch import FLOAT_PRECISIONS, Patch
 
 __all__ = [

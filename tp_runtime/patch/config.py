@@ -76,7 +76,7 @@ class PatchConfig:
                 raise _bad(key, repr(text), "printable text, not empty")
         if _text("method", self.method) not in METHODS:
             raise PatchVersionError(
-                "unknown method",
+                "the method is unknown",
                 field="config.method",
                 got=repr(self.method),
                 wanted=" | ".join(METHODS),
@@ -144,7 +144,7 @@ def _keys(key: str, value: Any, known: Any, required: Any = None) -> None:
     unknown = sorted(str(name) for name in set(_mapping(key, value)) - set(known))
     if unknown:
         raise PatchVersionError(
-            "unknown key in the patch description",
+            "the patch description has an unknown key",
             field=path,
             got=", ".join(map(repr, unknown[:5])),
             wanted=", ".join(known),

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PatchShapeError, PatchTargetError, PatchValueError
-from .file import DELTA_PARTS, MAX_LAYER, SITES, slot_name
+from .file import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
 
 Array = NDArray[np.float32]
-SlotKey = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)

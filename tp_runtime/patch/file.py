@@ -24,13 +24,18 @@ from numpy.typing import NDArray
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError
 from ..storage import StrictJSONError, atomic_file, parse_json_object
 
-Slots = dict[tuple[int, str], dict[str, NDArray[np.float32]]]
-"""For each (layer, site) the arrays by part ("a" | "b" | "bias" | "mean")."""
-Entries = dict[tuple[int, str], NDArray[np.float32]]
-"""For each (layer, "key" | "value") an array: the KV prefix."""
+SlotKey = tuple[int, str]
+"""(layer, site): which slot a delta belongs to."""
+EntryKey = tuple[int, str]
+"""(layer, "key" | "value"): one tensor of the KV prefix."""
+DeltaArrays = dict[SlotKey, dict[str, NDArray[np.float32]]]
+"""The arrays of each slot's delta, by part ("a" | "b" | "bias" | "mean")."""
+EntryArrays = dict[EntryKey, NDArray[np.float32]]
+"""The arrays of the KV prefix."""
 
 SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 DELTA_PARTS = ("a", "b", "bias", "mean")
+KV_PARTS = ("key", "value")
 FORMAT = "tp-patch"
 # Version 1 holds deltas. Version 2 also holds a KV prefix; it is written only if there is one.
 VERSIONS = ("1", "2")
@@ -43,8 +48,9 @@ MAX_LAYER = 99_999
 
 _LARGEST = {"f16": "65504", "bf16": "3.38953e38", "f32": "3.40282e38"}
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(a|b|bias|mean)")
-_ENTRY = re.compile(r"prefix\.(0|[1-9][0-9]{0,4})\.(key|value)")
+_LAYER = r"(0|[1-9][0-9]{0,4})"  # 0..MAX_LAYER
+_NAME = re.compile(rf"layers\.{_LAYER}\.([a-z_]+)\.({'|'.join(DELTA_PARTS)})")
+_ENTRY = re.compile(rf"prefix\.{_LAYER}\.({'|'.join(KV_PARTS)})")
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
 # There is nothing at the path, or (ENXIO, ENODEV) a socket or a dead device. Any other error of the system is raised
@@ -66,7 +72,7 @@ def entry_name(layer: int, part: str) -> str:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, Any]]:
+def read_patch(path: str | os.PathLike[str]) -> tuple[DeltaArrays, EntryArrays, dict[str, Any]]:
     """Read a patch file of any of the `VERSIONS`.
 
     Args:
@@ -87,15 +93,15 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, 
     file = Path(path)
     raw, header = _checked_container(file)
     config = _checked_metadata(header.get("__metadata__"), file)
-    slots: Slots = {}
-    entries: Entries = {}
+    deltas: DeltaArrays = {}
+    entries: EntryArrays = {}
     for name, values in _decoded(raw, file).items():
         if entry := _ENTRY.fullmatch(name):
             entries[int(entry[1]), entry[2]] = values
         else:
             layer, site, part = _parse_name(name)
-            slots.setdefault((layer, site), {})[part] = values
-    if not slots and not entries:
+            deltas.setdefault((layer, site), {})[part] = values
+    if not deltas and not entries:
         raise PatchTargetError(
             "the patch holds no delta",
             field=str(file),
@@ -103,7 +109,7 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[Slots, Entries, dict[str, 
             wanted="at least one layers.<i>.<site>.a|b|bias",
             fix="export the patch again",
         )
-    return slots, entries, config
+    return deltas, entries, config
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:

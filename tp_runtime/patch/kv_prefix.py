@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
+from .file import KV_PARTS, EntryKey, entry_name
 
 Array = NDArray[np.float32]
-Entry = tuple[int, str]
-KV_PARTS = ("key", "value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class KVPrefix:
         PatchValueError: a value is NaN or infinity, or `position` is below the number of entries.
     """
 
-    entries: Mapping[Entry, Array]
+    entries: Mapping[EntryKey, Array]
     replaces: tuple[int, ...]
     position: int
 
@@ -58,7 +57,7 @@ class KVPrefix:
         shape = self.entries[0, "key"].shape
         frozen = {}
         for (layer, part), values in sorted(self.entries.items()):
-            field = f"prefix.{layer}.{part}"
+            field = entry_name(layer, part)
             if values.ndim != 3 or values.shape != shape or 0 in shape:
                 raise PatchShapeError(
                     "a tensor of the KV prefix has a wrong shape",
@@ -158,14 +157,14 @@ class KVPrefix:
             if (found := float(np.abs(values).max())) > largest:
                 raise PatchValueError(
                     "a value does not fit the cache's precision",
-                    field=f"prefix.{layer}.{part}",
+                    field=entry_name(layer, part),
                     got=found,
                     wanted=f"at most {largest:g}",
                     fix="use an fp32 export",
                 )
 
 
-def prefix_from(entries: Mapping[Entry, Array], description: Any) -> KVPrefix | None:
+def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix | None:
     """Build the KV prefix of a patch file.
 
     Args:

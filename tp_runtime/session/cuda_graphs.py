@@ -168,7 +168,7 @@ class CapturedDecode:
         return _Bucket(rank, binding, slots, self._options(number))
 
     def _padded(self, deltas: Mapping[SlotKey, Delta], rank: int) -> dict[str, NDArray[Any]]:
-        """Returns the tensors of all slots by graph input name: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
+        """Return the tensors of all slots by graph input name: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
         arrays = {}
         for key, slot in self._slots.items():
             for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFormatError
-from ..patch import SITES
+from ..patch import SITES, SlotKey
 from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_object
 
 SLOTS_FILE = "patch_slots.json"
@@ -171,8 +171,8 @@ def parse_description(raw: bytes) -> dict[str, Any]:
     )
 
 
-def _slots(value: Any, layers: int) -> dict[tuple[int, str], Slot]:
-    slots: dict[tuple[int, str], Slot] = {}
+def _slots(value: Any, layers: int) -> dict[SlotKey, Slot]:
+    slots: dict[SlotKey, Slot] = {}
     for index, item in enumerate(_list(value, "slots")):
         field = f"slots[{index}]"
         _keys(item, field, {"layer", "site", "in", "out"})

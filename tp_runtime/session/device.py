@@ -84,7 +84,7 @@ class Device:
 
 
 def require_onnxruntime() -> Any:
-    """Imports ONNX Runtime after checking that exactly one build of it is installed.
+    """Import ONNX Runtime after checking that exactly one build of it is installed.
 
     Returns:
         The `onnxruntime` module.
@@ -121,7 +121,7 @@ def require_onnxruntime() -> Any:
 
 
 def select_device(requested: str) -> Device:
-    """Chooses the device to request from ONNX Runtime; `check_providers` later finds out whether the session got it.
+    """Choose the device to request from ONNX Runtime; `check_providers` later finds out whether the session got it.
 
     Args:
         requested: `auto`, `cuda` or `cpu`.
@@ -135,7 +135,7 @@ def select_device(requested: str) -> Device:
     """
     if requested not in DEVICES:
         raise DeviceUnavailableError(
-            "unknown device", field="device", got=repr(requested), wanted="one of " + ", ".join(DEVICES)
+            "the device is unknown", field="device", got=repr(requested), wanted="one of " + ", ".join(DEVICES)
         )
     ort = require_onnxruntime()
     if requested == "cpu":
@@ -149,7 +149,7 @@ def select_device(requested: str) -> Device:
 
 
 def check_providers(session_providers: list[str], device: Device) -> Device:
-    """Compares the providers of a session with the device it was created for.
+    """Compare the providers of a session with the device it was created for.
 
     Args:
         session_providers: the result of `session.get_providers()`.
@@ -170,7 +170,7 @@ def check_providers(session_providers: list[str], device: Device) -> Device:
 
 
 def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
-    """Returns the options of the CUDA provider in the form that it accepts: names and values are strings.
+    """Return the options of the CUDA provider in the form that it accepts: names and values are strings.
 
     Raises:
         RequestError: a name is not a string, a value is not a string or a whole number, or an option must be set in
@@ -201,7 +201,7 @@ def create_session(
     cuda_graphs: bool = False,
     cuda_options: Mapping[str, str] | None = None,
 ) -> tuple[onnxruntime.InferenceSession, Device]:
-    """Creates a session on a device and checks that the session runs there.
+    """Create a session on a device and check that the session runs there.
 
     The session's warnings are not printed unless the caller set `session_options.log_severity_level`.
 
@@ -240,7 +240,7 @@ def create_session(
 
 
 def input_kinds(session: Any, device: Device) -> dict[str, str]:
-    """Returns for each graph input the device on which the nodes that read it run: `cpu` or `cuda`, by input name.
+    """Return for each graph input the device on which the nodes that read it run: `cpu` or `cuda`, by input name.
 
     A provider runs only the nodes it has kernels for. A value that is bound on another device is copied once, when it
     is bound. If later runs write to such a buffer, the nodes would still read the old copy.
@@ -274,7 +274,7 @@ def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options
 
 
 def _preload_cuda(ort: Any) -> str | None:
-    """Loads CUDA's and cuDNN's libraries from NVIDIA's wheels; returns the failures as one line, or None."""
+    """Load CUDA's and cuDNN's libraries from NVIDIA's wheels; return the failures as one line, or None."""
     # A CPU build has nothing to load, and before 1.24 its preload_dlls prints a warning about that.
     if not hasattr(ort, "preload_dlls") or getattr(ort, "cuda_version", None) == "":
         return None

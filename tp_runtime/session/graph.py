@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Unpack
 
 import numpy as np
@@ -189,7 +188,7 @@ class Graph:
         return BoundPatch(self._slot_values(deltas, self.device.kind), key, deltas=deltas)
 
     def _repaired(self, patch: Patch) -> Patch:
-        """Returns the patch to bind for `patch`, which has at least one term: with the repair if `bind` adds it."""
+        """Return `patch`, which has at least one term, with the repair added if it needs one; see `bind`."""
         if self.repair is None or patch.config.precision not in FLOAT_PRECISIONS:
             return patch
         return self.repair + patch
@@ -213,7 +212,7 @@ class Graph:
         return values
 
     def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
-        """Returns the deltas of `bound`, by (layer, site). Those of the folder's default patch are read on first use.
+        """Return the deltas of `bound`, by (layer, site). Those of the folder's default patch are read on first use.
 
         Raises:
             ModelFormatError, PatchError: the folder's default patch cannot be read.
@@ -240,14 +239,22 @@ class Graph:
         return patch
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """Returns an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one."""
+        """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one."""
         return KVCache(bound.key, bound.prefix)
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
-        """Returns a cache's keys and values [heads, filled, head dim] by graph input name, valid until its next run."""
+        """Return a cache's keys and values [heads, filled, head dim] by graph input name, valid until its next run."""
         with self._exclusive():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
+
+    def new_binding(self) -> Any:
+        """Return an empty ONNX Runtime binding of the session."""
+        return self.session.io_binding()
+
+    def to_device(self, array: NDArray[Any], device: str) -> Any:
+        """Return an array as an OrtValue on `device` (`cpu` or `cuda`); on the CPU it shares the array's memory."""
+        return self.ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def run(self, tokens: Sequence[int], bound: BoundPatch) -> NDArray[np.float32]:
         """Run ids in a fresh cache.
@@ -295,7 +302,7 @@ class Graph:
         """
         cache.require_key(bound.key)
         position = len(cache) + cache.skipped
-        self.check_ids(tokens)
+        self.folder.check_ids(tokens)
         if position + len(tokens) > self.folder.context_window:
             raise RequestError(
                 "the context window cannot hold this many tokens",
@@ -377,25 +384,3 @@ class Graph:
         run(binding)  # a run that fails leaves the caches' tokens as they were
         self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)
-
-    def check_ids(self, tokens: Sequence[int]) -> None:
-        """Check that there is at least one token and that every token is an id of the vocabulary.
-
-        Raises:
-            RequestError: `tokens` is empty, or a token is not an id of the vocabulary.
-        """
-        if not tokens:
-            raise RequestError("the list of tokens is empty", field="tokens", got=0, wanted="at least one id")
-        for token in tokens:
-            if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
-                raise RequestError(
-                    "a token id is not an integer", field="tokens", got=repr(token), wanted="a whole number"
-                )
-        lowest, highest = min(tokens), max(tokens)
-        if lowest < 0 or highest >= self.folder.vocab_size:
-            raise RequestError(
-                "a token id is outside the vocabulary",
-                field="tokens",
-                got=lowest if lowest < 0 else highest,
-                wanted=f"0..{self.folder.vocab_size - 1}",
-            )

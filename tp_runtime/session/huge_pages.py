@@ -6,8 +6,8 @@ asks for them, and ONNX Runtime does not ask. So this module finds the memory th
 was created and asks the kernel to put it on huge pages. The contents of the memory do not change.
 
 The request is only advice. On another system, with an old kernel, or with an administrator's setting `never`,
-everything stays as it was. The advice changes nothing that a program can see, so it is given in the background, after
-the first run. If a virtual machine has to ask its host for each huge page, it takes 0.3 s for 100 MB.
+everything stays as it was. It changes no result, so this module gives the advice in the background, after the first
+run. That takes 0.3 s for 100 MB if a virtual machine has to ask its host for each huge page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COLLAPSE = 25  # MADV_COLLAPSE, from Linux 6.1: the kernel uses huge pages imme
 
 
 def mapped() -> list[Range]:
-    """Returns the address ranges that this process has mapped; empty if the system does not report them."""
+    """Return the address ranges that this process has mapped; empty if the system does not report them."""
     return mappings(_read(_PROCESS / "maps"))
 
 
@@ -69,7 +69,7 @@ def use_huge_pages(taken: Sequence[Range]) -> int:
 
 
 def page_size() -> int | None:
-    """Returns the size of a huge page in bytes; None if the system has no huge pages or they are switched off."""
+    """Return the size of a huge page in bytes; None if the system has no huge pages or they are switched off."""
     if "[never]" in _read(_SETTINGS / "enabled"):
         return None
     size = _read(_SETTINGS / "hpage_pmd_size").strip()
@@ -77,13 +77,13 @@ def page_size() -> int | None:
 
 
 def mappings(maps: str) -> list[Range]:
-    """Returns all address ranges in the text of /proc/PID/maps."""
+    """Return all address ranges in the text of /proc/PID/maps."""
     found = (_MAPPING.match(line) for line in maps.splitlines())
     return [(int(match[1], 16), int(match[2], 16)) for match in found if match]
 
 
 def written(smaps: str) -> list[Range]:
-    """Returns the private, writable ranges in the text of /proc/PID/smaps of which at least one half is resident.
+    """Return the private, writable ranges in the text of /proc/PID/smaps of which at least one half is resident.
 
     A range of which less is resident is a thread's stack or reserved memory. Huge pages would fill it up.
     """
@@ -101,7 +101,7 @@ def written(smaps: str) -> list[Range]:
 
 
 def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """Returns the parts of `ranges` that lie outside all of `others`."""
+    """Return the parts of `ranges` that lie outside all of `others`."""
     merged: list[list[int]] = []  # the others in ascending order, with overlapping and adjacent ranges joined
     for first, end in sorted(others):
         if merged and first <= merged[-1][1]:
@@ -122,12 +122,12 @@ def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
 
 
 def within(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
-    """Returns the parts of `ranges` that lie in at least one of `others`."""
+    """Return the parts of `ranges` that lie in at least one of `others`."""
     return without(ranges, without(ranges, others))
 
 
 def aligned(ranges: Sequence[Range], size: int) -> list[Range]:
-    """Returns for each range the part that consists of whole pages of `size` bytes, if there is one."""
+    """Return for each range the part that consists of whole pages of `size` bytes, if there is one."""
     pages = [(-(-first // size) * size, end // size * size) for first, end in ranges]
     return [(first, end) for first, end in pages if first < end]
 

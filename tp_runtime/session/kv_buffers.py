@@ -25,7 +25,7 @@ _FIRST_CAPACITY = 256
 
 
 def grown_capacity(capacity: int, length: int, window: int) -> int:
-    """Returns the capacity, in positions, of a buffer that must grow to hold `length` positions; at most `window`.
+    """Return the capacity, in positions, of a buffer that must grow to hold `length` positions; at most `window`.
 
     The capacity doubles until it suffices, because every growth copies the buffer.
     """
@@ -60,7 +60,7 @@ class _KVBuffers:
         self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
 
     def _value(self, length: int, content: Any = None) -> Any:
-        """Returns a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
+        """Return a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
         return self._from_numpy(self._array(length, content), self.device, 0)
 
     def _array(self, length: int, content: Any) -> NDArray[Any]:
@@ -70,7 +70,7 @@ class _KVBuffers:
         return array
 
     def content(self, cache: KVCache, past: str) -> Any:
-        """Returns the filled part of one tensor of a cache, [1, heads, filled, head dim]; None if the cache is empty.
+        """Return the filled part of one tensor of a cache, [1, heads, filled, head dim]; None if the cache is empty.
 
         The data comes from the cache's buffers. A cache without buffers yet gives its `start`, or else its patch's KV
         prefix.
@@ -110,7 +110,7 @@ class InPlaceBuffers(_KVBuffers):
         cache.start = None
 
     def fixed_buffers(self, capacity: int) -> dict[str, Any]:
-        """Returns buffers of zeros, by graph input name, in which sequences run one after another (cuda_graphs.py)."""
+        """Return buffers of zeros, by graph input name, in which sequences run one after another (cuda_graphs.py)."""
         return {past: self._value(capacity) for past, _present in self.names}
 
     def refill(self, buffer: Any, content: NDArray[Any]) -> None:

@@ -1,7 +1,7 @@
 """The exported model folder on the edge side: its description `patch_slots.json`, and the files that this one lists.
 
-This module checks the description, and the sizes and digests of the files. safe_path.py checks names and links. This
-module does not read ONNX: `tp-export check` checks that the graph agrees with the description, because it needs `onnx`.
+This module checks the sizes and digests of the files, description.py checks the description's form, and the storage
+room checks names and links. This module does not read ONNX: `tp-export check`, which needs `onnx`, checks the graph.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, RequestError
+from ..patch import SlotKey
 from ..storage import REEXPORT, atomic_file, checked_file, sha256_file
 from .description import FORMAT, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
 
@@ -45,7 +47,7 @@ class ModelFolder:
     vocab_size: int
     context_window: int
     kv: KV
-    slots: dict[tuple[int, str], Slot]
+    slots: dict[SlotKey, Slot]
     default_patch: DefaultPatch | None
     files: dict[str, FileRecord]
 
@@ -83,6 +85,28 @@ class ModelFolder:
     def unlisted(self) -> tuple[str, ...]:
         """The names in the folder that the description does not list. The runtime does not read these files."""
         return tuple(sorted(set(os.listdir(self.path)) - set(self.files) - {SLOTS_FILE, PREPARED}))
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Check that there is at least one token and that every token is an id of the vocabulary.
+
+        Raises:
+            RequestError: `tokens` is empty, or a token is not an id of the vocabulary.
+        """
+        if not tokens:
+            raise RequestError("the list of tokens is empty", field="tokens", got=0, wanted="at least one id")
+        for token in tokens:
+            if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
+                raise RequestError(
+                    "a token id is not an integer", field="tokens", got=repr(token), wanted="a whole number"
+                )
+        lowest, highest = min(tokens), max(tokens)
+        if lowest < 0 or highest >= self.vocab_size:
+            raise RequestError(
+                "a token id is outside the vocabulary",
+                field="tokens",
+                got=lowest if lowest < 0 else highest,
+                wanted=f"0..{self.vocab_size - 1}",
+            )
 
     def to_json(self) -> str:
         """Return the text of `patch_slots.json`."""

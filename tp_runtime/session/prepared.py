@@ -6,7 +6,7 @@ result depends on the processor and on ONNX Runtime's version. So the folder rec
 and no other machine uses it.
 
     MODEL/prepared/model.onnx, weights      the graph
-    MODEL/prepared/prepared.json            the graph and the machine it was made from and for, and its files' sizes
+    MODEL/prepared/prepared.json            which graph it was made from, for which machine, and the files' sizes
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
 
 
 def prepared_graph(folder: ModelFolder) -> Path | None:
-    """Returns the graph prepared for this machine, or None; a prepared graph that does not fit is logged."""
+    """Return the graph prepared for this machine, or None; a prepared graph that does not fit is logged."""
     if not (folder.path / PREPARED).is_dir():
         return None
     if (reason := _why_unusable(folder)) is None:
@@ -76,7 +76,7 @@ def prepared_graph(folder: ModelFolder) -> Path | None:
 
 
 def _why_unusable(folder: ModelFolder) -> str | None:
-    """Returns the reason why the prepared graph cannot be used here; None if it can."""
+    """Return the reason why the prepared graph cannot be used here; None if it can."""
     root = folder.path / PREPARED
     try:
         record = checked_file(root, _RECORD)
@@ -98,12 +98,12 @@ def _why_unusable(folder: ModelFolder) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    """Returns the properties of this machine that packed weights depend on."""
+    """Return the properties of this machine that packed weights depend on."""
     return {"onnxruntime": require_onnxruntime().__version__, "system": platform.system(), "processor": _processor()}
 
 
 def _processor() -> str:
-    """Returns the processor's name and a digest of its features, because a virtual machine may hide some features."""
+    """Return the processor's name and a digest of its features, because a virtual machine may hide some features."""
     name, features = platform.processor() or platform.machine(), ""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

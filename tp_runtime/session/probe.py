@@ -41,12 +41,12 @@ class ProbeCheck:
     max_logit_error_unpatched: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as a dictionary for JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
 
 def measure_probe(token_ids: list[int], logits: NDArray[np.float32]) -> dict[str, list[Any]]:
-    """Returns the probe that a patch file stores.
+    """Return the probe that a patch file stores.
 
     Args:
         token_ids: the ids that were run.

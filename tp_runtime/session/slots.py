@@ -84,7 +84,7 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
 
 
 def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, NDArray]:
-    """Returns the tensors to bind to one slot, by graph input name.
+    """Return the tensors to bind to one slot, by graph input name.
 
     Args:
         delta: the patch's delta for the slot. None means no delta: rank 0 and a bias of zero, which is exactly the

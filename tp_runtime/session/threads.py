@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, require_positive
 from .device import require_onnxruntime
 
 _lock = threading.Lock()
@@ -34,7 +34,7 @@ def share_threads(count: int) -> None:
         DeviceUnavailableError: ONNX Runtime is missing.
     """
     global _shared
-    _check(count)
+    require_positive("threads", count)
     with _lock:
         if _shared == count:
             return
@@ -67,7 +67,7 @@ def set_threads(options: Any, threads: int | None, spin: bool) -> None:
     """
     global _any_session
     if threads is not None:
-        _check(threads)
+        require_positive("threads", threads)
     if not isinstance(spin, bool):
         raise RequestError("the value is not a boolean", field="spin", got=repr(spin), wanted="True or False")
     with _lock:
@@ -86,10 +86,3 @@ def set_threads(options: Any, threads: int | None, spin: bool) -> None:
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         _any_session = True
-
-
-def _check(threads: Any) -> None:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise RequestError(
-            "the value is not a positive integer", field="threads", got=repr(threads), wanted="a whole number >= 1"
-        )

@@ -1,6 +1,6 @@
-"""Files on disk: atomic writes of files and folders, paths that are checked before they are opened, digests, and JSON.
+"""Files on disk: atomic writes, checked paths of a folder's files, digests, and JSON.
 
-This room knows nothing of patches, models or sessions.
+This room knows nothing of patches, graphs or sessions: it does not know what the files mean.
 """
 
 from .atomic import atomic_file, atomic_folder

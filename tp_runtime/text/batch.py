@@ -114,7 +114,7 @@ class TextBatch:
             )
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
-        self._graph.check_ids(request.tokens)
+        self._graph.folder.check_ids(request.tokens)
         with self._lock:
             if self._closed:
                 raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")

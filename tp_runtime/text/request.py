@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, Unpack
 
-from ..errors import RequestError
-from ..generation import Sampling, check_max_new_tokens
+from ..errors import RequestError, require_positive
+from ..generation import Sampling
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
 from .codec import Message, TextCodec
 from .detokenize import StopScanner
@@ -71,7 +71,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        check_max_new_tokens(self.max_new_tokens)
+        require_positive("max_new_tokens", self.max_new_tokens)
         StopScanner(self.stop)
 
     @classmethod

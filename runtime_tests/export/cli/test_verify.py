@@ -1,4 +1,4 @@
-"""`tp-export verify`: what it prints and what it refuses, on tiny models."""
+"""`tp-export verify` on tiny models: its output and its errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runtime_tests.export.tiny import tiny_model
 from tp_export.cli import main
 
 
-def test_it_shows_the_theorem_with_nothing_but_a_model(tiny_gemma: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Five built-in queries; the last line is the last layer, and every error is one of rounding."""
+def test_the_theorem_is_verified_with_only_a_model(tiny_gemma: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command uses five built-in queries; the last line is the last layer, and every error is a rounding error."""
     assert main(["verify", str(tiny_gemma), "--tokens", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "(gemma3_text), float32: 5 queries, 2 tokens each" in lines[0]
@@ -22,7 +22,7 @@ def test_it_shows_the_theorem_with_nothing_but_a_model(tiny_gemma: Path, capsys:
 
 
 @pytest.mark.parametrize("design", ["gpt_neox", "mixtral"])
-def test_the_json_has_the_same_figures(design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_contains_the_figures(design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny_model(tmp_path / "source", design)
     queries = tmp_path / "queries.txt"
     queries.write_text("Why?\nHow?\n")
@@ -36,10 +36,10 @@ def test_the_json_has_the_same_figures(design: str, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("design", ["llama", "gemma3_text"])
-def test_in_bfloat16_most_of_the_difference_goes(
+def test_most_of_the_difference_disappears_in_bfloat16(
     design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights of 8 bits leave errors of a per cent or so of the residual stream's scale, below and above float32's."""
+    """Weights with 8 significant bits leave errors of about 1% of the residual stream's scale; float32 leaves less."""
     source = tiny_model(tmp_path / "source", design, sliding_window=64)
     options = ["--prompt", "Be brief.", "--tokens", "3", "--dtype", "bfloat16", "--json"]
     assert main(["verify", str(source), *options]) == 0
@@ -58,7 +58,7 @@ def test_in_bfloat16_most_of_the_difference_goes(
         (["--device", "abacus"], "--device"),
     ],
 )
-def test_bad_input_is_refused_before_the_work(
+def test_bad_input_is_refused_before_the_verification(
     tiny_llama: Path, options: list[str], field: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(tiny_llama), *options]) == 2

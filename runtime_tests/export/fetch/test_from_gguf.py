@@ -1,4 +1,4 @@
-"""The tokenizer checks and corrections, on a tokenizer of 258 tokens. Real weights: the session fixtures."""
+"""The checks and corrections of a tokenizer, on one with 258 tokens. The session fixtures cover real weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tp_runtime.errors import ModelFormatError
 
 
 def _tokenizer_folder(folder: Path, **config: object) -> Path:
-    """A byte-level tokenizer without merges, and a config.json that agrees with it."""
+    """Write a byte-level tokenizer without merges, and a config.json that agrees with it."""
     vocabulary = {
         symbol: index for index, symbol in enumerate(["<bos>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])
     }
@@ -30,7 +30,7 @@ def _tokenizer_folder(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_a_finished_tokenizer_is_checked(tmp_path: Path) -> None:
+def test_a_converted_tokenizer_is_checked(tmp_path: Path) -> None:
     manifest = load_manifest("gemma-3-270m")
     check_tokenizer(manifest, _tokenizer_folder(tmp_path))
     with pytest.raises(ModelFormatError, match=r"eos_token_id: .*got 0; wanted 1"):
@@ -49,7 +49,7 @@ def test_a_correction_of_an_absent_file_is_refused(tmp_path: Path) -> None:
         correct_tokenizer(load_manifest("gemma-3-270m"), tmp_path)
 
 
-def test_safetensors_full_disk_is_the_systems_error() -> None:
+def test_a_full_disk_in_safetensors_raises_the_systems_error() -> None:
     with pytest.raises(OSError) as caught, _system_errors():
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.errno == errno.ENOSPC

@@ -1,3 +1,5 @@
+"""Manifests: the shipped ones are valid, bad ones are refused by field, and corrections are applied."""
+
 from __future__ import annotations
 
 import json
@@ -32,7 +34,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         load_manifest("gpt-9")
 
 
-def test_a_path_is_not_a_name() -> None:
+def test_a_path_is_not_accepted_as_a_name() -> None:
     with pytest.raises(ModelFormatError, match="no manifest has this name"):
         load_manifest("../models/gemma-3-270m")
 
@@ -82,12 +84,12 @@ def test_a_bad_field_is_named(message: str, change: Callable[[dict[str, Any]], o
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
-def test_what_is_no_json_object_is_refused(text: str) -> None:
+def test_text_that_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(ModelFormatError, match="manifest"):
         parse_manifest(text)
 
 
-def test_a_correction_replaces_values_whole() -> None:
+def test_a_correction_replaces_whole_values() -> None:
     document = {
         "decoder": {"type": "Sequence", "decoders": []},
         "model": {"fuse": True, "vocab": {}},
@@ -100,6 +102,6 @@ def test_a_correction_replaces_values_whole() -> None:
 
 
 @pytest.mark.parametrize("path", ["missing.key", "model.missing.key", "name.key"])
-def test_a_correction_into_nothing_is_refused(path: str) -> None:
+def test_a_correction_of_a_missing_value_is_refused(path: str) -> None:
     with pytest.raises(ModelFormatError, match=path):
         Correction({path: 1}, ()).apply({"model": {"a": 1}, "name": "x"})

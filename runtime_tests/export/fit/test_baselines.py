@@ -1,4 +1,4 @@
-"""The two heuristics against their formulas."""
+"""The two heuristic baselines compared with their formulas."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def dialogues() -> list[Dialogue]:
     return [Dialogue((1, *ids(7), *(q := ids(4 + i % 3))), (1, *q), ids(5)) for i in range(5)]
 
 
-def test_isotropic_is_the_sum_of_rank_one_updates() -> None:
-    """M = sum_t d_t a_t^T / (c + l), c the mean diagonal of the Gram, on centred rows without the sink's direction."""
+def test_isotropic_is_a_sum_of_rank_one_updates() -> None:
+    """M = sum_t d_t a_t^T / (c + l), on centred rows without the sink's direction.
+
+    c is the mean of the Gram matrix's diagonal.
+    """
     g = torch.Generator().manual_seed(1)
     a, d = torch.randn(40, 12, generator=g, dtype=torch.float64), torch.randn(40, 7, generator=g, dtype=torch.float64)
     sink = torch.randn(12, generator=g, dtype=torch.float64)
@@ -48,17 +51,17 @@ def test_isotropic_is_the_sum_of_rank_one_updates() -> None:
     assert torch.allclose(found.energy, wanted @ (1.5 * c * unit) @ wanted.T, atol=1e-10)
 
 
-def test_on_isotropic_rows_it_is_the_ridge_itself() -> None:
+def test_isotropic_equals_the_ridge_solution_on_isotropic_rows() -> None:
     g = torch.Generator().manual_seed(2)
     q = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64))[0]
     a = torch.cat([q, -q])  # centred, and a^T a = 2 I
     d = torch.randn(16, 5, generator=g, dtype=torch.float64)
-    # The sink's direction is taken out of both: what is left of the Gram is no longer a multiple of the unit matrix,
+    # Both fits project out the sink's direction. The rest of the Gram matrix is no longer a multiple of the identity,
     # but it is one on the space where M acts. c counts the lost direction as one of n.
     sink = q[0]
-    left = 7 / 8
+    share = 7 / 8
     isotropic, ridge = isotropic_map(a, d, 1.0, sink), fit_affine(a, d, 1.0, sink)
-    assert torch.allclose(isotropic.matrix * (2 * left), ridge.matrix * (1 + left), atol=1e-10)
+    assert torch.allclose(isotropic.matrix * (2 * share), ridge.matrix * (1 + share), atol=1e-10)
 
 
 @torch.no_grad()
@@ -76,7 +79,7 @@ def test_isotropic_fills_the_output_slot_and_keeps_the_mean(model: Any) -> None:
 
 @torch.no_grad()
 def test_steering_is_the_mean_difference_of_the_residual_stream(model: Any) -> None:
-    """Against transformers' own hidden states: those behind block i are hidden_states[i + 1], but for the last norm."""
+    """In transformers, the output of block i is hidden_states[i + 1], except that the last one has the final norm."""
     data = dialogues()
     found = fit_steering(model, data, batch_size=2)
     differences = []
@@ -93,7 +96,7 @@ def test_steering_is_the_mean_difference_of_the_residual_stream(model: Any) -> N
 
 
 def test_steering_is_not_sequential(model: Any) -> None:
-    """The first layer is that of the lock-step vector; above it, `vector` sees a student that is already corrected."""
+    """Layer 0 equals that of the lock-step vector. Above it, `vector` is fitted on an already corrected student."""
     data = dialogues()
     steering, vector = fit_steering(model, data), lockstep.fit_lockstep(model, data, "vector", Settings())
     biases = [(steering[i]["mlp_out"].bias, vector[i]["mlp_out"].bias) for i in (0, 1)]
@@ -101,7 +104,7 @@ def test_steering_is_not_sequential(model: Any) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3, 30])
-def test_what_is_tried_stays_inside_the_model(layers: int) -> None:
+def test_steering_candidates_cover_only_the_layers_of_the_model(layers: int) -> None:
     tried = list(steering_candidates(layers))
     assert {i for chosen, _ in tried for i in chosen} == set(range(layers))
     assert all(strength > 0 for _, strength in tried)

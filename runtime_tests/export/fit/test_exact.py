@@ -1,4 +1,4 @@
-"""The correctness anchor: exact token-dependent patches make the student's logits the teacher's."""
+"""The reference test of correctness: exact token-dependent patches give the student the logits of the teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tp_export.fit import verify
 from tp_export.fit.exact import Token
 from tp_export.source import Source, load_model, open_source
 
-WINDOW = 32  # of sliding layers: wide enough for the context to reach the last token
+WINDOW = 32  # the window of sliding layers, wide enough for the last token to attend to the context
 CHAT = (
     ("You are a pirate.", "Tell me about bees."),
     ("Answer in French.", "What is the capital of Italy?"),
@@ -65,7 +65,7 @@ def test_every_adapter_is_exact_on_a_tiny_model(design: str, tmp_path: Path) -> 
         ("qwen3_moe", {"mlp_norm": "input_layernorm"}),
     ],
 )
-def test_a_wrong_site_is_found_out(model_type: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_a_wrong_site_is_detected(model_type: str, wrong: dict[str, Any], tmp_path: Path) -> None:
     source = open_source(tiny_model(tmp_path, model_type, sliding_window=WINDOW))
     model = load_model(source)
     blocks = blocks_of(model, replace(adapter_for(model_type), **wrong))
@@ -74,8 +74,8 @@ def test_a_wrong_site_is_found_out(model_type: str, wrong: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.2)])
-def test_post_norm_scales_near_zero_do_no_harm(dtype: str, bound: float, tiny_gemma: Path) -> None:
-    """Real Gemmas have coordinates that their post-norm all but switches off; the patch must not hang on them."""
+def test_post_norm_scales_near_zero_do_not_spoil_the_patch(dtype: str, bound: float, tiny_gemma: Path) -> None:
+    """Real Gemma models have coordinates with a post-norm scale near zero, and a patch must not depend on them."""
     source = open_source(tiny_gemma)
     model = load_model(source, dtype=dtype)
     g = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_post_norm_scales_near_zero_do_no_harm(dtype: str, bound: float, tiny_ge
     assert max(max(token.residual_errors) for token in tokens) < bound
 
 
-def test_the_weights_are_put_back(tiny_gemma: Path) -> None:
+def test_the_weights_are_restored(tiny_gemma: Path) -> None:
     source = open_source(tiny_gemma)
     model = load_model(source)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -96,7 +96,7 @@ def test_the_weights_are_put_back(tiny_gemma: Path) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def anchor(folder: Path, pairs: tuple[tuple[str, str], ...], new_tokens: int = 20) -> list[Token]:
+def verified_tokens(folder: Path, pairs: tuple[tuple[str, str], ...], new_tokens: int = 20) -> list[Token]:
     source = open_source(folder)
     model = load_model(source)
     return [token for context, query in pairs for token in verify(model, *prompts(source, context, query), new_tokens)]
@@ -104,15 +104,17 @@ def anchor(folder: Path, pairs: tuple[tuple[str, str], ...], new_tokens: int = 2
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(("name", "pairs"), [("smollm2", CHAT), ("gemma3", COMPLETION)])
-def test_100_of_100_tokens(name: str, pairs: tuple[tuple[str, str], ...], request: pytest.FixtureRequest) -> None:
-    tokens = anchor(request.getfixturevalue(name), pairs)
+def test_100_of_100_tokens_agree_on_a_real_model(
+    name: str, pairs: tuple[tuple[str, str], ...], request: pytest.FixtureRequest
+) -> None:
+    tokens = verified_tokens(request.getfixturevalue(name), pairs)
     assert len(tokens) == 100
     assert sum(token.teacher == token.student for token in tokens) == 100
     assert max(token.max_logit_error for token in tokens) < 1e-3
 
 
 @pytest.mark.real_model
-def test_a_wrong_site_is_found_out_on_smollm2(smollm2: Path) -> None:
+def test_a_wrong_site_is_detected_on_smollm2(smollm2: Path) -> None:
     source = open_source(smollm2)
     model = load_model(source)
     blocks = blocks_of(model, replace(adapter_for("llama"), mlp_norm="input_layernorm"))

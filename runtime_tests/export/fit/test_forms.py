@@ -1,4 +1,4 @@
-"""The static forms at one block, and the lock-step fit over all of them, on tiny random models."""
+"""The static forms at one block, and the lock-step fit of all blocks, on tiny random models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dialogues(count: int = 6, completion: int = 5) -> list[Dialogue]:
 
 
 @torch.no_grad()
-def test_vector_is_the_mean_difference(model: Any) -> None:
+def test_vector_is_the_mean_difference_of_the_outputs(model: Any) -> None:
     block, rows = blocks_of(model)[1], some_rows(model, 30)
     deltas = FORMS["vector"](block, rows, Settings())
     wanted = (block.mlp_half(rows.teacher) - block.mlp_half(rows.student)).mean(0)
@@ -48,7 +48,7 @@ def test_vector_is_the_mean_difference(model: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["output", "matrix"])
 def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(model: Any, method: str) -> None:
-    """Fewer rows than inputs: the regression can interpolate, so every row of the block's output must be hit."""
+    """With fewer rows than inputs the regression can interpolate, so it must reproduce every output of the block."""
     block, rows = blocks_of(model)[1], some_rows(model, 20)
     deltas = FORMS[method](block, rows, Settings(rank=model.config.hidden_size, ridge=1e-9))
     wanted = block.mlp_half(rows.teacher)
@@ -59,8 +59,8 @@ def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(model: A
 
 
 @torch.no_grad()
-def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
-    """dW_gate = W_gate M and dW_up = W_up M with the ridge map M of z, in one shared low-rank factor."""
+def test_matrix_uses_one_map_for_gate_and_up(model: Any) -> None:
+    """dW_gate = W_gate M and dW_up = W_up M with the ridge map M of z, and one shared low-rank factor."""
     from runtime_tests.export.rows import fit_affine
 
     block, rows = blocks_of(model)[0], some_rows(model, 60)
@@ -76,8 +76,8 @@ def test_matrix_is_one_map_for_gate_and_up(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["output", "matrix"])
-def test_the_bias_keeps_the_mean_whatever_the_rank(model: Any, method: str) -> None:
-    """Truncated or not, the mean of what the block outputs is the teacher's mean over the fitted rows."""
+def test_the_bias_reproduces_the_mean_at_every_rank(model: Any, method: str) -> None:
+    """With or without truncation, the mean output of the block over the fitted rows is the teacher's mean."""
     block, rows = blocks_of(model)[2], some_rows(model, 60)
     wanted = block.mlp_half(rows.teacher).mean(0)
     for rank in (1, 4):
@@ -86,7 +86,7 @@ def test_the_bias_keeps_the_mean_whatever_the_rank(model: Any, method: str) -> N
 
 
 @torch.no_grad()
-def test_a_truncated_file_is_the_fit_of_that_rank(model: Any) -> None:
+def test_a_truncated_patch_equals_a_fit_of_that_rank(model: Any) -> None:
     block, rows = blocks_of(model)[0], some_rows(model, 60)
     big, small = (FORMS["output"](block, rows, Settings(rank=rank))["mlp_out"] for rank in (12, 3))
     patch = Patch(to_half({0: {"mlp_out": big}}), random_config()).truncate(3)
@@ -99,8 +99,8 @@ def test_a_truncated_file_is_the_fit_of_that_rank(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", sorted(FORMS))
-def test_the_fit_is_what_the_patched_model_computes(model: Any, method: str) -> None:
-    """Lock-step and the hooks on the whole model agree: v at the last block is the same both ways."""
+def test_the_lockstep_fit_agrees_with_the_patched_model(model: Any, method: str) -> None:
+    """The lock-step fit and the hooks on the whole model give the same v at the last block, measured by the logits."""
     data = dialogues()
     deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=2)
     patch = Patch(to_half(deltas), random_config())
@@ -117,13 +117,13 @@ def test_the_fit_is_what_the_patched_model_computes(model: Any, method: str) -> 
 
 
 @torch.no_grad()
-def test_a_fit_costs_one_pass_of_each_side(model: Any) -> None:
-    """Tokens through attention: teacher's and student's once each, which is what the README claims of the cost."""
+def test_the_cost_of_a_fit_is_one_pass_of_teacher_and_student(model: Any) -> None:
+    """The tokens of teacher and student pass through attention once each, which is the cost that the README states."""
     data = dialogues()
-    seen = [0]
+    count = [0]
     handles = [
         block.layer.self_attn.register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.__setitem__(0, seen[0] + kwargs["hidden_states"].shape[:2].numel()),
+            lambda _m, args, kwargs: count.__setitem__(0, count[0] + kwargs["hidden_states"].shape[:2].numel()),
             with_kwargs=True,
         )
         for block in blocks_of(model)
@@ -132,4 +132,4 @@ def test_a_fit_costs_one_pass_of_each_side(model: Any) -> None:
     for handle in handles:
         handle.remove()
     longest = max(len(d.teacher()) for d in data) + max(len(d.student()) for d in data)
-    assert seen[0] == longest * len(data) * len(blocks_of(model))
+    assert count[0] == longest * len(data) * len(blocks_of(model))

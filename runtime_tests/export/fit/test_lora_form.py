@@ -1,4 +1,4 @@
-"""`--method lora`: as `output` without a post-norm, a fit of its own in front of one, and a LoRA either way."""
+"""`--method lora`: it equals `output` without a post-norm, has its own fit before a post-norm, and is always a LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = token_ids(30)
 
 
 @torch.no_grad()
-def test_without_a_post_norm_it_is_output_beside_down(tiny_llama: Path) -> None:
+def test_without_a_post_norm_lora_equals_output(tiny_llama: Path) -> None:
     model = load_model(open_source(tiny_llama))
     block, rows = blocks_of(model)[1], some_rows(model, 40)
     lora, output = (FORMS[method](block, rows, Settings(rank=5)) for method in ("lora", "output"))
@@ -37,7 +37,7 @@ def test_without_a_post_norm_it_is_output_beside_down(tiny_llama: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_target_is_on_the_sphere_of_the_norm_and_nearer_the_teacher(tiny_gemma: Path) -> None:
+def test_the_target_is_on_the_sphere_of_the_norm_and_nearer_to_the_teacher(tiny_gemma: Path) -> None:
     model = load_model(open_source(tiny_gemma))
     block, rows = blocks_of(model)[1], some_rows(model, 40)
     wanted, before = block.mlp_half(rows.teacher), block.mlp_half(rows.student)
@@ -52,7 +52,7 @@ def test_the_target_is_on_the_sphere_of_the_norm_and_nearer_the_teacher(tiny_gem
 
 
 @torch.no_grad()
-def test_without_ridge_and_at_full_rank_the_target_is_met(tiny_gemma: Path) -> None:
+def test_without_ridge_and_at_full_rank_the_target_is_reached(tiny_gemma: Path) -> None:
     model = load_model(open_source(tiny_gemma))
     block, rows = blocks_of(model)[2], some_rows(model, 20)
     hidden = block.hidden(rows.student)
@@ -71,7 +71,7 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return source, out
 
 
-def test_the_fit_is_measured_and_travels_to_peft(fitted: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_fit_is_measured_and_can_be_exported_to_peft(fitted: tuple[Path, Path], tmp_path: Path) -> None:
     source, file = fitted
     patch = Patch.load(file)
     assert patch.config.method == "lora" and patch.config.fidelity is not None
@@ -85,7 +85,7 @@ def test_the_fit_is_measured_and_travels_to_peft(fitted: tuple[Path, Path], tmp_
     assert furthest(got, wanted) < 1e-4
 
 
-def test_its_slots_are_in_an_export_of_all(tiny_gemma: Path, tiny_gemma_export: Path, tmp_path: Path) -> None:
+def test_the_patch_fits_an_export_with_all_slots(tiny_gemma: Path, tiny_gemma_export: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
     options = ["--limit=4", "--holdout=0", "--max-new-tokens=4", "--rank=3", "--prompt=Be a pirate."]
     assert cli.main(["patch", str(tiny_gemma), str(out), "--method", "lora", *options]) == 0
@@ -94,13 +94,15 @@ def test_its_slots_are_in_an_export_of_all(tiny_gemma: Path, tiny_gemma_export: 
     assert furthest(graph_logits(graph, IDS, graph.bind(patch)), wanted) < 1e-4
 
 
-def test_a_first_layer_that_is_not_there(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_layer_that_does_not_exist_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["patch", str(tiny_llama), str(tmp_path / "p.safetensors"), "--prompt", "Hi.", "--first-layer", "3"]
     assert cli.main(arguments) == 2
     assert "first_layer" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_without_a_bias_every_engine_takes_it(tiny_gemma: Path, tmp_path: Path) -> None:
+def test_without_a_bias_the_patch_can_be_exported_to_every_format(tiny_gemma: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
     options = ["--limit=4", "--holdout=2", "--max-new-tokens=4", "--rank=3", "--no-bias", "--prompt=Be a pirate."]
     assert cli.main(["patch", str(tiny_gemma), str(out), "--method", "lora", *options]) == 0
@@ -112,8 +114,8 @@ def test_without_a_bias_every_engine_takes_it(tiny_gemma: Path, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_without_a_bias_the_pair_is_fitted_to_the_rows_as_they_are(tiny_llama: Path) -> None:
-    """Full rank and no ridge on fewer rows than inputs: the pair alone hits every row."""
+def test_without_a_bias_the_pair_is_fitted_to_uncentred_rows(tiny_llama: Path) -> None:
+    """With full rank, no ridge and fewer rows than inputs, the pair without a bias reproduces every row."""
     model = load_model(open_source(tiny_llama))
     block, rows = blocks_of(model)[1], some_rows(model, 20)
     wanted = block.mlp_half(rows.teacher)

@@ -1,4 +1,4 @@
-"""From a prompt to a file through the command line, on a tiny model: figures, refusals, nothing half written."""
+"""From a prompt to a patch file through the command line, on a tiny model: figures, errors, no half-written file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def patch_file(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def test_the_file_describes_itself(patch_file: Path) -> None:
+def test_the_file_contains_its_description(patch_file: Path) -> None:
     config = Patch.load(patch_file).config
     assert (config.name, config.method, config.architecture, config.precision) == ("pirate", "output", "llama", "fp32")
     assert config.calibration is not None and config.calibration["queries"] == 6
@@ -85,7 +85,7 @@ def test_evaluate_prints_the_figures(
     assert figures["queries"] == 2 and 2 <= figures["completion_tokens"] <= 12
 
 
-def test_torch_and_runtime_give_the_same_figures(
+def test_torch_and_the_runtime_give_the_same_figures(
     patch_file: Path, held_out: Path, tiny_llama: Path, tiny_llama_export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["evaluate", str(tiny_llama), str(patch_file), "--prompt", CONTEXT, "--queries", str(held_out), "--json"]
@@ -97,6 +97,7 @@ def test_torch_and_runtime_give_the_same_figures(
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Assert that the command exits with 2 and prints nothing on stdout; returns its stderr."""
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -116,7 +117,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"device": "tpu"}, "--device"),
     ],
 )
-def test_bad_arguments_are_named(
+def test_bad_arguments_are_refused_by_name(
     changes: dict[str, Any], field: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(patch_arguments(tiny_llama, tmp_path / "p.safetensors", **changes), capsys)
@@ -124,14 +125,18 @@ def test_bad_arguments_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_queries(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_queries_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "none.txt"
     empty.write_text("# nothing\n\n")
     message = refused(patch_arguments(tiny_llama, tmp_path / "p.safetensors", queries=empty), capsys)
     assert "holds no query" in message
 
 
-def test_held_out_queries_that_are_fitted(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_held_out_queries_that_are_fitted_are_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     queries, same = tmp_path / "q.txt", tmp_path / "h.txt"
     queries.write_text("What is tea?\nWhat is salt?\n")
     same.write_text("what is  TEA?\n")
@@ -139,7 +144,7 @@ def test_held_out_queries_that_are_fitted(tiny_llama: Path, tmp_path: Path, caps
     assert "held-out queries are also among the fitted ones" in refused(arguments, capsys)
 
 
-def test_evaluating_on_fitted_queries(
+def test_evaluating_on_fitted_queries_is_refused(
     patch_file: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tp_export.queries import load_questions, split_holdout
@@ -151,14 +156,14 @@ def test_evaluating_on_fitted_queries(
     assert "held-out queries are also among the fitted ones" in refused(arguments, capsys)
 
 
-def test_evaluating_on_another_base(
+def test_evaluating_on_another_base_is_refused(
     patch_file: Path, held_out: Path, tiny_gemma: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", str(tiny_gemma), str(patch_file), "--prompt", CONTEXT, "--queries", str(held_out)]
     assert "another base" in refused(arguments, capsys)
 
 
-def test_completions_all_empty(
+def test_a_fit_whose_completions_are_all_empty_is_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dialogues, "complete", lambda _model, prompts, *_args, **_kw: [(2,)] * len(prompts))
@@ -177,7 +182,7 @@ def test_an_interrupted_fit_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_old_file(
+def test_a_full_disk_keeps_the_old_file(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "p.safetensors"
@@ -193,7 +198,9 @@ def test_a_full_disk_leaves_the_old_file(
     assert out.read_bytes() == b"an older patch"
 
 
-def test_truncated_and_missing_sources(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_and_missing_sources_are_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     assert "no such folder" in refused(["model", str(tmp_path / "nowhere"), str(tmp_path / "out")], capsys)

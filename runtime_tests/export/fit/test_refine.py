@@ -1,4 +1,4 @@
-"""Refinement: closer on what it is fitted on, the base untouched, the same parameters and nothing more."""
+"""Refinement: it lowers the KL on the fitted queries, does not change the base, and adds no parameters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
 
 
 @pytest.mark.parametrize("entries", [0, 4])
-def test_it_brings_the_student_closer_and_changes_nothing_else(model: Any, entries: int) -> None:
+def test_refinement_brings_the_student_closer_and_does_not_change_the_base(model: Any, entries: int) -> None:
     prefix = choose_entries(model, dialogues(), entries) if entries else None
     closed = lockstep.fit_lockstep(model, dialogues(), "output", Settings(rank=2), prefix=prefix)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -54,10 +54,10 @@ def test_it_brings_the_student_closer_and_changes_nothing_else(model: Any, entri
     for layer, sites in refined.items():
         for site, delta in sites.items():
             assert delta.a is not None and delta.a.shape == closed[layer][site].a.shape and not delta.a.requires_grad
-            assert delta.mean is None  # its directions are no longer in order of energy
+            assert delta.mean is None  # the directions are no longer in order of energy, so no mean is stored
 
 
-def test_both_figures_are_in_the_patch(tiny_llama: Path) -> None:
+def test_the_figures_before_and_after_refinement_are_in_the_patch(tiny_llama: Path) -> None:
     source = open_source(tiny_llama)
     recipe = Recipe(max_new_tokens=6, samples=1, refine_steps=2)
     patch = make_patch(source, load_model(source), "Talk like a pirate.", ["Hi?", "Why?"], ["Who?"], recipe, name="p")
@@ -65,7 +65,9 @@ def test_both_figures_are_in_the_patch(tiny_llama: Path) -> None:
     assert patch.config.fidelity["gap_closed"] != patch.config.fidelity["gap_closed_closed_form"]
 
 
-def test_gradients_need_every_layer(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refinement_of_an_offloaded_model_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "p.safetensors")
     assert cli.main(["patch", str(tiny_llama), out, "--prompt", "Hi", "--refine", "1", "--offload"]) == 2
     assert "--refine" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The closed forms against their definitions."""
+"""The closed forms compared with their definitions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_export.fit.ridge import Moments, top_directions
 
 
 def rows(seed: int, count: int, inputs: int = 12, outputs: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated inputs of very different scales, as residual streams are, and noisy targets."""
+    """Return correlated inputs of very different scales, like residual streams, and noisy targets."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(count, inputs, generator=g, dtype=torch.float64) * torch.logspace(
         -1, 1, inputs, dtype=torch.float64
@@ -23,7 +23,7 @@ def rows(seed: int, count: int, inputs: int = 12, outputs: int = 7) -> tuple[tor
 
 
 def definition(a: torch.Tensor, d: torch.Tensor, ridge: float) -> torch.Tensor:
-    """M = D^T A (A^T A + l I)^-1 on centred rows, straight from the formula."""
+    """Return M = D^T A (A^T A + l I)^-1 on centred rows, computed directly from the formula."""
     a, d = a - a.mean(0), d - d.mean(0)
     gram = a.T @ a
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=a.dtype)
@@ -58,8 +58,8 @@ def test_memory_does_not_grow_with_rows() -> None:
     moments = Moments()
     for _ in range(20):
         moments.add(a, d)
-        held = sum(x.numel() + y.numel() for x, y in moments._rows)
-        assert held <= 12 * (12 + 7)
+        stored = sum(x.numel() + y.numel() for x, y in moments._rows)
+        assert stored <= 12 * (12 + 7)
 
 
 @pytest.mark.parametrize("count", [8, 50])
@@ -72,8 +72,8 @@ def test_energy_is_the_output_metric(count: int) -> None:
     assert torch.allclose(fit.energy, fit.matrix @ gram @ fit.matrix.T, rtol=1e-6)
 
 
-def test_truncation_is_the_best_of_its_rank() -> None:
-    """No other map of that rank has a lower ridge loss; the truncated SVD of M has a higher one."""
+def test_truncation_gives_the_best_map_of_its_rank() -> None:
+    """No other map of that rank has a lower ridge loss, and the truncated SVD of M has a higher one."""
     a, d = rows(2, 60)
     ridge, rank = 1.0, 2
     fit = fit_affine(a, d, ridge)
@@ -92,7 +92,7 @@ def test_truncation_is_the_best_of_its_rank() -> None:
         assert ours <= loss(other @ other.T @ fit.matrix)
 
 
-def test_directions_come_in_order_of_energy() -> None:
+def test_directions_are_in_order_of_energy() -> None:
     a, d = rows(3, 60)
     fit = fit_affine(a, d, 1.0)
     directions = top_directions(fit.energy, 7)

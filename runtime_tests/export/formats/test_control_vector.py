@@ -1,4 +1,4 @@
-"""GGUF control vectors: written and read by repeng's and llama.cpp's rules, and nothing is lost unsaid."""
+"""GGUF control vectors: written and read by the rules of repeng and llama.cpp, and every loss is reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_export.source import load_model, open_source
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch
 
-SIZE = 64  # of tiny_llama, whose layers are 3
+SIZE = 64  # the hidden size of tiny_llama, which has 3 layers
 
 
 def bias_patch(source: Path, layers: range = range(1, 3), pair: bool = False) -> Patch:
@@ -35,7 +35,7 @@ def bias_patch(source: Path, layers: range = range(1, 3), pair: bool = False) ->
 
 
 def written(path: Path, directions: dict[str, np.ndarray], architecture: str = "controlvector", **fields: int) -> Path:
-    """A file as repeng's export_gguf writes it."""
+    """Write a file in the format of repeng's export_gguf."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("controlvector.model_hint", "llama")
     for key, value in ({"layer_count": len(directions)} | fields).items():
@@ -50,7 +50,9 @@ def written(path: Path, directions: dict[str, np.ndarray], architecture: str = "
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
-def test_there_and_back_is_the_same_patch(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_an_exported_and_imported_patch_is_the_same_patch(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     source: Path = request.getfixturevalue(model)
     patch = bias_patch(source)
     patch.save(tmp_path / "p.safetensors", dtype="f32")
@@ -62,8 +64,11 @@ def test_there_and_back_is_the_same_patch(model: str, request: pytest.FixtureReq
     assert (back.config.method, back.name) == ("imported", "v") and back.config.probe is not None
 
 
-def test_the_file_is_what_llama_cpp_and_repeng_read(tiny_llama: Path, tmp_path: Path) -> None:
-    """common_control_vector_load_one: float32, one dimension, direction.<n> with n >= 1; repeng: hint and count."""
+def test_the_file_has_the_format_that_llama_cpp_and_repeng_read(tiny_llama: Path, tmp_path: Path) -> None:
+    """llama.cpp's common_control_vector_load_one needs float32, one dimension, and direction.<n> with n >= 1.
+
+    repeng needs the model hint and the layer count.
+    """
     patch = bias_patch(tiny_llama)
     patch.save(tmp_path / "p.safetensors", dtype="f32")
     cli.main(["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf")])
@@ -80,10 +85,10 @@ def test_the_file_is_what_llama_cpp_and_repeng_read(tiny_llama: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
-def test_direction_n_is_added_to_what_block_n_returns(
+def test_direction_n_is_added_to_the_output_of_block_n(
     model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """repeng's ControlModule, and llama.cpp's build_cvec, on block n counted from 0."""
+    """repeng's ControlModule and llama.cpp's build_cvec add it to block n, counted from 0."""
     source = open_source(request.getfixturevalue(model))
     direction = np.random.default_rng(1).standard_normal(source.config["hidden_size"]).astype(np.float32)
     file = written(tmp_path / "v.gguf", {"direction.1": direction})
@@ -101,7 +106,7 @@ def test_direction_n_is_added_to_what_block_n_returns(
     assert furthest(got, torch_logits(torch_model, ids)) < 1e-4
 
 
-def test_reading_takes_repengs_block_0_and_half_precision(tiny_llama: Path, tmp_path: Path) -> None:
+def test_block_0_and_half_precision_of_repeng_are_accepted(tiny_llama: Path, tmp_path: Path) -> None:
     values = np.arange(SIZE, dtype=np.float16)
     file = written(tmp_path / "v.gguf", {"direction.0": values, "direction.2": values})
     deltas = read_control_vector(file, open_source(tiny_llama).config)
@@ -113,7 +118,7 @@ def test_reading_takes_repengs_block_0_and_half_precision(tiny_llama: Path, tmp_
     ("layers", "pair", "named"),
     [(range(3), False, "the bias of layers.0.mlp_out"), (range(1, 3), True, "the pair of layers.1.mlp_out")],
 )
-def test_what_cannot_be_carried_is_refused_or_said(
+def test_deltas_that_a_control_vector_cannot_represent_are_refused_or_reported(
     layers: range, pair: bool, named: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     patch = bias_patch(tiny_llama, layers, pair)
@@ -128,7 +133,9 @@ def test_what_cannot_be_carried_is_refused_or_said(
     assert {layer for layer, _ in deltas} == {1, 2}
 
 
-def test_a_patch_without_such_biases(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_patch_without_representable_biases_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bias_patch(tiny_llama, range(1)).save(tmp_path / "p.safetensors")
     arguments = ["control-vector", str(tmp_path / "p.safetensors"), str(tmp_path / "v.gguf"), "--lossy"]
     assert cli.main(arguments) == 2
@@ -154,7 +161,7 @@ VALUES = np.ones(SIZE, np.float32)
         ({"direction.1": VALUES[None]}, {}, PatchShapeError, "direction.1"),
     ],
 )
-def test_files_that_are_no_control_vector_of_the_base(
+def test_files_that_are_not_a_control_vector_of_the_base_are_refused(
     directions: Any, options: Any, error: type[Exception], named: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     file = written(tmp_path / "v.gguf", directions, **options)
@@ -162,7 +169,7 @@ def test_files_that_are_no_control_vector_of_the_base(
         read_control_vector(file, open_source(tiny_llama).config)
 
 
-def test_damaged_files(tiny_llama: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     whole = written(tmp_path / "v.gguf", {"direction.1": VALUES, "direction.2": VALUES}).read_bytes()
     config = open_source(tiny_llama).config
     file = tmp_path / "damaged.gguf"

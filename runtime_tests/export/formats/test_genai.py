@@ -1,4 +1,4 @@
-"""onnxruntime-genai on the exported folder: what its config says, what an adapter holds, and its tokens where it is."""
+"""onnxruntime-genai on the exported folder: its config, the content of an adapter, and its tokens if installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
-IDS = [*token_ids(23), 5]  # not the pad token last: genai takes a prompt that ends in it for a padded one
+IDS = [*token_ids(23), 5]  # genai would take a prompt that ends in the pad token for a padded one
 
 
 def adapter(folder: Path, patch: Patch, out: Path) -> Path:
@@ -28,12 +28,12 @@ def adapter(folder: Path, patch: Patch, out: Path) -> Path:
 
 
 def parameters(file: Path) -> dict[str, np.ndarray]:
-    adapter = onnxruntime.AdapterFormat.read_adapter(str(file))  # owns the memory of its values
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(file))  # the adapter owns the memory of its values
     return {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
 
 
 @pytest.mark.parametrize("export", ["tiny_llama_export", "tiny_gemma_export"])
-def test_the_config_names_what_the_graph_has(export: str, request: pytest.FixtureRequest) -> None:
+def test_the_config_names_the_inputs_and_outputs_of_the_graph(export: str, request: pytest.FixtureRequest) -> None:
     folder = ModelFolder.open(request.getfixturevalue(export))
     config = json.loads((folder.path / "genai_config.json").read_text())
     assert "genai_config.json" in folder.files
@@ -53,8 +53,8 @@ def test_the_config_names_what_the_graph_has(export: str, request: pytest.Fixtur
     assert config["model"]["context_length"] == folder.context_window == config["search"]["max_length"]
 
 
-def test_an_adapter_is_the_patch(tiny_llama_export: Path, tmp_path: Path) -> None:
-    """Its values, fed to the graph by ONNX Runtime alone, give the logits of the patch."""
+def test_an_adapter_has_the_effect_of_the_patch(tiny_llama_export: Path, tmp_path: Path) -> None:
+    """If ONNX Runtime feeds its values to the graph, without tp_runtime, the logits are those of the patch."""
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     patch = patch_for(graph.folder, rank=3, scale=0.3)
     values = parameters(adapter(tiny_llama_export, patch, tmp_path / "p.onnx_adapter"))
@@ -63,7 +63,7 @@ def test_an_adapter_is_the_patch(tiny_llama_export: Path, tmp_path: Path) -> Non
     assert furthest(got, graph_logits(graph, IDS)) > 0.01
 
 
-def test_onnx_runtimes_own_adapter_api_takes_it(tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_the_adapter_api_of_onnx_runtime_accepts_an_adapter(tiny_llama_export: Path, tmp_path: Path) -> None:
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     patch = patch_for(graph.folder, rank=3, scale=0.3)
     loaded = onnxruntime.LoraAdapter()
@@ -80,7 +80,7 @@ def test_onnx_runtimes_own_adapter_api_takes_it(tiny_llama_export: Path, tmp_pat
     assert furthest(got, graph_logits(graph, IDS, graph.bind(patch))) < 1e-5
 
 
-def test_an_adapter_displaces_the_folders_default_patch(tiny_gemma: Path, tmp_path: Path) -> None:
+def test_an_adapter_replaces_the_folders_default_patch(tiny_gemma: Path, tmp_path: Path) -> None:
     source = open_source(tiny_gemma)
     plain = ModelFolder.open(export_model(source, tmp_path / "plain", slot_set="mlp"))
     default, other = patch_for(plain, seed=1, scale=0.3), patch_for(plain, seed=2, scale=0.3)
@@ -91,7 +91,7 @@ def test_an_adapter_displaces_the_folders_default_patch(tiny_gemma: Path, tmp_pa
     assert furthest(plain_session_logits(folder, IDS, **values)[0], graph_logits(graph, IDS, graph.bind(part))) < 1e-5
 
 
-def test_what_does_not_fit_is_refused(
+def test_a_patch_of_another_base_and_a_wrong_file_name_are_refused(
     tiny_llama_export: Path, tiny_gemma_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     patch_for(ModelFolder.open(tiny_gemma_export)).save(tmp_path / "p.safetensors")
@@ -104,8 +104,10 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("export", ["tiny_llama_export", "tiny_gemma_export"])
-def test_genai_gives_our_tokens(export: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """The base and a patch, greedily. onnxruntime-genai is in no extra: install it to run this."""
+def test_genai_generates_the_same_tokens_as_the_runtime(
+    export: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The base and a patch are decoded greedily. Install the extra `bench` for onnxruntime-genai."""
     og = pytest.importorskip("onnxruntime_genai")
     exported: Path = request.getfixturevalue(export)
     folder = ModelFolder.open(exported)

@@ -1,4 +1,4 @@
-"""A patch as llama.cpp's files: names, shapes and scaling of its LoRA, the biases in a control vector, losses said."""
+"""A patch as files for llama.cpp: names, shapes and scale of its LoRA, its biases in a control vector, its losses."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def lora(source: Path, file: Path, out: Path, *options: str) -> int:
     return cli.main(["lora", str(file), str(out), "--base", str(source), "--gguf", *options])
 
 
-def test_the_lora_is_what_llama_cpp_reads(tiny_llama: Path, tmp_path: Path) -> None:
-    """llama_adapter_lora_init: a [rank, in], b [out, rank] under the base's tensor names; scaling alpha / rank is 1."""
+def test_the_lora_has_the_format_that_llama_cpp_reads(tiny_llama: Path, tmp_path: Path) -> None:
+    """llama_adapter_lora_init reads a [rank, in] and b [out, rank] by the base's tensor names; alpha / rank is 1."""
     deltas = {
         (0, "gate"): pair(64, 80, 2, bias=False),
         (1, "mlp_out"): pair(80, 64, 3),
@@ -51,7 +51,7 @@ def test_the_lora_is_what_llama_cpp_reads(tiny_llama: Path, tmp_path: Path) -> N
     assert set(tensors) == {f"{name}.weight.lora_{part}" for name in names.values() for part in "ab"}
     for slot, name in names.items():
         a, b = tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"]
-        assert a.shape[0] == b.shape[1] == 3  # one rank for all: alpha / rank is 1 everywhere
+        assert a.shape[0] == b.shape[1] == 3  # all pairs have one rank, so alpha / rank is 1 for each
         delta = patch.deltas[slot]
         assert np.allclose(b @ a, (delta.a @ delta.b).T, atol=1e-5)  # type: ignore[operator]
     vector = read_control_vector(tmp_path / "out" / "control-vector.gguf", open_source(tiny_llama).config)
@@ -61,7 +61,7 @@ def test_the_lora_is_what_llama_cpp_reads(tiny_llama: Path, tmp_path: Path) -> N
     }
 
 
-def test_the_bias_of_down_is_carried_where_no_norm_follows(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_bias_of_down_is_exported_if_no_norm_follows(tiny_llama: Path, tmp_path: Path) -> None:
     patch = saved(tiny_llama, tmp_path / "p.safetensors", {(1, "down"): pair(80, 64, 2)})
     assert lora(tiny_llama, tmp_path / "p.safetensors", tmp_path / "out") == 0
     vector = read_control_vector(tmp_path / "out" / "control-vector.gguf", open_source(tiny_llama).config)
@@ -76,7 +76,7 @@ def test_the_bias_of_down_is_carried_where_no_norm_follows(tiny_llama: Path, tmp
         ("tiny_gemma", (1, "down"), (80, 48)),
     ],
 )
-def test_biases_that_llama_cpp_has_no_place_for(
+def test_biases_that_llama_cpp_cannot_represent_are_refused_or_reported(
     model: str,
     slot: tuple[int, str],
     sizes: tuple[int, int],
@@ -98,7 +98,7 @@ def test_biases_that_llama_cpp_has_no_place_for(
     ("delta", "slot", "named"),
     [(pair(64, 64, 2, bias=False), (1, "o"), "attn_output"), (Delta(bias=np.ones(64)), (1, "mlp_out"), "only biases")],
 )
-def test_what_is_left_to_the_converter_or_the_control_vector(
+def test_patches_that_need_the_converter_or_a_control_vector_are_refused(
     delta: Delta,
     slot: tuple[int, str],
     named: str,
@@ -111,7 +111,7 @@ def test_what_is_left_to_the_converter_or_the_control_vector(
     assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_gemma_is_called_as_llama_cpp_calls_it(tiny_gemma: Path, tmp_path: Path) -> None:
+def test_gemma_has_the_architecture_name_of_llama_cpp(tiny_gemma: Path, tmp_path: Path) -> None:
     saved(tiny_gemma, tmp_path / "p.safetensors", {(1, "down"): pair(80, 48, 2, bias=False)})
     assert lora(tiny_gemma, tmp_path / "p.safetensors", tmp_path / "out") == 0
     reader = gguf.GGUFReader(tmp_path / "out" / "lora.gguf")

@@ -1,4 +1,4 @@
-"""LoRA folders out and in: peft's logits are ours, and what a patch or a LoRA cannot say is refused by name."""
+"""Export and import of LoRA folders: peft gives the logits of the patch, and what cannot be converted is named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export_all(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def made_patch(source: Path, sites: tuple[str, ...], rank: Callable[[int], int], bias: bool = True) -> Patch:
-    """Random deltas large enough to matter, of rank `rank(layer)`; 0 is a bias alone."""
+    """Return random deltas of rank `rank(layer)` that are large enough to have an effect; rank 0 is only a bias."""
     opened = open_source(source)
     rng = np.random.default_rng(3)
     deltas = {}
@@ -56,7 +56,7 @@ def made_patch(source: Path, sites: tuple[str, ...], rank: Callable[[int], int],
 
 
 def peft_logits(source: Path, adapter: Path, ids: list[int] = IDS) -> np.ndarray:
-    """Logits by peft; every tensor of the adapter must find its place."""
+    """Return the logits of peft, and fails if the adapter lacks a tensor of its config."""
     model = load_model(open_source(source))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
@@ -65,7 +65,7 @@ def peft_logits(source: Path, adapter: Path, ids: list[int] = IDS) -> np.ndarray
         return wrapped(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
-# -- out -------------------------------------------------------------------------------------------------------
+# -- export --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -82,7 +82,7 @@ def test_peft_gives_the_logits_of_the_patch(
     assert furthest(peft_logits(tiny_llama, tmp_path / "lora"), wanted) < TOLERANCE
 
 
-def test_a_patch_of_biases_alone(tiny_llama: Path, tmp_path: Path) -> None:
+def test_peft_gives_the_logits_of_a_patch_with_only_biases(tiny_llama: Path, tmp_path: Path) -> None:
     patch = made_patch(tiny_llama, ("mlp_out",), lambda layer: 0)
     patch.save(tmp_path / "p.safetensors", dtype="f32")
     cli.main(["lora", str(tmp_path / "p.safetensors"), str(tmp_path / "lora"), "--base", str(tiny_llama)])
@@ -90,12 +90,12 @@ def test_a_patch_of_biases_alone(tiny_llama: Path, tmp_path: Path) -> None:
     assert furthest(peft_logits(tiny_llama, tmp_path / "lora"), wanted) < TOLERANCE
 
 
-def test_without_biases_the_adapter_merges(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_biases_can_be_merged(tiny_llama: Path, tmp_path: Path) -> None:
     patch = made_patch(tiny_llama, ("mlp_out",), lambda layer: 2 + layer, bias=False)
     patch.save(tmp_path / "p.safetensors", dtype="f32")
     cli.main(["lora", str(tmp_path / "p.safetensors"), str(tmp_path / "lora"), "--base", str(tiny_llama)])
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    # What engines that know neither patterns nor biases read.
+    # Engines that support neither patterns nor biases read these.
     assert (config["r"], config["lora_alpha"], config["lora_bias"]) == (4, 4, False)
     assert {
         t.shape[0] for name, t in load_file(tmp_path / "lora/adapter_model.safetensors").items() if "_A" in name
@@ -106,13 +106,14 @@ def test_without_biases_the_adapter_merges(tiny_llama: Path, tmp_path: Path) -> 
 
 
 def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """Assert that the command exits with 2 and prints nothing on stdout; returns its stderr."""
     assert cli.main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
 
 
-def test_behind_a_post_norm_there_is_no_lora(
+def test_a_patch_after_a_post_norm_cannot_become_a_lora(
     tiny_gemma: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_patch(tiny_gemma, ("mlp_out",), lambda layer: 2).save(tmp_path / "p.safetensors")
@@ -140,7 +141,7 @@ def test_an_interruption_leaves_no_folder(tiny_llama: Path, tmp_path: Path, monk
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-# -- in --------------------------------------------------------------------------------------------------------
+# -- import --------------------------------------------------------------------------------------------------
 
 TRAINED: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 4, "lora_alpha": 6},
@@ -157,7 +158,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 
 def trained(source: Path, folder: Path, **settings: Any) -> Path:
-    """An adapter as peft saves it, its tensors random."""
+    """Save an adapter with peft, with random tensors."""
     model = get_peft_model(load_model(open_source(source)), LoraConfig(**settings))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -182,14 +183,14 @@ def test_the_runtime_gives_the_logits_of_peft(form: str, tiny_llama: Path, expor
     assert furthest(graph_logits(graph, IDS, graph.bind(patch)), wanted) < TOLERANCE
 
 
-def test_the_probe_of_an_import_passes_on_the_device(tiny_llama: Path, export_all: Path, tmp_path: Path) -> None:
+def test_the_probe_of_an_imported_patch_passes(tiny_llama: Path, export_all: Path, tmp_path: Path) -> None:
     adapter = trained(tiny_llama, tmp_path / "adapter", **TRAINED["attention"])
     cli.main(["import", str(adapter), str(tmp_path / "p.safetensors"), "--base", str(tiny_llama), "--name", "mine"])
     model = PatchedModel.from_pretrained(export_all, device="cpu")
     assert model.load_patch(tmp_path / "p.safetensors", check=True) == "mine"
 
 
-def test_a_folder_written_here_comes_back_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_exported_and_imported_patch_is_the_same_patch(tiny_llama: Path, tmp_path: Path) -> None:
     patch = made_patch(tiny_llama, ("q", "gate", "down"), lambda layer: 3)
     patch.save(tmp_path / "p.safetensors", dtype="f32")
     cli.main(["lora", str(tmp_path / "p.safetensors"), str(tmp_path / "lora"), "--base", str(tiny_llama)])
@@ -217,7 +218,9 @@ def altered(adapter: Path, **changes: Any) -> Path:
         ("a_setting_of_tomorrow", "on"),
     ],
 )
-def test_settings_a_patch_cannot_represent(key: str, value: Any, tiny_llama: Path, tmp_path: Path) -> None:
+def test_settings_that_a_patch_cannot_represent_are_refused(
+    key: str, value: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
     from tp_export.decoder import model_without_weights, site_linears
     from tp_export.formats import read_peft
 
@@ -252,7 +255,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.clear(), PatchTargetError, "no tensor"),
     ],
 )
-def test_tensors_that_do_not_fit(
+def test_tensors_that_do_not_fit_are_refused(
     change: Any, error: type[Exception], named: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from tp_export.decoder import model_without_weights, site_linears

@@ -1,4 +1,4 @@
-"""Exports of tiny models: every architecture, refusals, interruptions, and programs that know nothing of slots."""
+"""Exports of tiny models: every architecture, errors, interruptions, and programs that do not know slots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Made = tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """architecture -> (source, export): one export each, two of them shared with every other test."""
+    """A function from an architecture to its (source, export), made once; two of them are shared with other tests."""
     found: dict[str, Made] = {}
 
     def make(architecture: str) -> Made:
@@ -46,7 +46,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 found[architecture] = request.getfixturevalue(shared), request.getfixturevalue(f"{shared}_export")
             else:
                 root = tmp_path_factory.mktemp(architecture)
-                layers = 3 if architecture == "gemma2" else 2  # Gemma's alternate, 2 are enough elsewhere
+                layers = (
+                    3 if architecture == "gemma2" else 2
+                )  # the layers of Gemma alternate; 2 layers are enough for the others
                 source = tiny_model(root / "source", architecture, num_hidden_layers=layers)
                 found[architecture] = (
                     source,
@@ -61,7 +63,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("architecture", DESIGNS)
-def test_logits_are_those_of_eager_attention(made: Callable[[str], Made], architecture: str) -> None:
+def test_logits_match_those_of_eager_attention(made: Callable[[str], Made], architecture: str) -> None:
     source, export = made(architecture)
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     graph = Graph(ModelFolder.open(export), "cpu")
@@ -81,16 +83,18 @@ def test_every_weight_has_the_name_of_its_module(made: Callable[[str], Made], ar
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     model = AutoModelForCausalLM.from_pretrained(source)
     known = {name for name, _ in model.named_parameters()} | {"lm_head.weight"}
-    # side by side (products.py)
+    # products.py joins these weights.
     for first, joint in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"), (".w1.", ".w1_w3.")):
         known |= {name.replace(first, joint) for name in known}
     weights = {i.name for i in graph.initializer if i.dims and min(i.dims) >= 16 and not i.name.startswith("tp.")}
     assert weights and weights <= known
-    assert not any(node.metadata_props for node in graph.node)  # which the names were read from
+    assert not any(
+        node.metadata_props for node in graph.node
+    )  # the exporter reads the names from these and then removes them
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_nodes_say_where_they_belong(made: Callable[[str], Made], architecture: str) -> None:
+def test_node_names_contain_the_module_and_the_slot(made: Callable[[str], Made], architecture: str) -> None:
     _source, export = made(architecture)
     names = [node.name for node in onnx.load(export / "model.onnx", load_external_data=False).graph.node]
     assert len(set(names)) == len(names) and not any(name.startswith("node_") for name in names)
@@ -98,11 +102,11 @@ def test_nodes_say_where_they_belong(made: Callable[[str], Made], architecture: 
     wanted = {"self_attn.GroupQueryAttention", "self_attn.qkv_proj.MatMul", "mlp.gate_up_proj.MatMul", "mlp.Mul"}
     assert wanted | {"mlp.gate_up_proj.Split", "mlp.down_proj.MatMul", "self_attn.o_proj.MatMul"} <= layer
     assert {"tp.1.mlp_out.MatMul", "tp.1.mlp_out.MatMul_2", "tp.1.mlp_out.Sum"} <= set(names)
-    assert names[-1] in ("lm_head.MatMul", "lm_head.FusedMatMul")  # the second where it is tied
+    assert names[-1] in ("lm_head.MatMul", "lm_head.FusedMatMul")  # the second if the head is tied
 
 
 @pytest.mark.parametrize("architecture", ADAPTERS)
-def test_a_module_reads_a_value_in_one_product(made: Callable[[str], Made], architecture: str) -> None:
+def test_each_module_reads_an_input_in_one_product(made: Callable[[str], Made], architecture: str) -> None:
     _source, export = made(architecture)
     graph = onnx.load(export / "model.onnx", load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
@@ -115,19 +119,19 @@ def test_a_module_reads_a_value_in_one_product(made: Callable[[str], Made], arch
 
 
 def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], Made]) -> None:
-    """What the parity above would miss if these did not matter on a tiny model, or if torch itself left them out."""
+    """The test above would miss these if they had no effect on a tiny model, or if torch itself left them out."""
     source, _export = made("gemma2")
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     wanted = torch_logits(model, IDS)
-    assert np.array_equal(torch_logits(load_model(open_source(source)), IDS), wanted)  # by default it would be sdpa
+    assert np.array_equal(torch_logits(load_model(open_source(source)), IDS), wanted)  # transformers' default is sdpa
     for change in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         options = {change: 64 if change == "sliding_window" else None}
         other = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options).eval()
         assert furthest(torch_logits(other, IDS), wanted) > 30 * TOLERANCE, change
 
 
-def test_a_rotary_table_that_depends_on_the_length_ends_the_window(made: Callable[[str], Made]) -> None:
-    """longrope: the graph has the frequencies of short texts and serves no others; transformers changes them."""
+def test_a_rotary_table_that_depends_on_the_length_limits_the_context_window(made: Callable[[str], Made]) -> None:
+    """With longrope, the graph has only the frequencies for short texts; transformers changes them for longer ones."""
     source, export = made("phi3 longrope")
     folder = ModelFolder.open(export)
     assert folder.context_window == 256
@@ -138,7 +142,7 @@ def test_a_rotary_table_that_depends_on_the_length_ends_the_window(made: Callabl
 
 
 @pytest.mark.parametrize("design", ["llama", "mixtral", "phi3 longrope"])
-def test_the_model_is_left_as_it_was(design: str, tmp_path: Path) -> None:
+def test_an_interrupted_trace_does_not_change_the_model(design: str, tmp_path: Path) -> None:
     source = open_source(tiny_model(tmp_path, design))
     model = load_model(source)
     before = torch_logits(model, IDS)
@@ -157,10 +161,10 @@ def test_the_model_is_left_as_it_was(design: str, tmp_path: Path) -> None:
     assert np.array_equal(torch_logits(model, IDS), before)
 
 
-# -- programs that know nothing of slots ---------------------------------------------------------------------
+# -- programs that do not know slots -------------------------------------------------------------------------
 
 
-def test_a_batch_has_one_patch_or_one_a_row(tiny_llama_export: Path) -> None:
+def test_a_batch_can_have_one_patch_or_one_per_row(tiny_llama_export: Path) -> None:
     folder = ModelFolder.open(tiny_llama_export)
     graph = Graph(folder, "cpu")
     rows = [token_ids(20, seed=seed) for seed in (1, 2)]
@@ -176,7 +180,7 @@ def test_a_batch_has_one_patch_or_one_a_row(tiny_llama_export: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
-def test_optimum_loads_the_folder_and_generates_what_transformers_does(
+def test_optimum_loads_the_folder_and_generates_the_same_tokens_as_transformers(
     made: Callable[[str], Made], architecture: str
 ) -> None:
     from optimum.onnxruntime import ORTModelForCausalLM
@@ -191,7 +195,7 @@ def test_optimum_loads_the_folder_and_generates_what_transformers_does(
     assert len(wanted) == 29
 
 
-def test_the_folder_carries_the_text_side(made: Callable[[str], Made]) -> None:
+def test_the_folder_contains_the_tokenizer_and_configs_of_the_source(made: Callable[[str], Made]) -> None:
     source, export = made("llama")
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (export / name).read_bytes() == (source / name).read_bytes()
@@ -201,12 +205,12 @@ def test_the_folder_carries_the_text_side(made: Callable[[str], Made]) -> None:
     assert TextCodec.from_folder(export).render("Hi") == TextCodec.from_folder(source).render("Hi")
 
 
-# -- refusals and interruptions ------------------------------------------------------------------------------
+# -- errors and interruptions --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refusals come before the expensive part."""
+    """Make a trace fail the test, because bad input must be refused before this expensive part."""
 
     def trace(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("traced")
@@ -246,7 +250,7 @@ def test_a_patch_that_does_not_fit_is_refused(made: Callable[[str], Made], tmp_p
 
 
 @pytest.mark.usefixtures("untraced")
-def test_a_folder_that_is_taken_stays_as_it_is(made: Callable[[str], Made], tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_and_not_changed(made: Callable[[str], Made], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -266,10 +270,10 @@ def test_a_folder_that_is_taken_stays_as_it_is(made: Callable[[str], Made], tmp_
         ("check_export", KeyboardInterrupt()),
     ],
 )
-def test_an_interruption_leaves_nothing_and_takes_nothing(
+def test_an_interruption_leaves_no_new_folder_and_keeps_the_old_one(
     made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: Any
 ) -> None:
-    """Also with `overwrite`: the old folder is there until the new one is whole."""
+    """With `overwrite`, the old folder exists until the new one is complete."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")
@@ -279,7 +283,7 @@ def test_an_interruption_leaves_nothing_and_takes_nothing(
 
     if stage == "trace":
         monkeypatch.setattr(model_export, "trace", fail)
-    else:  # a graph of nothing takes its place: what comes before is not under test
+    else:  # an empty graph replaces the earlier stages, which this test does not check
         monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
         for step in ("name_weights", "name_vectors", "name_dimensions", "name_nodes"):
             monkeypatch.setattr(model_export, step, lambda *_args: None)
@@ -299,7 +303,7 @@ def test_an_interruption_leaves_nothing_and_takes_nothing(
     assert [path.name for path in out.iterdir()] == ["old.txt"]
 
 
-def test_an_export_that_computes_something_else_is_not_kept(made: Callable[[str], Made], tmp_path: Path) -> None:
+def test_an_export_that_does_not_compute_the_model_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
     source, export = made("llama")
     model = load_model(open_source(source))
     model_export.check_export(model, export)

@@ -1,4 +1,4 @@
-"""The fallback route: optimum's graph carries the same slots, names and numbers as the fused one."""
+"""The fallback route: optimum's graph has the same slots, names and logits as the fused one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IDS = np.random.default_rng(1).integers(3, 259, 64).tolist()
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
 def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A torch model and its export, every slot in both: Gemma has post-norms, sliding layers and a tied head."""
+    """A torch model and its export with every slot. Gemma has post-norms, sliding layers and a tied head."""
     source = open_source(request.getfixturevalue(f"tiny_{request.param}"))
     folder = tmp_path_factory.mktemp("optimum") / request.param
     return load_model(source), export_model(source, folder, slot_set="all", route="optimum")
@@ -52,7 +52,7 @@ def _torch_logits(model: Any, ids: list[int]) -> NDArray[np.float32]:
 
 
 def _patch(graph: Graph, seed: int = 0) -> Patch:
-    """Every slot, ranks 0 to 2, sizes as the slots are."""
+    """Return a patch of every slot, with ranks from 0 to 2."""
     rng = np.random.default_rng(seed)
     deltas = {}
     for i, (key, slot) in enumerate(graph.folder.slots.items()):
@@ -79,22 +79,22 @@ def _in_chunks(graph: Graph, bound: Any, sizes: list[int]) -> NDArray[np.float32
 
 
 @pytest.mark.parametrize("sizes", [[64], [1, 20, 3, 40], [1] * 64], ids=["prefill", "chunked", "token by token"])
-def test_the_unpatched_graph_is_the_model(model: Any, graph: Graph, sizes: list[int]) -> None:
+def test_the_unpatched_graph_matches_the_model(model: Any, graph: Graph, sizes: list[int]) -> None:
     assert np.abs(_in_chunks(graph, graph.base, sizes) - _torch_logits(model, IDS)).max() < 1e-4
 
 
 @pytest.mark.parametrize("sizes", [[64], [1, 20, 3, 40], [1] * 64], ids=["prefill", "chunked", "token by token"])
-def test_a_patched_graph_is_the_hooked_model(model: Any, graph: Graph, sizes: list[int]) -> None:
+def test_a_patched_graph_matches_the_model_with_hooks(model: Any, graph: Graph, sizes: list[int]) -> None:
     patch = _patch(graph)
     got = _in_chunks(graph, graph.bind(patch), sizes)
     with patched(model, patch):
         wanted = _torch_logits(model, IDS)
-    assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.5  # the patch matters
+    assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.5  # the patch has an effect
     assert np.abs(got - wanted).max() < 2e-4
 
 
 @pytest.mark.parametrize("design", sorted({*ADAPTERS, *VARIANTS} - {"llama", "gemma3_text", "mixtral"}))
-def test_other_block_designs(design: str, tmp_path: Path) -> None:
+def test_other_block_designs_match_the_model(design: str, tmp_path: Path) -> None:
     source = open_source(tiny_model(tmp_path / "source", design))
     model = load_model(source)
     folder = ModelFolder.open(export_model(source, tmp_path / "export", slot_set="all", route="optimum"))
@@ -104,20 +104,20 @@ def test_other_block_designs(design: str, tmp_path: Path) -> None:
     patch = _patch(graph)
     with patched(model, patch):
         wanted = _torch_logits(model, IDS)
-    assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.3  # the patch matters
+    assert np.abs(wanted - _torch_logits(model, IDS)).max() > 0.3  # the patch has an effect
     assert np.abs(_in_chunks(graph, graph.bind(patch), sizes) - wanted).max() < 2e-4
 
 
-def test_what_optimum_has_no_configuration_for(tmp_path: Path) -> None:
-    """Mixtral goes through the fused route only, and the refusal says so in one line."""
+def test_an_architecture_without_a_configuration_in_optimum_is_refused(tmp_path: Path) -> None:
+    """Mixtral can be exported only through the fused route, and the error states this in one line."""
     source = open_source(tiny_model(tmp_path / "source", "mixtral"))
     with pytest.raises(ModelFormatError, match=r"got mixtral; .*--route fused"):
         export_model(source, tmp_path / "export", route="optimum")
     assert not (tmp_path / "export").exists()
 
 
-def test_unbound_slots_are_exactly_the_base(model: Any, graph: Graph, tmp_path: Path) -> None:
-    """Rank 0 by default, bound explicitly and after a patch: the same bits, and those of a graph without slots."""
+def test_unbound_slots_give_exactly_the_base(model: Any, graph: Graph, tmp_path: Path) -> None:
+    """Rank 0 as the default, bound explicitly, or after a patch gives exactly the logits of a graph without slots."""
     before = _in_chunks(graph, graph.base, [64])
     bare = trace(model, [])
     onnx_slots.save_graph(bare, tmp_path, [])
@@ -140,14 +140,14 @@ def test_unbound_slots_are_exactly_the_base(model: Any, graph: Graph, tmp_path: 
     assert np.array_equal(_in_chunks(graph, graph.bind(nothing), [64]), before)
 
 
-def test_last_logits_only(graph: Graph) -> None:
+def test_only_the_last_logits_are_returned_by_default(graph: Graph) -> None:
     every = graph.forward(IDS, graph.new_cache(graph.base), graph.base, all_logits=True)
     last = graph.forward(IDS, graph.new_cache(graph.base), graph.base)
     assert last.shape == (1, every.shape[1])
     assert np.abs(last[0] - every[-1]).max() < 1e-5
 
 
-def test_names_are_those_of_the_fused_graph(model: Any, case: tuple[Any, Path], request: Any) -> None:
+def test_inputs_and_outputs_have_the_names_of_the_fused_graph(model: Any, case: tuple[Any, Path], request: Any) -> None:
     graph = Graph(ModelFolder.open(case[1]), device="cpu")
     inputs = {value.name for value in graph.session.get_inputs()}
     layers = range(graph.folder.layers)
@@ -172,7 +172,7 @@ def test_weights_keep_their_names_and_are_stored_once(model: Any) -> None:
     assert set(large) == wanted
 
 
-def test_a_rewound_cache_goes_on_from_what_it_kept(graph: Graph) -> None:
+def test_a_rewound_cache_continues_from_the_kept_tokens(graph: Graph) -> None:
     for bound in (graph.base, graph.bind(_patch(graph))):
         cache = graph.new_cache(bound)
         graph.forward(IDS[:40], cache, bound)
@@ -194,7 +194,7 @@ def test_a_cache_belongs_to_its_patch(graph: Graph) -> None:
     assert cache.tokens == IDS[:4]
 
 
-def test_a_failed_run_leaves_the_cache(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_does_not_change_the_cache(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = graph.new_cache(graph.base)
     graph.forward(IDS[:10], cache, graph.base)
 
@@ -211,7 +211,7 @@ def test_a_failed_run_leaves_the_cache(graph: Graph, monkeypatch: pytest.MonkeyP
     assert np.abs(got - wanted).max() < 1e-4
 
 
-def test_a_default_patch_is_the_default(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_exported_default_patch_is_active_by_default(tiny_llama: Path, tmp_path: Path) -> None:
     source = open_source(tiny_llama)
     model = load_model(source)
     outputs, inputs = model.model.layers[0].mlp.down_proj.weight.shape
@@ -224,7 +224,7 @@ def test_a_default_patch_is_the_default(tiny_llama: Path, tmp_path: Path) -> Non
     assert np.abs(_in_chunks(graph, graph.default, [64]) - wanted).max() < 2e-4
 
 
-def test_optimum_itself_loads_the_folder(model: Any, case: tuple[Any, Path]) -> None:
+def test_optimum_loads_the_folder_and_generates_the_same_tokens(model: Any, case: tuple[Any, Path]) -> None:
     from optimum.onnxruntime import ORTModelForCausalLM
 
     loaded = ORTModelForCausalLM.from_pretrained(case[1])
@@ -236,7 +236,7 @@ def test_optimum_itself_loads_the_folder(model: Any, case: tuple[Any, Path]) -> 
     assert got.tolist() == model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
 
 
-def test_auto_falls_back_and_says_so(
+def test_auto_falls_back_to_optimum_with_a_warning(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_args: Any) -> None:
@@ -256,12 +256,12 @@ def test_auto_falls_back_and_says_so(
     assert not (tmp_path / "n").exists()
 
 
-def test_auto_takes_the_fused_route_where_it_can(tiny_llama_export: Path) -> None:
+def test_auto_uses_the_fused_route_if_it_works(tiny_llama_export: Path) -> None:
     assert ModelFolder.open(tiny_llama_export).route == "fused"
 
 
-def test_attention_of_its_own_is_noticed(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that passes transformers' attention interface by would otherwise lose its cache."""
+def test_a_model_with_its_own_attention_code_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does not use transformers' attention interface would otherwise lose its cache."""
     model = load_model(open_source(tiny_llama))
     attention = model.model.layers[1].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
@@ -269,7 +269,9 @@ def test_attention_of_its_own_is_noticed(tiny_llama: Path, monkeypatch: pytest.M
         model_export._trace(model, slots_of(model, "output"), "fused")
 
 
-def test_where_no_route_works_the_error_is_ours(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_no_route_can_export_raises_an_error_of_this_project(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_args: Any) -> None:
         raise RuntimeError("aten::strange is not supported\nand a page of advice")
 
@@ -283,7 +285,7 @@ def test_where_no_route_works_the_error_is_ours(tiny_llama: Path, monkeypatch: p
     assert {name: id(module) for name, module in model.named_modules()} == modules
 
 
-def test_an_unknown_architecture_or_route(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_unknown_architecture_or_route_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = load_model(open_source(tiny_llama))
     model.config.model_type = "strange"
     with pytest.raises(ModelFormatError, match="strange"):
@@ -292,7 +294,7 @@ def test_an_unknown_architecture_or_route(tiny_llama: Path, tmp_path: Path) -> N
         export_model(open_source(tiny_llama), tmp_path / "m", route="scenic")
 
 
-def test_every_slot_set_has_every_input(tiny_llama: Path) -> None:
+def test_every_slot_set_has_an_input_for_each_part(tiny_llama: Path) -> None:
     model = load_model(open_source(tiny_llama))
     for slot_set in SLOT_SETS:
         slots = slots_of(model, slot_set)

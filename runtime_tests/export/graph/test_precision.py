@@ -1,4 +1,4 @@
-"""Exports in every precision, patches fitted for one of them, and folders that repair themselves."""
+"""Exports in every precision, patches that are fitted for one precision, and repaired folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """A head tied to the table of tokens, as in small real models, and widths of whole blocks."""
+    """A model with a head tied to the embedding, as in small real models, and widths that are multiples of a block."""
     folder = tmp_path_factory.mktemp("tied")
     return open_source(tiny_model(folder, "llama", tie_word_embeddings=True, intermediate_size=128))
 
@@ -42,7 +42,7 @@ def model(source: Source) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """precision -> export."""
+    """The exported folders, by precision."""
     root = tmp_path_factory.mktemp("precisions")
     return {p: export_model(source, root / p, precision=p, route="fused") for p in ("fp32", *PRECISIONS)}
 
@@ -58,7 +58,9 @@ def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_precision_says_what_its_weights_say(folders: dict[str, Path], model: Any, precision: str) -> None:
+def test_each_precision_computes_with_its_quantised_weights(
+    folders: dict[str, Path], model: Any, precision: str
+) -> None:
     ids = torch.tensor([IDS])
     with torch.no_grad():
         exact = model(ids).logits[0]
@@ -68,20 +70,20 @@ def test_each_precision_says_what_its_weights_say(folders: dict[str, Path], mode
             with QuantisedStudent(model, quantised(precision)).whole():
                 wanted = model(ids).logits[0]
     got = logits(folders[precision])
-    # What is left is the rounding of activations, a fraction of what the weights lost.
+    # Only the rounding of activations is left, a fraction of the loss of the weights.
     assert divergence(wanted, got) < (1e-3 if precision in FLOAT_PRECISIONS else 0.02)
     assert divergence(exact, got) < (0.6 if precision.startswith("int4") else 0.02)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_float_patch_acts_on_each_precision(folders: dict[str, Path], precision: str) -> None:
+def test_a_patch_fitted_in_float_works_in_each_precision(folders: dict[str, Path], precision: str) -> None:
     patch = patch_for(ModelFolder.open(folders["fp32"]), scale=0.3)
     exact, patched = logits(folders["fp32"]), logits(folders["fp32"], patch)
-    here = logits(folders[precision], patch)
-    assert divergence(patched, here) < 0.3 * divergence(patched, exact)
+    got = logits(folders[precision], patch)
+    assert divergence(patched, got) < 0.3 * divergence(patched, exact)
 
 
-def test_the_tied_table_is_held_once(folders: dict[str, Path]) -> None:
+def test_the_tied_embedding_is_stored_once(folders: dict[str, Path]) -> None:
     graph = onnx.load(folders["int4-rtn"] / "model.onnx", load_external_data=False).graph
     lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
     head = [node for node in graph.node if node.op_type == "MatMulNBits"][-1]
@@ -92,17 +94,17 @@ def test_the_tied_table_is_held_once(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "mixtral", "qwen3_moe"])
 def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -> None:
-    """Conv1D, experts and a head with a soft cap are traced otherwise; an expert that no token chose has no rows."""
+    """Conv1D, experts and a head with a soft cap are traced differently. An expert that no token chose has no rows."""
     source = open_source(tiny_model(tmp_path / "source", architecture, hidden_size=64))
     folder = export_model(source, tmp_path / "out", precision="int4-rtn", route="fused")
     model = load_model(source)
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    left = {
+    in_float32 = {
         tensor.name
         for tensor in graph.initializer
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and tensor.name.endswith(".weight")
     }
-    assert left <= float_weights(model) | {"transformer.wpe.weight"}
+    assert in_float32 <= float_weights(model) | {"transformer.wpe.weight"}
     assert not any(node.op_type == "Gemm" for node in graph.node)
     with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
         wanted = model(torch.tensor([IDS])).logits[0]
@@ -110,7 +112,7 @@ def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -
     assert divergence(wanted, torch.from_numpy(steps)) < 0.02
 
 
-def test_precisions_take_the_room_their_bits_need(folders: dict[str, Path]) -> None:
+def test_the_size_of_an_export_follows_its_precision(folders: dict[str, Path]) -> None:
     sizes = {p: (folder / "model.onnx_data").stat().st_size for p, folder in folders.items()}
     assert sizes["fp16"] < 0.55 * sizes["fp32"] and sizes["bf16"] < 0.55 * sizes["fp32"]
     assert sizes["int4-rtn"] < 0.7 * sizes["int8"] < 0.3 * sizes["fp32"]
@@ -123,15 +125,15 @@ def test_fp16_slots_and_cache_are_float16(folders: dict[str, Path]) -> None:
     assert kinds["tp.0.mlp_out.a"] == kinds["past_key_values.0.key"] == onnx.TensorProto.FLOAT16
 
 
-def test_no_fp16_without_fused_operators(source: Source, tmp_path: Path) -> None:
+def test_fp16_without_fused_operators_is_refused(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="fp16"):
         export_model(source, tmp_path / "out", precision="fp16", route="optimum")
 
 
-# -- students --------------------------------------------------------------------------------------------------
+# -- students ------------------------------------------------------------------------------------------------
 
 
-def test_the_student_leaves_the_model_as_it_was(model: Any) -> None:
+def test_the_student_restores_the_weights_of_the_model(model: Any) -> None:
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     student = QuantisedStudent(model, quantised("int4-rtn"))
     with student.whole():
@@ -144,7 +146,7 @@ def test_a_float_precision_has_nothing_to_repair(source: Source, model: Any) -> 
         student_of(source, model, "fp16")
 
 
-def test_neither_prompt_nor_precision(source: Source, model: Any) -> None:
+def test_a_patch_needs_a_prompt_or_a_student_precision(source: Source, model: Any) -> None:
     with pytest.raises(CalibrationError, match="student-precision"):
         make_patch(source, model, None, QUESTIONS[:4], [], Recipe(), name="nothing")
 
@@ -160,7 +162,7 @@ def test_a_repair_closes_part_of_the_quantisation_loss(repair: Patch) -> None:
     assert repair.config.fidelity is not None and repair.config.fidelity["gap_closed"] > 0.2
 
 
-def test_a_repair_repairs_the_exported_graph(
+def test_a_repair_closes_part_of_the_gap_of_the_exported_graph(
     repair: Patch, folders: dict[str, Path], source: Source, model: Any
 ) -> None:
     graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
@@ -169,20 +171,20 @@ def test_a_repair_repairs_the_exported_graph(
     assert measure_fidelity(dialogues, TorchStudent(model), *students).gap_closed > 0.2
 
 
-def test_a_repair_acts_on_its_own_precision_alone(repair: Patch, folders: dict[str, Path]) -> None:
+def test_a_repair_of_another_precision_is_refused(repair: Patch, folders: dict[str, Path]) -> None:
     for other in ("fp32", "int8", "int4-symmetric"):
         with pytest.raises(BaseMismatchError, match="int4-rtn"):
             logits(folders[other], repair)
 
 
-def test_a_prompt_and_the_repair_in_one_patch(source: Source, model: Any) -> None:
+def test_one_patch_can_contain_a_prompt_and_the_repair(source: Source, model: Any) -> None:
     recipe = Recipe(student_precision="int4-rtn", max_new_tokens=16)
     patch = make_patch(source, model, "Talk like a pirate.", QUESTIONS[:14], QUESTIONS[14:], recipe, name="pirate")
     assert patch.config.context_digest and patch.config.precision == "int4-rtn"
     assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
 
 
-# -- folders that repair themselves ----------------------------------------------------------------------------
+# -- repaired folders ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ def repaired(source: Source, repair: Patch, tmp_path_factory: pytest.TempPathFac
         return export_model(source, out, precision="int4-rtn", route="fused", repair=True)
 
 
-def test_the_base_of_a_repaired_folder_is_the_repaired_one(
+def test_the_base_of_a_repaired_folder_includes_the_repair(
     repaired: Path, folders: dict[str, Path], repair: Patch
 ) -> None:
     assert (repaired / DEFAULT_FILE).is_file()
@@ -213,7 +215,7 @@ def test_float_patches_are_added_to_the_repair(repaired: Path, folders: dict[str
     assert np.abs(graph.run(IDS, bound) - both.numpy()).max() < 1e-4
 
 
-def test_patches_fitted_for_the_precision_take_the_place_of_the_repair(
+def test_patches_fitted_for_the_precision_replace_the_repair(
     repaired: Path, folders: dict[str, Path], repair: Patch
 ) -> None:
     graph = Graph(ModelFolder.open(repaired), "cpu")
@@ -228,7 +230,9 @@ def test_strength_zero_is_the_repaired_base(repaired: Path, repair: Patch) -> No
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "int8", "patch": "one"}])
-def test_repairs_that_make_no_sense(source: Source, tmp_path: Path, repair: Patch, options: dict[str, Any]) -> None:
+def test_a_repair_of_a_float_export_or_together_with_a_patch_is_refused(
+    source: Source, tmp_path: Path, repair: Patch, options: dict[str, Any]
+) -> None:
     if "patch" in options:
         options = {**options, "patch": patch_for(ModelFolder.open(_any(source, tmp_path)))}
     with pytest.raises(ModelFormatError, match="repair"):
@@ -243,4 +247,6 @@ def test_rotary_tables_are_computed_from_frequencies(folders: dict[str, Path]) -
     graph = onnx.load(folders["fp32"] / "model.onnx", load_external_data=False).graph
     assert {node.op_type for node in graph.node} & {"Cos", "Sin"} == {"Cos", "Sin"}
     assert not any(node.op_type in ("RotaryEmbedding", "Transpose") for node in graph.node)
-    assert all(node.input[1] == "" for node in graph.node if node.op_type == "GroupQueryAttention")  # packed
+    assert all(
+        node.input[1] == "" for node in graph.node if node.op_type == "GroupQueryAttention"
+    )  # queries, keys and values are packed in the first input

@@ -1,4 +1,4 @@
-"""Right and wrong answers: which file holds them, what counts, and what of the prompted model's the patch keeps."""
+"""Right and wrong answers: the file of expected answers, which answers count, and how many a patch keeps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, *lines: Any) -> Path:
     return file
 
 
-def test_one_file_gives_queries_and_answers(tmp_path: Path) -> None:
+def test_queries_and_answers_are_read_from_one_file(tmp_path: Path) -> None:
     file = write(tmp_path, *LINES, "A query without an answer?", {"query": "Nor has this?", "id": 3})
     assert load_questions(file) == ["Who leads it?", "When?", "A query without an answer?", "Nor has this?"]
     assert load_answers(file) == {"Who leads it?": "Ingrid", "When?": "nine"}
@@ -38,38 +38,38 @@ def test_one_file_gives_queries_and_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [{"answer": "x"}, {"query": "x", "answer": " "}, {"query": "x", "answer": 7}])
-def test_half_an_entry_is_refused(tmp_path: Path, line: Any) -> None:
+def test_an_entry_without_a_query_or_an_answer_is_refused(tmp_path: Path, line: Any) -> None:
     with pytest.raises(CalibrationError, match=r"held\.jsonl, line 1.*wanted"):
         load_answers(write(tmp_path, line))
 
 
 @pytest.mark.parametrize("line", [{"answer": "x"}, {"query": 3, "answer": "x"}, 3])
-def test_a_line_that_is_no_query_is_refused(tmp_path: Path, line: Any) -> None:
+def test_a_line_without_a_query_is_refused(tmp_path: Path, line: Any) -> None:
     with pytest.raises(CalibrationError, match="the file holds an entry that is not text"):
         load_questions(write(tmp_path, line))
 
 
-def test_what_counts(tiny_llama: Path) -> None:
-    """Prompted 3 of 4, patched 2 of 4, of which 2 are among the prompted model's 3."""
+def test_answers_that_contain_the_expected_words_count_as_correct(tiny_llama: Path) -> None:
+    """The prompted model answers 3 of 4 correctly. The patched one answers 2 of 4 correctly, both among those 3."""
     source = open_source(tiny_llama)
     answers = {"a?": "Nine", "b?": "six", "c?": "Oyelaran", "d?": "16"}
-    asked = []
+    prompts_run = []
 
-    def says(*texts: str) -> Answers:
+    def answering(*texts: str) -> Answers:
         def run(prompts: Any, _label: str) -> list[tuple[int, ...]]:
-            asked.append(source.codec.decode(prompts[0]))
+            prompts_run.append(source.codec.decode(prompts[0]))
             return [tuple(source.codec.render(text, raw=True)) for text in texts]
 
         return run
 
-    prompted = says("It is NINE.", "At six.", "Marta Oyelaran", "no")
-    unpatched = says("ninety", "sixteen", "no", "it is 16")  # whole words only: 36 is not 6
-    patched = says("nine", "seven", "oyelaran", "116")
+    prompted = answering("It is NINE.", "At six.", "Marta Oyelaran", "no")
+    unpatched = answering("ninety", "sixteen", "no", "it is 16")  # only whole words count: 36 is not 6
+    patched = answering("nine", "seven", "oyelaran", "116")
     found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched)
     assert (found.prompted, found.unpatched, found.patched) == (3 / 4, 1 / 4, 2 / 4)
     assert found.kept == pytest.approx(2 / 3) and found.questions == 4
     assert found.to_dict()["accuracy_kept"] == 0.6667
-    assert ["Context" in text for text in asked] == [True, False, False]
+    assert ["Context" in text for text in prompts_run] == [True, False, False]
     with pytest.raises(CalibrationError, match="no question has an expected answer"):
         measure_accuracy(source, "Context", {}, prompted, unpatched, patched)
 
@@ -82,6 +82,6 @@ def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llam
     dialogues = [Dialogue(tuple(source.codec.render("Hello", "Talk like a pirate.")), tuple(prompts[0]), (5, 6, 7))]
     patch = patch_for(graph.folder, scale=0.3)
     patch = Patch(patch.deltas, patch.config, choose_entries(model, dialogues, entries).numpy() if entries else None)
-    for under in (None, patch):
-        by_torch = torch_answers(source, model, under, 6)(prompts, "")
-        assert runtime_answers(source, graph, under, 6)(prompts, "") == by_torch
+    for choice in (None, patch):
+        by_torch = torch_answers(source, model, choice, 6)(prompts, "")
+        assert runtime_answers(source, graph, choice, 6)(prompts, "") == by_torch

@@ -1,4 +1,4 @@
-"""The edge half against transformers and torch: the ids and the text of TextCodec."""
+"""The edge half compared with transformers: the ids and the text of TextCodec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from runtime_tests.runtime.text.test_codec import byte_level_folder, sentencepiece_folder
 from tp_runtime.text import TextCodec
 
-# Everything a template may use beyond the plain language, in one.
+# This template uses everything that transformers offers beyond plain Jinja.
 EVERYTHING = """{% set ns = namespace(n=0) %}
     {% for message in messages %}
         {% if message.role == 'tool' %}{% continue %}{% endif %}
@@ -44,7 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chat_equals_transformers(folder: Path, messages: list[Any], add_generation_prompt: bool) -> None:
+def test_chat_ids_equal_those_of_transformers(folder: Path, messages: list[Any], add_generation_prompt: bool) -> None:
     reference = AutoTokenizer.from_pretrained(str(folder))
     codec = TextCodec.from_folder(folder)
     assert codec.style == "chat"
@@ -54,7 +54,7 @@ def test_chat_equals_transformers(folder: Path, messages: list[Any], add_generat
     assert codec.decode(want, skip_special_tokens=False) == reference.decode(want)
 
 
-def test_everything_a_template_may_use(tmp_path: Path) -> None:
+def test_everything_a_template_may_use_is_supported(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model", EVERYTHING)
     reference = AutoTokenizer.from_pretrained(str(folder))
     messages = [{"role": "user", "content": "é <b>", "name": "x"}, {"role": "tool", "content": "skipped"}]
@@ -64,12 +64,12 @@ def test_everything_a_template_may_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["What is the token?", " two  spaces\n", "漢字 👩‍👩‍👧 e\u0301"])
-def test_raw_equals_transformers(folder: Path, text: str) -> None:
+def test_raw_ids_equal_those_of_transformers(folder: Path, text: str) -> None:
     reference = AutoTokenizer.from_pretrained(str(folder))
     codec = TextCodec.from_folder(folder)
     want = reference(text)["input_ids"]
     if want[-1] == reference.convert_tokens_to_ids("<eos>"):
-        want = want[:-1]  # an EOS after the prompt would end what is to be continued
+        want = want[:-1]  # an EOS after the prompt would end the text that the model continues
     assert codec.render(text, raw=True) == want
     assert TextCodec.from_folder(folder, "completion").render(text) == want
     assert codec.decode(want) == text

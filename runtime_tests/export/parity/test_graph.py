@@ -1,6 +1,6 @@
-"""The edge half against transformers and torch: logits of a graph in a session, under patches and over caches.
+"""The edge half compared with torch: logits of a graph in a session, with patches and caches.
 
-Tiny Llama has one slot a layer, tiny Gemma every slot and sliding layers.
+Tiny Llama has one slot in each layer; tiny Gemma has every slot and layers with a sliding window.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def gemma(tiny_gemma: Path, tiny_gemma_export: Path) -> tuple[Any, Graph]:
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("rank", [None, 0, 1, 4, 60])
-def test_logits_are_those_of_torch(pair: tuple[Any, Graph], rank: int | None, chunks: tuple[int, ...]) -> None:
+def test_logits_match_those_of_torch(pair: tuple[Any, Graph], rank: int | None, chunks: tuple[int, ...]) -> None:
     model, graph = pair
     patch = None if rank is None else patch_for(graph.folder, seed=1, rank=rank, scale=0.2)
     wanted = torch_logits(model, IDS, patch)
     assert furthest(graph_logits(graph, IDS, graph.bind(patch), chunks), wanted) < TOLERANCE
     if patch is not None:
-        assert furthest(wanted, torch_logits(model, IDS)) > 0.1  # or the patch tests nothing
+        assert furthest(wanted, torch_logits(model, IDS)) > 0.1  # otherwise the patch has no effect
 
 
 @pytest.mark.parametrize("site", ("mlp_out", "gate", "up", "q", "k", "v", "o", "down"))
-def test_every_site_acts_where_torch_has_it(gemma: tuple[Any, Graph], site: str) -> None:
+def test_every_site_has_the_effect_of_its_hook_in_torch(gemma: tuple[Any, Graph], site: str) -> None:
     model, graph = gemma
     whole, base = patch_for(graph.folder, seed=2, rank=3, scale=0.5), torch_logits(model, IDS)
     for layer in range(graph.folder.layers):
-        alone = Patch({(layer, site): whole.deltas[layer, site]}, whole.config)
-        wanted = torch_logits(model, IDS, alone)
+        one_slot = Patch({(layer, site): whole.deltas[layer, site]}, whole.config)
+        wanted = torch_logits(model, IDS, one_slot)
         assert furthest(wanted, base) > 30 * TOLERANCE
-        assert furthest(graph_logits(graph, IDS, graph.bind(alone)), wanted) < TOLERANCE
+        assert furthest(graph_logits(graph, IDS, graph.bind(one_slot)), wanted) < TOLERANCE
 
 
-def test_parts_of_a_pair_need_each_other_and_nothing_else(pair: tuple[Any, Graph]) -> None:
-    """Mixed ranks over the layers, a pair without a bias, a bias without a pair, a layer left out."""
+def test_pairs_biases_and_layers_are_independent_of_each_other(pair: tuple[Any, Graph]) -> None:
+    """The patch has mixed ranks, a pair without a bias, a bias without a pair, and a layer without a delta."""
     model, graph = pair
     wide, narrow = (patch_for(graph.folder, seed=3, rank=rank, scale=0.2) for rank in (9, 2))
     one, two = wide.deltas[0, "mlp_out"], narrow.deltas[1, "mlp_out"]
@@ -67,13 +67,13 @@ def test_parts_of_a_pair_need_each_other_and_nothing_else(pair: tuple[Any, Graph
     assert furthest(graph_logits(graph, IDS, graph.bind(patch)), wanted) < TOLERANCE
 
 
-def test_sliding_layers_forget_what_left_the_window(gemma: tuple[Any, Graph]) -> None:
+def test_sliding_layers_do_not_attend_beyond_their_window(gemma: tuple[Any, Graph]) -> None:
     model, graph = gemma
     ids = token_ids(40, seed=3)
     wanted = torch_logits(model, ids)
     for chunks in ((), (1,) * 40, (7, 9, 8, 16)):
         assert furthest(graph_logits(graph, ids, chunks=chunks), wanted) < TOLERANCE
-    # Without windows the logits would be others, by far more than the tolerance.
+    # Without the windows, the logits would differ by far more than the tolerance.
     windows = [layer.self_attn.sliding_window for layer in model.model.layers]
     assert windows == [8, None, 8]
     sliding, model.config.sliding_window = model.config.sliding_window, 64
@@ -83,7 +83,7 @@ def test_sliding_layers_forget_what_left_the_window(gemma: tuple[Any, Graph]) ->
         model.config.sliding_window = sliding
 
 
-def test_algebra_holds_in_the_graph(pair: tuple[Any, Graph]) -> None:
+def test_sums_and_strengths_of_patches_match_torch(pair: tuple[Any, Graph]) -> None:
     model, graph = pair
     p, q = (patch_for(graph.folder, seed=seed, rank=3, scale=0.2) for seed in (5, 6))
     for expression in (-p, 0.5 * p, p + q, p - 0.25 * q):
@@ -92,7 +92,7 @@ def test_algebra_holds_in_the_graph(pair: tuple[Any, Graph]) -> None:
     assert furthest(graph_logits(graph, IDS, graph.bind(p - p)), graph_logits(graph, IDS)) < TOLERANCE
 
 
-def test_a_cache_that_grows_keeps_what_it_holds(pair: tuple[Any, Graph]) -> None:
+def test_a_growing_cache_keeps_its_content(pair: tuple[Any, Graph]) -> None:
     model, graph = pair
     ids = token_ids(330, seed=4)
     patch = patch_for(graph.folder, seed=4, scale=0.2)

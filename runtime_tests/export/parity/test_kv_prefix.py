@@ -1,4 +1,4 @@
-"""The edge half against transformers and torch: KV prefixes; all entries are the cached prompt, and exact."""
+"""The edge half compared with torch: KV prefixes. A prefix of all entries is the cached prompt and is exact."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOLERANCE = 2e-2  # entries are stored in half precision
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
 def pair(request: pytest.FixtureRequest) -> tuple[Any, PatchedModel]:
-    """A torch model and the runtime over its export."""
+    """A torch model, and the runtime's model of its export."""
     source, export = (request.getfixturevalue(f"tiny_{request.param}{end}") for end in ("", "_export"))
     return load_model(open_source(source)), PatchedModel.from_pretrained(export, device="cpu")
 
@@ -58,7 +58,7 @@ def replace_deltas(patch: Patch) -> Patch:
     return Patch({}, patch.config)
 
 
-def test_all_entries_are_the_cached_prompt(pair: tuple[Any, PatchedModel]) -> None:
+def test_a_prefix_of_all_entries_equals_the_cached_prompt(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
     whole = prefixed(torch_model, model, 10_000)
     assert whole.prefix is not None
@@ -67,11 +67,11 @@ def test_all_entries_are_the_cached_prompt(pair: tuple[Any, PatchedModel]) -> No
         got = model.logits(dialogue.student(), patch=whole)
         assert furthest(got, wanted) < TOLERANCE
         without = model.logits(dialogue.student(), patch=None)
-        assert furthest(without[-len(wanted) :], wanted) > 10 * TOLERANCE  # or the context does nothing
+        assert furthest(without[-len(wanted) :], wanted) > 10 * TOLERANCE  # otherwise the context has no effect
 
 
 @pytest.mark.parametrize("entries", [1, 5])
-def test_some_entries_and_deltas_are_what_torch_computes(pair: tuple[Any, PatchedModel], entries: int) -> None:
+def test_some_entries_together_with_deltas_match_torch(pair: tuple[Any, PatchedModel], entries: int) -> None:
     torch_model, model = pair
     patch = prefixed(torch_model, model, entries, patch_for(model.graph.folder, seed=2, scale=0.2))
     assert patch.prefix is not None and len(patch.prefix) == entries
@@ -79,7 +79,7 @@ def test_some_entries_and_deltas_are_what_torch_computes(pair: tuple[Any, Patche
     lead = len(patch.prefix.replaces)
     wanted = TorchStudent(torch_model, patch)(ids, lead).numpy()
     assert furthest(model.logits(ids, patch=patch), wanted) < 1e-3
-    # the same over a growing cache, and again after it was wound back
+    # The same holds on a growing cache, and again after the cache was rewound.
     bound = model.graph.bind(patch)
     cache = model.graph.new_cache(bound)
     for _ in range(2):
@@ -89,8 +89,8 @@ def test_some_entries_and_deltas_are_what_torch_computes(pair: tuple[Any, Patche
         del cache.tokens[lead + 3 :]
 
 
-def test_the_entries_attended_to_most_are_kept(pair: tuple[Any, PatchedModel]) -> None:
-    """The one kept entry of a head is at the position to which the completion rows attend most."""
+def test_the_entries_with_the_most_attention_are_kept(pair: tuple[Any, PatchedModel]) -> None:
+    """If each head keeps one entry, it is at the position that the completion rows attend to most."""
     torch_model, model = pair
     found = dialogues(model)
     whole, one = choose_entries(torch_model, found, 10_000), choose_entries(torch_model, found, 1)
@@ -105,18 +105,20 @@ def test_the_entries_attended_to_most_are_kept(pair: tuple[Any, PatchedModel]) -
         assert np.array_equal(one.keys[0][0, head, 0], whole.keys[0][0, head, position])
 
 
-def test_generation_follows_the_prefix_and_a_cache_goes_on(pair: tuple[Any, PatchedModel]) -> None:
+def test_generation_uses_the_prefix_and_can_continue_on_a_cache(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
     patch = prefixed(torch_model, model, 10_000)
     prompted = list(model.stream("Hello", system=CONTEXT, patch=None, max_new_tokens=6))
     cache = model.new_cache(patch=patch)
     assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
-    assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted  # wound back
+    assert (
+        list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
+    )  # this request rewinds the cache
     with pytest.raises(StaleCacheError):
         model.generate("Hello", patch=None, cache=cache)
 
 
-def test_files_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedModel]) -> None:
+def test_prefixes_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
     patch = prefixed(torch_model, model, 3)
     assert patch.prefix is not None
@@ -131,7 +133,7 @@ def test_files_of_another_model_are_refused_when_bound(pair: tuple[Any, PatchedM
         replace(patch.prefix, entries=huge).check_dtype(np.float16)
 
 
-def test_what_a_prefix_cannot_stand_in_for_is_found_before_the_rollout(tiny_llama: Path) -> None:
+def test_prompts_that_a_prefix_cannot_replace_are_refused_before_the_rollout(tiny_llama: Path) -> None:
     source = open_source(tiny_llama)
     config = load_model(source).config
     prompts = [(source.codec.render(query, CONTEXT), source.codec.render(query)) for query in QUERIES]
@@ -141,12 +143,12 @@ def test_what_a_prefix_cannot_stand_in_for_is_found_before_the_rollout(tiny_llam
     window = SimpleNamespace(sliding_window=64, layer_types=["sliding_attention", "full_attention"])
     with pytest.raises(CalibrationError, match="sliding window"):
         check_prefix(prompts, 3, None, window, 8)
-    check_prefix(prompts, 10_000, None, window, 8)  # every entry at its own place
+    check_prefix(prompts, 10_000, None, window, 8)  # every entry is at its own position
     with pytest.raises(CalibrationError, match="one fixed beginning"):
         check_prefix([*prompts, (prompts[0][0][1:], prompts[0][1])], 3, None, config, 8)
 
 
-def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
+def test_formats_that_contain_only_weights_refuse_a_prefix(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
     torch_model, model = pair
     patch = prefixed(torch_model, model, 4, patch_for(model.graph.folder, seed=3))
     for write in (
@@ -159,7 +161,7 @@ def test_forms_that_carry_weights_alone_refuse_it(pair: tuple[Any, PatchedModel]
     assert not list(tmp_path.iterdir())
 
 
-def test_prompts_that_differ_elsewhere_take_no_prefix(pair: tuple[Any, PatchedModel]) -> None:
+def test_prompts_without_one_fixed_beginning_cannot_have_a_prefix(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
     one, other, *_ = dialogues(model)
     with pytest.raises(CalibrationError, match="one fixed beginning"):

@@ -1,4 +1,4 @@
-"""The edge half against transformers and torch: a probe that torch made."""
+"""The edge half compared with torch: a probe that was measured with torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, probe
 
-__all__ = ["graph", "patch"]  # fixtures, by being here
+__all__ = ["graph", "patch"]  # pytest finds these fixtures by their names here
 
 
-def test_a_probe_made_by_torch_passes_on_the_graph(graph: Graph, patch: Patch, tiny_llama: Path) -> None:
+def test_a_probe_measured_with_torch_passes_on_the_graph(graph: Graph, patch: Patch, tiny_llama: Path) -> None:
     logits = torch_logits(load_model(open_source(tiny_llama)), IDS, patch)
     found = probe.check_probe(graph, probed(patch, logits))
     assert found.ok and found.live and found.top1_agreement == 1

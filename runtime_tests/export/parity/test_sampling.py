@@ -1,4 +1,4 @@
-"""The edge half against transformers and torch: what sampling keeps, and with which probabilities."""
+"""The edge half compared with transformers: the ids that sampling keeps, and their probabilities."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from tp_runtime.generation.sampling import candidates
     ],
 )
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_kept_set_and_probabilities_equal_transformers(seed: int, temperature: float, settings: dict[str, Any]) -> None:
+def test_kept_ids_and_probabilities_equal_those_of_transformers(
+    seed: int, temperature: float, settings: dict[str, Any]
+) -> None:
     logits = row(seed)
     logits[::7] = -np.inf
     history = [5, 5, 7, int(logits.argmax())]
@@ -57,7 +59,7 @@ def test_kept_set_and_probabilities_equal_transformers(seed: int, temperature: f
 
 
 def _after_penalty(logits: np.ndarray, history: list[int], sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    # The penalty written out, one token at a time, apart from the code under test.
+    # The penalty is written out for one token at a time, independently of the code under test.
     scores = logits.astype(np.float64)
     for token in set(history):
         up, down = scores[token] / sampling.repetition_penalty, scores[token] * sampling.repetition_penalty

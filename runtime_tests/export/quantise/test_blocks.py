@@ -1,4 +1,4 @@
-"""Blocks of few bits: what they hold is what is computed with."""
+"""Blocks of quantised weights: ONNX Runtime computes with their dequantised values."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     blocks = quantised(name).linear(weight)
     found = blocks.dequantised()
     assert found.shape == weight.shape
-    # One step: half of one, and as much again where a zero point is a whole number. k-quant also narrows the range
-    # where that is better for the block as a whole, and clips what lies outside: 1.2 steps at most in 1,500 matrices.
+    # The bound is one step: half a step for rounding, and another half if the zero point is a whole number. k-quant
+    # also narrows the range if that is better for the whole block, and clips values outside it: by 1.2 steps at most in
+    # 1,500 matrices.
     steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
     bound = 1.5 if name == "int4-k-quant" else 1.01
     assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
@@ -71,22 +72,22 @@ def _product(blocks: Blocks, x: np.ndarray, accuracy_level: int) -> np.ndarray:
     return found
 
 
-def test_weights_of_sixteen_levels_survive_four_bits() -> None:
+def test_weights_with_sixteen_levels_are_exact_in_four_bits() -> None:
     weight = np.random.default_rng(0).integers(-8, 8, (64, 8)).astype(np.float32)
     weight[0::BLOCK], weight[1::BLOCK] = -8, 7  # every block spans the whole range
     assert np.array_equal(quantised("int4-rtn").linear(weight).dequantised(), weight)
 
 
-def test_int4_is_the_quantiser_that_loses_least() -> None:
+def test_int4_selects_the_quantiser_with_the_least_loss() -> None:
     losses = dict(zip(INT4, (0.3, 0.1, 0.2), strict=True))
     assert resolve("int4", lambda precision: losses[precision.name]) == INT4[1]
     assert resolve("int8", lambda _precision: pytest.fail("nothing to choose")) == "int8"
 
 
-def test_every_precision_of_an_export_is_one_that_a_folder_may_have() -> None:
+def test_a_folder_accepts_exactly_the_precisions_of_the_exporter() -> None:
     assert set(PRECISIONS) - {MEASURED} == set(description.PRECISIONS)
 
 
-def test_unknown_precision() -> None:
+def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ModelFormatError, match="int4-k-quant"):
         resolve("int3", lambda _precision: 0.0)

@@ -1,3 +1,5 @@
+"""Files of queries: the built-in questions, the file formats, and the split into fitted and held-out queries."""
+
 from __future__ import annotations
 
 import difflib
@@ -31,7 +33,7 @@ def test_no_two_built_in_questions_are_nearly_the_same() -> None:
             assert not alike, (question, other)
 
 
-def test_text_lines_are_stripped_and_comments_blanks_and_repetitions_dropped(tmp_path: Path) -> None:
+def test_text_lines_are_stripped_and_comments_blank_lines_and_repetitions_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text("\ufeff# a comment\n  Hello?  \n\n  # another\nWhy # not?\nhello?\nWhy # not?\n", encoding="utf-8")
     assert load_questions(path) == ["Hello?", "Why # not?"]
@@ -55,7 +57,7 @@ def test_json_keeps_lines_that_look_like_comments(tmp_path: Path, suffix: str) -
         ("q.json", b'{"a": 1}', "a list of strings"),
         ("q.json", b'["a", 1]', "a list of strings"),
         ("q.json", b'["a",', "cannot be read"),
-        ("q.jsonl", b'"a"\n{"text": "b"}', "a list of strings"),
+        ("q.jsonl", b'"a"\n{"text": "b"}', "lines with a JSON string"),
         ("q.txt", b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -67,12 +69,12 @@ def test_a_file_without_queries_is_refused(tmp_path: Path, name: str, content: b
     assert name in str(caught.value)
 
 
-def test_a_missing_file_is_the_systems_error(tmp_path: Path) -> None:
+def test_a_missing_file_raises_the_systems_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_questions(tmp_path / "none.txt")
 
 
-def test_the_split_is_a_partition_in_order_and_repeats() -> None:
+def test_the_split_is_a_repeatable_partition_in_order() -> None:
     questions = load_questions(None)
     fit, held = split_holdout(questions, 40, seed=7)
     assert (fit, held) == split_holdout(questions, 40, seed=7)
@@ -81,7 +83,7 @@ def test_the_split_is_a_partition_in_order_and_repeats() -> None:
     assert held != split_holdout(questions, 40, seed=8)[1]
 
 
-def test_the_split_does_not_depend_on_order_and_barely_on_additions() -> None:
+def test_the_split_does_not_depend_on_order_and_hardly_on_additions() -> None:
     questions = load_questions(None)
     _, held = split_holdout(questions, 40, seed=0)
     assert set(split_holdout(questions[::-1], 40, seed=0)[1]) == set(held)
@@ -89,7 +91,7 @@ def test_the_split_does_not_depend_on_order_and_barely_on_additions() -> None:
     assert len(set(grown) & set(held)) >= 39
 
 
-def test_nothing_held_out_leaves_all_to_fit() -> None:
+def test_a_holdout_of_zero_leaves_all_queries_to_fit() -> None:
     assert split_holdout(["a", "b"], 0, seed=0) == (["a", "b"], [])
 
 
@@ -99,7 +101,7 @@ def test_holding_out_everything_is_refused(holdout: int) -> None:
         split_holdout(["a", "b"], holdout, seed=0)
 
 
-def test_equal_fitted_and_held_out_queries_are_named() -> None:
+def test_queries_that_are_fitted_and_held_out_are_named() -> None:
     check_disjoint(["a", "b"], ["c"])
     with pytest.raises(CalibrationError, match=r"'WHO  are you\?'"):
         check_disjoint(["Hi", "Who are you? "], ["Bye", "WHO  are you?"])

@@ -1,4 +1,4 @@
-"""Self-study: what is asked about, what counts as a question, and the command that writes them."""
+"""Self-study: the statements that questions are written about, what counts as a question, and the command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ok
 """
 
 
-def test_every_line_and_sentence_is_asked_about() -> None:
+def test_every_line_and_sentence_is_a_statement() -> None:
     assert statements(DOCUMENT) == [
         "We open at nine.",
         "We close at six.",
@@ -46,35 +46,39 @@ def test_every_line_and_sentence_is_asked_about() -> None:
         ("2024 was the year of what?", "2024 was the year of what?"),
     ],
 )
-def test_the_question_is_taken_out_of_an_answer(answer: str, question: str | None) -> None:
+def test_the_question_is_extracted_from_an_answer(answer: str, question: str | None) -> None:
     assert question_in(answer) == question
 
 
 def fake_answers(monkeypatch: pytest.MonkeyPatch, source: Any, texts: list[str]) -> list[dict[str, Any]]:
-    """Have the rollout answer with `texts`, one after the other and round again."""
-    asked: list[dict[str, Any]] = []
+    """Make the rollout answer with `texts` in a cycle, and returns the list of the requests that it gets."""
+    requests: list[dict[str, Any]] = []
 
     def complete(_model: Any, prompts: Any, *_: Any, **options: Any) -> list[tuple[int, ...]]:
-        answers = [texts[(len(asked) + i) % len(texts)] for i in range(len(prompts))]
-        asked.extend({"prompt": source.codec.decode(prompt), **options} for prompt in prompts)
+        answers = [texts[(len(requests) + i) % len(texts)] for i in range(len(prompts))]
+        requests.extend({"prompt": source.codec.decode(prompt), **options} for prompt in prompts)
         return [tuple(source.codec.render(text, raw=True)) for text in answers]
 
     monkeypatch.setattr(self_study, "complete", complete)
-    return asked
+    return requests
 
 
-def test_every_round_asks_about_every_line_with_the_document_in_front(
+def test_every_round_asks_about_every_line_and_includes_the_document(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(tiny_llama)
-    asked = fake_answers(monkeypatch, source, ["When does it open?", "when does  it open?", "Nine.", "Who leads it?"])
+    requests = fake_answers(
+        monkeypatch, source, ["When does it open?", "when does  it open?", "Nine.", "Who leads it?"]
+    )
     assert write_questions(source, MODEL, DOCUMENT, 6) == ["When does it open?", "Who leads it?"]
-    assert len(asked) == 6 * 4 and len({(a["prompt"], a["seed"]) for a in asked}) == len(asked)
-    assert all("We close at six." in a["prompt"] for a in asked)
-    assert asked[0]["temperature"] == 0 < asked[-1]["temperature"]  # greedy once a wording, then sampled
+    assert len(requests) == 6 * 4 and len({(r["prompt"], r["seed"]) for r in requests}) == len(requests)
+    assert all("We close at six." in r["prompt"] for r in requests)
+    assert requests[0]["temperature"] == 0 < requests[-1]["temperature"]  # greedy once per wording, then sampled
 
 
-def test_nothing_to_write_is_refused(tiny_llama: Path, tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_without_questions_is_refused(
+    tiny_llama: Path, tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(tiny_llama)
     fake_answers(monkeypatch, source, ["No idea."])
     with pytest.raises(CalibrationError, match="wrote no question"):
@@ -105,7 +109,7 @@ def test_the_command_writes_the_file_or_nothing(
 
 
 def test_a_real_rollout_runs(tiny_llama: Path) -> None:
-    """Random weights write no question; everything up to that works."""
+    """A model with random weights writes no question, but every step before that works."""
     source = open_source(tiny_llama)
     with pytest.raises(CalibrationError, match="4 answers"):
         write_questions(source, load_model(source), DOCUMENT, 1)

@@ -1,4 +1,4 @@
-"""`tp-export report`: what it measures against direct formulas, the page, the summary in the file, bad input."""
+"""`tp-export report`: its measurements compared with direct formulas, the page, the summary in the file, bad input."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def model(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def report(files: list[Path], tiny_llama: Path, tiny_llama_export: Path, model: Any) -> Report:
-    """Everything measured of two patches, through the exported graph where that is measured there."""
+    """The full report of two patches; measurements of the runtime use the exported graph."""
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     setup = measure.Setup(open_source(tiny_llama), model, graph, 6, 8, compare.METHODS, (2, 8))
     subjects = []
@@ -84,7 +84,7 @@ def report(files: list[Path], tiny_llama: Path, tiny_llama_export: Path, model: 
 
 @pytest.fixture(scope="module")
 def whole(report: Report) -> tuple[dict[str, Any], str]:
-    """Its JSON and its page."""
+    """The JSON and the page of the report."""
     return json.loads(json.dumps(report.to_dict())), render_page(report)
 
 
@@ -93,19 +93,19 @@ def dialogues(tiny_llama: Path, model: Any) -> list[Dialogue]:
     return dialogues_for(open_source(tiny_llama), model, PIRATE, QUERIES, 6)
 
 
-# -- what is measured --------------------------------------------------------------------------------------------
+# -- measurements --------------------------------------------------------------------------------------------
 
 
-def test_divergence_is_that_of_evaluate(model: Any, dialogues: list[Dialogue], files: list[Path]) -> None:
+def test_divergence_equals_that_of_evaluate(model: Any, dialogues: list[Dialogue], files: list[Path]) -> None:
     patch = Patch.load(files[0])
-    plain, under = TorchStudent(model), TorchStudent(model, patch)
-    wanted = measure_fidelity(dialogues, plain, plain, under)
-    found = diverge(dialogues, with_prompt(plain), {"patch": without_prompt(under)})["patch"]
+    plain, student = TorchStudent(model), TorchStudent(model, patch)
+    wanted = measure_fidelity(dialogues, plain, plain, student)
+    found = diverge(dialogues, with_prompt(plain), {"patch": without_prompt(student)})["patch"]
     assert found.mean == pytest.approx(wanted.kl_patched, rel=1e-5)
     assert found.top1 == pytest.approx(wanted.top1_agreement)
 
 
-def test_positions_add_up_to_the_total(model: Any, dialogues: list[Dialogue]) -> None:
+def test_the_divergence_by_position_averages_to_the_total(model: Any, dialogues: list[Dialogue]) -> None:
     plain = TorchStudent(model)
     found = diverge(dialogues, with_prompt(plain), {"plain": without_prompt(plain), "self": with_prompt(plain)})
     for width in (1, 4, 100):
@@ -115,12 +115,12 @@ def test_positions_add_up_to_the_total(model: Any, dialogues: list[Dialogue]) ->
     assert found["self"].mean == pytest.approx(0, abs=1e-6) and found["self"].top1 == 1
 
 
-def test_rows_hold_what_they_must(whole: tuple[dict[str, Any], str], files: list[Path]) -> None:
+def test_the_variants_have_consistent_figures(whole: tuple[dict[str, Any], str], files: list[Path]) -> None:
     report = whole[0]["patches"][0]
     variants = {variant["name"]: variant for variant in report["variants"]}
     assert list(variants) == ["no prompt", "prompt", "prompt, cached prefix", "patch"]
     assert variants["no prompt"]["gap_closed"] == 0 and variants["no prompt"]["text_kl"] == 0
-    for exact in ("prompt", "prompt, cached prefix"):  # through the graph, against torch
+    for exact in ("prompt", "prompt, cached prefix"):  # measured through the graph and compared with torch
         assert variants[exact]["kl"] < 1e-4 * variants["no prompt"]["kl"]
     assert variants["patch"]["shared_bytes"] == files[0].stat().st_size
     assert variants["prompt"]["session_bytes"] > 0 == variants["patch"]["session_bytes"]
@@ -130,7 +130,7 @@ def test_rows_hold_what_they_must(whole: tuple[dict[str, Any], str], files: list
     assert np.average(curve["patched"], weights=curve["tokens"]) == pytest.approx(variants["patch"]["kl"])
 
 
-def test_strength_zero_is_no_patch_and_one_is_the_patch(
+def test_strength_zero_gives_the_base_and_one_gives_the_patch(
     model: Any, dialogues: list[Dialogue], whole: tuple[dict[str, Any], str], files: list[Path]
 ) -> None:
     strengths = {s["strength"]: s for s in whole[0]["patches"][0]["sweep"]["strengths"]}
@@ -146,7 +146,9 @@ def test_strength_zero_is_no_patch_and_one_is_the_patch(
     assert all(0 < s["distinct"] <= 1 for s in strengths.values())
 
 
-def test_a_layer_switched_off_is_a_patch_without_it(model: Any, dialogues: list[Dialogue], files: list[Path]) -> None:
+def test_switching_a_layer_off_equals_a_patch_without_that_layer(
+    model: Any, dialogues: list[Dialogue], files: list[Path]
+) -> None:
     patch = Patch.load(files[0])
     measured = {layer.layer: layer for layer in measure.layer_effects(model, patch, dialogues, {1: {"mlp_out": 0.5}})}
     assert set(measured) == {0, 1, 2} and measured[1].retained == {"mlp_out": 0.5}
@@ -174,7 +176,7 @@ def test_fidelity_against_bytes_runs_from_the_patch_to_the_cached_prompt(whole: 
 
 
 def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, model: Any, tmp_path: Path) -> None:
-    """It has no strengths; what it writes by itself is what the runtime would write."""
+    """The report of such a patch has no strengths, and its answers are those of the prompt."""
     source = open_source(tiny_llama)
     recipe = Recipe(prefix=10_000, method="prefix", max_new_tokens=6, samples=1)
     patch = make_patch(source, model, PIRATE, ["Hello?", "Who is there?"], QUERIES, recipe, name="prefix")
@@ -190,7 +192,7 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     assert stored.config.report is not None and stored.identity == patch.identity and stored.prefix is not None
 
 
-def test_the_fit_is_repeated_and_says_what_its_rank_keeps(whole: tuple[dict[str, Any], str]) -> None:
+def test_the_repeated_fit_reports_the_energy_that_its_rank_keeps(whole: tuple[dict[str, Any], str]) -> None:
     for report in whole[0]["patches"]:
         fits = report["fits"]
         assert fits["exact"] and fits["queries"] == 6
@@ -213,19 +215,21 @@ def test_a_full_rank_keeps_all_the_energy(model: Any, dialogues: list[Dialogue])
     assert kept[64] == pytest.approx(1, abs=1e-9)
 
 
-def test_own_answers_are_the_patched_models(whole: tuple[dict[str, Any], str], tiny_llama: Path, model: Any) -> None:
-    """Free-running text of the report is what generate gives under the patch."""
+def test_free_running_answers_equal_those_of_generate(
+    whole: tuple[dict[str, Any], str], tiny_llama: Path, model: Any
+) -> None:
+    """The free-running answers in the report equal those of transformers' `generate`."""
     source = open_source(tiny_llama)
     report = whole[0]["patches"][1]
     answer = report["answers"][0]
     ids = torch.tensor([source.codec.render(answer["query"])])
     plain = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
     assert answer["no_prompt"] == source.codec.decode(plain.tolist()).strip()
-    assert len(report["worst"]) == 2  # of five, three are shown before
+    assert len(report["worst"]) == 2  # three of the five are shown as examples
     assert report["worst"][0]["kl"] >= report["worst"][1]["kl"]
 
 
-def test_endings_and_loops(tiny_llama: Path) -> None:
+def test_endings_and_repetitions_are_counted(tiny_llama: Path) -> None:
     source = open_source(tiny_llama)
     found = running.endings(source, {"patch": [(5, 6, 2), (2,), (7, 8, 9, 10)]})[0]
     assert (found.ended, found.silent, found.tokens) == (
@@ -237,14 +241,14 @@ def test_endings_and_loops(tiny_llama: Path) -> None:
     assert running.distinct([(1, 1, 1, 1, 1)]) == pytest.approx(1 / 3)
 
 
-def test_dialogues_have_three_turns(whole: tuple[dict[str, Any], str]) -> None:
+def test_dialogues_have_three_chat_turns(whole: tuple[dict[str, Any], str]) -> None:
     turns = whole[0]["patches"][0]["turns"]
     assert [turn["turn"] for turn in turns["turns"]] == [1, 2, 3]
     assert [role for role, _ in turns["shown"]["patch"]] == ["user", "assistant"] * 3
     assert turns["shown"]["patch"][0][1] == QUERIES[0]
 
 
-def test_composition_is_the_sum(
+def test_a_composition_is_measured_on_the_sum_of_patches(
     whole: tuple[dict[str, Any], str], model: Any, dialogues: list[Dialogue], files: list[Path]
 ) -> None:
     p, q = map(Patch.load, files)
@@ -258,7 +262,9 @@ def test_composition_is_the_sum(
 
 
 @torch.no_grad()
-def test_a_kept_prefix_changes_nothing(tiny_llama_export: Path, model: Any, dialogues: list[Dialogue]) -> None:
+def test_a_cached_prefix_does_not_change_the_logits(
+    tiny_llama_export: Path, model: Any, dialogues: list[Dialogue]
+) -> None:
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     shared = costs.shared_prefix([d.teacher_prompt for d in dialogues])
     assert len({d.teacher_prompt[:shared] for d in dialogues}) == 1
@@ -270,7 +276,7 @@ def test_a_kept_prefix_changes_nothing(tiny_llama_export: Path, model: Any, dial
     assert costs.kv_token_bytes(graph, model) == costs.kv_token_bytes(None, model)
 
 
-# -- the page ----------------------------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------------------------
 
 SECTIONS = (
     *("The four variants", "Along the answer", "Long answers", "Dialogues", "Layers"),
@@ -279,7 +285,7 @@ SECTIONS = (
 
 
 class _Page(HTMLParser):
-    """Tags that stay open, and every attribute that could fetch something."""
+    """A parser that collects open tags, titles, and every attribute that could load something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,41 +307,44 @@ class _Page(HTMLParser):
             self.titles.append(data)
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(whole: tuple[dict[str, Any], str]) -> None:
+def test_the_page_is_complete_and_loads_nothing(whole: tuple[dict[str, Any], str]) -> None:
     page = _Page()
     page.feed(whole[1])
     assert page.open == [] and set(SECTIONS) <= set(page.titles)
     assert all(reference.startswith("#") for reference in page.references)
     addresses = set(re.findall(r"https?://[^\"'\s)<]+", whole[1]))
-    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
+    assert addresses <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # these are names of XML namespaces, which nothing loads
     assert not re.search(r"url\((?!#)", whole[1]) and "@import" not in whole[1]
     ids = re.findall(r'clipPath id="([^"]+)"', whole[1])
     assert whole[1].count("<svg") == 14 and len(ids) >= 12
 
 
-def test_what_others_wrote_is_text(whole: tuple[dict[str, Any], str]) -> None:
+def test_markup_in_queries_is_escaped(whole: tuple[dict[str, Any], str]) -> None:
     assert "<b>tag</b>" not in whole[1] and "&lt;b&gt;tag&lt;/b&gt;" in whole[1]
 
 
-def test_what_was_not_measured_says_so(report: Report) -> None:
+def test_missing_measurements_are_explained(report: Report) -> None:
     one = report.patches[0]
     variants = [replace(variant, first_token_ms=None, token_ms=None) for variant in one.variants]
     fits = Fits(0, 0, False, [], "left out with --baselines none")
     turns = Turns(0, 64, [], {}, "the model is completion-style, so it has no chat turns")
     layers = [replace(layer, retained={}) for layer in one.layers]
-    less = replace(one, variants=variants, fits=fits, turns=turns, layers=layers, long=None)
-    text = render_page(replace(report, patches=[less], composition=[], runtime=None))
-    for said in ("--runtime)", "--baselines none", "it has no chat turns", "The energy kept is not known"):
-        assert said in text
+    reduced = replace(one, variants=variants, fits=fits, turns=turns, layers=layers, long=None)
+    text = render_page(replace(report, patches=[reduced], composition=[], runtime=None))
+    for message in ("--runtime)", "--baselines none", "it has no chat turns", "The energy kept is not known"):
+        assert message in text
     assert "Long answers" not in text and "Their sum" not in text
 
 
-def test_a_completion_style_model_has_no_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
+def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
     found = running.measure_turns(open_source(tiny_gemma), model, PIRATE, Patch.load(files[0]), QUERIES, ["Why?"], 8)
     assert found.turns == [] and "it has no chat turns" in found.why_not
 
 
-# -- the summary in the file -------------------------------------------------------------------------------------
+# -- the summary in the file ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
@@ -372,13 +381,13 @@ def test_the_command_writes_prints_and_stores(
     assert "ends_turn" not in stored.config.report and "first_token_ms" not in stored.config.report
 
 
-def test_another_fit_is_not_taken_for_this_one(files: list[Path]) -> None:
+def test_a_fit_with_other_tensors_is_recognised_as_another(files: list[Path]) -> None:
     p, q = map(Patch.load, files)
     assert compare.same_tensors(p, p) and not compare.same_tensors(p, q)
     assert not compare.same_tensors(p, 1.02 * p) and not compare.same_tensors(p, p.truncate(2))
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,7 +403,7 @@ def test_another_fit_is_not_taken_for_this_one(files: list[Path]) -> None:
         (["-o", "nowhere/r.html"], "-o"),
     ],
 )
-def test_bad_arguments_are_named(
+def test_bad_arguments_are_refused_by_name(
     more: list[str], field: str, files: list[Path], held_out: Path, tiny_llama: Path, tmp_path: Path, capsys: Any
 ) -> None:
     out = tmp_path / "r.html"
@@ -405,7 +414,7 @@ def test_bad_arguments_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fitted_queries_and_twice_the_same_patch(
+def test_fitted_queries_and_a_repeated_patch_are_refused(
     files: list[Path], held_out: Path, tiny_llama: Path, tmp_path: Path, capsys: Any
 ) -> None:
     fitted = tmp_path / "fitted.txt"
@@ -419,14 +428,14 @@ def test_fitted_queries_and_twice_the_same_patch(
     assert not (tmp_path / "r.html").exists()
 
 
-def test_queries_of_the_fit_that_are_not_there(files: list[Path], tmp_path: Path) -> None:
+def test_fitted_queries_that_cannot_be_found_give_an_empty_list(files: list[Path], tmp_path: Path) -> None:
     patch = Patch.load(files[0])
     assert compare.fitted_queries(patch, ["Something else?"]) == []
     without = replace(patch, config=replace(patch.config, calibration=None))
     assert compare.fitted_queries(without, ["Something else?"]) == []
 
 
-def test_no_plotting_library(
+def test_a_missing_plotting_library_is_an_error_with_the_fix(
     files: list[Path], held_out: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
@@ -434,7 +443,7 @@ def test_no_plotting_library(
     assert "pip install 'tp-runtime[export,report]'" in capsys.readouterr().err
 
 
-def test_hooks_are_gone_afterwards(whole: tuple[dict[str, Any], str], model: Any, files: list[Path]) -> None:
+def test_hooks_are_removed_afterwards(whole: tuple[dict[str, Any], str], model: Any, files: list[Path]) -> None:
     ids = torch.tensor([[1, 5, 9]])
     before = model(ids).logits
     with patched(model, Patch.load(files[0])):

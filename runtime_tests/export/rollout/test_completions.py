@@ -1,4 +1,4 @@
-"""Rollouts: the same answers in any batch, kept in a file, and gone on with after an interruption."""
+"""Rollouts: the answers do not depend on the batch, are stored in a file, and continue after an interruption."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def model(tiny_llama: Path) -> Any:
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(model: Any) -> None:
-    alone = complete(model, PROMPTS, 5, EOS, batch_size=1)
-    assert complete(model, PROMPTS, 5, EOS, batch_size=3) == alone
-    assert all(1 <= len(answer) <= 5 for answer in alone)
+    single = complete(model, PROMPTS, 5, EOS, batch_size=1)
+    assert complete(model, PROMPTS, 5, EOS, batch_size=3) == single
+    assert all(1 <= len(answer) <= 5 for answer in single)
 
 
-def test_samples_depend_on_the_seed_alone(model: Any) -> None:
+def test_samples_depend_only_on_the_seed(model: Any) -> None:
     state = torch.get_rng_state()
     one, again, other = (complete(model, PROMPTS, 5, EOS, temperature=1.0, seed=seed) for seed in (0, 0, 1))
     assert one == again != other
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_settings_of_the_model_are_not_meant(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder's generation config may hold a repetition penalty; the method compares distributions, not samplers."""
+def test_the_generation_config_of_the_model_is_ignored(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation config may set a repetition penalty, but the method compares distributions, not samplers."""
     plain = complete(model, PROMPTS, 8, EOS)
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
     monkeypatch.setattr(model.generation_config, "max_length", 3)
@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_interrupted_rollout_goes_on(
+def test_an_interrupted_rollout_can_be_continued(
     temperature: float, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "r.jsonl"
@@ -72,15 +72,17 @@ def test_an_interrupted_rollout_goes_on(
         )
     with file.open("a") as handle:
         handle.write('{"asked": "half a li')
-    asked = []
+    prompts_run = []
     generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda ids, **options: asked.append(len(ids)) or generate(ids, **options))
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **options: prompts_run.append(len(ids)) or generate(ids, **options)
+    )
     done: list[int] = []
     options: dict[str, Any] = {"temperature": temperature, "batch_size": 2, "progress": done.append}
     assert complete(model, PROMPTS, 5, EOS, store=RolloutStore(file, "base"), **options) == whole
-    assert sum(asked) == len(PROMPTS) - 4 and sum(done) == len(PROMPTS)
+    assert sum(prompts_run) == len(PROMPTS) - 4 and sum(done) == len(PROMPTS)
     assert len(file.read_text().splitlines()) == len(PROMPTS)
-    # other settings, or another base, are other questions
+    # With other settings or another base, the stored answers do not apply.
     complete(model, PROMPTS, 6, EOS, store=RolloutStore(file, "base"))
     complete(model, PROMPTS, 5, EOS, store=RolloutStore(file, "another"))
     assert len(RolloutStore(file, "base")) == 3 * len(PROMPTS)
@@ -94,7 +96,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, line: str) -> None:
         RolloutStore(file, "base")
     if line.startswith('{"asked"'):
         return
-    file.write_text(line)  # without its end, it is still no beginning of one of our lines
+    file.write_text(line)  # without its line end, the text is still not the start of a line of a store
     with pytest.raises(CalibrationError, match=r"r\.jsonl, line 1.*--rollouts"):
         RolloutStore(file, "base")
     assert file.read_text() == line

@@ -1,4 +1,4 @@
-"""Layers on disk: the same logits, rollouts and fits as in memory, one layer loaded at a time."""
+"""Layers on disk: the same logits, rollouts and fits as in memory, with one layer loaded at a time."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def both(folder: Path) -> tuple[Any, Any]:
 
 
 def loaded(model: Any) -> set[str]:
-    """Names of the layers whose weights are in memory."""
-    there = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
-    return {match[0] for name in there if (match := re.match(r"\w+\.\w+\.\d+(?=\.)", name))}
+    """Return the names of the layers whose weights are in memory."""
+    in_memory = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
+    return {match[0] for name in in_memory if (match := re.match(r"\w+\.\w+\.\d+(?=\.)", name))}
 
 
-def test_logits_and_completions_are_the_same(both: tuple[Any, Any]) -> None:
+def test_logits_and_completions_equal_those_in_memory(both: tuple[Any, Any]) -> None:
     memory, disk = both
     assert loaded(disk) == set() and len(loaded(memory)) == 3
     assert furthest(torch_logits(disk, IDS), torch_logits(memory, IDS)) == 0
@@ -45,18 +45,18 @@ def test_logits_and_completions_are_the_same(both: tuple[Any, Any]) -> None:
     assert loaded(disk) == set()
 
 
-def test_the_fit_is_the_same_with_one_layer_loaded(both: tuple[Any, Any]) -> None:
+def test_a_fit_equals_that_in_memory_and_loads_one_layer_at_a_time(both: tuple[Any, Any]) -> None:
     memory, disk = both
     dialogues = [Dialogue((1, *token_ids(9, seed=s)), (1, 5), tuple(token_ids(8, seed=s + 1))) for s in range(4)]
-    most = []
+    counts = []
     found = [
-        fit_lockstep(model, dialogues, "output", Settings(rank=3), progress=lambda *_: most.append(len(loaded(disk))))
+        fit_lockstep(model, dialogues, "output", Settings(rank=3), progress=lambda *_: counts.append(len(loaded(disk))))
         for model in (memory, disk)
     ]
     for layer, sites in found[0].items():
         for name in ("a", "b", "bias"):
             assert torch.equal(getattr(sites["mlp_out"], name), getattr(found[1][layer]["mlp_out"], name))
-    assert max(most) <= 1 and loaded(disk) == set()
+    assert max(counts) <= 1 and loaded(disk) == set()
 
 
 def test_a_layer_that_fails_is_freed(both: tuple[Any, Any]) -> None:

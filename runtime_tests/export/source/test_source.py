@@ -1,4 +1,4 @@
-"""The base digest: what belongs to a model's identity and what does not."""
+"""The base digest: which changes of a model's folder change it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "another-name"))
 
 
-def test_a_copy_is_the_same_base(copy: Path, tiny_llama: Path) -> None:
+def test_a_copy_has_the_same_digest(copy: Path, tiny_llama: Path) -> None:
     assert open_source(copy).digest == open_source(tiny_llama).digest
 
 
-def test_tool_versions_and_file_layout_do_not_enter(copy: Path, tiny_llama: Path) -> None:
+def test_tool_versions_and_file_layout_do_not_change_the_digest(copy: Path, tiny_llama: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config |= {"transformers_version": "9.9", "_name_or_path": "elsewhere", "use_cache": False}
     (copy / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
@@ -35,7 +35,7 @@ def test_tool_versions_and_file_layout_do_not_enter(copy: Path, tiny_llama: Path
 
 
 @pytest.mark.parametrize("what", ["weight", "config", "tokenizer", "template"])
-def test_what_changes_the_model_changes_the_digest(what: str, copy: Path, tiny_llama: Path) -> None:
+def test_a_change_of_the_model_changes_the_digest(what: str, copy: Path, tiny_llama: Path) -> None:
     if what == "weight":
         tensors = load_file(copy / "model.safetensors")
         name = next(iter(tensors))
@@ -64,6 +64,6 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         _ = open_source(copy).digest
 
 
-def test_neither_a_folder_nor_on_the_hub() -> None:
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused() -> None:
     with pytest.raises(ModelFormatError, match="there is no such folder"):
         open_source("nobody/nothing-of-this-name")

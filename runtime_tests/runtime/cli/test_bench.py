@@ -1,4 +1,4 @@
-"""`tp-runtime bench`: that it measures what it says; not how fast anything is."""
+"""`tp-runtime bench`: it measures what it reports. These tests do not judge how fast anything is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tp_runtime.session import Graph, ModelFolder
 QUICK = ("--tokens", "3", "--prompt-tokens", "5", "--rounds", "2", "--device", "cpu")
 
 
-def test_a_random_patch_by_default(cli: Cli, tiny_llama_export: Path) -> None:
+def test_a_random_patch_is_measured_by_default(cli: Cli, tiny_llama_export: Path) -> None:
     result = cli("bench", tiny_llama_export, *QUICK, "--json")
     report = result.json
     assert result.code == 0
@@ -35,7 +35,7 @@ def test_a_random_patch_by_default(cli: Cli, tiny_llama_export: Path) -> None:
     assert set(report["versions"]) == {"tp-runtime", "numpy", "onnxruntime", "python"}
 
 
-def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_the_default_output_is_a_table(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     file = tmp_path / "patch.safetensors"
     folder = ModelFolder.open(tiny_llama_export)
     patch_for(folder, rank=5).save(file)
@@ -46,14 +46,16 @@ def test_a_table_for_people(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -
         assert label in result.out
 
 
-def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_inside_a_session_run_does_not_count_as_python_time(
+    tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1)
     session = graph.session
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
     class Slow:
-        """Each run takes a second, and each pick a quarter."""
+        """A session whose runs take one second each; `pick` takes a quarter of a second."""
 
         def run_with_iobinding(self, binding: object) -> None:
             now[0] += 1
@@ -69,7 +71,7 @@ def test_time_inside_a_run_is_not_pythons(tiny_llama_export: Path, monkeypatch: 
     assert graph.session is slow and now[0] == 4 + 4 * 0.25  # the prompt and three tokens
 
 
-def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arms_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def steps(_graph: object, _prompt: object, bound: str, **_: object) -> object:
@@ -89,7 +91,7 @@ def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(order) == "abcbcacab"
 
 
-def test_ratios_are_to_the_first_arm(tiny_llama_export: Path) -> None:
+def test_ratios_are_relative_to_the_first_arm(tiny_llama_export: Path) -> None:
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     arms = [bench.base_arm(name, graph, 3) for name in "ab"]
     times = [bench.Times([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]), bench.Times([2.0, 2.0, 2.0], [3.0, 2.0, 2.0])]
@@ -99,13 +101,13 @@ def test_ratios_are_to_the_first_arm(tiny_llama_export: Path) -> None:
     assert (other["token_ratio"], other["token_ratio_per_round"]) == (2.0, 2.0)
 
 
-def test_several_patches_and_ranks(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_several_patches_and_ranks_can_be_measured(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     folder = ModelFolder.open(tiny_llama_export)
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for number, file in enumerate(files):
         patch_for(folder, rank=2 + number).save(file)
-    asked = [part for file in files for part in ("--patch", file)]
-    result = cli("bench", tiny_llama_export, *QUICK, *asked, "--ranks", "0,1,3", "--json")
+    options = [word for file in files for word in ("--patch", file)]
+    result = cli("bench", tiny_llama_export, *QUICK, *options, "--ranks", "0,1,3", "--json")
     arms = result.json["arms"]
     assert [arm["patch_rank"] for arm in arms] == [None, 2, 3, None, 1, 3]
     assert [arm["label"] for arm in arms][3:] == ["base again", "random, rank 1", "random, rank 3"]
@@ -114,7 +116,7 @@ def test_several_patches_and_ranks(cli: Cli, tiny_llama_export: Path, tmp_path: 
     assert result.json["patch_rank"] == 2
 
 
-def test_against_another_folder(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_other_folders_can_be_measured_for_comparison(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_llama_export, other)
     result = cli("bench", tiny_llama_export, *QUICK, "--against", other, "--against", tiny_llama_export, "--json")
@@ -124,13 +126,13 @@ def test_against_another_folder(cli: Cli, tiny_llama_export: Path, tmp_path: Pat
     assert result.json["against"] == [str(other), str(tiny_llama_export)]
 
 
-def test_a_folder_that_is_none(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_refused(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     result = cli("bench", tiny_llama_export, *QUICK, "--against", tmp_path / "nothing")
     assert (result.code, result.out) == (2, "")
     assert "no such model folder" in result.err
 
 
-def test_many_loaded_patches(cli: Cli, tiny_llama_export: Path) -> None:
+def test_the_cost_of_many_loaded_patches_is_reported(cli: Cli, tiny_llama_export: Path) -> None:
     result = cli("bench", tiny_llama_export, *QUICK, "--resident", "5,1", "--json")
     rows = result.json["resident"]
     assert [row["patches"] for row in rows] == [1, 5]
@@ -139,19 +141,19 @@ def test_many_loaded_patches(cli: Cli, tiny_llama_export: Path) -> None:
     assert "5 loaded" in cli("bench", tiny_llama_export, *QUICK, "--resident", "5").out
 
 
-def test_the_file_holds_what_json_prints(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_the_output_file_contains_what_json_prints(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     result = cli("bench", tiny_llama_export, *QUICK, "--json", "-o", file)
     assert json.loads(file.read_text(encoding="utf-8")) == result.json
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-def test_a_file_that_cannot_be_written(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_an_output_file_that_cannot_be_written_is_an_error(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     assert cli("bench", tiny_llama_export, *QUICK, "-o", tmp_path / "no" / "bench.json").code == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--tokens", "1"], "tokens"),
         (["--rounds", "0"], "rounds"),
@@ -163,13 +165,13 @@ def test_a_file_that_cannot_be_written(cli: Cli, tiny_llama_export: Path, tmp_pa
         (["--resident", "0"], "resident"),
     ],
 )
-def test_numbers_that_cannot_be(cli: Cli, tiny_llama_export: Path, args: list[str], said: str) -> None:
+def test_bad_options_are_refused(cli: Cli, tiny_llama_export: Path, args: list[str], message: str) -> None:
     result = cli("bench", tiny_llama_export, "--device", "cpu", *args)
     assert (result.code, result.out) == (2, "")
-    assert said in result.err
+    assert message in result.err
 
 
-def test_a_patch_that_does_not_fit(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_a_patch_that_does_not_fit_is_refused(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     file = tmp_path / "patch.safetensors"
     digest = ModelFolder.open(tiny_llama_export).base_digest
     random_patch(config=random_config(base_digest=digest)).save(file)
@@ -186,14 +188,14 @@ def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Pat
     assert "changes nothing" in result.err
 
 
-def test_sessions_do_not_spin_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_of_different_sessions_are_separated_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
     monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
     monkeypatch.setattr(bench, "generate", lambda *_, **__: iter(range(3)))
     one, other = object(), object()
-    alone = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
-    bench.one_round(alone, 2, first=0)
+    one_session = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
+    bench.one_round(one_session, 2, first=0)
     assert not waits
-    both = [*alone, bench.Arm("c", other, "c", [1])]  # type: ignore[arg-type]
-    bench.one_round(both, 2, first=0)
-    assert len(waits) == 3 * len(both)
+    two_sessions = [*one_session, bench.Arm("c", other, "c", [1])]  # type: ignore[arg-type]
+    bench.one_round(two_sessions, 2, first=0)
+    assert len(waits) == 3 * len(two_sessions)

@@ -1,4 +1,4 @@
-"""`tp-runtime chat`."""
+"""`tp-runtime chat`: conversations, commands, errors and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tiny_llama_export: Path) -> PatchedModel:
 
 @pytest.fixture
 def talk(cli: Cli, tiny_llama_export: Path) -> Talk:
-    """Types lines into a chat."""
+    """A function that types lines into a chat and returns the result."""
 
     def typed(*lines: str, args: tuple[str, ...] = (), model: Path = tiny_llama_export) -> Result:
         common = ("--max-new-tokens", "5", "--device", "cpu")
@@ -47,20 +47,20 @@ def new_chat(model: PatchedModel, selection: Selection | None = None, tokens: in
     return Chat(model, selection or Selection(ACTIVE), None, {"max_new_tokens": tokens})
 
 
-def answers(model: PatchedModel, *turns: tuple[str, Patch | None], system: str | None = None) -> list[str]:
-    """What a conversation must say: the whole history each time, with no cache."""
+def answers(model: PatchedModel, *queries: tuple[str, Patch | None], system: str | None = None) -> list[str]:
+    """Return the answers of a conversation that runs its whole history for each answer, without a cache."""
     messages: list[dict[str, str]] = []
-    for said, patch in turns:
-        messages.append({"role": "user", "content": said})
+    for query, patch in queries:
+        messages.append({"role": "user", "content": query})
         answer = model.generate(messages, patch=patch, system=system, max_new_tokens=5)
         messages.append({"role": "assistant", "content": answer})
     return [message["content"] for message in messages[1::2]]
 
 
-# -- conversations ---------------------------------------------------------------------------------------------
+# -- conversations -------------------------------------------------------------------------------------------
 
 
-def test_remembers_the_conversation(talk: Talk, model: PatchedModel) -> None:
+def test_a_chat_remembers_the_conversation(talk: Talk, model: PatchedModel) -> None:
     result = talk("one", "", "two", "//three")
     assert result.code == 0
     assert result.out == "".join(f"{a}\n" for a in answers(model, ("one", None), ("two", None), ("/three", None)))
@@ -72,12 +72,12 @@ def test_the_system_message_comes_first(talk: Talk, model: PatchedModel) -> None
     assert result.out == answers(model, ("one", None), system="Be brief.")[0] + "\n"
 
 
-def test_a_switch_runs_the_history_again_under_the_new_patch(talk: Talk, model: PatchedModel, file: Path) -> None:
+def test_a_switch_runs_the_history_again_with_the_new_patch(talk: Talk, model: PatchedModel, file: Path) -> None:
     patch = Patch.load(file)
     quoted = f'"{file}"'
     result = talk("one", f"/patch {quoted}", "two", "/strength -0.5", "three", "/patch", "four")
-    turns = [("one", None), ("two", patch), ("three", -0.5 * patch), ("four", None)]
-    assert result.out == "".join(f"{answer}\n" for answer in answers(model, *turns))
+    queries = [("one", None), ("two", patch), ("three", -0.5 * patch), ("four", None)]
+    assert result.out == "".join(f"{answer}\n" for answer in answers(model, *queries))
     switches = [line for line in result.err.splitlines() if line.startswith("under")]
     assert switches == [
         "under random-1@1; the next answer first runs the conversation again under it",
@@ -86,7 +86,7 @@ def test_a_switch_runs_the_history_again_under_the_new_patch(talk: Talk, model: 
     ]
 
 
-def test_starts_under_the_patches_of_the_command_line(talk: Talk, model: PatchedModel, file: Path) -> None:
+def test_a_chat_starts_with_the_patches_of_the_command_line(talk: Talk, model: PatchedModel, file: Path) -> None:
     patch = Patch.load(file)
     result = talk("one", args=("--patch", f"{file}@0.5", "--patch", str(file)))
     assert result.out == answers(model, ("one", 0.5 * patch + patch))[0] + "\n"
@@ -105,30 +105,30 @@ def test_a_cache_is_kept_until_the_patch_changes(model: PatchedModel, file: Path
     assert chat.cache.key != cache.key
 
 
-def test_strength_counts_from_the_patch_as_it_was_given(model: PatchedModel, file: Path) -> None:
+def test_strength_is_relative_to_the_patch_as_it_was_given(model: PatchedModel, file: Path) -> None:
     chat = new_chat(model, read_patches([f"{file}@0.5"]))
     for strength in ("0", "3", "-1", "2"):
         chat.take(f"/strength {strength}")
     assert chat.cache.key[1] == Patch.load(file).terms
 
 
-def test_reset_forgets(talk: Talk, model: PatchedModel) -> None:
+def test_reset_forgets_the_conversation(talk: Talk, model: PatchedModel) -> None:
     result = talk("one", "/reset", "two")
     assert result.out.splitlines() == answers(model, ("one", None)) + answers(model, ("two", None))
 
 
-def test_quit_ends_it(talk: Talk) -> None:
+def test_quit_ends_the_chat(talk: Talk) -> None:
     result = talk("/quit", "one")
     assert (result.code, result.out) == (0, "")
 
 
-def test_a_completion_style_model_gets_each_line_on_its_own(talk: Talk, tiny_gemma_export: Path) -> None:
+def test_a_completion_style_model_gets_each_line_separately(talk: Talk, tiny_gemma_export: Path) -> None:
     model = PatchedModel.from_pretrained(tiny_gemma_export, "cpu")
     result = talk("one", "two", model=tiny_gemma_export)
     assert result.out == "".join(f"{model.generate(text, max_new_tokens=5)}\n" for text in ("one", "two"))
 
 
-def test_a_folders_own_patch_can_be_left_but_not_scaled(
+def test_a_folders_own_patch_can_be_switched_off_but_not_scaled(
     talk: Talk, tiny_llama_patched: Path, model: PatchedModel
 ) -> None:
     patch = Patch.load(tiny_llama_patched / DEFAULT_FILE)
@@ -137,7 +137,7 @@ def test_a_folders_own_patch_can_be_left_but_not_scaled(
     assert "the folder's own patch cannot be scaled" in result.err
 
 
-# -- errors ----------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_a_command_that_fails_changes_nothing(model: PatchedModel, line: str, er
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "x", "1e99"])
-def test_a_strength_that_is_none(talk: Talk, model: PatchedModel, file: Path, strength: str) -> None:
+def test_an_invalid_strength_changes_nothing(talk: Talk, model: PatchedModel, file: Path, strength: str) -> None:
     result = talk("one", f"/strength {strength}", "two", args=("--patch", str(file)))
     patch = Patch.load(file)
     assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch))
     assert "error: strength: the value is not a valid strength" in result.err
 
 
-def test_a_patch_that_does_not_fit_leaves_the_old_one(
+def test_a_patch_that_does_not_fit_does_not_replace_the_old_one(
     talk: Talk, model: PatchedModel, file: Path, tiny_gemma_export: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.safetensors"
@@ -185,7 +185,7 @@ def test_a_patch_that_does_not_fit_leaves_the_old_one(
     assert "another base model" in result.err
 
 
-def test_a_file_that_cannot_be_read_does_not_end_it(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_does_not_end_the_chat(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> Selection:
         raise PermissionError(13, "Permission denied")
 
@@ -196,8 +196,8 @@ def test_a_file_that_cannot_be_read_does_not_end_it(talk: Talk, monkeypatch: pyt
     assert result.out
 
 
-def test_a_full_context_window_is_said_and_reset_helps(talk: Talk, model: PatchedModel) -> None:
-    half = model.graph.folder.context_window // 2 + 1  # a token a byte
+def test_a_full_context_window_is_reported_and_reset_empties_it(talk: Talk, model: PatchedModel) -> None:
+    half = model.graph.folder.context_window // 2 + 1  # one token per byte
     result = talk("x" * half, "y" * half, "/reset", "two")
     assert "leaves no room in the context window" in result.err
     assert "/reset forgets it" in result.err
@@ -214,37 +214,37 @@ def test_a_message_that_is_refused_is_not_remembered(model: PatchedModel) -> Non
     assert chat.messages == before
 
 
-# -- Ctrl-C ----------------------------------------------------------------------------------------------------
+# -- Ctrl-C --------------------------------------------------------------------------------------------------
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
-    """Ctrl-C comes while that piece is printed."""
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Simulate Ctrl-C while the chunk with this number, counted from 1, is printed."""
     printed: list[str] = []
 
-    def emit(piece: str) -> None:
-        printed.append(piece)
-        if len(printed) == pieces:
+    def emit(chunk: str) -> None:
+        printed.append(chunk)
+        if len(printed) == chunks:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(chat_module, "emit", emit)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+def test_ctrl_c_stops_the_answer_and_keeps_the_text_so_far(
     model: PatchedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = "".join(pieces := list(model.stream("one", max_new_tokens=20)))
-    assert len(pieces) > 3
+    whole = "".join(chunks := list(model.stream("one", max_new_tokens=20)))
+    assert len(chunks) > 3
     chat = new_chat(model, tokens=20)
     interrupt_after(monkeypatch, 2)
     chat.take("one")
-    said = chat.messages[1]["content"]
-    assert said == "".join(pieces[:2])
-    assert said != whole
+    partial = chat.messages[1]["content"]
+    assert partial == "".join(chunks[:2])
+    assert partial != whole
     assert "stopped" in capsys.readouterr().err
-    chat.take("two")  # and it goes on, with the partial answer in its history
+    chat.take("two")  # the chat continues with the partial answer in its history
     messages = [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": partial},
         {"role": "user", "content": "two"},
     ]
     assert chat.messages[3]["content"] == model.generate(messages, max_new_tokens=20)

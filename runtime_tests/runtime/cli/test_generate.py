@@ -1,4 +1,4 @@
-"""`tp-runtime generate`."""
+"""`tp-runtime generate`: its output, its options and its errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def model(tiny_llama_export: Path) -> PatchedModel:
     return PatchedModel.from_pretrained(tiny_llama_export, "cpu")
 
 
-def test_prints_the_text_and_nothing_else(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+def test_only_the_text_is_printed_on_stdout(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
     result = cli("generate", tiny_llama_export, "hello", *SHORT)
     assert result.code == 0
     assert result.out == model.generate("hello", max_new_tokens=12) + "\n"
     assert result.err == "stopped after 12 tokens: --max-new-tokens\n"
 
 
-def test_runs_under_the_sum_of_the_patches(
+def test_several_patches_are_added(
     cli: Cli, tiny_llama_export: Path, model: PatchedModel, files: tuple[Path, Path]
 ) -> None:
     one, two = map(Patch.load, files)
@@ -44,7 +44,7 @@ def test_runs_under_the_sum_of_the_patches(
     assert result.out != model.generate("hello", max_new_tokens=12) + "\n"
 
 
-def test_json_holds_the_text_and_what_it_took(cli: Cli, tiny_llama_export: Path, files: tuple[Path, Path]) -> None:
+def test_json_contains_the_text_and_its_timings(cli: Cli, tiny_llama_export: Path, files: tuple[Path, Path]) -> None:
     result = cli("generate", tiny_llama_export, "hello", *SHORT, "--json", "--patch", f"{files[0]}@-0.5")
     report = result.json
     assert set(report) == {
@@ -67,7 +67,7 @@ def test_json_holds_the_text_and_what_it_took(cli: Cli, tiny_llama_export: Path,
     assert result.err == ""
 
 
-def test_one_token_has_no_pace(cli: Cli, tiny_llama_export: Path) -> None:
+def test_one_token_has_no_time_per_token(cli: Cli, tiny_llama_export: Path) -> None:
     report = cli("generate", tiny_llama_export, "hi", "--max-new-tokens", "1", "--device", "cpu", "--json").json
     assert report["ms_per_token"] is None
 
@@ -79,7 +79,7 @@ def test_text_and_options_reach_the_model(cli: Cli, tiny_llama_export: Path, mod
     assert result.out == model.generate("a\nb", system="Be brief.", max_new_tokens=12, **sampled) + "\n"
 
 
-def test_raw_text_and_stop(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+def test_raw_text_and_stop_strings_reach_the_model(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
     whole = model.generate("x", raw=True, max_new_tokens=12)
     stop = whole[3:5]
     result = cli("generate", tiny_llama_export, "x", "--raw", *SHORT, "--stop", stop, "--stop", "never there")
@@ -87,7 +87,7 @@ def test_raw_text_and_stop(cli: Cli, tiny_llama_export: Path, model: PatchedMode
     assert result.err == ""
 
 
-def test_auto_says_in_one_line_why_it_is_on_the_cpu(cli: Cli, tiny_llama_export: Path) -> None:
+def test_auto_reports_in_one_line_why_it_runs_on_the_cpu(cli: Cli, tiny_llama_export: Path) -> None:
     result = cli("generate", tiny_llama_export, "hi", "--max-new-tokens", "1", "--json")
     if result.json["device"] == "cpu":
         assert result.err.startswith("warning: running on the CPU: ")
@@ -104,7 +104,7 @@ def test_a_folders_own_patch_is_used_and_named(cli: Cli, tiny_llama_patched: Pat
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["  "], "the prompt is empty"),
         (["-"], "the prompt is empty"),
@@ -125,15 +125,17 @@ def test_a_folders_own_patch_is_used_and_named(cli: Cli, tiny_llama_patched: Pat
         (["hi", "--device", "cuda"], "CUDA was asked for"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(cli: Cli, tiny_llama_export: Path, args: list[str], said: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    cli: Cli, tiny_llama_export: Path, args: list[str], message: str
+) -> None:
     device = [] if "--device" in args else ["--device", "cpu"]
     result = cli("generate", tiny_llama_export, *args, *device)
     if "--device" in args and result.code == 0:
-        pytest.skip("there is CUDA here")
+        pytest.skip("this machine has CUDA")
     assert result.code == 2
     assert result.out == ""
     assert result.err.startswith("error: ")
-    assert said in result.err
+    assert message in result.err
     assert result.err.count("\n") == 1
 
 

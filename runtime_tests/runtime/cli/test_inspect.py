@@ -1,4 +1,4 @@
-"""`tp-runtime inspect`."""
+"""`tp-runtime inspect`: what it shows of patches and model folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save(tmp_path: Path, patch: Patch) -> Path:
     return file
 
 
-def test_a_patch_for_people(cli: Cli, tmp_path: Path) -> None:
+def test_a_patch_is_shown_as_a_table(cli: Cli, tmp_path: Path) -> None:
     file = save(tmp_path, random_patch(layers=3, ranks=[2, 4, 0]))
     result = cli("inspect", file)
     rows = dict(line.split("  ", 1) for line in result.out.splitlines())
@@ -53,7 +53,7 @@ def test_a_patch_for_people(cli: Cli, tmp_path: Path) -> None:
     assert str(file.stat().st_size) in shown["file"]
 
 
-def test_a_patch_for_scripts(cli: Cli, tmp_path: Path) -> None:
+def test_a_patch_is_shown_as_json(cli: Cli, tmp_path: Path) -> None:
     file = save(tmp_path, random_patch(config=random_config(context="Talk like a pirate.")))
     report = cli("inspect", file, "--json").json
     config = random_config()
@@ -63,7 +63,7 @@ def test_a_patch_for_scripts(cli: Cli, tmp_path: Path) -> None:
     assert (report["fidelity"], report["calibration"]) == (config.fidelity, config.calibration)
 
 
-def test_what_a_patch_does_not_say_is_unknown(cli: Cli, tmp_path: Path) -> None:
+def test_missing_facts_of_a_patch_are_shown_as_unknown(cli: Cli, tmp_path: Path) -> None:
     nothing: dict[str, Any] = dict.fromkeys(("ridge", "calibration", "fidelity", "licence", "created", "probe"))
     result = cli("inspect", save(tmp_path, random_patch(config=random_config(context_digest="", **nothing))))
     for name in ("ridge", "calibration", "held out", "licence", "created"):
@@ -78,7 +78,7 @@ def test_a_patch_cannot_steer_the_terminal_or_add_rows(cli: Cli, tmp_path: Path)
     assert not any("\x1b" in line for line in lines)
 
 
-def test_a_model_for_people(cli: Cli, tiny_llama_export: Path) -> None:
+def test_a_model_is_shown_as_a_table(cli: Cli, tiny_llama_export: Path) -> None:
     folder = ModelFolder.open(tiny_llama_export)
     slot = folder.slots[0, "mlp_out"]
     result = cli("inspect", tiny_llama_export)
@@ -100,7 +100,7 @@ def test_a_model_for_people(cli: Cli, tiny_llama_export: Path) -> None:
     assert "unlisted" not in result.out
 
 
-def test_a_model_for_scripts(cli: Cli, tiny_gemma_export: Path) -> None:
+def test_a_model_is_shown_as_json(cli: Cli, tiny_gemma_export: Path) -> None:
     report = cli("inspect", tiny_gemma_export, "--json", "--verify").json
     folder = ModelFolder.open(tiny_gemma_export)
     assert report["kind"] == "model"
@@ -127,7 +127,7 @@ def test_a_default_patch_and_unlisted_files_are_shown(cli: Cli, tmp_path: Path) 
     assert r"'notes\x1b.txt': nothing reads them" in out
 
 
-def test_verify_finds_what_a_look_at_sizes_does_not(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_a_change_that_keeps_the_size(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fill(tmp_path / "model")
     monkeypatch.setattr("tp_runtime.session.model_folder.ALWAYS_HASHED", 10)
     data = path / "model.onnx_data"
@@ -138,12 +138,12 @@ def test_verify_finds_what_a_look_at_sizes_does_not(cli: Cli, tmp_path: Path, mo
     assert "model.onnx_data" in result.err
 
 
-def test_opens_no_session(cli: Cli, tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_opens_no_session(cli: Cli, tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert cli("inspect", tiny_llama_export).code == 0
 
 
-def test_slots_of_several_shapes_are_told_apart(cli: Cli, tmp_path: Path) -> None:
+def test_slots_of_several_shapes_are_listed_separately(cli: Cli, tmp_path: Path) -> None:
     path = fill(tmp_path / "model")
     alter(path, lambda data: data["slots"][1].update(out=6))
     out = cli("inspect", path).out
@@ -152,7 +152,7 @@ def test_slots_of_several_shapes_are_told_apart(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["junk.safetensors", "weights.pt", "nothing.safetensors", "folder"])
-def test_what_is_neither_is_refused(cli: Cli, tmp_path: Path, name: str) -> None:
+def test_a_path_that_is_neither_a_patch_nor_a_model_is_refused(cli: Cli, tmp_path: Path, name: str) -> None:
     (tmp_path / "junk.safetensors").write_bytes(b"not a patch at all")
     (tmp_path / "weights.pt").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -161,7 +161,7 @@ def test_what_is_neither_is_refused(cli: Cli, tmp_path: Path, name: str) -> None
     assert result.err.startswith("error: ")
 
 
-def test_a_rank_that_differs_and_layers_with_a_gap(cli: Cli, tmp_path: Path) -> None:
+def test_several_ranks_and_gaps_between_layers_are_shown_as_ranges(cli: Cli, tmp_path: Path) -> None:
     patch = random_patch(layers=5, ranks=[1, 2, 3, 3, 7])
     some = {slot: delta for slot, delta in patch.deltas.items() if slot[0] != 3}
     out = cli("inspect", save(tmp_path, replace(patch, deltas=some))).out

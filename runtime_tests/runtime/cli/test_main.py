@@ -1,4 +1,4 @@
-"""`tp-runtime` itself: exit codes, what goes where, and terminals."""
+"""The `tp-runtime` command: exit codes, stdout and stderr, signals, and terminals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-c", "import sys; from tp_runtime.cli import main; s
 
 
 @pytest.mark.parametrize("args", [[], ["bogus"], ["generate"], ["inspect"], ["generate", "x", "hi", "--top-k", "many"]])
-def test_a_wrong_command_line_is_exit_code_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(args)
     assert exit_.value.code == 2
@@ -36,22 +36,22 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert command in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.startswith("tp-runtime ")
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (BrokenPipeError(), 141, ""),
     ],
 )
-def test_the_systems_errors(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, said: str
+def test_system_errors_and_interruptions_are_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str
 ) -> None:
     def fail(_: object) -> int:
         raise raised
@@ -59,10 +59,10 @@ def test_the_systems_errors(
     monkeypatch.setattr(generate, "run", fail)
     monkeypatch.setattr("tp_runtime.cli.program._drop_stdout", lambda: None)
     result = cli("generate", "x", "hi")
-    assert (result.code, result.out, result.err) == (code, "", said)
+    assert (result.code, result.out, result.err) == (code, "", message)
 
 
-def test_a_defect_keeps_its_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_keeps_its_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise ZeroDivisionError
 
@@ -71,7 +71,7 @@ def test_a_defect_keeps_its_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch)
         cli("generate", "x", "hi")
 
 
-def test_nothing_is_left_behind_in_the_process(cli: Cli, tmp_path: Path) -> None:
+def test_a_command_restores_loggers_and_stdout(cli: Cli, tmp_path: Path) -> None:
     before, errors = list(logging.getLogger("tp_runtime").handlers), sys.stdout.errors
     assert cli("inspect", tmp_path).code == 2
     assert logging.getLogger("tp_runtime").handlers == before
@@ -84,7 +84,7 @@ def test_an_error_cannot_steer_the_terminal(cli: Cli, tmp_path: Path) -> None:
     assert "\x1b" not in result.err
 
 
-def test_a_reader_that_goes_away_is_no_error(tiny_llama_export: Path) -> None:
+def test_a_closed_pipe_prints_no_error(tiny_llama_export: Path) -> None:
     run = [*COMMAND, "inspect", str(tiny_llama_export)]
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
@@ -94,7 +94,7 @@ def test_a_reader_that_goes_away_is_no_error(tiny_llama_export: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-def test_a_full_disk_is_one_line(tiny_llama_export: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(tiny_llama_export: Path) -> None:
     with open("/dev/full", "wb") as full:
         run = [*COMMAND, "inspect", str(tiny_llama_export), "--json"]
         done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, check=False)
@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line(tiny_llama_export: Path) -> None:
     assert done.stderr == b"error: [Errno 28] No space left on device\n"
 
 
-def test_a_character_that_stdout_lacks_is_spelt_out(tmp_path: Path) -> None:
+def test_a_character_that_stdout_cannot_encode_is_escaped(tmp_path: Path) -> None:
     file = tmp_path / "patch.safetensors"
     random_patch(config=random_config(name="café")).save(file)
     environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
@@ -112,24 +112,24 @@ def test_a_character_that_stdout_lacks_is_spelt_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_at_the_prompt_of_a_pipe_ends_it(tiny_llama_export: Path) -> None:
+def test_ctrl_c_ends_a_chat_that_waits_on_a_pipe(tiny_llama_export: Path) -> None:
     run = [*COMMAND, "chat", str(tiny_llama_export), "--device", "cpu"]
     pipe = subprocess.PIPE
 
-    def heed_ctrl_c() -> None:
+    def restore_sigint() -> None:
         # A test run started in the background ignores SIGINT, and a child inherits that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(run, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heed_ctrl_c) as process:
+    with subprocess.Popen(run, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=restore_sigint) as process:
         assert process.stderr
-        assert b"/help" in process.stderr.readline()  # it waits for a line now
+        assert b"/help" in process.stderr.readline()  # the chat now waits for a line
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"interrupted\n"
     assert process.returncode == 130
 
 
-# -- printing --------------------------------------------------------------------------------------------------
+# -- printing ------------------------------------------------------------------------------------------------
 
 
 class _Terminal(io.StringIO):
@@ -143,13 +143,13 @@ def test_generated_text_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch)
     assert terminal.getvalue() == "a\\x1b[31m\tb\nc\\x0d\\x9b"
 
 
-def test_generated_text_goes_into_a_file_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_text_is_written_to_a_file_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", file := io.StringIO())
     emit("a\x1b[31m")
     assert file.getvalue() == "a\x1b[31m"
 
 
-def test_columns_line_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_columns_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     print_fields([("a", "1\n2"), ("long", "\x1b")])
     assert capsys.readouterr().out == "a     1\n      2\nlong  \\x1b\n"
 
@@ -164,5 +164,5 @@ def test_columns_line_up(capsys: pytest.CaptureFixture[str]) -> None:
         (538_129_152, "538.1 MB (538129152 bytes)"),
     ],
 )
-def test_sizes(count: int, text: str) -> None:
+def test_sizes_are_printed_with_a_unit_and_in_bytes(count: int, text: str) -> None:
     assert size(count) == text

@@ -1,4 +1,4 @@
-"""What --patch and the sampling options accept."""
+"""The `--patch` option: files, strengths and sums."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def test_a_file_with_an_at_in_its_name_is_found(files: tuple[Path, Path]) -> Non
     assert split_spec(f"{odd}@0.5") == (str(odd), 0.5)
 
 
-def test_an_at_before_no_number_belongs_to_the_name() -> None:
+def test_an_at_that_no_number_follows_belongs_to_the_name() -> None:
     assert split_spec("me@home/patch.safetensors") == ("me@home/patch.safetensors", 1.0)
     assert split_spec("nowhere@2") == ("nowhere", 2.0)
 
 
 @pytest.mark.parametrize("factor", ["", "x", "0,5", "1/2"])
-def test_what_follows_the_at_of_a_file_must_be_a_number(files: tuple[Path, Path], factor: str) -> None:
+def test_text_after_the_at_of_a_file_must_be_a_number(files: tuple[Path, Path], factor: str) -> None:
     with pytest.raises(PatchValueError, match="the value is not a valid strength"):
         read_patches([f"{files[0]}@{factor}"])
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf", "-inf", "1e999", "1e-99"])
-def test_a_strength_is_finite(files: tuple[Path, Path], factor: str) -> None:
+def test_a_strength_must_be_finite(files: tuple[Path, Path], factor: str) -> None:
     with pytest.raises(PatchValueError, match="the value is not a valid strength"):
         read_patches([f"{files[0]}@{factor}"])
 
 
-def test_patches_add_up(files: tuple[Path, Path]) -> None:
+def test_several_patches_are_added(files: tuple[Path, Path]) -> None:
     chosen = read_patches([f"{files[0]}@0.5", f"{files[1]}@-1", str(files[0])])
     one, two = map(Patch.load, files)
     assert isinstance(chosen.choice, Patch)
@@ -75,17 +75,17 @@ def test_no_patch_is_the_folders_default_and_none_is_the_base() -> None:
     assert read_patches(["none"]).choice is None
 
 
-def test_none_adds_to_nothing(files: tuple[Path, Path]) -> None:
+def test_none_cannot_be_added_to_a_patch(files: tuple[Path, Path]) -> None:
     with pytest.raises(PatchTargetError, match="selects the base model and cannot be added to a patch"):
         read_patches(["none", str(files[0])])
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PatchFormatError, match="no such file"):
         read_patches([f"{tmp_path / 'nothing'}@2"])
 
 
-def test_patches_of_two_bases_do_not_add(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_patches_of_different_bases_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     random_patch(3, config=random_config(base_digest="f" * 64)).save(other)
     with pytest.raises(BaseMismatchError):

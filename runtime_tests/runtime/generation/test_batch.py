@@ -1,4 +1,4 @@
-"""A running batch on token ids: every row is what it is alone, whatever joins, leaves or runs beside it."""
+"""A running batch on token ids: every row generates what it would as a single sequence, whatever other rows do."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tp_runtime.generation.row_kv import StackedKV
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
-LEAD = [5, 6, 7]  # the ids that the KV prefixes stand in for
+LEAD = [5, 6, 7]  # the ids that the KV prefixes replace
 GREEDY = Sampling()
 
 
-# -- on a fake graph: the loop -------------------------------------------------------------------------------
+# -- the loop, on a fake graph -------------------------------------------------------------------------------
 
 
 def join(batch: Batch, prompt: Sequence[int], bound: BoundPatch = BASE, n: Any = 8, **options: Any) -> Row:
@@ -49,25 +49,25 @@ schedules = st.lists(
 )
 
 
-@given(schedule=schedules, piece=st.integers(1, 4))
-def test_rows_joining_and_leaving_in_any_order_say_what_they_say_alone(schedule: list[Any], piece: int) -> None:
+@given(schedule=schedules, chunk=st.integers(1, 4))
+def test_rows_that_join_and_leave_in_any_order_match_single_sequences(schedule: list[Any], chunk: int) -> None:
     graph = FakeBatchGraph(32)
-    batch, rows = Batch(graph, 3, prefill_tokens=piece), []
-    for what, prompt, patched, limit in schedule:
-        there = (*batch.rows, *batch.joining)
-        if what == "join" and batch.free:
+    batch, rows = Batch(graph, 3, prefill_tokens=chunk), []
+    for action, prompt, patched, limit in schedule:
+        present = (*batch.rows, *batch.joining)
+        if action == "join" and batch.free:
             rows.append((join(batch, prompt, PATCH if patched else BASE, limit), prompt, limit))
-        elif what == "leave" and there:
-            batch.leave(there[limit % len(there)])
+        elif action == "leave" and present:
+            batch.leave(present[limit % len(present)])
         else:
-            before, waiting, runs = {row: list(row.tokens) for row in there}, set(batch.rows), len(graph.runs)
-            handed = dict(batch.step())
-            assert waiting <= set(handed) <= set(before)
-            assert all(row.tokens == [*before[row], token] for row, token in handed.items())
-            if waiting:  # nobody waits for more than a piece of the others' prompts
-                assert sum(map(len, graph.runs[runs:])) <= len(handed) + piece
+            before, decoding, runs = {row: list(row.tokens) for row in present}, set(batch.rows), len(graph.runs)
+            stepped = dict(batch.step())
+            assert decoding <= set(stepped) <= set(before)
+            assert all(row.tokens == [*before[row], token] for row, token in stepped.items())
+            if decoding:  # a decoding row waits for at most one chunk of the joining rows' prompts
+                assert sum(map(len, graph.runs[runs:])) <= len(stepped) + chunk
             else:
-                assert set(handed) == set(before)
+                assert set(stepped) == set(before)
     while batch.step():
         pass
     for row, prompt, limit in rows:
@@ -86,12 +86,12 @@ def test_a_row_ends_at_an_eos_id_a_limit_or_the_window() -> None:
     assert (limit.finish_reason, completion(limit)) == ("length", whole[:2])
     assert (window.finish_reason, completion(window)) == ("length", whole[:5])
     assert batch.rows == () and batch.free == 3 and batch.step() == []
-    batch.leave(eos)  # has ended already
+    batch.leave(eos)  # this row has already ended
     assert eos.finish_reason == "eos"
 
 
-def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    def alone(seed: int, **options: Any) -> list[int]:
+def test_draws_do_not_depend_on_the_other_rows() -> None:
+    def single(seed: int, **options: Any) -> list[int]:
         sampling = Sampling(**{"temperature": 3.0, "seed": seed, **options})
         ids = engine.generate(FakeGraph(), [3, 1, 4], BASE, sampling=sampling, max_new_tokens=8, eos_ids=frozenset())
         return list(ids)
@@ -104,12 +104,12 @@ def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:
     penalised = join(batch, [3, 1, 4], repetition_penalty=2.0)
     while batch.step():
         pass
-    assert completion(first) == completion(others[0]) == alone(1) != completion(others[1]) == alone(2)
+    assert completion(first) == completion(others[0]) == single(1) != completion(others[1]) == single(2)
     assert completion(greedy) == expected([3, 1, 4], 8)
-    assert completion(penalised) == alone(0, temperature=0.0, repetition_penalty=2.0)
+    assert completion(penalised) == single(0, temperature=0.0, repetition_penalty=2.0)
 
 
-def test_bad_requests_are_refused_before_anything_runs_and_leave_the_batch_as_it_was() -> None:
+def test_bad_requests_are_refused_before_anything_runs_and_do_not_change_the_batch() -> None:
     graph = FakeBatchGraph(16)
     batch = Batch(graph, 2)
     row = join(batch, [3, 1, 4])
@@ -134,10 +134,10 @@ def test_bad_requests_are_refused_before_anything_runs_and_leave_the_batch_as_it
             Batch(graph, 1, prefill_tokens=rows)  # type: ignore[arg-type]
 
 
-def test_a_row_without_finite_logits_leaves_alone() -> None:
+def test_only_the_row_without_finite_logits_leaves_the_batch() -> None:
     graph = FakeBatchGraph()
     batch = Batch(graph, 3)
-    rows = [join(batch, [3, place]) for place in range(3)]
+    rows = [join(batch, [3, last]) for last in range(3)]
     step = batch._rows.step
     batch._rows.step = lambda tokens: step(tokens) * [[1], [np.nan], [1]]  # type: ignore[method-assign]
     assert [row for row, _token in batch.step()] == [rows[0], rows[2]]
@@ -153,12 +153,12 @@ def test_a_row_without_finite_logits_leaves_alone() -> None:
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
 def graph(request: pytest.FixtureRequest) -> Graph:
-    """Tiny Llama has one slot a layer; tiny Gemma every slot, and layers with a window of 8."""
+    """Tiny Llama has one slot in each layer; tiny Gemma has every slot, and layers with a sliding window of 8."""
     return Graph(ModelFolder.open(request.getfixturevalue(f"tiny_{request.param}_export")), "cpu")
 
 
 def some_patches(graph: Graph) -> dict[str, BoundPatch]:
-    """Ranks, strengths, sums, a bias alone, a part of the slots, a KV prefix with and without deltas, and none."""
+    """Return patches of several ranks and strengths, a sum, only a bias, some slots, KV prefixes, and the base."""
     folder = graph.folder
     narrow, wide = (patch_for(folder, seed=rank, rank=rank, scale=0.2) for rank in (3, 20))
     bias = patch_for(folder, seed=3, rank=0, scale=0.2)
@@ -177,8 +177,13 @@ def some_patches(graph: Graph) -> dict[str, BoundPatch]:
     return {name: graph.bind(patch) for name, patch in patches.items()}
 
 
-class Alone:
-    """A sequence by itself, greedily, and the logits of every step."""
+class SingleSequence:
+    """A single sequence that is decoded greedily on the graph.
+
+    Attributes:
+        tokens: the prompt and the completion.
+        logits: the logits [vocab] of every step.
+    """
 
     def __init__(self, graph: Graph, prompt: list[int], bound: BoundPatch, count: int) -> None:
         cache, tokens = graph.new_cache(bound), list(prompt)
@@ -189,123 +194,130 @@ class Alone:
         self.tokens = tokens
 
 
-class Watched:
-    """A batch, with the logits of every row's steps."""
+class RecordedBatch:
+    """A batch that records logits.
+
+    Attributes:
+        batch: the batch.
+        logits: the logits [vocab] of every step, by row.
+    """
 
     def __init__(self, graph: Graph, rows: int, prefill_tokens: int = 32) -> None:
         self.batch = Batch(graph, rows, prefill_tokens=prefill_tokens)
         self.logits: dict[Row, list[Any]] = {}
         step = self.batch._rows.step
 
-        def recorded(tokens: Sequence[int]) -> np.ndarray:
+        def step_and_record(tokens: Sequence[int]) -> np.ndarray:
             logits = step(tokens)
-            for row, found in zip(self.batch.rows, logits, strict=True):
-                self.logits.setdefault(row, []).append(found.copy())
+            for row, row_logits in zip(self.batch.rows, logits, strict=True):
+                self.logits.setdefault(row, []).append(row_logits.copy())
             return logits
 
-        self.batch._rows.step = recorded  # type: ignore[method-assign]
+        self.batch._rows.step = step_and_record  # type: ignore[method-assign]
 
     def run(self) -> None:
         while self.batch.step():
             pass
 
-    def assert_is(self, row: Row, alone: Alone) -> None:
-        assert row.tokens == alone.tokens[: len(row.tokens)]
-        for ours, theirs in zip(self.logits[row], alone.logits, strict=False):
-            assert furthest(ours, theirs) < 1e-5
+    def assert_matches(self, row: Row, single: SingleSequence) -> None:
+        assert row.tokens == single.tokens[: len(row.tokens)]
+        for got, wanted in zip(self.logits[row], single.logits, strict=False):
+            assert furthest(got, wanted) < 1e-5
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Of different lengths, from one id after what a KV prefix stands in for."""
-    return [[*LEAD, *token_ids(1 + 7 * place, seed=place)] for place in range(count)]
+    """Return prompts of different lengths; the shortest has one id after the ids that a KV prefix replaces."""
+    return [[*LEAD, *token_ids(1 + 7 * i, seed=i)] for i in range(count)]
 
 
-def test_rows_under_one_patch_bind_it_as_it_is(graph: Graph) -> None:
+def test_rows_with_the_same_patch_bind_it_without_stacking(graph: Graph) -> None:
     for name in ("base", "wide"):
         bound = some_patches(graph)[name]
-        watched = Watched(graph, 4)
-        rows = [join(watched.batch, prompt, bound, 12) for prompt in prompts(4)]
-        watched.run()
-        assert not watched.batch._rows._slots._arrays  # type: ignore[attr-defined]
+        recorded = RecordedBatch(graph, 4)
+        rows = [join(recorded.batch, prompt, bound, 12) for prompt in prompts(4)]
+        recorded.run()
+        assert not recorded.batch._rows._slots._arrays  # type: ignore[attr-defined]
         for row, prompt in zip(rows, prompts(4), strict=True):
-            watched.assert_is(row, Alone(graph, prompt, bound, 12))
+            recorded.assert_matches(row, SingleSequence(graph, prompt, bound, 12))
 
 
-def test_rows_under_different_patches_and_of_different_lengths(graph: Graph) -> None:
+def test_rows_with_different_patches_and_lengths_match_single_sequences(graph: Graph) -> None:
     bounds = some_patches(graph)
-    watched = Watched(graph, len(bounds))
+    recorded = RecordedBatch(graph, len(bounds))
     rows = {
-        name: join(watched.batch, prompt, bound, 20)
+        name: join(recorded.batch, prompt, bound, 20)
         for (name, bound), prompt in zip(bounds.items(), prompts(len(bounds)), strict=True)
     }
-    watched.run()
+    recorded.run()
     for (name, row), prompt in zip(rows.items(), prompts(len(bounds)), strict=True):
         assert len(completion(row)) == 20
-        watched.assert_is(row, Alone(graph, prompt, bounds[name], 20))
+        recorded.assert_matches(row, SingleSequence(graph, prompt, bounds[name], 20))
 
 
-def test_rows_that_differ_in_their_biases_alone(graph: Graph) -> None:
-    """Stacks of rank 0, then of more once a row needs it."""
-    bounds, watched = some_patches(graph), Watched(graph, 3)
-    rows = [(name, join(watched.batch, [*LEAD, 9], bounds[name], 8)) for name in ("base", "bias")]
-    watched.batch.step()
-    rows.append(("narrow", join(watched.batch, [*LEAD, 9], bounds["narrow"], 8)))
-    watched.run()
+def test_rows_that_differ_only_in_their_biases_match_single_sequences(graph: Graph) -> None:
+    """The stacked slot tensors have rank 0 until a row needs a higher rank."""
+    bounds, recorded = some_patches(graph), RecordedBatch(graph, 3)
+    rows = [(name, join(recorded.batch, [*LEAD, 9], bounds[name], 8)) for name in ("base", "bias")]
+    recorded.batch.step()
+    rows.append(("narrow", join(recorded.batch, [*LEAD, 9], bounds["narrow"], 8)))
+    recorded.run()
     for name, row in rows:
-        watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 8))
+        recorded.assert_matches(row, SingleSequence(graph, [*LEAD, 9], bounds[name], 8))
 
 
-def test_joining_and_leaving_midway_does_not_disturb_the_others(graph: Graph) -> None:
-    """Rows move into the places of those that left; the patches of a place change, and their ranks grow."""
+def test_rows_that_join_and_leave_midway_do_not_disturb_the_others(graph: Graph) -> None:
+    """Rows take the batch positions of rows that left, so the patch of a position changes, and the ranks grow."""
     bounds, given_prompts = list(some_patches(graph).values()), prompts(9)
-    watched, rows = Watched(graph, 4), []
-    for place, (bound, prompt) in enumerate(zip(bounds, given_prompts, strict=True)):
-        if not watched.batch.free:
-            watched.batch.leave(watched.batch.rows[place % 3])
-        rows.append(join(watched.batch, prompt, bound, 30))
+    recorded, rows = RecordedBatch(graph, 4), []
+    for number, (bound, prompt) in enumerate(zip(bounds, given_prompts, strict=True)):
+        if not recorded.batch.free:
+            recorded.batch.leave(recorded.batch.rows[number % 3])
+        rows.append(join(recorded.batch, prompt, bound, 30))
         for _ in range(3):
-            watched.batch.step()
-    watched.run()
+            recorded.batch.step()
+    recorded.run()
     assert {row.finish_reason for row in rows} == {"left", "length"}
     for row, bound, prompt in zip(rows, bounds, given_prompts, strict=True):
         assert len(completion(row)) >= 3
-        watched.assert_is(row, Alone(graph, prompt, bound, 30))
+        recorded.assert_matches(row, SingleSequence(graph, prompt, bound, 30))
 
 
-def test_a_long_prompt_is_run_in_pieces_between_the_tokens_of_others(graph: Graph) -> None:
+def test_a_long_prompt_is_prefilled_in_chunks_while_other_rows_decode(graph: Graph) -> None:
     bounds, prompt = some_patches(graph), [*LEAD, *token_ids(60, seed=4)]
-    watched = Watched(graph, 3, prefill_tokens=7)
-    going = {name: join(watched.batch, [*LEAD, 9], bounds[name], 30) for name in ("narrow", "base")}
-    watched.batch.step()
-    late = join(watched.batch, prompt, bounds["prefix and deltas"], 10)
+    recorded = RecordedBatch(graph, 3, prefill_tokens=7)
+    decoding = {name: join(recorded.batch, [*LEAD, 9], bounds[name], 30) for name in ("narrow", "base")}
+    recorded.batch.step()
+    late = join(recorded.batch, prompt, bounds["prefix and deltas"], 10)
     for _ in range(8):
-        assert {row for row, _token in watched.batch.step()} == set(going.values())
-    assert watched.batch.joining == (late,)
-    assert {row for row, _token in watched.batch.step()} == {late, *going.values()}
-    watched.run()
-    watched.assert_is(late, Alone(graph, prompt, bounds["prefix and deltas"], 10))
-    for name, row in going.items():
-        watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 30))
+        assert {row for row, _token in recorded.batch.step()} == set(decoding.values())
+    assert recorded.batch.joining == (late,)
+    assert {row for row, _token in recorded.batch.step()} == {late, *decoding.values()}
+    recorded.run()
+    recorded.assert_matches(late, SingleSequence(graph, prompt, bounds["prefix and deltas"], 10))
+    for name, row in decoding.items():
+        recorded.assert_matches(row, SingleSequence(graph, [*LEAD, 9], bounds[name], 30))
 
 
-def test_buffers_grow_under_the_rows_up_to_the_window(graph: Graph) -> None:
-    bounds, watched = some_patches(graph), Watched(graph, 3)
+def test_buffers_grow_up_to_the_context_window_while_rows_decode(graph: Graph) -> None:
+    bounds, recorded = some_patches(graph), RecordedBatch(graph, 3)
     window = graph.folder.context_window
     near, far = token_ids(240, seed=1), token_ids(window - 30, seed=2)
-    first = join(watched.batch, near, bounds["narrow"], 40)
+    first = join(recorded.batch, near, bounds["narrow"], 40)
     for _ in range(10):
-        watched.batch.step()
-    second = join(watched.batch, far, bounds["base"], 40)
-    watched.run()
-    watched.assert_is(first, Alone(graph, near, bounds["narrow"], 40))
-    watched.assert_is(second, Alone(graph, far, bounds["base"], 30))
+        recorded.batch.step()
+    second = join(recorded.batch, far, bounds["base"], 40)
+    recorded.run()
+    recorded.assert_matches(first, SingleSequence(graph, near, bounds["narrow"], 40))
+    recorded.assert_matches(second, SingleSequence(graph, far, bounds["base"], 30))
     assert len(second.tokens) == window and second.finish_reason == "length"
 
 
-def test_a_device_that_does_not_share_memory(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: buffers are copied there and back at every change of rows."""
+def test_rows_match_single_sequences_on_a_device_that_does_not_share_memory(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, the buffers are copied to the device and back whenever the rows change."""
     monkeypatch.setattr(StackedKV, "bind", copying_bind)
-    test_joining_and_leaving_midway_does_not_disturb_the_others(graph)
+    test_rows_that_join_and_leave_midway_do_not_disturb_the_others(graph)
 
 
 def copying_bind(self: Any, binding: Any, count: int) -> None:
@@ -318,26 +330,26 @@ def copying_bind(self: Any, binding: Any, count: int) -> None:
 
 def test_a_failed_step_can_be_tried_again(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = some_patches(graph)
-    watched = Watched(graph, 3)
-    rows = [join(watched.batch, [*LEAD, 9], bounds[name], 6) for name in ("narrow", "prefix")]
-    watched.batch.step()
+    recorded = RecordedBatch(graph, 3)
+    rows = [join(recorded.batch, [*LEAD, 9], bounds[name], 6) for name in ("narrow", "prefix")]
+    recorded.batch.step()
 
     def fail(*_a: Any, **_k: Any) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patched:
         patched.setattr(graph, "execute", fail)
-        late = join(watched.batch, [*LEAD, 9, 9], bounds["base"])
+        late = join(recorded.batch, [*LEAD, 9, 9], bounds["base"])
         with pytest.raises(MemoryError):
-            watched.batch.step()
+            recorded.batch.step()
     assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
-    assert list(watched.batch.rows) == rows and not watched.batch.joining
-    watched.run()
+    assert list(recorded.batch.rows) == rows and not recorded.batch.joining
+    recorded.run()
     for row, name in zip(rows, ("narrow", "prefix"), strict=True):
-        watched.assert_is(row, Alone(graph, [*LEAD, 9], bounds[name], 6))
+        recorded.assert_matches(row, SingleSequence(graph, [*LEAD, 9], bounds[name], 6))
 
 
-def test_requests_that_a_graph_refuses(graph: Graph) -> None:
+def test_requests_that_do_not_fit_the_graph_or_the_patch_are_refused(graph: Graph) -> None:
     batch, bounds = Batch(graph, 2), some_patches(graph)
     row = join(batch, [1, 2, 3], bounds["narrow"])
     for prompt in ([1, graph.folder.vocab_size], [-1], [1.5, 2]):
@@ -352,8 +364,8 @@ def test_requests_that_a_graph_refuses(graph: Graph) -> None:
         batch._rows.add(graph.new_cache(bounds["half"]), bounds["narrow"])
 
 
-def test_rows_of_a_patch_are_checked_against_the_batch(graph: Graph) -> None:
-    """ONNX would broadcast a batch of one over them and give out the first row's logits."""
+def test_slot_tensors_whose_rows_do_not_match_the_batch_are_refused(graph: Graph) -> None:
+    """Without the check, ONNX would broadcast a batch of one over the rows and return the logits of the first row."""
     bound = some_patches(graph)["narrow"]
     two = {
         name: graph.ort.OrtValue.ortvalue_from_numpy(np.concatenate([value.numpy()] * 2))
@@ -370,22 +382,22 @@ def test_rows_of_a_patch_are_checked_against_the_batch(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama-int8", "tiny-llama-int4"])
-def test_rows_of_a_quantised_graph_differ_no_more_under_patches_than_without(name: str, tmp_path: Path) -> None:
-    """Its kernels round differently with the number of rows."""
+def test_rows_of_a_quantised_graph_differ_no_more_with_patches_than_without(name: str, tmp_path: Path) -> None:
+    """The kernels of a quantised graph round differently for different numbers of rows."""
     graph = Graph(ModelFolder.open(private_copy(name, tmp_path)), "cpu")
 
     def furthest_row(bounds: Sequence[BoundPatch]) -> float:
-        watched = Watched(graph, len(bounds))
-        rows = [join(watched.batch, p, b, 1) for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
-        watched.run()
-        alone = [Alone(graph, p, b, 1).logits[0] for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
-        return max(furthest(watched.logits[row][0], one) for row, one in zip(rows, alone, strict=True))
+        recorded = RecordedBatch(graph, len(bounds))
+        rows = [join(recorded.batch, p, b, 1) for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
+        recorded.run()
+        single = [SingleSequence(graph, p, b, 1).logits[0] for p, b in zip(prompts(len(bounds)), bounds, strict=True)]
+        return max(furthest(recorded.logits[row][0], one) for row, one in zip(rows, single, strict=True))
 
     bounds = list(some_patches(graph).values())
     assert furthest_row(bounds) <= 3 * furthest_row([graph.base] * len(bounds)) + 1e-4
 
 
-# -- graphs of the other route -------------------------------------------------------------------------------
+# -- graphs of the optimum route -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -394,15 +406,15 @@ def concatenating(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return Graph(ModelFolder.open(path), "cpu")
 
 
-def test_a_graph_that_concatenates_steps_its_rows_in_turn(
+def test_a_graph_that_concatenates_steps_its_rows_one_by_one(
     concatenating: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_joining_and_leaving_midway_does_not_disturb_the_others(concatenating)
-    # A step that fails at its second row has not happened for the first either.
+    test_rows_that_join_and_leave_midway_do_not_disturb_the_others(concatenating)
+    # If a step fails at its second row, the first row has not stepped either.
     bounds = some_patches(concatenating)
-    watched = Watched(concatenating, 2)
-    rows = [join(watched.batch, [*LEAD, 9], bounds[name], 6) for name in ("narrow", "wide")]
-    watched.batch.step()
+    recorded = RecordedBatch(concatenating, 2)
+    rows = [join(recorded.batch, [*LEAD, 9], bounds[name], 6) for name in ("narrow", "wide")]
+    recorded.batch.step()
     forward = concatenating.forward
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -411,7 +423,7 @@ def test_a_graph_that_concatenates_steps_its_rows_in_turn(
             lambda tokens, cache, bound: forward(tokens, cache, bound) if cache is rows[0].cache else 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
-            watched.batch.step()
-    watched.run()
+            recorded.batch.step()
+    recorded.run()
     for row, name in zip(rows, ("narrow", "wide"), strict=True):
-        watched.assert_is(row, Alone(concatenating, [*LEAD, 9], bounds[name], 6))
+        recorded.assert_matches(row, SingleSequence(concatenating, [*LEAD, 9], bounds[name], 6))

@@ -35,19 +35,19 @@ def start(
     )
 
 
-def test_greedy_ids_and_one_run_a_token() -> None:
+def test_greedy_generation_runs_the_graph_once_per_token() -> None:
     graph = FakeGraph()
     assert list(start(graph, [3, 1, 4])) == expected([3, 1, 4], 8)
-    # The prompt in one run, then single tokens; the last id handed out is never run.
+    # The graph runs the prompt at once, then single tokens; the last id of the completion is never run.
     assert graph.runs == [[3, 1, 4], *([token] for token in expected([3, 1, 4], 7))]
 
 
-def test_every_step_is_under_the_patch() -> None:
+def test_every_step_applies_the_patch() -> None:
     ids = list(start(FakeGraph(), [3, 1, 4], PATCH))
     assert ids == expected([3, 1, 4], 8, PATCH) != expected([3, 1, 4], 8)
 
 
-def test_stops_at_an_eos_id_and_hands_it_out() -> None:
+def test_generation_stops_at_an_eos_id_and_yields_it() -> None:
     graph, whole = FakeGraph(), expected([3, 1, 4], 8)
     eos = whole[4]
     stop = whole.index(eos) + 1
@@ -109,7 +109,7 @@ def test_sampling_is_repeatable() -> None:
 
 @given(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30))
 def test_the_sampler_sees_prompt_and_completion(prompt: list[int]) -> None:
-    """A penalty on what is there already: the runner-up is taken instead, unless it is there too."""
+    """The second most likely id replaces a most likely id that was seen before, unless it was seen too."""
     tokens = list(prompt)
     for _ in range(8):
         first = next_token(tokens, BASE)
@@ -121,14 +121,14 @@ def test_the_sampler_sees_prompt_and_completion(prompt: list[int]) -> None:
 # -- caches --------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_runs_only_what_is_new() -> None:
+def test_a_conversation_runs_only_its_new_tokens() -> None:
     graph = FakeGraph()
     cache = graph.new_cache(BASE)
     first = list(start(graph, [3, 1, 4], cache=cache))
     graph.runs.clear()
     prompt = [3, 1, 4, *first, 15, 9]
     assert list(start(graph, prompt, cache=cache)) == expected(prompt, 8)
-    assert graph.runs[0] == [first[-1], 15, 9]  # the last id of a completion was never run
+    assert graph.runs[0] == [first[-1], 15, 9]  # the last id of the completion was not run before
 
 
 def test_the_same_prompt_again_runs_its_last_token() -> None:
@@ -143,20 +143,20 @@ def test_the_same_prompt_again_runs_its_last_token() -> None:
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
-@given(turns=st.lists(prompts, min_size=1, max_size=4))
-def test_a_cache_never_changes_what_comes_out(turns: list[list[int]]) -> None:
+@given(conversation=st.lists(prompts, min_size=1, max_size=4))
+def test_a_cache_never_changes_the_completion(conversation: list[list[int]]) -> None:
     graph = FakeGraph()
     cache = graph.new_cache(BASE)
-    for prompt in turns:
+    for prompt in conversation:
         held = list(cache.tokens)
         graph.runs.clear()
         assert list(start(graph, prompt, max_new_tokens=3, cache=cache)) == expected(prompt, 3)
         common = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), len(held))
-        assert graph.runs[0] == prompt[min(common, len(prompt) - 1) :]  # and no more is run than has to be
+        assert graph.runs[0] == prompt[min(common, len(prompt) - 1) :]  # only the ids that the cache lacks are run
         assert cache.tokens == [*prompt, *expected(prompt, 2)]
 
 
-def test_completions_taking_turns_on_one_cache_stay_right() -> None:
+def test_interleaved_completions_on_one_cache_stay_correct() -> None:
     graph = FakeGraph()
     cache = graph.new_cache(BASE)
     one, two = start(graph, [3, 1, 4], cache=cache), start(graph, [3, 2], cache=cache)
@@ -167,7 +167,7 @@ def test_completions_taking_turns_on_one_cache_stay_right() -> None:
     assert taken == [expected([3, 1, 4], 8), expected([3, 2], 8)]
 
 
-def test_a_cache_of_another_patch_is_refused_and_stays_whole() -> None:
+def test_a_cache_of_another_patch_is_refused_and_not_changed() -> None:
     graph = FakeGraph()
     cache = graph.new_cache(PATCH)
     first = list(start(graph, [3, 1, 4], PATCH, cache=cache))
@@ -179,7 +179,7 @@ def test_a_cache_of_another_patch_is_refused_and_stays_whole() -> None:
     assert list(start(graph, prompt, PATCH, cache=cache)) == expected(prompt, 8, PATCH)
 
 
-def test_a_cache_key_tells_patches_strengths_order_and_graphs_apart() -> None:
+def test_a_cache_key_distinguishes_patches_strengths_order_and_graphs() -> None:
     keys = [
         ("graph", ()),
         ("graph", (("p", 1.0),)),
@@ -199,7 +199,7 @@ def test_a_cache_key_tells_patches_strengths_order_and_graphs_apart() -> None:
                     cache.require_key(wanted)
 
 
-def test_a_failed_step_ends_the_completion_and_the_cache_goes_on() -> None:
+def test_a_cache_is_still_usable_after_a_failed_step() -> None:
     graph = FakeGraph()
     cache = graph.new_cache(BASE)
     ids = start(graph, [3, 1, 4], cache=cache)

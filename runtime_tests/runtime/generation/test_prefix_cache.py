@@ -1,4 +1,4 @@
-"""The prefix cache: output as without it, less that is run, never across patches, within its budget."""
+"""The prefix cache: it never changes the output, saves forward passes, separates patches, and keeps to its budget."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ BOUNDS = [BASE, PATCH, HALF]
 LEAD = [5, 6, 7]
 
 
-# -- on a fake graph: what is found is what was run ----------------------------------------------------------
+# -- on a fake graph: the cache finds only what was run ------------------------------------------------------
 
 
 def fake_content(cache: KVCache) -> dict[str, np.ndarray]:
-    """Eight bytes a token, which show another prompt or another patch."""
-    mark = [hash(cache.key) % 1000, *cache.tokens]
-    return {"past": np.array(mark[1:], np.int64)[None, :, None] + mark[0] * 1000}
+    """Return eight bytes per token that differ for every prompt and every patch."""
+    patch_mark = hash(cache.key) % 1000
+    return {"past": np.array(cache.tokens, np.int64)[None, :, None] + patch_mark * 1000}
 
 
 class FakeStoreGraph(FakeBatchGraph):
-    """Checks that a cache begins with nothing but what its own key and tokens give."""
+    """A fake graph that checks that a cache starts only with the content of its own key and tokens."""
 
     def content(self, cache: KVCache) -> dict[str, np.ndarray]:
         return fake_content(cache)
@@ -55,16 +55,16 @@ requests = st.lists(
         st.lists(st.integers(0, 2), min_size=1, max_size=12),
         st.integers(0, 2),
         st.integers(1, 4),
-        st.sampled_from(["alone", "stopped", "batch", "prefill"]),
+        st.sampled_from(["single", "stopped", "batch", "prefill"]),
     ),
     max_size=12,
 )
 
 
-@given(asked=requests, budget=st.integers(1, 400))
-def test_nothing_comes_out_differently_and_the_budget_holds(asked: list[Any], budget: int) -> None:
+@given(queue=requests, budget=st.integers(1, 400))
+def test_the_prefix_cache_never_changes_the_output_and_keeps_to_its_budget(queue: list[Any], budget: int) -> None:
     graph, store = FakeStoreGraph(), PrefixCache(budget)
-    for prompt, which, count, how in asked:
+    for prompt, which, count, how in queue:
         bound, found = BOUNDS[which], store.hits + store.misses
         options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": count, "eos_ids": frozenset()}
         if how == "batch":
@@ -97,31 +97,31 @@ def keep(store: PrefixCache, tokens: Sequence[int], bound: BoundPatch = BASE) ->
 
 
 def found(store: PrefixCache, tokens: Sequence[int], bound: BoundPatch = BASE) -> int:
-    """How many of `tokens` and one more the store knows."""
+    """Return how many of `tokens` the store has, for a prompt of `tokens` and one more id."""
     cache = KVCache(bound.key)
     store.fill(cache, [*tokens, 9])
     return len(cache)
 
 
-def test_the_longest_common_beginning_is_found() -> None:
+def test_the_longest_common_prefix_is_found() -> None:
     store = PrefixCache(10_000)
     assert found(store, [1, 2, 3]) == 0
     for tokens in ([1, 2, 3, 4], [1, 2, 7, 7, 7], [8]):
         assert keep(store, tokens)
     assert [found(store, t) for t in ([1, 2, 3, 9], [1, 2, 7, 7], [1, 9], [8, 1], [9], [])] == [3, 4, 1, 1, 0, 0]
     assert (store.hits, store.misses) == (4, 3)
-    # At least the last id is left to run, whatever is known.
+    # At least the last id is always left to run.
     cache = KVCache(BASE.key)
     store.fill(cache, [1, 2, 3, 4])
     assert cache.tokens == [1, 2, 3]
 
 
-def test_an_entry_takes_the_place_of_those_it_extends_and_no_other() -> None:
+def test_an_entry_replaces_only_the_entries_it_extends() -> None:
     store = PrefixCache(10_000)
     keep(store, [1, 2])
     keep(store, [1, 2, 3])
     assert store.entries == 1 and store.bytes == 3 * 8
-    keep(store, [1, 2])  # known already
+    keep(store, [1, 2])  # an entry contains this already
     keep(store, [1, 2, 4])
     keep(store, [1, 2, 3, 4], PATCH)
     assert store.entries == 3 and store.bytes == 10 * 8
@@ -129,20 +129,20 @@ def test_an_entry_takes_the_place_of_those_it_extends_and_no_other() -> None:
     assert (store.entries, store.bytes) == (0, 0) and found(store, [1, 2]) == 0
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     store = PrefixCache(6 * 8)
     for first in (1, 2, 3):
         keep(store, [first, 0])
-    assert found(store, [1]) == 1  # used
-    keep(store, [2])  # used as well: an entry has it
+    assert found(store, [1]) == 1  # this counts as a use
+    keep(store, [2])  # so does this, because an entry contains it
     keep(store, [4, 0])
     assert [found(store, [first]) for first in (1, 2, 3, 4)] == [1, 1, 0, 1]
-    assert not keep(store, [5] * 7) and store.entries == 3  # larger than everything: nothing is given up for it
+    assert not keep(store, [5] * 7) and store.entries == 3  # larger than the budget, so no entry is evicted
     assert keep(store, [6] * 6) and store.entries == 1 and store.bytes == 6 * 8
 
 
 @pytest.mark.parametrize("budget", [-1, True, 1.5, "1", None])
-def test_a_budget_that_is_none(tiny_llama_export: Path, budget: Any) -> None:
+def test_an_invalid_budget_is_refused(tiny_llama_export: Path, budget: Any) -> None:
     for make in (PrefixCache, lambda b: PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=b)):
         with pytest.raises(RequestError) as error:
             make(budget)
@@ -158,7 +158,7 @@ def graph(request: pytest.FixtureRequest) -> Graph:
 
 
 def logits_of(graph: Graph, ids: list[int], bound: BoundPatch, store: PrefixCache | None) -> tuple[np.ndarray, int]:
-    """The last logits, and how many ids were run for them."""
+    """Return the last logits, and the number of ids that were run for them."""
     cache = graph.new_cache(bound)
     if store is not None:
         store.fill(cache, ids)
@@ -169,11 +169,11 @@ def logits_of(graph: Graph, ids: list[int], bound: BoundPatch, store: PrefixCach
     return logits, len(run)
 
 
-def test_logits_are_those_without_it_and_less_is_run(graph: Graph) -> None:
+def test_logits_match_those_without_the_prefix_cache_and_fewer_tokens_are_run(graph: Graph) -> None:
     patch = patch_for(graph.folder, seed=1, scale=0.2)
     bounds = [None, patch, 0.5 * patch, with_prefix(patch, graph.folder, LEAD)]
     store = PrefixCache(1 << 30)
-    for bound in map(graph.bind, bounds):  # each finds nothing of the others
+    for bound in map(graph.bind, bounds):  # no patch finds the entries of another
         shared = [*LEAD, *token_ids(40, seed=1)]
         one, two = [*shared, *token_ids(9, seed=2)], [*shared, *token_ids(5, seed=3)]
         lead = len(graph.new_cache(bound))
@@ -199,7 +199,7 @@ def test_requests_do_not_share_buffers(graph: Graph) -> None:
     assert furthest(logits_of(graph, ids, graph.base, store)[0], wanted) < 1e-5
 
 
-def test_rows_of_a_batch_use_it_and_fill_it(graph: Graph) -> None:
+def test_rows_of_a_batch_use_and_fill_the_prefix_cache(graph: Graph) -> None:
     store = PrefixCache(1 << 30)
     bounds = [graph.base, graph.bind(patch_for(graph.folder, seed=2, scale=0.2))]
     prompts = [[*token_ids(20, seed=6), *token_ids(n, seed=n)] for n in (1, 4, 7)]
@@ -207,8 +207,8 @@ def test_rows_of_a_batch_use_it_and_fill_it(graph: Graph) -> None:
     def batched(store: PrefixCache | None) -> list[list[int]]:
         batch = Batch(graph, 4, store)
         rows = [
-            batch.join(prompt, bounds[place % 2], sampling=Sampling(), max_new_tokens=5 + place, eos_ids=frozenset())
-            for place, prompt in enumerate(prompts)
+            batch.join(prompt, bounds[number % 2], sampling=Sampling(), max_new_tokens=5 + number, eos_ids=frozenset())
+            for number, prompt in enumerate(prompts)
         ]
         while batch.step():
             pass
@@ -217,7 +217,7 @@ def test_rows_of_a_batch_use_it_and_fill_it(graph: Graph) -> None:
     wanted = batched(None)
     assert batched(store) == wanted and (store.hits, store.misses) == (1, 2)
     assert batched(store) == wanted and (store.hits, store.misses) == (4, 2)
-    # What a row leaves behind is of use to a conversation that goes on.
+    # A conversation that continues can use the entry of a finished row.
     ids = [*wanted[2], 3]
     got, run = logits_of(graph, ids, bounds[0], store)
     assert run == 2 and furthest(got, logits_of(graph, ids, bounds[0], None)[0]) < 1e-5
@@ -243,23 +243,25 @@ def store_of(model: PatchedModel) -> PrefixCache:
     return model.prefix_cache
 
 
-def test_texts_are_those_of_a_model_without_it(model: PatchedModel, plain: PatchedModel) -> None:
+def test_a_model_generates_the_same_texts_with_and_without_a_prefix_cache(
+    model: PatchedModel, plain: PatchedModel
+) -> None:
     patch = patch_for(model.graph.folder, seed=3, scale=0.5)
-    asked = [
+    options = [
         {"prompt": prompt, "patch": choice, "system": system, "max_new_tokens": 6}
         for _ in range(2)
         for system in (SYSTEM, None)
         for choice in (None, patch, 0.5 * patch)
         for prompt in ("Hi", "How far is the moon?")
     ]
-    wanted = [plain.generate(**one) for one in asked]  # type: ignore[arg-type]
-    assert [model.generate(**one) for one in asked] == wanted  # type: ignore[arg-type]
-    assert store_of(model).misses == 3 and store_of(model).hits == 21  # once for each patch
+    wanted = [plain.generate(**one) for one in options]  # type: ignore[arg-type]
+    assert [model.generate(**one) for one in options] == wanted  # type: ignore[arg-type]
+    assert store_of(model).misses == 3 and store_of(model).hits == 21  # one miss for each patch
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda one: model.generate(**one), asked)) == wanted
+        assert list(pool.map(lambda one: model.generate(**one), options)) == wanted
 
 
-def test_a_system_prompt_run_ahead_of_time(
+def test_a_system_prompt_can_be_prefilled_ahead_of_time(
     model: PatchedModel, plain: PatchedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch = patch_for(model.graph.folder, seed=4, scale=0.5)
@@ -271,13 +273,13 @@ def test_a_system_prompt_run_ahead_of_time(
     assert text == plain.generate("Hi", system=SYSTEM, patch=patch, max_new_tokens=3)
     assert ran[0] < 50 < len(model.codec.render("Hi", SYSTEM)) and store_of(model).hits == 1
     model.unload_patch("p")
-    # A cache of one's own keeps out of it.
+    # A request with its own cache does not use the prefix cache.
     before = store_of(model).hits, store_of(model).misses, store_of(model).entries
     model.generate("Hi", system=SYSTEM, cache=model.new_cache(), max_new_tokens=3)
     assert before == (store_of(model).hits, store_of(model).misses, store_of(model).entries)
 
 
-def test_running_ahead_of_time_that_cannot_be(plain: PatchedModel, tiny_llama_export: Path) -> None:
+def test_a_prefill_that_cannot_be_stored_is_refused(plain: PatchedModel, tiny_llama_export: Path) -> None:
     assert plain.prefix_cache is None
     with pytest.raises(RequestError, match="the model was opened without a prefix cache"):
         plain.prefill("Hi")
@@ -290,8 +292,8 @@ def test_running_ahead_of_time_that_cannot_be(plain: PatchedModel, tiny_llama_ex
         small.prefill("x" * 600)
 
 
-def test_a_patch_baked_in_or_scaled_to_nothing_is_what_it_is(tiny_llama_export: Path) -> None:
-    """Strength 0 is the base and shares with it; a patch that is the default shares with the same patch bound."""
+def test_strength_zero_and_a_default_patch_share_entries_with_their_equals(tiny_llama_export: Path) -> None:
+    """Strength 0 shares the entries of the base. A default patch shares entries with the same patch, bound."""
     patch: Patch = patch_for(ModelFolder.open(tiny_llama_export), seed=5)
     model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=patch, prefix_cache_bytes=1 << 26)
     for choice, strength in ((None, 1.0), (patch, 0.0)):

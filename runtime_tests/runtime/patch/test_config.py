@@ -1,4 +1,4 @@
-"""What a patch may say of itself."""
+"""The config of a patch: what it accepts, and an error that names every bad key and value."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_config_round_trip():
 
 
 @pytest.mark.parametrize("where", ["top", "calibration", "probe"])
-def test_unknown_config_key(where):
+def test_an_unknown_config_key_is_refused(where):
     data = random_config().to_dict()
     (data if where == "top" else data[where])["learned"] = 1
     with pytest.raises(PatchVersionError, match=r"unknown key.*'learned'"):
         PatchConfig.from_dict(data)
 
 
-def test_unknown_method():
+def test_an_unknown_method_is_refused():
     with pytest.raises(PatchVersionError, match=r"config\.method.*'magic'.*vector \| output"):
         random_config(method="magic")
 
@@ -35,7 +35,7 @@ def test_unknown_method():
 @pytest.mark.parametrize(
     "key", ["name", "method", "base_model", "base_digest", "architecture", "precision", "context_digest"]
 )
-def test_missing_config_key(key):
+def test_a_missing_config_key_is_refused(key):
     data = random_config().to_dict()
     del data[key]
     with pytest.raises(PatchFormatError, match=f"lacks a key.*wanted {key}"):
@@ -90,6 +90,6 @@ COUNTS = {"queries": 1, "rows": 2, "max_new_tokens": 3, "holdout": 0}
         ("probe", {name: [] for name in PROBE}),
     ],
 )
-def test_bad_config_value(key, value):
+def test_a_bad_config_value_is_refused(key, value):
     with pytest.raises(PatchFormatError, match=rf"config\.{key}.*got.*wanted.*Fix"):
         random_config(**{key: value})

@@ -1,4 +1,4 @@
-"""Well-formed safetensors files whose metadata or tensors are no patch, one named test each."""
+"""Well-formed safetensors files whose metadata or tensors are not a valid patch: one test for each defect."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ import safetensors.numpy
 from runtime_tests.bad_patches import CONFIG, METADATA, container, entry, malformed, refused, tensors
 from tp_runtime.errors import PatchShapeError, PatchTargetError, PatchValueError, PatchVersionError
 
-# -- PatchFormatError and PatchVersionError: metadata ----------------------------------------------------
+# -- PatchFormatError and PatchVersionError: metadata --------------------------------------------------------
 
 
 @pytest.mark.parametrize("metadata", [{}, {**METADATA, "format": "pt"}, {"format": "pt"}, "tp-patch", None, []])
-def test_not_a_patch(tmp_path, metadata):
+def test_metadata_of_another_format_is_refused(tmp_path, metadata):
     malformed(tmp_path, tensors(metadata=metadata), "not a patch.*wanted format 'tp-patch'")
 
 
-def test_ordinary_safetensors_file(tmp_path):
+def test_an_ordinary_safetensors_file_is_refused(tmp_path):
     content = safetensors.numpy.save({"model.embed.weight": np.ones((2, 2), np.float32)})
     malformed(tmp_path, content, "a safetensors file, but not a patch")
 
 
 @pytest.mark.parametrize("config", [None, "", "{", "[]", "null", '{"name": NaN}', '{"name": "\ud800"}'])
-def test_bad_config_text(tmp_path, config):
+def test_a_missing_or_unreadable_config_is_refused(tmp_path, config):
     metadata = {"format": "tp-patch", "version": "1"} | ({} if config is None else {"config": config})
     malformed(tmp_path, tensors(metadata=metadata), "config|safetensors library")
 
 
-def test_config_of_another_type(tmp_path):
+def test_a_config_that_is_not_text_is_refused(tmp_path):
     malformed(tmp_path, tensors(metadata={**METADATA, "config": {"name": "x"}}), "no config")
 
 
-def test_wrong_type_in_the_config(tmp_path):
+def test_a_wrong_type_in_the_config_is_refused(tmp_path):
     config = json.dumps({**json.loads(CONFIG), "ridge": "one"})
     malformed(tmp_path, tensors(metadata={**METADATA, "config": config}), r"config\.ridge.*got str; wanted a number")
 
 
 @pytest.mark.parametrize("version", ["3", "0", "1.0", "", 1, None])
-def test_unknown_version(tmp_path, version):
+def test_an_unknown_version_is_refused(tmp_path, version):
     metadata = {**METADATA, "version": version, "new": "thing"}
     refused(tmp_path, tensors(metadata=metadata), PatchVersionError, r"unknown version.*wanted '1' \| '2'")
 
 
-def test_unknown_metadata_key(tmp_path):
+def test_an_unknown_metadata_key_is_refused(tmp_path):
     refused(
         tmp_path,
         tensors(metadata={**METADATA, "new": "x"}),
@@ -54,20 +54,20 @@ def test_unknown_metadata_key(tmp_path):
     )
 
 
-def test_unknown_config_key(tmp_path):
+def test_an_unknown_config_key_is_refused(tmp_path):
     metadata = {**METADATA, "config": json.dumps({**json.loads(CONFIG), "gate": 1})}
     refused(tmp_path, tensors(metadata=metadata), PatchVersionError, "unknown key.*'gate'")
 
 
-def test_unknown_method(tmp_path):
+def test_an_unknown_method_is_refused(tmp_path):
     metadata = {**METADATA, "config": json.dumps({**json.loads(CONFIG), "method": "magic"})}
-    refused(tmp_path, tensors(metadata=metadata), PatchVersionError, "unknown method; got 'magic'")
+    refused(tmp_path, tensors(metadata=metadata), PatchVersionError, "the method is unknown; got 'magic'")
 
 
-# -- PatchTargetError, PatchShapeError, PatchValueError: tensors -----------------------------------------
+# -- PatchTargetError, PatchShapeError, PatchValueError: tensors ---------------------------------------------
 
 
-def test_no_tensor(tmp_path):
+def test_a_file_without_tensors_is_refused(tmp_path):
     refused(tmp_path, container({"__metadata__": METADATA}), PatchTargetError, "holds no delta")
 
 
@@ -85,37 +85,37 @@ def test_no_tensor(tmp_path):
         "",
     ],
 )
-def test_unknown_slot(tmp_path, name):
+def test_an_unknown_slot_is_refused(tmp_path, name):
     content = container({"__metadata__": METADATA, name: entry()}, bytes(8))
     refused(tmp_path, content, PatchTargetError, "does not address a slot or the KV prefix")
 
 
 @pytest.mark.parametrize("part", ["a", "b"])
-def test_half_of_a_pair(tmp_path, part):
+def test_half_of_a_pair_is_refused(tmp_path, part):
     refused(tmp_path, tensors(**{part: entry(shape=(1, 2))}), PatchTargetError, f"half of a pair; got {part}")
 
 
-def test_mean_alone(tmp_path):
+def test_a_mean_without_a_pair_is_refused(tmp_path):
     refused(tmp_path, tensors(mean=entry()), PatchTargetError, "mean without a pair")
 
 
-def test_rank_that_differs(tmp_path):
+def test_factors_of_different_ranks_are_refused(tmp_path):
     content = tensors(bytes(16), a=entry(0, 8, shape=(2, 1)), b=entry(8, 16, shape=(2, 1)))
     refused(tmp_path, content, PatchShapeError, r"mlp_out\.b.*got \[2, 1\]; wanted \[1, 1\]")
 
 
-def test_bias_of_two_dimensions(tmp_path):
+def test_a_bias_of_two_dimensions_is_refused(tmp_path):
     refused(tmp_path, tensors(bias=entry(shape=(1, 2))), PatchShapeError, r"wanted 1 dimension")
 
 
-def test_scalar_and_empty_tensor(tmp_path):
+def test_scalar_and_empty_tensors_are_refused(tmp_path):
     refused(tmp_path, tensors(bytes(4), bias=entry(0, 4, shape=())), PatchShapeError, r"got \[\]")
     refused(tmp_path, tensors(b"", bias=entry(0, 0, shape=(0,))), PatchShapeError, r"got \[0\]")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_nan_or_infinity(tmp_path, value, dtype):
+def test_nan_and_infinity_are_refused(tmp_path, value, dtype):
     word = np.float16(value).tobytes() if dtype == "F16" else np.float32(value).tobytes()[-2:]
     data = np.float32(value).tobytes() * 2 if dtype == "F32" else word * 2
     content = tensors(data, bias=entry(0, len(data), dtype))

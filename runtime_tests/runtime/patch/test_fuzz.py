@@ -1,4 +1,4 @@
-"""Random damage to a valid patch file: it still loads as a valid patch, or a PatchError says why not."""
+"""Random damage to a valid patch file: the file still loads as a valid patch, or loading it raises a PatchError."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def valid(tmp_path_factory):
 
 
 def load_or_refuse(folder: Path, content: bytes) -> None:
-    """A damaged file is refused with a PatchError or is a patch that can be saved and added: nothing else."""
+    """Assert that a damaged file raises a PatchError or loads as a patch that can be added and saved."""
     path = folder / "damaged.safetensors"
     path.write_bytes(content)
     try:
@@ -38,11 +38,11 @@ def load_or_refuse(folder: Path, content: bytes) -> None:
 
 @FUZZ
 @given(st.data())
-def test_byte_flips(tmp_path_factory, valid, data):
+def test_flipped_bytes_load_or_raise_a_patch_error(tmp_path_factory, valid, data):
     content = bytearray(valid)
     header = 8 + int.from_bytes(valid[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):
-        # Half of the flips in the header, where they hurt.
+        # Half of the flips are in the header, where most of them break the file.
         end = data.draw(st.sampled_from([8, header, header, len(content)]))
         content[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
     load_or_refuse(tmp_path_factory.getbasetemp(), bytes(content))
@@ -50,11 +50,11 @@ def test_byte_flips(tmp_path_factory, valid, data):
 
 @FUZZ
 @given(st.data())
-def test_cuts_and_insertions(tmp_path_factory, valid, data):
+def test_cuts_and_insertions_load_or_raise_a_patch_error(tmp_path_factory, valid, data):
     at = data.draw(st.integers(0, len(valid)))
     cut = data.draw(st.integers(0, 64))
     content = valid[:at] + data.draw(st.binary(max_size=16)) + valid[at + cut :]
-    if data.draw(st.booleans()):  # mend the length, so that the damage reaches the JSON parser
+    if data.draw(st.booleans()):  # the length is corrected, so that the damage reaches the JSON parser
         end = content.rfind(b"}") + 1
         content = max(end - 8, 0).to_bytes(8, "little") + content[8:]
     load_or_refuse(tmp_path_factory.getbasetemp(), content)
@@ -69,8 +69,8 @@ JSON = st.recursive(
 
 @FUZZ
 @given(st.data())
-def test_any_json_in_any_place(tmp_path_factory, valid, data):
-    """One value anywhere in the header or the config becomes another, of any type."""
+def test_any_json_value_in_any_place_loads_or_raises_a_patch_error(tmp_path_factory, valid, data):
+    """One value anywhere in the header or the config is replaced by a value of any JSON type."""
     length = int.from_bytes(valid[:8], "little")
     header = json.loads(valid[8 : 8 + length])
     config = json.loads(header["__metadata__"]["config"])
@@ -83,7 +83,7 @@ def test_any_json_in_any_place(tmp_path_factory, valid, data):
     load_or_refuse(tmp_path_factory.getbasetemp(), len(text).to_bytes(8, "little") + text + valid[8 + length :])
 
 
-def test_every_truncation(tmp_path, valid):
+def test_every_truncation_is_refused(tmp_path, valid):
     for size in range(len(valid)):
         with pytest.raises(PatchFormatError):
             (tmp_path / "p.safetensors").write_bytes(valid[:size])

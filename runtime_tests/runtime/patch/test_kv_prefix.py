@@ -1,6 +1,7 @@
-"""KV prefixes: the entries of a cached prompt stand in for it, a file keeps them, misfits and misuse are refused.
+"""KV prefixes: the entries of a cached prompt replace it, a file stores them, and misfits and misuse are refused.
 
-Entries are random where any will do; runtime_tests/export/parity holds those that the exporter chooses against torch.
+The entries are random if their values do not matter. The tests in runtime_tests/export/parity compare the entries that
+the exporter chooses with torch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> PatchedModel:
 
 
 def leads(model: PatchedModel) -> tuple[list[int], list[int]]:
-    """What a prompt begins with under CONTEXT, and without it, before all that the two have in common."""
+    """Return the leading ids of a prompt with CONTEXT and without it, up to the suffix that both prompts share."""
     prompted, plain = model.codec.render(QUERIES[0], CONTEXT), model.codec.render(QUERIES[0])
     while prompted and plain and prompted[-1] == plain[-1]:
         del prompted[-1], plain[-1]
@@ -46,7 +47,7 @@ def leads(model: PatchedModel) -> tuple[list[int], list[int]]:
 
 
 def cached(model: PatchedModel) -> Patch:
-    """A patch that is nothing but the cache of CONTEXT."""
+    """Return a patch that has no deltas, and a KV prefix that is the cache of CONTEXT."""
     prompted, plain = leads(model)
     cache = model.graph.new_cache(model.graph.base)
     model.graph.forward(prompted, cache, model.graph.base)
@@ -59,23 +60,23 @@ def cached(model: PatchedModel) -> Patch:
 
 
 def prefixed(model: PatchedModel, entries: int, patch: Patch | None = None) -> Patch:
-    """Random entries in front of `patch`, or of no deltas, in place of what the cache of CONTEXT would stand in for."""
+    """Return `patch`, or a patch without deltas, with random entries that replace the same ids as CONTEXT's cache."""
     patch = patch or Patch({}, patch_for(model.graph.folder, seed=1).config)
     prompted, plain = leads(model)
     return with_prefix(patch, model.graph.folder, plain, entries, len(prompted))
 
 
-def test_the_entries_of_a_cached_prompt_stand_in_for_it(model: PatchedModel) -> None:
+def test_the_entries_of_a_cached_prompt_replace_it(model: PatchedModel) -> None:
     whole = cached(model)
     assert whole.prefix is not None
     for query in QUERIES:
         wanted = model.logits(model.codec.render(query, CONTEXT), patch=None)[whole.prefix.position :]
         assert furthest(model.logits(model.codec.render(query), patch=whole), wanted) < 1e-4
         without = model.logits(model.codec.render(query), patch=None)
-        assert furthest(without[-len(wanted) :], wanted) > 0.1  # or the context does nothing
+        assert furthest(without[-len(wanted) :], wanted) > 0.1  # otherwise the context has no effect
 
 
-def test_it_is_the_same_over_a_growing_cache_and_after_rewinding(model: PatchedModel) -> None:
+def test_a_prefix_gives_the_same_logits_on_a_growing_and_on_a_rewound_cache(model: PatchedModel) -> None:
     patch = prefixed(model, 5, patch_for(model.graph.folder, seed=2, scale=0.2))
     assert patch.prefix is not None and len(patch.prefix) == 5
     ids, lead = model.codec.render(QUERIES[0]), len(patch.prefix.replaces)
@@ -89,17 +90,19 @@ def test_it_is_the_same_over_a_growing_cache_and_after_rewinding(model: PatchedM
         del cache.tokens[lead + 3 :]
 
 
-def test_generation_follows_the_prefix_and_a_cache_goes_on(model: PatchedModel) -> None:
+def test_generation_uses_the_prefix_and_can_continue_on_a_cache(model: PatchedModel) -> None:
     patch = cached(model)
     prompted = list(model.stream("Hello", system=CONTEXT, patch=None, max_new_tokens=6))
     cache = model.new_cache(patch=patch)
     assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
-    assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted  # wound back
+    assert (
+        list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
+    )  # this request rewinds the cache
     with pytest.raises(StaleCacheError):
         model.generate("Hello", patch=None, cache=cache)
 
 
-def test_a_prompt_that_does_not_start_as_it_must_is_refused(model: PatchedModel) -> None:
+def test_a_prompt_that_does_not_start_with_the_replaced_ids_is_refused(model: PatchedModel) -> None:
     patch = prefixed(model, 3)
     assert patch.prefix is not None
     with pytest.raises(RequestError, match="takes the place of a system message"):
@@ -117,20 +120,20 @@ def test_a_prompt_that_does_not_start_as_it_must_is_refused(model: PatchedModel)
         model.logits(ids, patch=patch)
 
 
-def test_a_file_keeps_it(model: PatchedModel, tmp_path: Path) -> None:
+def test_a_file_stores_the_prefix(model: PatchedModel, tmp_path: Path) -> None:
     patch = prefixed(model, 4, patch_for(model.graph.folder, seed=3))
     patch.save(tmp_path / "p.safetensors", "f32")
     again = Patch.load(tmp_path / "p.safetensors")
     assert again.identity == patch.identity and again.prefix is not None and patch.prefix is not None
     assert (again.prefix.replaces, again.prefix.position) == (patch.prefix.replaces, patch.prefix.position)
-    alone = Patch({}, patch.config, patch.prefix)
-    alone.save(tmp_path / "alone.safetensors")
-    assert Patch.load(tmp_path / "alone.safetensors").deltas == {}
+    prefix_only = Patch({}, patch.config, patch.prefix)
+    prefix_only.save(tmp_path / "prefix.safetensors")
+    assert Patch.load(tmp_path / "prefix.safetensors").deltas == {}
     moved = Patch(patch.deltas, patch.config, replace(patch.prefix, position=patch.prefix.position + 1))
-    assert moved.identity != patch.identity  # the same tensors at another place are another patch
+    assert moved.identity != patch.identity  # the same tensors at another position are another patch
 
 
-def test_its_algebra(model: PatchedModel) -> None:
+def test_sums_and_strengths_of_patches_with_a_prefix(model: PatchedModel) -> None:
     pure = patch_for(model.graph.folder, seed=4)
     patch = prefixed(model, 4, pure)
     assert (pure + patch).prefix is patch.prefix and (patch + pure).prefix is patch.prefix
@@ -147,7 +150,7 @@ def arrays(entries: int = 3, layers: int = 2, heads: int = 2, head_dim: int = 4)
     return {name: rng.normal(size=(entries, heads, head_dim)).astype(np.float32) for name in names}
 
 
-def test_misfits_are_refused(model: PatchedModel) -> None:
+def test_prefixes_that_do_not_fit_are_refused(model: PatchedModel) -> None:
     with pytest.raises(PatchShapeError, match=r"does not fit the model's cache.*2 heads of 4"):
         model.logits([1, 2], patch=Patch({}, patch_for(model.graph.folder).config, KVPrefix(arrays(), (1,), 5)))
     with pytest.raises(PatchShapeError, match="lacks a layer"):
@@ -160,7 +163,7 @@ def test_misfits_are_refused(model: PatchedModel) -> None:
         KVPrefix(arrays(), (1,), 2)
 
 
-def test_files_of_another_model_are_refused_when_bound(model: PatchedModel) -> None:
+def test_prefixes_of_another_model_are_refused_when_bound(model: PatchedModel) -> None:
     patch = prefixed(model, 3)
     assert patch.prefix is not None
     far, foreign = replace(patch.prefix, position=10**9), replace(patch.prefix, replaces=(10**6,))
@@ -192,19 +195,21 @@ def test_a_probe_of_another_patch_is_refused(model: PatchedModel) -> None:
     "description",
     [None, {}, {"replaces": [1]}, {"replaces": [1.5], "position": 4}, {"replaces": [1], "position": -1}, [1], "x"],
 )
-def test_a_description_that_is_not_whole(description: Any) -> None:
+def test_an_incomplete_description_is_refused(description: Any) -> None:
     with pytest.raises(PatchFormatError, match=r"config\.prefix"):
         prefix_from(arrays(), description)
 
 
-def test_a_description_without_tensors() -> None:
+def test_a_description_without_tensors_is_refused() -> None:
     assert prefix_from({}, None) is None
     with pytest.raises(PatchFormatError, match="0 tensors"):
         prefix_from({}, {"replaces": [1], "position": 4})
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_the_commands_serve_it(weights: bool, model: PatchedModel, tmp_path: Path, cli: Cli) -> None:
+def test_the_commands_accept_a_patch_with_a_prefix(
+    weights: bool, model: PatchedModel, tmp_path: Path, cli: Cli
+) -> None:
     patch = prefixed(model, 5, patch_for(model.graph.folder, seed=5) if weights else None)
     file, folder = tmp_path / "p.safetensors", model.graph.folder.path
     patch.save(file)

@@ -1,4 +1,4 @@
-"""The algebra of patches, and what they say of themselves."""
+"""The algebra of patches, their identity and their config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inputs(seed=0):
 
 
 def assert_adds(patch, wanted, tolerance=1e-4):
-    """The patch adds `wanted` at every slot, and nothing where that has none."""
+    """Assert that the patch adds `wanted` at every slot, and nothing at slots that `wanted` lacks."""
     got = apply_patch(patch, inputs())
     for slot in set(got) | set(wanted):
         np.testing.assert_allclose(
@@ -41,12 +41,12 @@ def assert_adds(patch, wanted, tolerance=1e-4):
         )
 
 
-# -- properties ------------------------------------------------------------------------------------------
+# -- properties ----------------------------------------------------------------------------------------------
 
 
 @quick
 @given(patches(), patches())
-def test_sum_acts_as_both(p, q):
+def test_a_sum_adds_what_both_patches_add(p, q):
     one, two = apply_patch(p, inputs()), apply_patch(q, inputs())
     wanted = {slot: one.get(slot, 0.0) + two.get(slot, 0.0) for slot in set(one) | set(two)}
     assert_adds(p + q, wanted)
@@ -57,7 +57,7 @@ def test_sum_acts_as_both(p, q):
 
 @quick
 @given(patches(), strengths)
-def test_scaling_scales_what_is_added(p, s):
+def test_scaling_a_patch_scales_what_it_adds(p, s):
     assert_adds(s * p, {slot: s * value for slot, value in apply_patch(p, inputs()).items()})
     assert (s * p).terms == (p * s).terms == ((p.identity, s),)
 
@@ -71,7 +71,7 @@ def test_scaling_by_powers_of_two_is_exact(p, exponent):
 
 @quick
 @given(patches())
-def test_minus_itself_acts_as_nothing(p):
+def test_a_patch_minus_itself_adds_nothing(p):
     assert_adds(-p + p, {})
     assert_adds(p - p, {})
     assert (p - p).terms == ((p.identity, 1.0), (p.identity, -1.0))
@@ -122,7 +122,7 @@ def test_f32_round_trip_is_exact(tmp_path_factory, p):
 
 @quick
 @given(patches(), st.sampled_from([("f16", 2.0**-11), ("bf16", 2.0**-8)]))
-def test_half_round_trip_rounds_once(tmp_path_factory, p, dtype_step):
+def test_a_half_precision_round_trip_rounds_once(tmp_path_factory, p, dtype_step):
     dtype, step = dtype_step
     path = tmp_path_factory.mktemp("half") / "p.safetensors"
     p.save(path, dtype=dtype)
@@ -136,10 +136,10 @@ def test_half_round_trip_rounds_once(tmp_path_factory, p, dtype_step):
     assert again.read_bytes() == path.read_bytes()
 
 
-# -- identity and terms ----------------------------------------------------------------------------------
+# -- identity and terms --------------------------------------------------------------------------------------
 
 
-def test_identity_is_of_the_tensors_alone(tmp_path):
+def test_the_identity_depends_only_on_the_tensors(tmp_path):
     p = random_patch(1)
     exact = Patch(
         {slot: Delta(**{k: v.astype(np.float16) for k, v in d.parts().items()}) for slot, d in p.deltas.items()},
@@ -151,15 +151,15 @@ def test_identity_is_of_the_tensors_alone(tmp_path):
         assert Patch.load(tmp_path / f"{number}.safetensors").identity == exact.identity
 
 
-def test_identity_is_pinned():
-    # It keys caches and signatures: a change of this value is a change of contract.
+def test_the_identity_of_a_known_patch_is_fixed():
+    # Caches and signatures are keyed by the identity, so a change of this value breaks compatibility.
     ones = Delta(np.ones((2, 1)), np.ones((1, 3)), np.zeros(3))
     wanted = "5a86d76c5e1ba4a9eea006fbafa8f497b25ba654882901f22bed7783435b6f5e"
     assert Patch({SLOT: ones}, random_config()).identity == wanted
 
 
 @pytest.mark.parametrize("part", ["a", "b", "bias", "mean"])
-def test_identity_sees_every_value(part):
+def test_the_identity_depends_on_every_value(part):
     p = random_patch()
     changed = dict(p.deltas)
     values = changed[SLOT].parts()[part].copy()
@@ -168,7 +168,7 @@ def test_identity_sees_every_value(part):
     assert Patch(changed, p.config).identity != p.identity
 
 
-def test_identity_sees_site_and_layer():
+def test_the_identity_depends_on_site_and_layer():
     p = random_patch(layers=1)
     delta = p.deltas[SLOT]
     assert len({Patch({slot: delta}, p.config).identity for slot in [SLOT, (1, "mlp_out"), (0, "down")]}) == 3
@@ -183,7 +183,7 @@ def test_strength_zero_is_no_patch():
     assert (nothing + nothing).terms == () and (3 * nothing).terms == ()
 
 
-def test_terms_keep_order_and_merge_nothing():
+def test_terms_keep_their_order_and_are_not_merged():
     p, q = random_patch(1), random_patch(2)
     assert (p + q).terms != (q + p).terms
     assert (p + p).terms == ((p.identity, 1.0),) * 2
@@ -191,7 +191,7 @@ def test_terms_keep_order_and_merge_nothing():
     assert np.float32(2) * p is not p and (np.float32(2) * p).terms == ((p.identity, 2.0),)
 
 
-def test_truncated_patch_is_its_own(tmp_path):
+def test_a_truncated_patch_has_its_own_identity(tmp_path):
     p = random_patch(ranks=4)
     cut = (0.5 * p).truncate(2)
     assert cut.terms == ((cut.identity, 1.0),) and cut.config.method == "output"
@@ -201,13 +201,13 @@ def test_truncated_patch_is_its_own(tmp_path):
     assert Patch.load(tmp_path / "cut.safetensors").identity == cut.identity
 
 
-def test_config_of_a_scaled_patch_has_no_measurements():
+def test_the_config_of_a_scaled_patch_has_no_measurements():
     p = random_patch()
     assert (0.5 * p).config == dataclasses.replace(p.config, probe=None, fidelity=None)
     assert 1.0 * p is p
 
 
-def test_config_of_a_sum():
+def test_the_config_of_a_sum_combines_both_configs():
     p = random_patch(1, config=random_config(name="p", context="be a pirate"))
     q = random_patch(2, config=random_config(name="q", precision="int8", licence="MIT", context_digest="cd" * 32))
     config = (p + q).config
@@ -225,7 +225,7 @@ def test_config_of_a_sum():
     assert set(dropped) == {None}
 
 
-def test_sum_of_a_bias_and_a_pair():
+def test_a_bias_and_a_pair_can_be_added():
     x = inputs()
     bias, pair = random_patch(1, ranks=0), random_patch(2, ranks=3)
     for total in (bias + pair, pair + bias):
@@ -235,10 +235,10 @@ def test_sum_of_a_bias_and_a_pair():
     assert (no_bias + no_bias).deltas[SLOT].bias is None
 
 
-# -- immutability ----------------------------------------------------------------------------------------
+# -- immutability --------------------------------------------------------------------------------------------
 
 
-def test_patch_cannot_be_changed():
+def test_a_patch_cannot_be_changed():
     p = random_patch()
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.config = None
@@ -250,7 +250,7 @@ def test_patch_cannot_be_changed():
         p.deltas[SLOT].a = None
 
 
-def test_patch_does_not_follow_its_makers_arrays():
+def test_a_patch_does_not_share_memory_with_the_arrays_it_was_made_from():
     bias = np.ones(8, np.float32)
     view = bias[:]
     view.setflags(write=False)
@@ -266,12 +266,12 @@ def test_slots_are_ordered_by_layer_then_site():
     assert list(p.deltas) == sorted(p.deltas) and list(p.deltas)[-1] == (10, "up")
 
 
-def test_scaling_shares_the_first_factor():
+def test_a_scaled_patch_shares_the_first_factor():
     p = random_patch()
     assert (2 * p).deltas[SLOT].a is p.deltas[SLOT].a
 
 
-def test_sizes_and_text():
+def test_a_patch_reports_its_ranks_its_size_and_a_summary():
     p = random_patch(layers=2, ranks=[0, 3])
     assert p.ranks == {(0, "mlp_out"): 0, (1, "mlp_out"): 3} and p.rank == 3
     assert p.nbytes == 4 * (8 + 12 * 3 + 3 * 8 + 8 + 12)

@@ -1,4 +1,4 @@
-"""Writing patch files: whole or not at all, in values that fit."""
+"""Writing patch files: a file is written completely or not at all, and only with values that fit its dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bias_patch(*values: float) -> Patch:
     return Patch({(0, "mlp_out"): Delta(bias=np.array(values, np.float32))}, random_config())
 
 
-def test_library_reads_what_we_write(tmp_path):
+def test_the_safetensors_library_reads_a_written_patch(tmp_path):
     patch = random_patch(sites=("gate", "mlp_out"))
     patch.save(tmp_path / "p.safetensors", dtype="f32")
     with safetensors.safe_open(tmp_path / "p.safetensors", "numpy") as opened:
@@ -30,7 +30,7 @@ def test_library_reads_what_we_write(tmp_path):
         np.testing.assert_array_equal(opened.get_tensor("layers.1.gate.a"), patch.deltas[1, "gate"].a)
 
 
-def test_tensors_are_aligned_and_bytes_repeat(tmp_path):
+def test_tensors_are_aligned_and_equal_patches_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         random_patch().save(tmp_path / f"{name}.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
@@ -39,7 +39,7 @@ def test_tensors_are_aligned_and_bytes_repeat(tmp_path):
 
 
 def test_bf16_rounds_to_nearest_even(tmp_path):
-    step = 2.0**-7  # of bf16 between 1 and 2
+    step = 2.0**-7  # the step of bf16 between 1 and 2
     ties = {1 + step / 2: 1.0, 1 + 3 * step / 2: 1 + 2 * step, 1 + step * 0.51: 1 + step, -1 - step / 2: -1.0}
     ties |= {3e38: float(np.float32(2.9972e38)), 0.0: 0.0, 1e-40: None, 2 - step / 4: 2.0}
     bias_patch(*ties).save(tmp_path / "p.safetensors", dtype="bf16")
@@ -52,39 +52,39 @@ def test_bf16_rounds_to_nearest_even(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("f16", 65520.0), ("f16", -1e30), ("bf16", 3.4e38)])
-def test_value_that_does_not_fit_the_dtype(tmp_path, dtype, value):
+def test_a_value_that_does_not_fit_the_dtype_is_refused(tmp_path, dtype, value):
     with pytest.raises(PatchValueError, match=rf"layers\.0\.mlp_out\.bias: a value does not fit {dtype}.*'f32'"):
         bias_patch(1.0, value).save(tmp_path / "p.safetensors", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_largest_f16_fits(tmp_path):
+def test_the_largest_f16_value_fits(tmp_path):
     bias_patch(65504.0).save(tmp_path / "p.safetensors")
     assert Patch.load(tmp_path / "p.safetensors").deltas[0, "mlp_out"].bias[0] == 65504.0
 
 
 @pytest.mark.parametrize("dtype", ["f64", "float16", None])
-def test_save_with_an_unknown_dtype(tmp_path, dtype):
+def test_saving_with_an_unknown_dtype_is_refused(tmp_path, dtype):
     with pytest.raises(PatchFormatError, match=r"the dtype is unknown.*wanted f16 \| bf16 \| f32"):
         bias_patch(1.0).save(tmp_path / "p.safetensors", dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["p.pt", "p.bin", "p"])
-def test_save_with_another_suffix(tmp_path, name):
+def test_saving_with_another_suffix_is_refused(tmp_path, name):
     with pytest.raises(PatchFormatError, match=rf"save as {name}\.safetensors"):
         bias_patch(1.0).save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cap", ["MAX_HEADER_BYTES", "MAX_FILE_BYTES"])
-def test_save_over_the_readers_cap(tmp_path, monkeypatch, cap):
+def test_saving_a_file_over_the_readers_size_limit_is_refused(tmp_path, monkeypatch, cap):
     monkeypatch.setattr(patch_file, cap, 100)
     with pytest.raises(PatchFormatError, match="the patch is too large"):
         random_patch().save(tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_save_interrupted_keeps_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "p.safetensors"
     bias_patch(1.0).save(path)
     old = path.read_bytes()
@@ -99,7 +99,7 @@ def test_save_interrupted_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_save_on_a_full_disk_is_the_systems_error(tmp_path, monkeypatch):
+def test_saving_on_a_full_disk_raises_the_systems_error(tmp_path, monkeypatch):
     real = Path.open
 
     def onto_full_disk(path, mode="r", *rest):
@@ -111,7 +111,7 @@ def test_save_on_a_full_disk_is_the_systems_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_torch_needed():
+def test_the_patch_package_needs_neither_torch_nor_onnxruntime():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'transformers']));"
         "import tp_runtime.patch, tp_runtime.storage"

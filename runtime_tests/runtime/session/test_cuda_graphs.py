@@ -1,6 +1,6 @@
-"""The lane of captured steps, on the CPU: the same buffers, switches and turns, with nothing captured.
+"""Captured decode on the CPU: the same buffers, switches and changes of sequence as on CUDA, but nothing is captured.
 
-Logits are held against those of a graph without a lane; what can only be seen on a GPU is in runtime_tests/gpu.
+The tests compare logits with those of a graph without captured decode. The tests in runtime_tests/gpu need a GPU.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def plain(request: pytest.FixtureRequest) -> Graph:
 
 @pytest.fixture(scope="module")
 def capturing(plain: Graph) -> Graph:
-    return with_lane(plain.folder)
+    return with_captured_decode(plain.folder)
 
 
-def with_lane(folder: ModelFolder) -> Graph:
+def with_captured_decode(folder: ModelFolder) -> Graph:
+    """Open a graph on the CPU whose decode steps use the captured decode buffers."""
     graph = Graph(folder, "cpu")
     graph._start_captured()
     graph._steps_in_place = False  # as on CUDA
@@ -55,7 +56,7 @@ def rank_patches(graph: Graph, *ranks: int) -> list[Patch]:
 
 
 class Counted:
-    """Counts the calls of a method."""
+    """A replacement for a method that counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         self.calls, self._real = 0, getattr(owner, name)
@@ -71,29 +72,31 @@ class Counted:
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 4, 5, 16, 60, 64, 65])
 @pytest.mark.parametrize("chunks", [STEPS, (1,) * 40, (5, 1, 1, 20, 1, 1, 11)], ids=["prefill", "steps", "chunks"])
-def test_steps_in_the_lane_are_ordinary_steps(
+def test_captured_steps_give_the_logits_of_ordinary_steps(
     plain: Graph, capturing: Graph, rank: int | None, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch = None if rank is None else patch_for(plain.folder, seed=1, rank=rank, scale=0.2)
     wanted = graph_logits(plain, IDS, plain.bind(patch), chunks)
     stepped = Counted(monkeypatch, capturing.captured, "step")
     assert furthest(graph_logits(capturing, IDS, capturing.bind(patch), chunks), wanted) < CLOSE
-    assert stepped.calls == (0 if rank == 65 else chunks.count(1))  # 65 has no bucket
+    assert stepped.calls == (0 if rank == 65 else chunks.count(1))  # no bucket has room for rank 65
     if patch is not None:
-        assert furthest(wanted, graph_logits(plain, IDS)) > 0.05  # or the patch tests nothing
+        assert furthest(wanted, graph_logits(plain, IDS)) > 0.05  # otherwise the patch has no effect
 
 
-def test_mixed_ranks_missing_parts_and_layers(plain: Graph, capturing: Graph) -> None:
+def test_a_patch_with_mixed_ranks_and_missing_parts_gives_the_logits_of_ordinary_steps(
+    plain: Graph, capturing: Graph
+) -> None:
     wide, narrow = rank_patches(plain, 9, 2)
     one, two = wide.deltas[0, "mlp_out"], narrow.deltas[1, "mlp_out"]
     patch = Patch({(0, "mlp_out"): Delta(one.a, one.b), (1, "mlp_out"): Delta(bias=two.bias)}, wide.config)
     capturing.forward([1], cache := capturing.new_cache(full := capturing.bind(rank_patches(plain, 12)[0])), full)
-    assert cache.tokens == [1]  # fills the bucket that comes next with something else
+    assert cache.tokens == [1]  # this fills the bucket of `patch` with another patch
     wanted = graph_logits(plain, IDS, plain.bind(patch), STEPS)
     assert furthest(graph_logits(capturing, IDS, capturing.bind(patch), STEPS), wanted) < CLOSE
 
 
-def test_a_kv_prefix(plain: Graph, capturing: Graph) -> None:
+def test_a_kv_prefix_gives_the_logits_of_ordinary_steps(plain: Graph, capturing: Graph) -> None:
     patch = with_prefix(rank_patches(plain, 3)[0], plain.folder, replaces=[7, 8], entries=5, position=9)
     wanted, got = ([], [])
     for graph, logits in ((plain, wanted), (capturing, got)):
@@ -104,7 +107,7 @@ def test_a_kv_prefix(plain: Graph, capturing: Graph) -> None:
     assert furthest(np.concatenate(got), np.concatenate(wanted)) < CLOSE
 
 
-def test_a_patch_baked_in(plain: Graph) -> None:
+def test_a_patch_set_as_default_gives_the_logits_of_ordinary_steps(plain: Graph) -> None:
     patch = rank_patches(plain, 5)[0]
     graph = Graph(plain.folder, "cpu", defaults=patch)
     graph._start_captured()
@@ -113,19 +116,21 @@ def test_a_patch_baked_in(plain: Graph) -> None:
         assert furthest(graph_logits(graph, IDS, bound, STEPS), wanted) < CLOSE
 
 
-def test_a_sequence_that_outgrows_the_lane_goes_on_without(plain: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_longer_than_the_capacity_takes_ordinary_steps(
+    plain: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_graphs, "CAPACITY", 24)
-    graph = with_lane(plain.folder)
+    graph = with_captured_decode(plain.folder)
     stepped = Counted(monkeypatch, graph.captured, "step")
     wanted = graph_logits(plain, IDS, chunks=STEPS)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), wanted) < CLOSE
     assert stepped.calls == 24 - 9
-    cache = graph.new_cache(graph.base)  # and one that is too long from the start
+    cache = graph.new_cache(graph.base)  # this sequence is too long from the start
     assert furthest(graph.forward(IDS, cache, graph.base, all_logits=True), wanted) < CLOSE
     assert graph.captured is not None and not graph.captured.holds(cache)
 
 
-def test_rewinding_and_going_on_as_a_conversation_does(plain: Graph, capturing: Graph) -> None:
+def test_a_rewound_sequence_can_continue(plain: Graph, capturing: Graph) -> None:
     bound = capturing.bind(rank_patches(plain, 4)[0])
     cache = capturing.new_cache(bound)
     capturing.forward(IDS[:20], cache, bound)
@@ -138,7 +143,7 @@ def test_rewinding_and_going_on_as_a_conversation_does(plain: Graph, capturing: 
     assert furthest(np.concatenate(got), wanted[-4:]) < CLOSE
 
 
-def test_logits_handed_out_are_the_callers(capturing: Graph) -> None:
+def test_returned_logits_are_not_overwritten_by_the_next_step(capturing: Graph) -> None:
     cache = capturing.new_cache(capturing.base)
     first = capturing.forward(IDS[:1], cache, capturing.base)
     copy = first.copy()
@@ -146,33 +151,38 @@ def test_logits_handed_out_are_the_callers(capturing: Graph) -> None:
     assert np.array_equal(first, copy)
 
 
-# -- nothing moves -------------------------------------------------------------------------------------------
+# -- fixed buffers and bindings ------------------------------------------------------------------------------
 
 
 def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = capturing.captured
-    assert lane is not None
+    captured = capturing.captured
+    assert captured is not None
     bound, other = (capturing.bind(patch) for patch in rank_patches(capturing, 3, 4))
     caches = {bound.key: capturing.new_cache(bound)}
     capturing.forward(IDS[:5], caches[bound.key], bound)
-    values = [lane._logits, *lane._inputs.values(), *lane.buffers.values()]
-    values += [value for bucket in lane.buckets for value in bucket.slots.values()]
+    values = [captured._logits, *captured._inputs.values(), *captured.buffers.values()]
+    values += [value for bucket in captured.buckets for value in bucket.slots.values()]
     before = [(value.data_ptr(), value.shape()) for value in values]
-    made = Counted(monkeypatch, capturing.ort.OrtValue, "ortvalue_from_numpy")
+    allocations = Counted(monkeypatch, capturing.ort.OrtValue, "ortvalue_from_numpy")
     bindings = Counted(monkeypatch, capturing.session, "io_binding")
-    bound_anew = [Counted(monkeypatch, b.binding, f"bind_{n}_input") for b in lane.buckets for n in ("ortvalue", "cpu")]
+    rebound = [
+        Counted(monkeypatch, bucket.binding, f"bind_{kind}_input")
+        for bucket in captured.buckets
+        for kind in ("ortvalue", "cpu")
+    ]
     for token in IDS[5:12]:
         capturing.forward([token], caches[bound.key], bound)
-    lane.switch(other.key, capturing.deltas(other))  # a switch writes in place too
-    assert (made.calls, bindings.calls, [count.calls for count in bound_anew]) == (0, 0, [0] * 2 * len(lane.buckets))
+    captured.switch(other.key, capturing.deltas(other))  # a switch also writes in place
+    assert (allocations.calls, bindings.calls) == (0, 0)
+    assert [count.calls for count in rebound] == [0] * 2 * len(captured.buckets)
     assert [(value.data_ptr(), value.shape()) for value in values] == before
 
 
-def test_every_bucket_has_an_id_of_its_own_and_ordinary_runs_have_none(
+def test_every_bucket_has_its_own_graph_id_and_ordinary_runs_have_none(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane = capturing.captured
-    assert lane is not None
+    captured = capturing.captured
+    assert captured is not None
     seen: list[str] = []
 
     class Session:
@@ -180,7 +190,7 @@ def test_every_bucket_has_an_id_of_its_own_and_ordinary_runs_have_none(
             seen.append(options.get_run_config_entry("gpu_graph_id"))
             capturing.session.run_with_iobinding(binding, options)
 
-    monkeypatch.setattr(lane, "_session", Session())
+    monkeypatch.setattr(captured, "_session", Session())
     for patch in (None, *rank_patches(capturing, 4, 16, 64)):
         bound = capturing.bind(patch)
         cache = capturing.new_cache(bound)
@@ -200,40 +210,42 @@ def test_every_run_is_on_one_thread(capturing: Graph, monkeypatch: pytest.Monkey
 
     assert capturing.captured is not None
     monkeypatch.setattr(capturing.captured, "_session", Session())
-    monkeypatch.setattr(capturing, "session", None)  # nobody else runs it
+    monkeypatch.setattr(capturing, "session", None)  # nothing else may run the session
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
     assert len(threads) == 1
 
 
 def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patches of different buckets do not displace each other; in one bucket the last one counts."""
-    lane = capturing.captured
-    assert lane is not None
+    """Patches of different buckets do not displace each other; a bucket keeps the last patch that was written to it."""
+    captured = capturing.captured
+    assert captured is not None
     small, large = (capturing.bind(patch) for patch in rank_patches(capturing, 2, 30))
     for bound in (small, large):
-        lane.switch(bound.key, capturing.deltas(bound))
-    padded = Counted(monkeypatch, lane, "_padded")
+        captured.switch(bound.key, capturing.deltas(bound))
+    padded = Counted(monkeypatch, captured, "_padded")
     for bound in (small, large, small, large):
-        assert lane.switch(bound.key, capturing.deltas(bound))
+        assert captured.switch(bound.key, capturing.deltas(bound))
     assert padded.calls == 0
     other = capturing.bind(rank_patches(capturing, 3)[0])
-    lane.switch(other.key, capturing.deltas(other))
-    lane.switch(small.key, capturing.deltas(small))
+    captured.switch(other.key, capturing.deltas(other))
+    captured.switch(small.key, capturing.deltas(small))
     assert padded.calls == 2
 
 
-# -- turns ---------------------------------------------------------------------------------------------------
+# -- several sequences ---------------------------------------------------------------------------------------
 
 
-def test_sequences_that_take_turns(plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_can_alternate_their_decode_steps(
+    plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patches = [None, *rank_patches(plain, 4, 4, 20)]
     wanted = [graph_logits(plain, IDS, plain.bind(patch)) for patch in patches]
     bounds = [capturing.bind(patch) for patch in patches]
     caches = [capturing.new_cache(bound) for bound in bounds]
     for bound, cache in zip(bounds, caches, strict=True):
         capturing.forward(IDS[:9], cache, bound)
-    taken = Counted(monkeypatch, capturing.kv, "refill")
+    refills = Counted(monkeypatch, capturing.kv, "refill")
     for at in range(9, 30):
         for bound, cache, logits in zip(bounds, caches, wanted, strict=True):
             assert furthest(capturing.forward(IDS[at : at + 1], cache, bound), logits[at : at + 1]) < CLOSE
@@ -243,16 +255,16 @@ def test_sequences_that_take_turns(plain: Graph, capturing: Graph, monkeypatch: 
         False,
         True,
     ]
-    assert taken.calls == 0  # decode steps carry nothing about
-    capturing.forward(IDS[30:36], caches[1], bounds[1])  # its next turn brings the first patch's sequence back
-    assert capturing.captured.holds(caches[1]) and taken.calls == len(capturing.kv.names)
+    assert refills.calls == 0  # decode steps do not copy a sequence into the buffers
+    capturing.forward(IDS[30:36], caches[1], bounds[1])  # a longer run copies this sequence back into the buffers
+    assert capturing.captured.holds(caches[1]) and refills.calls == len(capturing.kv.names)
     for at in range(36, 40):
         for i in (1, 3):
             logits = capturing.forward(IDS[at : at + 1] if i == 1 else [IDS[at - 6]], caches[i], bounds[i])
             assert furthest(logits, wanted[i][at : at + 1] if i == 1 else wanted[i][at - 6 : at - 5]) < CLOSE
 
 
-def test_threads_that_take_turns(plain: Graph, capturing: Graph) -> None:
+def test_sequences_can_decode_in_concurrent_threads(plain: Graph, capturing: Graph) -> None:
     patches = [None, *rank_patches(plain, 3, 7, 30)]
     wanted = [graph_logits(plain, IDS, plain.bind(patch), STEPS) for patch in patches]
     bounds = [capturing.bind(patch) for patch in patches]
@@ -262,16 +274,16 @@ def test_threads_that_take_turns(plain: Graph, capturing: Graph) -> None:
             assert all(furthest(one, other) < CLOSE for one, other in zip(got, wanted, strict=True))
 
 
-def test_a_dropped_sequence_leaves_no_copy_behind(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_sequence_is_not_copied_out_of_the_buffers(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     capturing.forward(IDS[:9], cache := capturing.new_cache(capturing.base), capturing.base)
     del cache
     gc.collect()
     read = Counted(monkeypatch, capturing.kv, "content")
     capturing.forward(IDS[:9], capturing.new_cache(capturing.base), capturing.base)
-    assert read.calls == len(capturing.kv.names)  # of the new one, which holds nothing
+    assert read.calls == len(capturing.kv.names)  # these calls read the new sequence, which is empty
 
 
-def test_a_run_that_fails_leaves_the_sequence_as_it_was(
+def test_a_run_that_fails_does_not_change_the_sequence(
     plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = graph_logits(plain, IDS)
@@ -286,7 +298,7 @@ def test_a_run_that_fails_leaves_the_sequence_as_it_was(
     assert furthest(capturing.forward(IDS[9:10], cache, capturing.base), wanted[9:10]) < CLOSE
 
 
-# -- beside other things -------------------------------------------------------------------------------------
+# -- together with other features ----------------------------------------------------------------------------
 
 
 def completion(graph: Graph, bound: BoundPatch, **options: Any) -> list[int]:
@@ -295,7 +307,7 @@ def completion(graph: Graph, bound: BoundPatch, **options: Any) -> list[int]:
     )
 
 
-def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, capturing: Graph) -> None:
+def test_captured_decode_works_together_with_the_prefix_cache_and_batches(plain: Graph, capturing: Graph) -> None:
     patches = [None, *rank_patches(plain, 4, 20)]
     wanted = [completion(plain, plain.bind(patch)) for patch in patches]
     store = PrefixCache(2**24)
@@ -304,7 +316,7 @@ def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, capturing: Graph
     assert store.hits == 3
     batch = Batch(capturing, 4)
     kept = capturing.new_cache(capturing.base)
-    capturing.forward(IDS[:9], kept, capturing.base)  # in the lane while the batch is filled and run
+    capturing.forward(IDS[:9], kept, capturing.base)  # it owns the buffers while the batch is filled and run
     rows = [
         batch.join(IDS[:9], capturing.bind(patch), sampling=Sampling(), max_new_tokens=12, eos_ids=frozenset())
         for patch in patches
@@ -315,8 +327,10 @@ def test_prefix_cache_and_batches_beside_the_lane(plain: Graph, capturing: Graph
     assert furthest(capturing.forward(IDS[9:10], kept, capturing.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
 
 
-def test_a_completion_that_the_lanes_thread_drops(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The garbage collector ends it there while another sequence waits for that very thread."""
+def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
+    capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector closes a completion on the very thread that another sequence waits for."""
     store, session, options = PrefixCache(2**24), capturing.session, {"sampling": Sampling(), "eos_ids": frozenset()}
     dropped: list[Any] = [
         engine.generate(capturing, IDS[:9], capturing.base, max_new_tokens=12, prefix_cache=store, **options)
@@ -336,33 +350,39 @@ def test_a_completion_that_the_lanes_thread_drops(capturing: Graph, monkeypatch:
     assert store.bytes > before and not dropped
 
 
-# -- asking for it -------------------------------------------------------------------------------------------
+# -- requesting captured decode ------------------------------------------------------------------------------
 
 
-def test_captured_graphs_on_the_cpu(plain: Graph) -> None:
+def test_captured_graphs_on_the_cpu_are_refused(plain: Graph) -> None:
     with pytest.raises(DeviceUnavailableError, match=r"cuda_graphs.*Fix: leave cuda_graphs out"):
         Graph(plain.folder, "cpu", cuda_graphs=True)
-    with pytest.raises(DeviceUnavailableError, match="has no CUDA provider"):  # it asks for CUDA: no falling back
+    with pytest.raises(
+        DeviceUnavailableError, match="has no CUDA provider"
+    ):  # the request needs CUDA, so it does not fall back
         Graph(plain.folder, "auto", cuda_graphs=True)
-    with pytest.raises(DeviceUnavailableError, match="unknown device"):
+    with pytest.raises(DeviceUnavailableError, match="the device is unknown"):
         Graph(plain.folder, "tpu", cuda_graphs=True)
 
 
-def test_captured_graphs_of_a_graph_that_concatenates(plain: Graph) -> None:
+def test_captured_graphs_of_a_graph_that_concatenates_are_refused(plain: Graph) -> None:
     with pytest.raises(RequestError, match="optimum route"):
         Graph(replace(plain.folder, route="optimum"), "auto", cuda_graphs=True)
 
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], list[bool]]:
-    """CUDA that is a CPU session underneath; a session for captured steps is refused with the exception, if any."""
+    """A function that makes CUDA available, with a CPU session underneath.
+
+    Its argument is the exception that refuses a session with captured steps, or None. It returns the list of the
+    `cuda_graphs` flags that sessions were requested with.
+    """
 
     def install(refusal: Exception | None) -> list[bool]:
-        asked: list[bool] = []
+        requested: list[bool] = []
         real = graph_module.create_session
 
         def create(path: Path, device: Device, options: Any, cuda_graphs: bool, _cuda_options: Any) -> Any:
-            asked.append(cuda_graphs)
+            requested.append(cuda_graphs)
             if cuda_graphs and refusal is not None:
                 raise DeviceUnavailableError("CUDA was asked for but is not available", field="device") from refusal
             session, _ = real(path, Device("cpu", "CPUExecutionProvider"), options)
@@ -370,45 +390,45 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
 
         monkeypatch.setattr(graph_module, "select_device", lambda name: Device(name, CUDA))
         monkeypatch.setattr(graph_module, "create_session", create)
-        return asked
+        return requested
 
     return install
 
 
-def test_captured_graphs_given(plain: Graph, on_cuda: Callable[[Exception | None], list[bool]]) -> None:
-    asked = on_cuda(None)
+def test_captured_graphs_are_used_on_cuda(plain: Graph, on_cuda: Callable[[Exception | None], list[bool]]) -> None:
+    requested = on_cuda(None)
     graph = Graph(plain.folder, "auto", cuda_graphs=True)
-    assert asked == [True] and graph.captured is not None and graph.capture_failure is None
+    assert requested == [True] and graph.captured is not None and graph.capture_failure is None
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
 
 
-def test_captured_graphs_refused_are_said_once_and_done_without(
+def test_a_refused_session_is_reported_once_and_replaced_by_an_ordinary_one(
     plain: Graph, on_cuda: Callable[[Exception | None], list[bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = on_cuda(RuntimeError("all compute graph nodes have not been\n partitioned to the CUDA provider"))
+    requested = on_cuda(RuntimeError("all compute graph nodes have not been\n partitioned to the CUDA provider"))
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         graph = Graph(plain.folder, "cuda", cuda_graphs=True)
         assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
-    assert asked == [True, False] and graph.captured is None
+    assert requested == [True, False] and graph.captured is None
     assert graph.capture_failure == "all compute graph nodes have not been partitioned to the CUDA provider"
     assert [record.message for record in caplog.records] == [f"decode steps are not captured: {graph.capture_failure}"]
 
 
-def test_a_capture_that_fails_is_said_and_done_without(
+def test_a_failed_capture_is_reported_and_replaced_by_an_ordinary_session(
     plain: Graph, on_cuda: Callable[[Exception | None], list[bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = on_cuda(None)
+    requested = on_cuda(None)
 
     def fail(self: cuda_graphs.CapturedDecode) -> None:
         raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda_graphs.CapturedDecode, "capture", fail)
     graph = Graph(plain.folder, "cuda", cuda_graphs=True)
-    assert asked == [True, False] and graph.captured is None and "CUDA failure 900" in str(graph.capture_failure)
+    assert requested == [True, False] and graph.captured is None and "CUDA failure 900" in str(graph.capture_failure)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
 
 
-def test_attention_that_falls_to_the_cpu_is_said(
+def test_attention_that_runs_on_the_cpu_is_reported(
     plain: Graph,
     on_cuda: Callable[[Exception | None], list[bool]],
     monkeypatch: pytest.MonkeyPatch,
@@ -418,7 +438,7 @@ def test_attention_that_falls_to_the_cpu_is_said(
     monkeypatch.setattr(graph_module, "input_kinds", lambda *_: {"past_key_values.0.key": "cpu"})
     create = graph_module.create_session
     monkeypatch.setattr(graph_module, "create_session", lambda *args: (create(*args)[0], Device("cuda", CUDA)))
-    folder = replace(plain.folder, slots={})  # there is no CUDA to put a slot's tensors on
+    folder = replace(plain.folder, slots={})  # without slots, because no CUDA device can hold their tensors
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         graph = Graph(folder, "cuda")
     assert graph.kv.device == "cpu" and "attention runs on the CPU" in caplog.text

@@ -1,7 +1,7 @@
-"""Patches that need no binding: exported as the slots' defaults, or baked in when the model is opened.
+"""Patches that need no binding: exported as the slots' defaults, or made the defaults when the model is opened.
 
-What they must compute is what the plain export does with them bound; runtime_tests/export/parity/test_defaults.py runs
-the same tests on fresh exports, where torch says it.
+The expected logits are those of the plain export with the patches bound. runtime_tests/export/parity/test_defaults.py
+runs the same tests on new exports and compares them with the logits of torch.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def exported(tiny_llama_patched: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def patch(exported: Path) -> Patch:
-    """A pair in layer 0, a bias alone in layer 2, nothing in layer 1."""
+    """A low-rank pair in layer 0, only a bias in layer 2, nothing in layer 1."""
     return Patch.load(exported / DEFAULT_FILE)
 
 
 @pytest.fixture(scope="module")
 def other(tiny_llama_export: Path) -> Patch:
-    """Acts in layer 1 alone, where `patch` does not."""
+    """A patch that acts only in layer 1, where `patch` does not act."""
     whole = patch_for(ModelFolder.open(tiny_llama_export), seed=2, rank=9, scale=0.3)
     return Patch({(1, "mlp_out"): whole.deltas[1, "mlp_out"]}, whole.config)
 
 
 @pytest.fixture(scope="module")
 def wanted(tiny_llama_export: Path, patch: Patch, other: Patch) -> dict[str, Any]:
-    """Logits of the plain export, with patches bound."""
+    """The logits of the plain export with each patch bound, by the name of the patch."""
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu")
     patches = {"base": None, "patch": patch, "other": other}
     found = {name: graph_logits(graph, IDS, graph.bind(chosen)) for name, chosen in patches.items()}
@@ -59,14 +59,14 @@ def wanted(tiny_llama_export: Path, patch: Patch, other: Patch) -> dict[str, Any
 # -- the exported folder -------------------------------------------------------------------------------------
 
 
-def test_the_folder_says_what_its_defaults_are(exported: Path, patch: Patch, tiny_llama_export: Path) -> None:
+def test_the_folder_describes_its_default_patch(exported: Path, patch: Patch, tiny_llama_export: Path) -> None:
     folder, plain = ModelFolder.open(exported), ModelFolder.open(tiny_llama_export)
     assert "patch.onnx_data" in folder.files and (exported / "patch.onnx_data").stat().st_size >= patch.nbytes / 2
     assert folder.default_patch is not None and folder.default_patch.identity == patch.identity
     assert folder.default_patch.terms == patch.terms and folder.default_patch.name == patch.name
     assert folder.base_digest == plain.base_digest and folder.graph_digest != plain.graph_digest
     assert plain.default_patch is None and "patch.onnx_data" not in plain.files
-    # The weights are those of the plain export: the patch lies apart.
+    # The weights are those of the plain export, because the patch is in a separate file.
     assert folder.files["model.onnx_data"] == plain.files["model.onnx_data"]
 
 
@@ -77,7 +77,7 @@ def test_plain_onnxruntime_computes_the_patched_model(
     assert furthest(plain_session_logits(tiny_llama_export, IDS)[0], wanted["base"]) < TOLERANCE
 
 
-def test_the_runtime_starts_patched_and_finds_back_to_the_base(
+def test_the_runtime_starts_with_the_default_patch_and_can_return_to_the_base(
     exported: Path, tiny_llama_export: Path, wanted: dict[str, Any], patch: Patch, other: Patch
 ) -> None:
     base = PatchedModel.from_pretrained(tiny_llama_export, "cpu").logits(IDS)
@@ -87,7 +87,7 @@ def test_the_runtime_starts_patched_and_finds_back_to_the_base(
     assert np.array_equal(active, model.logits(IDS, patch))
     assert np.array_equal(model.logits(IDS, None), base)
     assert np.array_equal(model.logits(IDS, patch, 0), base)
-    assert model.graph.bind(0 * patch) is model.graph.base  # nothing is bound anew
+    assert model.graph.bind(0 * patch) is model.graph.base  # nothing is bound again
     assert furthest(model.logits(IDS, other), wanted["other"]) < TOLERANCE
     model.load_patch(other, "other")
     with model.patched("other"):
@@ -98,7 +98,7 @@ def test_the_runtime_starts_patched_and_finds_back_to_the_base(
     assert np.array_equal(model.logits(IDS), active)
 
 
-def test_opened_without_the_patch_it_is_the_base(
+def test_a_folder_opened_without_its_default_patch_is_the_base(
     exported: Path, tiny_llama_export: Path, wanted: dict[str, Any], patch: Patch
 ) -> None:
     model = PatchedModel.from_pretrained(exported, "cpu", patch=None)
@@ -108,7 +108,7 @@ def test_opened_without_the_patch_it_is_the_base(
         model.stream("Hi", cache=model.new_cache(patch))
 
 
-def test_a_cache_knows_the_default_patch(exported: Path, patch: Patch) -> None:
+def test_a_cache_of_the_default_patch_is_accepted(exported: Path, patch: Patch) -> None:
     model = PatchedModel.from_pretrained(exported, "cpu")
     assert model.generate("Hi", cache=model.new_cache(patch), max_new_tokens=3) == model.generate(
         "Hi", max_new_tokens=3
@@ -119,7 +119,7 @@ def test_a_cache_knows_the_default_patch(exported: Path, patch: Patch) -> None:
 
 
 def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patch, other: Patch) -> None:
-    """The session keeps its initializers to itself: they are read from the patch file in the folder."""
+    """A session does not expose its initializers, so the default patch is read from the patch file in the folder."""
     graph = Graph(ModelFolder.open(exported), "cpu")
     bounds = [graph.default, graph.base, graph.bind(other)]
     caches = [graph.new_cache(bound) for bound in bounds]
@@ -132,7 +132,7 @@ def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patc
 
 
 @pytest.mark.parametrize("damage", ["missing", "another"])
-def test_a_default_that_is_not_the_folders_is_refused(
+def test_a_patch_file_that_is_missing_or_replaced_is_refused(
     exported: Path, tmp_path: Path, patch: Patch, other: Patch, damage: str
 ) -> None:
     folder = ModelFolder.open(shutil.copytree(exported, tmp_path / "m"))
@@ -145,21 +145,21 @@ def test_a_default_that_is_not_the_folders_is_refused(
         graph.deltas(graph.default)
 
 
-# -- baked in at load time -----------------------------------------------------------------------------------
+# -- defaults set at load time -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["tiny_llama_export", "exported"])
-def test_a_patch_baked_in_is_the_patch_bound(
+def test_a_patch_set_as_default_equals_the_patch_bound(
     request: pytest.FixtureRequest, folder: str, wanted: dict[str, Any], patch: Patch, other: Patch, tmp_path: Path
 ) -> None:
     path = request.getfixturevalue(folder)
     per_request = PatchedModel.from_pretrained(path, "cpu", patch=None)
     other.save(tmp_path / "other.safetensors", "f32")
-    for baked in (other, tmp_path / "other.safetensors"):
-        model = PatchedModel.from_pretrained(path, "cpu", patch=baked)
+    for default in (other, tmp_path / "other.safetensors"):
+        model = PatchedModel.from_pretrained(path, "cpu", patch=default)
         assert furthest(model.logits(IDS), wanted["other"]) < TOLERANCE
         assert furthest(model.logits(IDS), per_request.logits(IDS, other)) < 1e-6
-        # Requests under it bind nothing; every other choice still works on top of it.
+        # Requests with the default patch bind nothing, and every other choice still works.
         assert model.graph.bind(other).values == {}
         assert furthest(model.logits(IDS, patch), wanted["patch"]) < TOLERANCE
         assert np.array_equal(model.logits(IDS, None), per_request.logits(IDS))
@@ -169,22 +169,24 @@ def test_a_patch_baked_in_is_the_patch_bound(
         assert furthest(model.logits(IDS), wanted["other"]) < TOLERANCE
 
 
-def test_a_patch_of_strength_zero_bakes_in_the_base(exported: Path, patch: Patch, wanted: dict[str, Any]) -> None:
+def test_a_patch_of_strength_zero_sets_the_base_as_default(
+    exported: Path, patch: Patch, wanted: dict[str, Any]
+) -> None:
     model = PatchedModel.from_pretrained(exported, "cpu", patch=0 * patch)
     assert furthest(model.logits(IDS), wanted["base"]) < TOLERANCE
     assert furthest(model.logits(IDS, patch), wanted["patch"]) < TOLERANCE
 
 
 def test_the_session_outlives_the_patch_it_was_opened_with(tiny_llama_export: Path) -> None:
-    """ONNX Runtime reads a baked-in patch where it lies: it must not be freed with the caller's object."""
+    """ONNX Runtime reads the default patch in place, so its memory must not be freed with the caller's object."""
     folder = ModelFolder.open(tiny_llama_export)
     graph = Graph(folder, "cpu", defaults=patch_for(folder, seed=3))
     first = graph_logits(graph, IDS, graph.default)
-    churn = [np.full((1 << 12,), np.nan, np.float32) for _ in range(500)]
-    assert np.array_equal(graph_logits(graph, IDS, graph.default), first) and len(churn) == 500
+    reused_memory = [np.full((1 << 12,), np.nan, np.float32) for _ in range(500)]
+    assert np.array_equal(graph_logits(graph, IDS, graph.default), first) and len(reused_memory) == 500
     assert furthest(first, graph_logits(graph, IDS, graph.bind(patch_for(folder, seed=3)))) < 1e-6
 
 
-def test_a_strength_needs_a_patch_that_is_known(exported: Path) -> None:
+def test_a_strength_needs_a_named_patch(exported: Path) -> None:
     with pytest.raises(PatchTargetError, match="strength"):
         PatchedModel.from_pretrained(exported, "cpu").logits(IDS, strength=0.5)

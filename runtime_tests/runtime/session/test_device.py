@@ -1,6 +1,6 @@
-"""Devices: what is asked for is given, or refused, or fallen back from with a reason.
+"""Devices: a request for a device is granted, refused, or answered with the CPU and a reason.
 
-CUDA is simulated: a fake onnxruntime answers as the real one was seen to answer without CUDA's libraries.
+CUDA is simulated: a fake onnxruntime behaves as the real one was observed to behave without CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -33,18 +33,25 @@ MISSING = "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shar
 
 
 class EPFail(Exception):
-    """Named as ONNX Runtime names a provider's failure."""
+    """An error with the name that ONNX Runtime gives to a provider's failure."""
 
 
 class InvalidProtobuf(Exception):
-    """Named as ONNX Runtime names an unreadable graph."""
+    """An error with the name that ONNX Runtime gives to an unreadable graph."""
 
 
 class FakeRuntime(types.SimpleNamespace):
-    """A GPU build: `printed` while preloading, `given` to sessions, `fault` while creating them."""
+    """A fake GPU build of onnxruntime.
+
+    Args:
+        printed: the text that the build prints while it preloads CUDA's libraries.
+        given: the providers that a session can get.
+        available: the providers that the build lists.
+        fault: the error that creating a session with CUDA raises; None if there is none.
+    """
 
     def __init__(self, printed="", given=(CUDA, CPU), available=(CUDA, CPU), fault=None):
-        super().__init__(asked=[], printed=printed, given=given, available=available, fault=fault)
+        super().__init__(requested=[], printed=printed, given=given, available=available, fault=fault)
 
     def preload_dlls(self):
         print(self.printed)
@@ -55,7 +62,7 @@ class FakeRuntime(types.SimpleNamespace):
     def InferenceSession(self, path, sess_options, providers, enable_fallback):
         assert enable_fallback == 0
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
-        self.asked.append(names)
+        self.requested.append(names)
         self.options = dict(provider for provider in providers if not isinstance(provider, str))
         if self.fault and CUDA in names:
             raise self.fault
@@ -82,70 +89,70 @@ def _installed(monkeypatch, *names):
     monkeypatch.setattr(metadata, "version", version)
 
 
-# The start-up check.
+# -- the start-up check --------------------------------------------------------------------------------------
 
 
-def test_one_build_installed():
+def test_one_installed_build_is_used():
     assert require_onnxruntime() is onnxruntime
 
 
-def test_no_build_installed(monkeypatch):
+def test_no_installed_build_is_an_error_with_the_fix(monkeypatch):
     _installed(monkeypatch)
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(DeviceUnavailableError, match=r"pip install 'tp-runtime\[cpu\]'.*\[gpu\]"):
         require_onnxruntime()
 
 
-def test_folder_left_by_an_uninstall_is_no_build(monkeypatch):
+def test_a_folder_left_by_an_uninstall_does_not_count_as_a_build(monkeypatch):
     _installed(monkeypatch)
     monkeypatch.setattr(util, "find_spec", lambda name: types.SimpleNamespace(origin=None))
     with pytest.raises(DeviceUnavailableError, match="is not installed"):
         require_onnxruntime()
 
 
-def test_vendor_build_is_accepted(monkeypatch):
+def test_a_vendor_build_is_accepted(monkeypatch):
     _installed(monkeypatch)
     assert require_onnxruntime() is onnxruntime
 
 
-def test_both_builds_installed(monkeypatch):
+def test_two_installed_builds_are_an_error_with_the_fix(monkeypatch):
     _installed(monkeypatch, "onnxruntime", "onnxruntime-gpu")
     with pytest.raises(DeviceUnavailableError, match="pip uninstall -y onnxruntime onnxruntime-gpu, then"):
         require_onnxruntime()
 
 
-def test_broken_build(monkeypatch):
+def test_a_broken_build_is_an_error_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DeviceUnavailableError, match=r"cannot be imported.*--force-reinstall onnxruntime"):
         require_onnxruntime()
 
 
-# Asking.
+# -- selecting a device --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpu", "CUDA", "", "cuda:1"])
-def test_unknown_device(name):
+def test_an_unknown_device_is_refused(name):
     with pytest.raises(DeviceUnavailableError, match="wanted one of auto, cuda, cpu"):
         select_device(name)
 
 
-def test_cpu_needs_no_reason():
+def test_a_requested_cpu_has_no_reason():
     assert select_device("cpu") == Device("cpu", CPU, None)
 
 
-def test_cuda_on_the_cpu_build():
+def test_cuda_on_the_cpu_build_is_refused():
     with pytest.raises(DeviceUnavailableError, match=r"has no CUDA provider.*pip uninstall onnxruntime, then"):
         select_device("cuda")
 
 
-def test_auto_on_the_cpu_build():
+def test_auto_on_the_cpu_build_is_the_cpu_with_a_reason():
     device = select_device("auto")
     assert (device.provider, device.kind) == (CPU, "cpu")
     assert "no CUDA provider" in device.reason
 
 
 def test_a_cpu_build_is_not_asked_to_load_the_libraries(fake, capsys):
-    """Before 1.24 it answers with a warning."""
+    """ONNX Runtime before 1.24 would print a warning."""
     fake(printed="WARNING: onnxruntime is not built with CUDA 12.x support.", available=(CPU,)).cuda_version = ""
     assert "no CUDA provider" in select_device("auto").reason
     assert capsys.readouterr().err == ""
@@ -160,22 +167,22 @@ def test_library_failures_become_the_reason(fake, capsys):
         select_device("cuda")
 
 
-# Getting.
+# -- creating a session --------------------------------------------------------------------------------------
 
 
 def _create(device):
     return create_session("model.onnx", device, onnxruntime.SessionOptions())[1]
 
 
-def test_cuda_given(fake):
+def test_requested_cuda_is_granted(fake):
     runtime = fake()
     device = _create(select_device("cuda"))
     assert device == Device("cuda", CUDA, None)
     assert device.kind == "cuda"
-    assert runtime.asked == [[CUDA, CPU]]
+    assert runtime.requested == [[CUDA, CPU]]
 
 
-def test_options_of_the_provider(fake):
+def test_cuda_options_reach_the_provider(fake):
     runtime = fake()
     options = check_cuda_options({"gpu_mem_limit": 2**31, "arena_extend_strategy": "kSameAsRequested"})
     create_session("model.onnx", select_device("cuda"), onnxruntime.SessionOptions(), False, options)
@@ -188,7 +195,7 @@ def test_options_of_the_provider(fake):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"device_id": 1}, "CUDA_VISIBLE_DEVICES"),
         ({"enable_cuda_graph": "1"}, "cuda_graphs=True"),
@@ -197,18 +204,18 @@ def test_options_of_the_provider(fake):
         ({3: "1"}, "a name"),
     ],
 )
-def test_options_that_are_none_or_decided_elsewhere(options, said):
-    with pytest.raises(RequestError, match=said) as error:
+def test_cuda_options_that_are_invalid_or_set_elsewhere_are_refused(options, message):
+    with pytest.raises(RequestError, match=message) as error:
         check_cuda_options(options)
     assert error.value.field == "cuda_options"
 
 
-def test_complaint_about_an_unneeded_library_is_dropped_once_cuda_runs(fake):
+def test_a_missing_library_is_not_reported_if_cuda_works_without_it(fake):
     fake(printed=MISSING)
     assert _create(select_device("auto")) == Device("auto", CUDA, None)
 
 
-def test_cuda_asked_for_and_not_given(fake):
+def test_requested_cuda_that_is_not_granted_is_an_error(fake):
     fake(printed=MISSING, given=(CPU,))
     with pytest.raises(DeviceUnavailableError, match="libcublasLt") as caught:
         _create(select_device("cuda"))
@@ -220,32 +227,32 @@ def test_auto_falls_back_with_the_reason(fake):
     assert _create(select_device("auto")) == Device("auto", CPU, MISSING)
 
 
-def test_auto_falls_back_when_nothing_was_said():
+def test_auto_falls_back_without_a_printed_reason():
     device = check_providers([CPU], Device("auto", CUDA))
     assert device.provider == CPU and "stderr" in device.reason
 
 
-def test_cuda_that_fails_while_creating(fake):
+def test_cuda_that_fails_while_a_session_is_created_is_an_error(fake):
     fake(fault=EPFail("CUDA failure 35:\n driver too old"))
     with pytest.raises(DeviceUnavailableError, match="CUDA failure 35: driver too old"):
         _create(select_device("cuda"))
 
 
-def test_auto_creates_again_on_the_cpu(fake):
+def test_auto_creates_the_session_again_on_the_cpu(fake):
     runtime = fake(fault=EPFail("CUDA failure 35"))
     assert _create(select_device("auto")) == Device("auto", CPU, "CUDA failure 35")
-    assert runtime.asked == [[CUDA, CPU], [CPU]]
+    assert runtime.requested == [[CUDA, CPU], [CPU]]
 
 
-def test_unreadable_graph_is_not_the_devices_fault(fake):
+def test_an_unreadable_graph_is_not_blamed_on_the_device(fake):
     runtime = fake(fault=InvalidProtobuf("Protobuf parsing failed."))
     with pytest.raises(ModelFormatError, match="Protobuf parsing failed"):
         _create(select_device("auto"))
-    assert runtime.asked == [[CUDA, CPU]]
+    assert runtime.requested == [[CUDA, CPU]]
 
 
-def test_inputs_are_wanted_where_their_nodes_run():
-    """Attention in float32 falls to the CPU while the rest of the graph is on CUDA."""
+def test_inputs_belong_on_the_device_that_reads_them():
+    """Attention in float32 runs on the CPU while the rest of the graph runs on CUDA."""
     wanted = {"input_ids": "Cuda", "past_key_values.0.key": "Cpu", "mask": "CudaPinned", "x": "a later provider's"}
     session = types.SimpleNamespace(
         get_inputs=lambda: [types.SimpleNamespace(name=name) for name in wanted],
@@ -255,16 +262,16 @@ def test_inputs_are_wanted_where_their_nodes_run():
     assert input_kinds(session, Device("cuda", CUDA)) == kinds
 
 
-# The real ONNX Runtime.
+# -- the real ONNX Runtime -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def graph():
-    """x + x @ a @ b with overridable rank-0 a and b, and an unused initializer to be warned of."""
+    """The graph x + x @ a @ b with overridable rank-0 a and b, and an unused initializer that causes a warning."""
     return GRAPHS / "slots.onnx"
 
 
-def test_slot_warning_is_silent_and_options_are_left_alone(graph, capfd):
+def test_the_slot_warning_is_silenced_and_the_options_are_not_changed(graph, capfd):
     options = onnxruntime.SessionOptions()
     before = options.log_severity_level
     session, device = create_session(graph, select_device("cpu"), options)
@@ -276,17 +283,17 @@ def test_slot_warning_is_silent_and_options_are_left_alone(graph, capfd):
     assert "appears in graph inputs" not in capfd.readouterr().err
 
 
-def test_a_severity_that_was_set_is_kept(graph, capfd):
+def test_a_log_severity_of_the_caller_is_kept(graph, capfd):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2
     create_session(graph, select_device("cpu"), options)
-    said = capfd.readouterr().err
-    assert said.count("appears in graph inputs") == 2
-    assert "Removing initializer 'unused'" in said
+    printed = capfd.readouterr().err
+    assert printed.count("appears in graph inputs") == 2
+    assert "Removing initializer 'unused'" in printed
 
 
 def test_errors_of_the_session_still_reach_stderr(capfd):
-    """A node that fails while running is logged at ERROR, which stays on."""
+    """A node that fails while it runs is logged at the level ERROR, which is not silenced."""
     session, _ = create_session(GRAPHS / "breaks.onnx", select_device("cpu"), onnxruntime.SessionOptions())
     with pytest.raises(Exception, match="reshape"):
         session.run(None, {"x": np.ones(3, np.float32), "shape": np.array([2])})
@@ -294,13 +301,13 @@ def test_errors_of_the_session_still_reach_stderr(capfd):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"], ids=["empty", "junk"])
-def test_broken_graph(tmp_path, content):
+def test_a_broken_graph_is_refused(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(ModelFormatError, match=r"^model.onnx: ONNX Runtime cannot load this graph"):
         create_session(tmp_path / "model.onnx", select_device("cpu"), onnxruntime.SessionOptions())
 
 
-def test_importing_the_module_imports_no_runtime():
+def test_importing_the_package_does_not_import_onnxruntime():
     """The start-up check can only name the fix if nothing imports ONNX Runtime before it."""
     code = "import sys, tp_runtime.session; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,7 +1,8 @@
-"""The exported graph in a session: the base, patches, caches, switching. That its logits are right, torch says in
-runtime_tests/export/parity, and here by the figures it left with each fixture.
+"""The exported graph in a session: the base, patches, caches and switching.
 
-Tiny Llama has one slot a layer, tiny Gemma every slot and sliding layers.
+The tests in runtime_tests/export/parity compare its logits with those of torch. runtime_tests/runtime/test_fixtures.py
+compares them with the figures of torch that are stored with each fixture. Tiny Llama has one slot in each layer; tiny
+Gemma has every slot and layers with a sliding window.
 """
 
 from __future__ import annotations
@@ -52,26 +53,28 @@ def graph(tiny_llama_export: Path) -> Graph:
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("rank", [None, 0, 1, 4, 60])
-def test_in_pieces_it_says_what_it_says_at_once(either: Graph, rank: int | None, chunks: tuple[int, ...]) -> None:
+def test_a_prompt_in_chunks_gives_the_logits_of_one_run(
+    either: Graph, rank: int | None, chunks: tuple[int, ...]
+) -> None:
     bound = either.bind(None if rank is None else patch_for(either.folder, seed=1, rank=rank, scale=0.2))
     assert furthest(graph_logits(either, IDS, bound, chunks), graph_logits(either, IDS, bound)) < TOLERANCE
 
 
-def test_a_patch_less_itself_is_the_base(either: Graph) -> None:
+def test_a_patch_minus_itself_is_the_base(either: Graph) -> None:
     patch = patch_for(either.folder, seed=5, rank=3, scale=0.2)
     assert furthest(graph_logits(either, IDS, either.bind(patch - patch)), graph_logits(either, IDS)) < TOLERANCE
 
 
-def test_only_the_last_logits_unless_all_are_asked_for(graph: Graph) -> None:
+def test_only_the_last_logits_are_returned_unless_all_are_requested(graph: Graph) -> None:
     last = graph.forward(IDS, graph.new_cache(graph.base), graph.base)
     assert last.shape == (1, graph.folder.vocab_size) and last.dtype == np.float32
     assert furthest(last, graph_logits(graph, IDS)[-1:]) < 1e-5
 
 
-# -- bit for bit ---------------------------------------------------------------------------------------------
+# -- exactly equal logits ------------------------------------------------------------------------------------
 
 
-def test_base_is_untouched_by_patches_that_come_and_go(either: Graph) -> None:
+def test_binding_and_dropping_patches_does_not_change_the_base(either: Graph) -> None:
     before = graph_logits(either, IDS)
     for rank in (0, 1, 60):
         bound = either.bind(patch_for(either.folder, seed=rank, rank=rank))
@@ -81,7 +84,7 @@ def test_base_is_untouched_by_patches_that_come_and_go(either: Graph) -> None:
         assert np.array_equal(graph_logits(either, IDS), before)
 
 
-def test_base_is_untouched_by_a_patch_that_does_not_fit(graph: Graph) -> None:
+def test_a_patch_that_does_not_fit_is_refused_and_does_not_change_the_base(graph: Graph) -> None:
     before, patch = graph_logits(graph, IDS), patch_for(graph.folder)
     delta = patch.deltas[0, "mlp_out"]
     outputs = delta.b.shape[1] if delta.b is not None else 0
@@ -114,25 +117,25 @@ def test_strength_zero_is_the_base(either: Graph) -> None:
     assert np.array_equal(graph_logits(either, IDS, bound), graph_logits(either, IDS))
     cache = either.new_cache(either.base)
     either.forward(IDS[:9], cache, either.base)
-    either.forward(IDS[9:], cache, bound)  # one cache for both
+    either.forward(IDS[9:], cache, bound)  # both use the same cache
 
 
-def test_patches_in_threads_at_once_do_not_meet(either: Graph) -> None:
+def test_patches_in_concurrent_threads_do_not_interfere(either: Graph) -> None:
     bounds = [either.base, *(either.bind(patch_for(either.folder, seed=rank, rank=rank)) for rank in (1, 7))]
     steps = (24, *(1,) * 40)
-    alone = [graph_logits(either, IDS, bound, steps) for bound in bounds]
-    assert furthest(alone[1], alone[2]) > 0.1
+    single = [graph_logits(either, IDS, bound, steps) for bound in bounds]
+    assert furthest(single[1], single[2]) > 0.1
     with ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             together = list(pool.map(lambda bound: graph_logits(either, IDS, bound, steps), bounds))
-            for one, other in zip(alone, together, strict=True):
+            for one, other in zip(single, together, strict=True):
                 assert np.array_equal(one, other)
 
 
 # -- caches --------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_grows_says_what_one_run_says(either: Graph) -> None:
+def test_a_growing_cache_gives_the_logits_of_one_run(either: Graph) -> None:
     ids = token_ids(330, seed=4)
     bound = either.bind(patch_for(either.folder, seed=4, scale=0.2))
     wanted = graph_logits(either, ids, bound)
@@ -140,7 +143,7 @@ def test_a_cache_that_grows_says_what_one_run_says(either: Graph) -> None:
         assert furthest(graph_logits(either, ids, bound, chunks), wanted) < TOLERANCE
 
 
-def test_a_cache_fills_the_window_and_not_more(graph: Graph) -> None:
+def test_a_cache_can_fill_the_context_window_but_not_exceed_it(graph: Graph) -> None:
     ids = token_ids(graph.folder.context_window, seed=5)
     cache = graph.new_cache(graph.base)
     graph.forward(ids[:-1], cache, graph.base)
@@ -150,7 +153,7 @@ def test_a_cache_fills_the_window_and_not_more(graph: Graph) -> None:
     assert len(cache) == len(ids)
 
 
-def test_a_cache_that_cannot_grow_is_still_whole(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_grow_is_still_usable(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = token_ids(330, seed=6)
     wanted = graph_logits(graph, ids)
     cache = graph.new_cache(graph.base)
@@ -167,11 +170,11 @@ def test_a_cache_that_cannot_grow_is_still_whole(graph: Graph, monkeypatch: pyte
         graph.forward(ids[200:], cache, graph.base)
     monkeypatch.undo()
     assert cache.tokens == ids[:200]
-    graph.forward(ids[200:250], cache, graph.base)  # in the room there still is
+    graph.forward(ids[200:250], cache, graph.base)  # the old buffers still have room for these
     assert furthest(graph.forward(ids[250:], cache, graph.base, all_logits=True), wanted[250:]) < 1e-5
 
 
-def test_rewinding_is_as_if_the_rest_had_never_been(either: Graph) -> None:
+def test_a_rewound_cache_behaves_as_if_the_rest_had_never_been_run(either: Graph) -> None:
     bound = either.bind(patch_for(either.folder, seed=7))
     cache = either.new_cache(bound)
     either.forward(token_ids(300, seed=8), cache, bound)
@@ -184,7 +187,7 @@ def test_rewinding_is_as_if_the_rest_had_never_been(either: Graph) -> None:
         assert furthest(got, graph_logits(either, ids, bound)[common:]) < 1e-5
 
 
-def test_logits_handed_out_do_not_change_afterwards(graph: Graph) -> None:
+def test_returned_logits_do_not_change_afterwards(graph: Graph) -> None:
     cache = graph.new_cache(graph.base)
     first = graph.forward(IDS[:4], cache, graph.base, all_logits=True)
     copy = first.copy()
@@ -193,17 +196,17 @@ def test_logits_handed_out_do_not_change_afterwards(graph: Graph) -> None:
     assert np.array_equal(first, copy)
 
 
-def test_logits_that_need_not_last_are_the_same_and_are_not_copied(graph: Graph) -> None:
-    kept, lent = graph.new_cache(graph.base), graph.new_cache(graph.base)
+def test_logits_without_a_copy_are_equal_and_are_overwritten_by_the_next_run(graph: Graph) -> None:
+    copied, shared = graph.new_cache(graph.base), graph.new_cache(graph.base)
     for tokens in ([1, 2, 3], [4], [5]):
-        wanted = graph.forward(tokens, kept, graph.base)
-        got = graph.forward(tokens, lent, graph.base, copy=False)
+        wanted = graph.forward(tokens, copied, graph.base)
+        got = graph.forward(tokens, shared, graph.base, copy=False)
         np.testing.assert_array_equal(got, wanted)
-    graph.forward([6], lent, graph.base, copy=False)
+    graph.forward([6], shared, graph.base, copy=False)
     assert not np.array_equal(got, wanted)
 
 
-def test_a_cache_serves_no_other_patch(graph: Graph) -> None:
+def test_a_cache_of_another_patch_is_refused(graph: Graph) -> None:
     patch = patch_for(graph.folder)
     bounds = {
         name: graph.bind(p)
@@ -225,13 +228,13 @@ def test_a_cache_serves_no_other_patch(graph: Graph) -> None:
                 assert error.value.field == "cache" and error.value.fix
         assert cache.tokens == IDS[:9]
         assert np.array_equal(wanted, graph.forward(IDS[:9], graph.new_cache(bound), bound))
-    # The same values under another name, bound a second time, are the same patch.
+    # The same values under another name are the same patch, also if they are bound a second time.
     renamed = graph.bind(Patch(patch.deltas, replace(patch.config, name="else")))
     cache = graph.new_cache(bounds["patch"])
     graph.forward(IDS[:9], cache, renamed)
 
 
-def test_a_cache_serves_no_other_graph(graph: Graph, gemma: Graph) -> None:
+def test_a_cache_of_another_graph_is_refused(graph: Graph, gemma: Graph) -> None:
     with pytest.raises(StaleCacheError, match="graph"):
         graph.forward([1], gemma.new_cache(gemma.base), graph.base)
 
@@ -239,22 +242,22 @@ def test_a_cache_serves_no_other_graph(graph: Graph, gemma: Graph) -> None:
 @pytest.mark.parametrize(
     "tokens", [[], [-1], [320], [5, 10**12], [1.5], ["a"], [True], [None], [[1]], list(range(300)) * 2]
 )
-def test_tokens_that_cannot_be_run(graph: Graph, tokens: list[Any]) -> None:
+def test_invalid_tokens_are_refused_and_do_not_change_the_cache(graph: Graph, tokens: list[Any]) -> None:
     cache = graph.new_cache(graph.base)
     first = graph.forward(IDS[:9], cache, graph.base)
     with pytest.raises(RequestError) as error:
         graph.forward(tokens, cache, graph.base)
     assert error.value.field == "tokens"
-    assert cache.tokens == IDS[:9]  # as it was, and of use
+    assert cache.tokens == IDS[:9]  # the cache is unchanged and still usable
     cache.keep_prefix(IDS[:9])
     assert furthest(graph.forward(IDS[8:9], cache, graph.base), first) < 1e-5
 
 
-def test_numpy_ids_are_ids(graph: Graph) -> None:
+def test_numpy_integers_are_accepted_as_ids(graph: Graph) -> None:
     assert np.array_equal(graph_logits(graph, list(np.array(IDS))), graph_logits(graph, IDS))
 
 
-def test_errors_of_patches_are_patch_errors_that_say_what_to_do(graph: Graph) -> None:
+def test_the_error_of_a_bad_patch_names_the_field_and_the_fix(graph: Graph) -> None:
     patch = patch_for(graph.folder)
     with pytest.raises(PatchError) as error:
         graph.bind(Patch({(7, "mlp_out"): patch.deltas[0, "mlp_out"]}, patch.config))

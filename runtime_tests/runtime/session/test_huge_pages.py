@@ -1,4 +1,4 @@
-"""Weights on huge pages: which memory is named, and that nothing but its pages changes."""
+"""Weights on huge pages: which memory is advised, and that its content does not change."""
 
 from __future__ import annotations
 
@@ -41,32 +41,33 @@ ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda p
 
 
 def covered(found: list[Range]) -> set[int]:
+    """Return the addresses in the ranges."""
     return {address for first, end in found for address in range(first, end)}
 
 
-def test_own_memory_that_is_written_is_named_and_no_file_or_stack() -> None:
+def test_only_written_anonymous_memory_is_found() -> None:
     assert written(SMAPS) == [(0x1000000, 0x2000000), (0x7F0000000000, 0x7F0000800000)]
     assert len(mappings(MAPS)) == 6
 
 
 @given(ours=ranges, others=ranges)
-def test_what_was_there_before_is_left_alone(ours: list[Range], others: list[Range]) -> None:
+def test_memory_that_existed_before_is_excluded(ours: list[Range], others: list[Range]) -> None:
     assert covered(without(ours, others)) == covered(ours) - covered(others)
 
 
 @given(ours=ranges, others=ranges)
-def test_what_was_not_taken_is_left_alone(ours: list[Range], others: list[Range]) -> None:
+def test_memory_that_the_session_did_not_allocate_is_excluded(ours: list[Range], others: list[Range]) -> None:
     assert covered(within(ours, others)) == covered(ours) & covered(others)
 
 
 @given(ours=ranges, size=st.integers(1, 8))
-def test_only_whole_pages_inside_a_range(ours: list[Range], size: int) -> None:
+def test_only_whole_pages_inside_a_range_are_used(ours: list[Range], size: int) -> None:
     found = aligned(ours, size)
     assert covered(found) <= covered(ours)
     assert all(first % size == 0 and end % size == 0 and first < end for first, end in found)
 
 
-def test_what_the_memory_holds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_of_the_memory_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[Range] = []
     real = huge_pages._advise
 
@@ -81,18 +82,18 @@ def test_what_the_memory_holds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         values = np.random.default_rng(0).standard_normal(len(array), np.float32)
         array[:] = values
         address = array.ctypes.data
-        asked = use_huge_pages(without(mapped(), before))
+        advised_bytes = use_huge_pages(without(mapped(), before))
         assert (array == values).all()
         del array
     if huge_pages.page_size() is None:
-        assert asked == 0 and not advised
+        assert advised_bytes == 0 and not advised
     else:
-        assert asked >= 60 << 20
+        assert advised_bytes >= 60 << 20
         assert any(first >= address and end <= address + (64 << 20) for first, end in advised)
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]", None])
-def test_switched_off_or_unknown_to_the_system(
+def test_nothing_is_advised_if_huge_pages_are_switched_off_or_unknown(
     setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
@@ -104,27 +105,29 @@ def test_switched_off_or_unknown_to_the_system(
 
 
 @pytest.mark.parametrize("first_run", [[1], [1, 2, 3]], ids=["a token", "a prompt"])
-def test_a_session_asks_once_after_its_first_run(
+def test_a_session_requests_huge_pages_once_after_its_first_run(
     tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch, first_run: list[int]
 ) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(graph_module, "use_huge_pages_soon", asked.append)
+    requested: list[object] = []
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", requested.append)
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1)
     cache = graph.new_cache(graph.base)
-    assert not asked  # somebody waits for the first token
+    assert not requested  # the caller waits for the first token
     graph.forward(first_run, cache, graph.base)
     graph.forward([4], cache, graph.base)
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
-def test_a_session_that_is_told_not_to_does_not_ask(tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda taken: pytest.fail("asked"))
+def test_a_session_with_huge_pages_off_does_not_request_them(
+    tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "use_huge_pages_soon", lambda taken: pytest.fail("requested"))
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1, huge_pages=False)
     graph.forward([1, 2, 3], graph.new_cache(graph.base), graph.base)
 
 
-def test_the_background_does_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(huge_pages, "use_huge_pages", asked.append)
+def test_the_background_thread_advises_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[object] = []
+    monkeypatch.setattr(huge_pages, "use_huge_pages", requested.append)
     use_huge_pages_soon([(0, 1)]).join(60)
-    assert asked == [[(0, 1)]]
+    assert requested == [[(0, 1)]]

@@ -1,4 +1,4 @@
-"""The model folder: what opens, and what each bad folder is refused with."""
+"""The model folder: which folders open, and the error of each bad folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(tmp_path):
     return fill(tmp_path / "model")
 
 
-def test_opens_what_was_written(model):
+def test_a_written_folder_opens_as_it_was_described(model):
     terms = ((BASE_DIGEST, 0.5), ("f" * 64, -2.0))
     written = describe(model, default_patch=DefaultPatch("pirate", "a" * 64, terms))
     write_slots_file(written)
@@ -36,14 +36,14 @@ def test_opens_what_was_written(model):
     assert opened.unlisted == ()
 
 
-def test_opens_through_a_relative_path_and_stays_there(model, monkeypatch):
+def test_a_folder_opened_by_a_relative_path_keeps_its_absolute_path(model, monkeypatch):
     monkeypatch.chdir(model.parent)
     opened = ModelFolder.open("model")
     monkeypatch.chdir("/")
     assert (opened.path / "model.onnx").read_bytes() == b"graph"
 
 
-def test_graph_digest_follows_graph_and_data_alone(model):
+def test_the_graph_digest_depends_only_on_the_graph_and_its_data(model):
     before = ModelFolder.open(model).graph_digest
     (model / "config.json").write_text('{"a": 1}')
     write_slots_file(describe(model, base_model="tests/other"))
@@ -53,53 +53,53 @@ def test_graph_digest_follows_graph_and_data_alone(model):
     assert ModelFolder.open(model).graph_digest != before
 
 
-def test_unlisted_files_are_named_and_ignored(model):
+def test_unlisted_files_are_reported_and_ignored(model):
     (model / "other.onnx_data").write_bytes(b"x")
     (model / "notes").mkdir()
     assert ModelFolder.open(model).unlisted == ("notes", "other.onnx_data")
 
 
-# What is missing, truncated or altered.
+# -- missing, truncated and altered files --------------------------------------------------------------------
 
 
-def test_missing_folder(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ModelFormatError, match="no such model folder"):
         ModelFolder.open(tmp_path / "nothing")
 
 
-def test_file_instead_of_folder(model):
+def test_a_file_instead_of_a_folder_is_refused(model):
     with pytest.raises(ModelFormatError, match="is not a folder"):
         ModelFolder.open(model / "model.onnx")
 
 
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx", "model.onnx_data", "config.json"])
-def test_missing_file(model, name):
+def test_a_missing_file_is_named(model, name):
     (model / name).unlink()
     with pytest.raises(ModelFormatError, match=f"{name}: the file is missing"):
         ModelFolder.open(model)
 
 
-def test_truncated_data_file(model):
+def test_a_truncated_data_file_is_refused(model):
     with (model / "model.onnx_data").open("rb+") as stream:
         stream.truncate(699)
     with pytest.raises(ModelFormatError, match=r"truncated.*got 699 bytes; wanted 700 bytes"):
         ModelFolder.open(model)
 
 
-def test_data_file_with_trailing_bytes(model):
+def test_a_data_file_with_trailing_bytes_is_refused(model):
     with (model / "model.onnx_data").open("ab") as stream:
         stream.write(b"!")
     with pytest.raises(ModelFormatError, match="wrong size; got 701"):
         ModelFolder.open(model)
 
 
-def test_altered_small_file(model):
+def test_an_altered_small_file_is_refused(model):
     (model / "config.json").write_text("[]")
     with pytest.raises(ModelFormatError, match=r"config.json: .*SHA-256 differs"):
         ModelFolder.open(model)
 
 
-def test_altered_large_file_is_found_by_verify(model, monkeypatch):
+def test_verify_finds_an_altered_large_file(model, monkeypatch):
     monkeypatch.setattr(folder_module, "ALWAYS_HASHED", 100)
     (model / "model.onnx_data").write_bytes(b"WEIGHTS" * 100)
     ModelFolder.open(model)
@@ -107,7 +107,7 @@ def test_altered_large_file_is_found_by_verify(model, monkeypatch):
         ModelFolder.open(model, verify=True)
 
 
-# The description.
+# -- the description -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_altered_large_file_is_found_by_verify(model, monkeypatch):
     ],
     ids=["empty", "cut", "not-utf8", "deep", "nan", "digits", "list"],
 )
-def test_unreadable_json(model, text, problem):
+def test_an_unreadable_description_is_refused(model, text, problem):
     (model / SLOTS_FILE).write_bytes(text)
     with pytest.raises(ModelFormatError, match=f"the description {problem}"):
         ModelFolder.open(model)
 
 
-def test_oversized_description(model):
+def test_a_description_over_the_size_limit_is_refused(model):
     (model / SLOTS_FILE).write_bytes(b" " * (16 * 2**20 + 1))
     with pytest.raises(ModelFormatError, match="is too large"):
         ModelFolder.open(model)
 
 
-def test_duplicate_key(model):
+def test_a_duplicate_key_is_refused(model):
     file = model / SLOTS_FILE
     file.write_text(file.read_text().replace('"in": 8', '"in": 8, "in": 9', 1))
     with pytest.raises(ModelFormatError, match="holds a duplicate key; got 'in'"):
         ModelFolder.open(model)
 
 
-def test_unknown_version(model):
+def test_an_unknown_version_is_refused(model):
     alter(model, lambda data: data.update(version=2))
     with pytest.raises(ModelFormatError, match=r"got 2; wanted 1\. Fix: update tp-runtime"):
         ModelFolder.open(model)
@@ -197,14 +197,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
-def test_bad_description(model, change):
+def test_a_bad_description_is_refused(model, change):
     alter(model, change)
     with pytest.raises(ModelFormatError, match=rf"^{SLOTS_FILE}.*; wanted .* Fix: ") as caught:
         ModelFolder.open(model)
     assert str(caught.value).isprintable()
 
 
-def test_refuses_to_write_what_it_would_not_read(model):
+def test_a_description_that_could_not_be_read_is_not_written(model):
     before = (model / SLOTS_FILE).read_text()
     with pytest.raises(ModelFormatError, match="precision"):
         write_slots_file(describe(model, precision="fp64"))
@@ -212,7 +212,7 @@ def test_refuses_to_write_what_it_would_not_read(model):
     assert ModelFolder.open(model).unlisted == ()
 
 
-# Names and places: nothing outside the folder is read.
+# -- names and locations: nothing outside the folder is read -------------------------------------------------
 
 UNSAFE_NAMES = {
     "absolute": "/etc/passwd",
@@ -233,7 +233,7 @@ UNSAFE_NAMES = {
 
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES.values(), ids=UNSAFE_NAMES.keys())
-def test_unsafe_name(model, name):
+def test_an_unsafe_file_name_is_refused(model, name):
     alter(model, lambda data: data["files"].update({name: data["files"]["model.onnx_data"]}))
     with pytest.raises(UnsafePathError, match="is not a plain name") as caught:
         ModelFolder.open(model)
@@ -248,14 +248,14 @@ def _outside(model, name):
 
 @posix
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx", "model.onnx_data"])
-def test_symlink_out_of_the_folder(model, name):
+def test_a_symlink_out_of_the_folder_is_refused(model, name):
     (model / name).symlink_to(_outside(model, name))
     with pytest.raises(UnsafePathError, match=f"{name}: the file resolves outside"):
         ModelFolder.open(model)
 
 
 @posix
-def test_symlink_to_a_sibling_with_the_same_prefix(model):
+def test_a_symlink_to_a_folder_with_the_same_name_prefix_is_refused(model):
     sibling = fill(model.parent / "model2")
     (model / "model.onnx").unlink()
     (model / "model.onnx").symlink_to(sibling / "model.onnx")
@@ -264,14 +264,14 @@ def test_symlink_to_a_sibling_with_the_same_prefix(model):
 
 
 @posix
-def test_symlink_within_the_folder(model):
+def test_a_symlink_within_the_folder_is_followed(model):
     (model / "model.onnx_data").rename(model / "weights")
     (model / "model.onnx_data").symlink_to("weights")
     assert ModelFolder.open(model).unlisted == ("weights",)
 
 
 @posix
-def test_symlink_loop(model):
+def test_a_symlink_loop_is_refused(model):
     (model / "model.onnx").unlink()
     (model / "model.onnx").symlink_to("model.onnx")
     with pytest.raises(UnsafePathError, match="cannot be resolved"):
@@ -280,7 +280,7 @@ def test_symlink_loop(model):
 
 @posix
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx_data"])
-def test_hard_link(model, name):
+def test_a_hard_link_is_refused(model, name):
     os.link(model / name, model.parent / "second name")
     with pytest.raises(UnsafePathError, match=f"{name}: the file has more than one hard link"):
         ModelFolder.open(model)
@@ -288,7 +288,7 @@ def test_hard_link(model, name):
 
 @posix
 @pytest.mark.parametrize("name", [SLOTS_FILE, "model.onnx_data"])
-def test_fifo_does_not_block(model, name):
+def test_a_fifo_is_refused_without_waiting(model, name):
     (model / name).unlink()
     os.mkfifo(model / name)
     with pytest.raises(UnsafePathError, match="got FIFO"):
@@ -296,9 +296,9 @@ def test_fifo_does_not_block(model, name):
 
 
 @posix
-def test_socket(model, monkeypatch):
+def test_a_socket_is_refused(model, monkeypatch):
     (model / "config.json").unlink()
-    monkeypatch.chdir(model)  # a socket's address is short: a relative one always fits
+    monkeypatch.chdir(model)  # a socket's address must be short, and a relative one always fits
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("config.json")
         with pytest.raises(UnsafePathError, match="got socket"):
@@ -306,17 +306,17 @@ def test_socket(model, monkeypatch):
 
 
 @posix
-def test_device(model):
+def test_a_device_is_refused(model):
     (model / "config.json").unlink()
     try:
-        os.mknod(model / "config.json", stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero: never ends
+        os.mknod(model / "config.json", stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero, which never ends
     except PermissionError:
         pytest.skip("only root makes device files")
     with pytest.raises(UnsafePathError, match="got device"):
         ModelFolder.open(model)
 
 
-def test_folder_instead_of_file(model):
+def test_a_folder_instead_of_a_file_is_refused(model):
     (model / "config.json").unlink()
     (model / "config.json").mkdir()
     with pytest.raises(UnsafePathError, match="got folder"):
@@ -324,7 +324,7 @@ def test_folder_instead_of_file(model):
 
 
 def _as_snapshot(model, inside=""):
-    """Moves a folder's files into a cache laid out as the hub's; returns the snapshot."""
+    """Move a folder's files into a cache with the layout of the Hugging Face hub's, and returns the snapshot."""
     repository = model.parent / "models--tests--tiny"
     snapshot = repository / "snapshots" / "abc123" / inside
     snapshot.mkdir(parents=True)
@@ -338,20 +338,20 @@ def _as_snapshot(model, inside=""):
 
 @posix
 @pytest.mark.parametrize("inside", ["", "int4"])
-def test_hub_snapshot_opens(model, inside):
+def test_a_hub_snapshot_opens(model, inside):
     snapshot = _as_snapshot(model, inside)
     assert ModelFolder.open(snapshot, verify=True).path == snapshot.resolve()
 
 
 @posix
-def test_hub_blob_may_have_hard_links(model):
+def test_the_blobs_of_a_hub_snapshot_may_have_hard_links(model):
     snapshot = _as_snapshot(model)
     os.link((snapshot / "model.onnx_data").resolve(), model / "shared with another cache")
     ModelFolder.open(snapshot)
 
 
 @posix
-def test_hub_snapshot_symlink_out_of_its_own_blobs(model):
+def test_a_hub_snapshot_with_a_symlink_out_of_its_own_blobs_is_refused(model):
     snapshot = _as_snapshot(model)
     shutil.move((snapshot / "model.onnx").resolve(), model / "elsewhere")
     (snapshot / "model.onnx").unlink()
@@ -361,7 +361,7 @@ def test_hub_snapshot_symlink_out_of_its_own_blobs(model):
 
 
 @posix
-def test_blobs_beside_a_folder_that_is_no_snapshot(model):
+def test_blobs_next_to_a_folder_that_is_not_a_snapshot_are_refused(model):
     blobs = model.parent / "blobs"
     blobs.mkdir()
     shutil.move(model / "model.onnx", blobs / "x")

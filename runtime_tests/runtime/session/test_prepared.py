@@ -1,4 +1,4 @@
-"""Graphs baked for this machine: the same answers, and no use of one that does not fit."""
+"""Graphs prepared for this machine: they give the same logits, and one that does not fit is not used."""
 
 from __future__ import annotations
 
@@ -22,34 +22,36 @@ IDS = token_ids(20)
 
 
 @pytest.fixture(scope="module")
-def baked(tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_path(tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = shutil.copytree(tiny_llama_export, tmp_path_factory.mktemp("prepared") / "m")
     assert prepare(ModelFolder.open(path))
     return path
 
 
 @pytest.fixture
-def copy(baked: Path, tmp_path: Path) -> ModelFolder:
-    return ModelFolder.open(shutil.copytree(baked, tmp_path / "m"))
+def copy(prepared_path: Path, tmp_path: Path) -> ModelFolder:
+    return ModelFolder.open(shutil.copytree(prepared_path, tmp_path / "m"))
 
 
-def test_it_answers_as_the_graph_it_was_made_from(baked: Path, tiny_llama_export: Path) -> None:
-    folder = ModelFolder.open(baked)
+def test_a_prepared_graph_gives_the_logits_of_the_plain_graph(prepared_path: Path, tiny_llama_export: Path) -> None:
+    folder = ModelFolder.open(prepared_path)
     assert prepared_graph(folder) == folder.path / PREPARED / "model.onnx"
-    here, plain = Graph(folder, "cpu"), Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    packed, plain = Graph(folder, "cpu"), Graph(ModelFolder.open(tiny_llama_export), "cpu")
     patch = patch_for(folder, scale=0.3)
     for bound in (None, patch):
-        assert np.abs(here.run(IDS, here.bind(bound)) - plain.run(IDS, plain.bind(bound))).max() < 1e-5
-    assert here.base.key == plain.base.key  # caches and patches do not care
+        assert np.abs(packed.run(IDS, packed.bind(bound)) - plain.run(IDS, plain.bind(bound))).max() < 1e-5
+    assert packed.base.key == plain.base.key  # caches and patches work with both graphs
 
 
-def test_a_patch_is_baked_in_as_into_the_plain_graph(baked: Path, tiny_llama_export: Path) -> None:
-    patch = patch_for(ModelFolder.open(baked), scale=0.3)
-    here, plain = (Graph(ModelFolder.open(path), "cpu", defaults=patch) for path in (baked, tiny_llama_export))
-    assert np.abs(here.run(IDS, here.default) - plain.run(IDS, plain.default)).max() < 1e-5
+def test_a_patch_can_be_set_as_default_in_a_prepared_graph(prepared_path: Path, tiny_llama_export: Path) -> None:
+    patch = patch_for(ModelFolder.open(prepared_path), scale=0.3)
+    packed, plain = (
+        Graph(ModelFolder.open(path), "cpu", defaults=patch) for path in (prepared_path, tiny_llama_export)
+    )
+    assert np.abs(packed.run(IDS, packed.default) - plain.run(IDS, plain.default)).max() < 1e-5
 
 
-def test_what_fits_is_not_made_again(copy: ModelFolder) -> None:
+def test_a_prepared_graph_that_fits_is_not_made_again(copy: ModelFolder) -> None:
     before = (copy.path / PREPARED / "model.onnx").stat().st_mtime_ns
     assert not prepare(copy)
     assert (copy.path / PREPARED / "model.onnx").stat().st_mtime_ns == before
@@ -59,35 +61,35 @@ def test_what_fits_is_not_made_again(copy: ModelFolder) -> None:
 def _record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         file = folder / "prepared.json"
-        found = json.loads(file.read_text())
-        change(found)
-        file.write_text(json.dumps(found))
+        record = json.loads(file.read_text())
+        change(record)
+        file.write_text(json.dumps(record))
 
     return edit
 
 
 STALE: dict[str, Callable[[Path], Any]] = {
-    "another onnxruntime": _record(lambda found: found.update(onnxruntime="1.0")),
-    "another processor": _record(lambda found: found.update(processor="abacus")),
-    "another graph": _record(lambda found: found.update(graph_digest="0" * 64)),
+    "another onnxruntime": _record(lambda record: record.update(onnxruntime="1.0")),
+    "another processor": _record(lambda record: record.update(processor="abacus")),
+    "another graph": _record(lambda record: record.update(graph_digest="0" * 64)),
     "truncated": lambda folder: (folder / "model.onnx").write_bytes(b""),
     "no record": lambda folder: (folder / "prepared.json").unlink(),
     "no JSON": lambda folder: (folder / "prepared.json").write_text("{"),
     "a list": lambda folder: (folder / "prepared.json").write_text("[]"),
-    "a file too many": _record(lambda found: found["files"].update({"../model.onnx": 1})),
+    "a file too many": _record(lambda record: record["files"].update({"../model.onnx": 1})),
     "huge record": lambda folder: (folder / "prepared.json").write_text(" " * 2**17),
 }
 
 
 @pytest.mark.parametrize("damage", STALE.values(), ids=STALE.keys())
-def test_what_does_not_fit_is_not_used_and_said(
+def test_a_prepared_graph_that_does_not_fit_is_reported_and_not_used(
     copy: ModelFolder, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(copy.path / PREPARED)
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         assert prepared_graph(copy) is None
     assert "tp-runtime prepare" in caplog.text
-    Graph(copy, "cpu").run(IDS, Graph(copy, "cpu").base)  # the plain graph serves
+    Graph(copy, "cpu").run(IDS, Graph(copy, "cpu").base)  # the plain graph is used instead
     assert prepare(copy) and prepared_graph(copy) is not None
 
 
@@ -98,7 +100,7 @@ def test_a_link_out_of_the_folder_is_not_followed(copy: ModelFolder, tmp_path: P
     assert prepared_graph(copy) is None
 
 
-def test_an_interruption_leaves_what_was_there(copy: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_keeps_the_earlier_prepared_graph(copy: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -109,7 +111,7 @@ def test_an_interruption_leaves_what_was_there(copy: ModelFolder, monkeypatch: p
     assert sorted(entry.name for entry in copy.path.iterdir() if entry.name.startswith(".")) == []
 
 
-def test_the_command(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+def test_the_command_prepares_a_folder_once(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     path = shutil.copytree(tiny_llama_export, tmp_path / "m")
     done = cli("prepare", path)
     assert done.out.strip() == str(path / PREPARED) and "prepared: " in done.err

@@ -1,4 +1,4 @@
-"""A folder that repairs itself: its default patch makes up for the precision of its weights and is part of the base.
+"""A repaired folder: its default patch compensates what quantisation costs, and is part of the base.
 
 The repair of the fixture is random; runtime_tests/export/graph/test_precision.py fits one.
 """
@@ -34,7 +34,7 @@ def repair(repaired: Graph) -> Patch:
     return Patch.load(repaired.folder.path / DEFAULT_FILE)
 
 
-def test_its_base_is_the_repaired_one(plain: Graph, repaired: Graph, repair: Patch) -> None:
+def test_the_base_of_a_repaired_folder_includes_the_repair(plain: Graph, repaired: Graph, repair: Patch) -> None:
     wanted = plain.run(IDS, plain.bind(repair))
     assert furthest(wanted, plain.run(IDS, plain.base)) > 0.1
     for bound in (repaired.base, repaired.default, repaired.bind(None)):
@@ -51,9 +51,7 @@ def test_float_patches_are_added_to_the_repair(
     assert furthest(repaired.run(IDS, bound), plain.run(IDS, plain.bind(repair + context))) < 1e-4
 
 
-def test_patches_fitted_for_the_precision_take_the_place_of_the_repair(
-    plain: Graph, repaired: Graph, repair: Patch
-) -> None:
+def test_patches_fitted_for_the_precision_replace_the_repair(plain: Graph, repaired: Graph, repair: Patch) -> None:
     own = Patch({key: delta.scaled(0.5) for key, delta in repair.deltas.items()}, repair.config)
     bound = repaired.bind(own)
     assert bound.key[1] == own.terms

@@ -1,4 +1,4 @@
-"""What exactly is bound to a slot, and which patches fit a set of slots. No graph is opened."""
+"""The arrays that are bound to a slot, and which patches fit a set of slots. No graph is opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOTS = {(layer, "mlp_out"): Slot(layer, "mlp_out", 12, 8) for layer in range(2)
 
 
 @given(rank=st.integers(0, 5), bias=st.booleans(), seed=st.integers(0, 9), dtype=st.sampled_from(["f4", "f2"]))
-def test_bound_arrays_compute_what_the_delta_does(rank: int, bias: bool, seed: int, dtype: str) -> None:
+def test_bound_arrays_compute_the_same_as_the_delta(rank: int, bias: bool, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     a, b, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, rank), (rank, 8), (2, 3, 12)))
     shift = rng.standard_normal(8).astype(np.float32) if bias else None
@@ -38,14 +38,14 @@ def test_bound_arrays_compute_what_the_delta_does(rank: int, bias: bool, seed: i
     assert np.abs((x @ bound_a) @ bound_b + bound_bias - wanted).max() < (1e-5 if dtype == "f4" else 0.1)
 
 
-def test_nothing_is_rank_zero_and_a_bias_of_zeros() -> None:
+def test_a_slot_without_a_delta_gets_rank_zero_and_a_bias_of_zeros() -> None:
     arrays = slot_arrays(None, SLOT, np.float32)
     assert [array.shape for array in arrays.values()] == [(1, 12, 0), (1, 0, 8), (1, 1, 8)]
     assert not arrays["tp.1.mlp_out.bias"].any()
 
 
 @pytest.mark.parametrize("part", ["a", "b", "bias"])
-def test_a_value_past_float16_is_refused_there_and_taken_in_float32(part: str) -> None:
+def test_a_value_too_large_for_float16_is_refused_there_and_accepted_in_float32(part: str) -> None:
     parts = {"a": np.ones((12, 2)), "b": np.ones((2, 8)), "bias": np.ones(8)}
     parts[part].flat[-1] = -70000.0
     delta = Delta(**parts)
@@ -64,7 +64,7 @@ def test_the_largest_float16_still_fits() -> None:
 # -- fit -----------------------------------------------------------------------------------------------------
 
 
-def test_a_patch_that_fits_gives_its_deltas() -> None:
+def test_a_patch_that_fits_returns_its_deltas() -> None:
     patch = random_patch(layers=2)
     assert dict(fit_slots(patch, SLOTS)) == dict(patch.deltas)
     part = random_patch(layers=1)
@@ -83,7 +83,7 @@ def test_a_patch_that_fits_gives_its_deltas() -> None:
         ({"layers": 2, "ranks": [1, 0], "outputs": 9}, PatchShapeError, "layers.0.mlp_out.b", 9, "8 outputs"),
     ],
 )
-def test_a_misfit_names_what_does_not_fit(
+def test_the_error_names_the_slot_that_does_not_fit(
     changes: dict, error: type[PatchShapeError], field: str, got: object, wanted: str
 ) -> None:
     with pytest.raises(error) as raised:
@@ -92,14 +92,14 @@ def test_a_misfit_names_what_does_not_fit(
     assert raised.value.fix
 
 
-def test_only_the_patched_slot_is_at_fault() -> None:
+def test_only_the_slot_that_does_not_fit_is_named() -> None:
     good, bad = random_patch(layers=2), random_patch(layers=2, inputs=13)
     mixed = Patch({(0, "mlp_out"): good.deltas[0, "mlp_out"], (1, "mlp_out"): bad.deltas[1, "mlp_out"]}, good.config)
     with pytest.raises(PatchShapeError, match=r"layers\.1\.mlp_out\.a"):
         fit_slots(mixed, SLOTS)
 
 
-def test_a_graph_without_slots_takes_only_the_empty_patch() -> None:
+def test_a_graph_without_slots_accepts_only_the_empty_patch() -> None:
     with pytest.raises((PatchShapeError, PatchTargetError)):
         fit_slots(random_patch(), {})
     assert not fit_slots(0 * random_patch(), {})
@@ -110,7 +110,9 @@ def test_a_graph_without_slots_takes_only_the_empty_patch() -> None:
 
 @pytest.mark.parametrize("fitted", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("exported", ["fp32", "fp16", "int8", "int4"])
-def test_a_float_fit_acts_on_every_precision_and_a_quantised_one_on_its_own(fitted: str, exported: str) -> None:
+def test_a_patch_fitted_in_float_fits_every_precision_and_a_quantised_one_only_its_own(
+    fitted: str, exported: str
+) -> None:
     patch = Patch(random_patch().deltas, random_config(precision=fitted))
     for candidate in (patch, 0.5 * patch, patch + random_patch(), patch.truncate(1)):
         if fitted in ("fp32", "fp16", "bf16", exported):
@@ -121,7 +123,7 @@ def test_a_float_fit_acts_on_every_precision_and_a_quantised_one_on_its_own(fitt
             assert (error.value.field, error.value.got, error.value.wanted) == ("precision", fitted, exported)
 
 
-def test_another_base_is_named_with_its_digest() -> None:
+def test_the_error_of_another_base_names_both_digests() -> None:
     patch = random_patch()
     with pytest.raises(BaseMismatchError) as error:
         check_base(patch, "tests/other", "f" * 64, "fp32")

@@ -1,4 +1,4 @@
-"""One pool of threads for all sessions; a process has it or not, so each case runs in a process of its own."""
+"""One pool of threads for all sessions. A process has the pool or not, so each test runs in a separate process."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def test_sessions_share_one_pool(tiny_llama_export: Path) -> None:
 import onnxruntime  # starts a thread of its own
 before = count()
 share_threads(4)
-models = [open_model(huge_pages=False) for _ in range(3)]  # which would take a thread for a moment
+models = [open_model(huge_pages=False) for _ in range(3)]  # huge pages would use a thread for a moment
 texts = [model.generate("Hi", max_new_tokens=4) for model in models]
 assert len(set(texts)) == 1
-assert count() == before + 3, (before, count())  # and the thread that calls
+assert count() == before + 3, (before, count())  # the calling thread is the fourth of the pool
 """,
         tiny_llama_export,
     )
 
 
-def test_what_is_shared_is_said_once_and_threads_are_not_said_beside_it(tiny_llama_export: Path) -> None:
+def test_sharing_is_set_once_and_excludes_the_options_threads_and_spin(tiny_llama_export: Path) -> None:
     run(
         """
 for bad in (0, -1, True, 2.0, None, "2"):
@@ -73,7 +73,7 @@ assert model.generate("Hi", max_new_tokens=2) is not None
     )
 
 
-def test_it_is_too_late_once_a_model_is_open(tiny_llama_export: Path) -> None:
+def test_threads_cannot_be_shared_after_a_model_was_opened(tiny_llama_export: Path) -> None:
     run(
         """
 model = open_model(threads=1)

@@ -1,4 +1,4 @@
-"""Whole or not at all."""
+"""Atomic writes: a file or folder is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def disk_full() -> OSError:
 INTERRUPTIONS = [KeyboardInterrupt(), ValueError("bug"), disk_full(), SystemExit(1)]
 
 
-def test_file_is_written_and_replaced(tmp_path):
+def test_a_file_is_written_and_replaced(tmp_path):
     target = tmp_path / "p.safetensors"
     for text in ("one", "two"):
         with atomic_file(target) as temporary:
@@ -35,7 +35,7 @@ def test_file_is_written_and_replaced(tmp_path):
     assert names(tmp_path) == ["p.safetensors"]
 
 
-def test_file_mode_follows_the_umask(tmp_path):
+def test_the_mode_of_a_file_follows_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         with atomic_file(tmp_path / "f") as temporary:
@@ -46,7 +46,7 @@ def test_file_mode_follows_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda e: type(e).__name__)
-def test_file_interrupted_leaves_nothing(tmp_path, error):
+def test_an_interrupted_file_leaves_nothing(tmp_path, error):
     with pytest.raises(type(error)) as caught, atomic_file(tmp_path / "f.bin") as temporary:
         temporary.write_text("half")
         raise error
@@ -54,7 +54,7 @@ def test_file_interrupted_leaves_nothing(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_file_interrupted_keeps_the_old_one(tmp_path):
+def test_an_interrupted_file_keeps_the_old_one(tmp_path):
     (tmp_path / "f").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "f") as temporary:
         temporary.write_text("half")
@@ -63,7 +63,7 @@ def test_file_interrupted_keeps_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_file_disk_full_at_the_end_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_disk_that_is_full_at_the_end_leaves_no_file(tmp_path, monkeypatch, call):
     def fail(*_):
         raise disk_full()
 
@@ -73,13 +73,13 @@ def test_file_disk_full_at_the_end_leaves_nothing(tmp_path, monkeypatch, call):
     assert names(tmp_path) == []
 
 
-def test_file_in_a_missing_folder_is_the_systems_error(tmp_path):
+def test_a_file_in_a_missing_folder_raises_the_systems_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "no" / "f"):
         pass
     assert names(tmp_path) == []
 
 
-def test_file_over_a_folder_leaves_no_temporary(tmp_path):
+def test_a_file_with_the_name_of_a_folder_leaves_no_temporary_file(tmp_path):
     (tmp_path / "d").mkdir()
     with pytest.raises(OSError), atomic_file(tmp_path / "d") as temporary:
         temporary.write_text("x")
@@ -92,7 +92,7 @@ def fill(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
-def test_folder_is_written(tmp_path, exists):
+def test_a_folder_is_written(tmp_path, exists):
     target = tmp_path / "out"
     if exists:
         target.mkdir()
@@ -103,7 +103,7 @@ def test_folder_is_written(tmp_path, exists):
     assert names(tmp_path) == ["out"]
 
 
-def test_folder_not_empty_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     fill(target, "old")
@@ -115,7 +115,7 @@ def test_folder_not_empty_is_refused(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_folder_filled_meanwhile_is_refused(tmp_path):
+def test_a_folder_that_was_filled_in_the_meantime_is_refused(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(ModelFormatError, match="not empty"), atomic_folder(target) as temporary:
         fill(temporary, "ours")
@@ -126,7 +126,7 @@ def test_folder_filled_meanwhile_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_folder_over_a_file_is_refused(tmp_path, overwrite):
+def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path, overwrite):
     (tmp_path / "out").write_text("precious")
     with (
         pytest.raises(ModelFormatError, match="because a file has its name"),
@@ -136,7 +136,7 @@ def test_folder_over_a_file_is_refused(tmp_path, overwrite):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_folder_overwrite_swaps(tmp_path):
+def test_overwrite_replaces_the_old_folder(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
@@ -148,7 +148,7 @@ def test_folder_overwrite_swaps(tmp_path):
 
 @pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_folder_interrupted_leaves_what_was(tmp_path, error, overwrite):
+def test_an_interrupted_folder_leaves_the_old_one(tmp_path, error, overwrite):
     target = tmp_path / "out"
     if overwrite:
         target.mkdir()
@@ -160,7 +160,7 @@ def test_folder_interrupted_leaves_what_was(tmp_path, error, overwrite):
     assert not overwrite or names(target) == ["stale"]
 
 
-def test_folder_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
+def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
@@ -178,7 +178,7 @@ def test_folder_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"] and names(target) == ["stale"]
 
 
-def test_folder_through_a_symlink_replaces_what_it_points_to(tmp_path):
+def test_a_folder_written_through_a_symlink_replaces_its_target(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real", target_is_directory=True)
     with atomic_folder(tmp_path / "link") as temporary:

@@ -1,4 +1,4 @@
-"""The one JSON reader: what it refuses, and what it accepts from Hugging Face's tools."""
+"""The JSON reader: what it refuses, and what it accepts from Hugging Face's tools."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("raw", REFUSED)
-def test_what_two_readers_could_take_differently_is_refused(raw: bytes) -> None:
+def test_json_that_readers_could_interpret_differently_is_refused(raw: bytes) -> None:
     with pytest.raises(StrictJSONError) as caught:
         parse_json(raw)
     assert caught.value.problem == REFUSED[raw] and caught.value.wanted
 
 
 @given(VALUES)
-def test_it_reads_what_json_writes(value: object) -> None:
+def test_the_reader_accepts_what_the_json_module_writes(value: object) -> None:
     text = json.dumps(value)
     assert parse_json(text) == value and parse_json(text.encode()) == value
     assert parse_json(text, lenient=True) == value
 
 
-def test_lenient_reading_takes_the_last_of_equal_keys_and_nan() -> None:
+def test_lenient_reading_accepts_nan_and_the_last_of_equal_keys() -> None:
     read = parse_json_object(b'{"a": 1, "a": NaN}', lenient=True)
     assert list(read) == ["a"] and math.isnan(read["a"])
 
 
-def test_an_object_is_wanted() -> None:
+def test_json_that_is_not_an_object_is_refused() -> None:
     with pytest.raises(StrictJSONError, match="is not a JSON object; got list"):
         parse_json_object(b"[]")
 
 
 @pytest.mark.parametrize("content", [None, b"[]", b'{"a": 1, "a": 2}'])
-def test_a_file_that_is_refused_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_the_error_names_the_refused_file(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "config.json"
     if content is not None:
         file.write_bytes(content)

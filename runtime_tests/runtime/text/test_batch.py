@@ -1,4 +1,4 @@
-"""Batches of texts: each completion is what it is alone; joining, waiting, closing; patches in use; refusals."""
+"""Batches of texts: each completion equals a single request's; joining, waiting, closing; patches in use; errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finish(batch: TextBatch) -> None:
 
 
 def same(completion: Completion, model: PatchedModel, prompt: Any, **options: Any) -> bool:
-    """Whether a completion is what a stream gives."""
+    """Return whether a completion equals the stream of the same request."""
     stream = model.stream(prompt, **options)
     text = "".join(stream)
     return (text, stream.token_ids, stream.finish_reason, stream.prompt_tokens) == (
@@ -43,7 +43,7 @@ def same(completion: Completion, model: PatchedModel, prompt: Any, **options: An
 # -- several prompts -----------------------------------------------------------------------------------------
 
 
-def test_several_prompts_give_their_texts_in_order(model: PatchedModel, patch: Patch, other: Patch) -> None:
+def test_several_prompts_return_their_texts_in_order(model: PatchedModel, patch: Patch, other: Patch) -> None:
     model.load_patch(patch, "p")
     options: dict[str, list[Any]] = {
         "patch": ["p", None, other],
@@ -53,27 +53,27 @@ def test_several_prompts_give_their_texts_in_order(model: PatchedModel, patch: P
         "max_new_tokens": [9, 5, 12],
         "system": [None, "Be brief.", "Be kind."],
     }
-    alone = [
-        model.generate(prompt, **{name: values[place] for name, values in options.items()})
-        for place, prompt in enumerate(PROMPTS)
+    single = [
+        model.generate(prompt, **{name: values[number] for name, values in options.items()})
+        for number, prompt in enumerate(PROMPTS)
     ]
     for rows in (8, 2, 1):
-        assert model.generate(PROMPTS, rows=rows, **options) == alone
-    assert len(set(alone)) == 3
+        assert model.generate(PROMPTS, rows=rows, **options) == single
+    assert len(set(single)) == 3
     model.unload_patch("p")
 
 
-def test_one_value_is_for_all(model: PatchedModel, patch: Patch) -> None:
+def test_one_option_value_applies_to_every_prompt(model: PatchedModel, patch: Patch) -> None:
     options: dict[str, Any] = {"patch": patch, "temperature": 2.0, "seed": 5, "max_new_tokens": 8, "stop": ["a", "b"]}
     assert model.generate(PROMPTS, **options) == [model.generate(prompt, **options) for prompt in PROMPTS]
     with model.patched(patch):
-        alone = [model.generate(prompt, max_new_tokens=8, patch=patch) for prompt in PROMPTS]
-        assert model.generate(PROMPTS, max_new_tokens=8) == alone
+        single = [model.generate(prompt, max_new_tokens=8, patch=patch) for prompt in PROMPTS]
+        assert model.generate(PROMPTS, max_new_tokens=8) == single
     raw = [model.generate(prompt, raw=True, max_new_tokens=8) for prompt in PROMPTS]
     assert model.generate(PROMPTS, raw=True, max_new_tokens=8) == raw
 
 
-def test_a_list_of_messages_is_one_conversation_and_a_list_of_such_lists_several(model: PatchedModel) -> None:
+def test_a_list_of_messages_is_one_conversation_and_a_list_of_lists_is_several(model: PatchedModel) -> None:
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     text = model.generate(chats[0], max_new_tokens=6)
     assert isinstance(text, str) and text == model.generate(PROMPTS[0], max_new_tokens=6)
@@ -101,7 +101,7 @@ def test_a_list_of_messages_is_one_conversation_and_a_list_of_such_lists_several
         (["Hi", "Hi"], {"cache": None}, RequestError, "cache"),
     ],
 )
-def test_one_bad_prompt_is_refused_before_any_is_run(
+def test_one_bad_prompt_is_refused_before_any_prompt_is_run(
     model: PatchedModel,
     patch: Patch,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,35 +115,35 @@ def test_one_bad_prompt_is_refused_before_any_is_run(
     with pytest.raises(error) as raised:
         model.generate(prompts, **options)
     assert raised.value.field == field
-    model.unload_patch("p")  # nothing uses it
+    model.unload_patch("p")  # no request uses the patch
 
 
-# -- a batch that goes on ------------------------------------------------------------------------------------
+# -- a batch that stays open ---------------------------------------------------------------------------------
 
 
-def test_completions_come_and_go_while_others_run(model: PatchedModel, patch: Patch, other: Patch) -> None:
+def test_completions_join_and_end_while_others_run(model: PatchedModel, patch: Patch, other: Patch) -> None:
     with model.batch(rows=2) as batch:
         one = batch.add(PROMPTS[0], patch=patch, max_new_tokens=12)
         assert batch.step()[0][0] is one and len(one.token_ids) == 1
         two = batch.add(PROMPTS[1], patch=other, strength=-1, max_new_tokens=4, temperature=2.0, seed=1)
-        three = batch.add(PROMPTS[2], max_new_tokens=20, stop=["zzzz"])  # waits until one of them has ended
-        pieces: dict[Completion, list[str]] = {one: [one.text], two: [], three: []}
-        while moved := batch.step():
-            assert len(moved) <= 2
-            for completion, piece in moved:
-                pieces[completion].append(piece)
+        three = batch.add(PROMPTS[2], max_new_tokens=20, stop=["zzzz"])  # this one waits until another has ended
+        chunks: dict[Completion, list[str]] = {one: [one.text], two: [], three: []}
+        while stepped := batch.step():
+            assert len(stepped) <= 2
+            for completion, chunk in stepped:
+                chunks[completion].append(chunk)
             if not two.finish_reason:
                 assert three.token_ids == [] and three.finish_reason is None
     assert same(one, model, PROMPTS[0], patch=patch, max_new_tokens=12)
     assert same(two, model, PROMPTS[1], patch=other, strength=-1, max_new_tokens=4, temperature=2.0, seed=1)
     assert same(three, model, PROMPTS[2], max_new_tokens=20, stop=["zzzz"])
-    for completion, its in pieces.items():
-        assert "".join(its) == completion.text
+    for completion, texts in chunks.items():
+        assert "".join(texts) == completion.text
         assert completion.seconds_to_first_token is not None
         assert 0 < completion.seconds_to_first_token <= completion.seconds
 
 
-def test_eos_and_stop_strings_end_one_completion_alone(model: PatchedModel) -> None:
+def test_eos_and_stop_strings_end_only_their_own_completion(model: PatchedModel) -> None:
     stream = model.stream(PROMPTS[0], max_new_tokens=24)
     text, ids = "".join(stream), stream.token_ids
     end = 1 + next(i for i in range(8, 24) if ids[i] not in ids[:i])
@@ -151,28 +151,28 @@ def test_eos_and_stop_strings_end_one_completion_alone(model: PatchedModel) -> N
     with model.batch() as batch:
         ended = batch.add(PROMPTS[0], max_new_tokens=24)
         stopped = batch.add(PROMPTS[0], max_new_tokens=24, stop=[text[1:2]])
-        going = batch.add(PROMPTS[2], max_new_tokens=24)
+        unaffected = batch.add(PROMPTS[2], max_new_tokens=24)
         finish(batch)
     assert (ended.finish_reason, stopped.finish_reason) == ("eos", "stop")
     for completion, prompt, options in (
         (ended, PROMPTS[0], {}),
         (stopped, PROMPTS[0], {"stop": [text[1:2]]}),
-        (going, PROMPTS[2], {}),
+        (unaffected, PROMPTS[2], {}),
     ):
         assert same(completion, model, prompt, max_new_tokens=24, **options)
 
 
-def test_closing_makes_room(model: PatchedModel) -> None:
+def test_closing_a_completion_makes_room_for_a_waiting_one(model: PatchedModel) -> None:
     with model.batch(rows=1) as batch:
         one, two, three = (batch.add(prompt, max_new_tokens=9) for prompt in PROMPTS)
         batch.step()
-        two.close()  # waits
-        one.close()  # runs
+        two.close()  # this one waits
+        one.close()  # this one runs
         one.close()
         finish(batch)
-        left = batch.add(PROMPTS[0])
+        unfinished = batch.add(PROMPTS[0])
         batch.step()
-    assert [c.finish_reason for c in (one, two, three, left)] == ["closed", "closed", "length", "closed"]
+    assert [c.finish_reason for c in (one, two, three, unfinished)] == ["closed", "closed", "length", "closed"]
     assert len(one.token_ids) == 1 and two.token_ids == [] and same(three, model, PROMPTS[2], max_new_tokens=9)
     assert batch.step() == []
     with pytest.raises(RequestError, match="closed"):
@@ -182,15 +182,15 @@ def test_closing_makes_room(model: PatchedModel) -> None:
 def test_a_patch_in_use_by_a_row_cannot_be_unloaded(model: PatchedModel, patch: Patch) -> None:
     model.load_patch(patch, "p")
     with model.batch(rows=1) as batch:
-        runs, waits = batch.add("Hi", patch="p", max_new_tokens=3), batch.add("Hi", patch="p", strength=0.5)
+        running, waiting = batch.add("Hi", patch="p", max_new_tokens=3), batch.add("Hi", patch="p", strength=0.5)
         batch.step()
         with pytest.raises(PatchInUseError, match="used 2 times"):
             model.unload_patch("p")
-        waits.close()
+        waiting.close()
         with pytest.raises(PatchInUseError, match="used 1 times"):
             model.unload_patch("p")
         finish(batch)
-        assert runs.finish_reason == "length"
+        assert running.finish_reason == "length"
         model.unload_patch("p")
         model.load_patch(patch, "p")
         batch.add("Hi", patch="p")
@@ -198,7 +198,9 @@ def test_a_patch_in_use_by_a_row_cannot_be_unloaded(model: PatchedModel, patch: 
     model.unload_patch("p")  # the batch was closed
 
 
-def test_a_prompt_that_fails_to_run_ends_alone(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_fails_to_run_ends_only_its_own_completion(
+    model: PatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with model.batch() as batch:
         good = batch.add(PROMPTS[0], max_new_tokens=5)
         batch.step()
@@ -219,21 +221,21 @@ def test_a_prompt_that_fails_to_run_ends_alone(model: PatchedModel, monkeypatch:
         model.generate(PROMPTS)
 
 
-def test_threads_add_to_a_batch_that_runs(model: PatchedModel, patch: Patch) -> None:
+def test_threads_can_add_to_a_running_batch(model: PatchedModel, patch: Patch) -> None:
     with model.batch(rows=3) as batch:
-        found: list[tuple[int, Completion]] = []
+        added: list[tuple[int, Completion]] = []
 
-        def ask(place: int) -> None:
-            choice = patch if place % 2 else None
-            found.append((place, batch.add(PROMPTS[place % 3], patch=choice, max_new_tokens=6)))
+        def add(number: int) -> None:
+            choice = patch if number % 2 else None
+            added.append((number, batch.add(PROMPTS[number % 3], patch=choice, max_new_tokens=6)))
 
-        threads = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
+        threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
             batch.step()
         for thread in threads:
             thread.join()
         finish(batch)
-    assert len(found) == 8
-    for place, completion in found:
-        assert same(completion, model, PROMPTS[place % 3], patch=patch if place % 2 else None, max_new_tokens=6)
+    assert len(added) == 8
+    for number, completion in added:
+        assert same(completion, model, PROMPTS[number % 3], patch=patch if number % 2 else None, max_new_tokens=6)

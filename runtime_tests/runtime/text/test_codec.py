@@ -1,6 +1,6 @@
-"""TextCodec on tokenizers made here, and every bad input by name.
+"""TextCodec on tokenizers that this module makes, and an error that names every bad input.
 
-Its ids are held against those of transformers in runtime_tests/export/parity.
+The tests in runtime_tests/export/parity compare its ids with those of transformers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def save(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], eos: object
 
 
 def byte_level_folder(folder: Path, template: object = CHATML) -> Path:
-    """Byte-level BPE in the manner of SmolLM2."""
+    """Write a byte-level BPE tokenizer like SmolLM2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level_folder(folder: Path, template: object = CHATML) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    tokenizer.enable_truncation(max_length=4)  # left over from training: must not cut a prompt
+    tokenizer.enable_truncation(max_length=4)  # a setting left from training, which must not cut a prompt
     config = {
         "bos_token": "<|endoftext|>",
         "eos_token": {"content": "<|im_end|>", "__type": "AddedToken", "lstrip": False, "special": True},
@@ -81,7 +81,7 @@ def byte_level_folder(folder: Path, template: object = CHATML) -> Path:
 
 
 def sentencepiece_folder(folder: Path) -> Path:
-    """Byte-fallback BPE in the manner of Gemma."""
+    """Write a byte-fallback BPE tokenizer like Gemma's."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     letters = [*"▁\n?.abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "th", "the", "▁the"]
     vocab = [*special, *(f"<0x{i:02X}>" for i in range(256)), *letters]
@@ -121,16 +121,16 @@ def edit(folder: Path, name: str, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}), encoding="utf-8")
 
 
-# ---- what is a prompt
+# ---- prompts
 
 
-def test_string_is_one_user_message_and_system_comes_first(chat: TextCodec) -> None:
+def test_a_string_is_one_user_message_and_the_system_message_comes_first(chat: TextCodec) -> None:
     user = {"role": "user", "content": "Why?"}
     assert chat.render("Why?") == chat.render([user])
     assert chat.render("Why?", "Be terse.") == chat.render([{"role": "system", "content": "Be terse."}, user])
 
 
-def test_context_is_tokenised_apart(completion: TextCodec) -> None:
+def test_context_and_query_are_tokenised_separately(completion: TextCodec) -> None:
     query = completion.render(" the end")
     assert query[0] == completion.bos_id == 2
     for context in ("All of ", "All of \n", "All of \n\n\n"):
@@ -161,7 +161,7 @@ def test_context_is_tokenised_apart(completion: TextCodec) -> None:
         ("", {"raw": True}, "messages"),
     ],
 )
-def test_bad_chat_prompt(chat: TextCodec, prompt: Any, keywords: dict[str, Any], field: str) -> None:
+def test_a_bad_chat_prompt_is_refused(chat: TextCodec, prompt: Any, keywords: dict[str, Any], field: str) -> None:
     with pytest.raises(RequestError) as error:
         chat.render(prompt, **keywords)
     assert error.value.field == field
@@ -177,13 +177,13 @@ def test_bad_chat_prompt(chat: TextCodec, prompt: Any, keywords: dict[str, Any],
         ([{"role": "user", "content": "x"}], None, "messages"),
     ],
 )
-def test_bad_completion_prompt(completion: TextCodec, prompt: Any, system: str | None, field: str) -> None:
+def test_a_bad_completion_prompt_is_refused(completion: TextCodec, prompt: Any, system: str | None, field: str) -> None:
     with pytest.raises(RequestError) as error:
         completion.render(prompt, system)
     assert error.value.field == field and error.value.fix
 
 
-def test_template_refusal_carries_its_text(chat: TextCodec) -> None:
+def test_the_error_of_a_template_contains_its_text(chat: TextCodec) -> None:
     with pytest.raises(RequestError, match="refuses this prompt: Conversation roles must alternate"):
         chat.render([{"role": "assistant", "content": "x"}])
 
@@ -193,12 +193,12 @@ def test_template_refusal_carries_its_text(chat: TextCodec) -> None:
     [
         ("{{ messages[0].missing.deeper }}", RequestError),
         ("{{ 1 // 0 }}", RequestError),
-        ("", RequestError),  # a prompt of no tokens
+        ("", RequestError),  # the prompt would have no tokens
         ("{{ ''.__class__.__mro__ }}", ModelFormatError),
         ("{{ messages.append(1) }}", ModelFormatError),  # the sandbox is immutable
     ],
 )
-def test_template_that_fails(tmp_path: Path, template: str, error: type[Exception]) -> None:
+def test_a_template_that_fails_raises_an_error(tmp_path: Path, template: str, error: type[Exception]) -> None:
     codec = TextCodec.from_folder(byte_level_folder(tmp_path / "model", template))
     with pytest.raises(error):
         codec.render("x")
@@ -207,7 +207,7 @@ def test_template_that_fails(tmp_path: Path, template: str, error: type[Exceptio
 # ---- the folder
 
 
-def test_end_tokens_are_a_union(tmp_path: Path) -> None:
+def test_end_tokens_are_the_union_of_all_configs(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model")
     (folder / "config.json").write_text('{"eos_token_id": 7}')
     codec = TextCodec.from_folder(folder)
@@ -216,15 +216,15 @@ def test_end_tokens_are_a_union(tmp_path: Path) -> None:
     assert codec.vocab_size == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 
 
-def test_template_file_wins_and_list_takes_default(tmp_path: Path) -> None:
+def test_the_template_file_has_priority_and_a_list_uses_its_default(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     folder = byte_level_folder(tmp_path / "model", named)
     assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "yes"
-    (folder / "chat_template.jinja").write_text("beside")
-    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "beside"
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "from the file"
 
 
-def test_style_without_template(tmp_path: Path) -> None:
+def test_a_folder_without_a_template_is_completion_style(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model", None)
     assert TextCodec.from_folder(folder).style == "completion"
     with pytest.raises(ModelFormatError, match="no chat template"):
@@ -260,7 +260,7 @@ BREAKS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_broken_folder(tmp_path: Path, name: str) -> None:
+def test_a_broken_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = byte_level_folder(tmp_path / "model")
     BREAKS[name](folder)
     with pytest.raises(ModelFormatError) as error:
@@ -269,7 +269,7 @@ def test_broken_folder(tmp_path: Path, name: str) -> None:
     assert error.value.got is not None and error.value.wanted and error.value.fix
 
 
-def test_no_end_token_anywhere(tmp_path: Path) -> None:
+def test_a_folder_without_an_end_token_is_refused(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model")
     edit(folder, CONFIG, eos_token=None)
     (folder / "generation_config.json").unlink()

@@ -1,4 +1,4 @@
-"""Streamed text equals text decoded at once, and no stop string gets out, whatever the pieces."""
+"""Streamed text equals text that is decoded at once, and no stop string is emitted, however the text is split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tp_runtime.errors import RequestError
 from tp_runtime.text.detokenize import IncrementalDecoder, StopScanner
 
 CORPUS = ["the cat sat on the mat, 漢字かな交じり文 👩‍👩‍👧 🏳️‍🌈 é e\u0301 שלום\n"] * 9
-# Text that models write, weighted to what takes several tokens a character.
+# Text of the kind that models write, with more of the characters that need several tokens.
 TEXT = st.text(
     st.one_of(
         st.sampled_from([*"aeé \n漢字👩🏽\u200d\u0301\ufe0f\ufffd", "𒀀"]),
@@ -50,7 +50,7 @@ def gemma() -> Tokenizer:
 
 
 def llama() -> Tokenizer:
-    """Like Gemma's, and the first token's space is dropped."""
+    """Return a tokenizer like Gemma's that drops the space of the first token."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     return byte_fallback(steps, normalizer)
@@ -74,19 +74,19 @@ def stream(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=TEXT)
 @settings(max_examples=150, deadline=None)
-def test_pieces_are_the_text(name: str, text: str) -> None:
+def test_streamed_chunks_join_to_the_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text).ids
-    pieces = stream(tokenizer.decode, ids)
-    assert "".join(pieces) == tokenizer.decode(ids)
+    chunks = stream(tokenizer.decode, ids)
+    assert "".join(chunks) == tokenizer.decode(ids)
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+        assert not any("\ufffd" in chunk for chunk in chunks)
 
 
 @given(ids=st.lists(st.integers(0, TOKENIZERS["byte_level"].get_vocab_size() - 1), max_size=120))
 @settings(max_examples=300, deadline=None)
-def test_any_ids_byte_level(ids: list[int]) -> None:
-    """Malformed bytes too, and special tokens in the middle of a character."""
+def test_any_ids_stream_as_they_decode_at_byte_level(ids: list[int]) -> None:
+    """The ids include malformed bytes, and special tokens in the middle of a character."""
     tokenizer = TOKENIZERS["byte_level"]
     for skip in (True, False):
 
@@ -99,8 +99,8 @@ def test_any_ids_byte_level(ids: list[int]) -> None:
 @pytest.mark.parametrize("name", ["gemma", "llama", "metaspace"])
 @given(ids=st.lists(st.integers(0, TOKENIZERS["gemma"].get_vocab_size() - 1), max_size=120))
 @settings(max_examples=200, deadline=None)
-def test_any_ids_byte_fallback_lose_no_text(name: str, ids: list[int]) -> None:
-    """Malformed runs may differ in themselves; every token that is not a byte comes out, in its place."""
+def test_any_ids_lose_no_text_with_byte_fallback(name: str, ids: list[int]) -> None:
+    """Malformed byte runs may decode differently, but every token that is not a byte is emitted, in order."""
     tokenizer = TOKENIZERS[name]
     text = "".join(stream(tokenizer.decode, ids))
     rest = iter(text)
@@ -110,14 +110,14 @@ def test_any_ids_byte_fallback_lose_no_text(name: str, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_special_token_keeps_the_space_after_it(name: str) -> None:
+def test_a_special_token_keeps_the_space_after_it(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     cat, sat = tokenizer.encode("the cat").ids, tokenizer.encode(" sat").ids
     ids = [0, 0, *cat, *[1] * 40, *sat, 1]
     assert "".join(stream(tokenizer.decode, ids)) == tokenizer.decode(ids)
 
 
-def test_text_comes_as_soon_as_it_is_certain() -> None:
+def test_text_is_emitted_as_soon_as_it_is_certain() -> None:
     tokenizer = Tokenizer(models.BPE({"a": 0, "ð": 1, "Ł": 2, "ĺ": 3, "Ģ": 4}, []))
     tokenizer.decoder = decoders.ByteLevel()
     assert stream(tokenizer.decode, [0, 1, 2, 3, 4, 0, 1]) == [
@@ -132,7 +132,7 @@ def test_text_comes_as_soon_as_it_is_certain() -> None:
     ]
 
 
-def test_flush_starts_anew() -> None:
+def test_a_flushed_decoder_can_be_used_again() -> None:
     tokenizer = TOKENIZERS["llama"]
     ids = tokenizer.encode("cat on").ids
     decoder = IncrementalDecoder(tokenizer.decode)
@@ -142,7 +142,7 @@ def test_flush_starts_anew() -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("text", ["the cat sat ", "漢字👩", "\ufffd", "a\x00"])
-def test_cost_does_not_grow(name: str, text: str) -> None:
+def test_the_cost_of_decoding_does_not_grow(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     longest = 0
 
@@ -156,8 +156,8 @@ def test_cost_does_not_grow(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("byte", ["A", "Ä", "ä", "ð", "ÿ"])
-def test_cost_does_not_grow_with_malformed_bytes(byte: str) -> None:
-    """A model stuck on half a character: the usual way for a bad patch to degenerate."""
+def test_the_cost_of_decoding_does_not_grow_with_malformed_bytes(byte: str) -> None:
+    """A model that repeats half a character, which is how a bad patch usually degenerates."""
     tokenizer = TOKENIZERS["byte_level"]
     longest = 0
 
@@ -171,7 +171,7 @@ def test_cost_does_not_grow_with_malformed_bytes(byte: str) -> None:
     assert longest <= 32
 
 
-def test_cost_does_not_grow_where_every_token_ends_inside_a_character() -> None:
+def test_the_cost_of_decoding_does_not_grow_if_every_token_ends_inside_a_character() -> None:
     [(word, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("你")
     first, second, third = word
     tokenizer = Tokenizer(models.BPE({first: 0, second: 1, f"{third}b{first}": 2}, []))
@@ -190,11 +190,11 @@ def test_cost_does_not_grow_where_every_token_ends_inside_a_character() -> None:
 # ---- stop strings
 
 
-def scan(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+def scan(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
     scanner = StopScanner(stops)
     out = ""
-    for piece in pieces:
-        safe, stopped = scanner.push(piece)
+    for chunk in chunks:
+        safe, stopped = scanner.push(chunk)
         out += safe
         if stopped:
             assert scanner.push("more") == ("", True)
@@ -203,29 +203,29 @@ def scan(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
     return out + scanner.flush(), False
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    edges = sorted({0, len(text), *(p % (len(text) + 1) for p in places)})
+def cut(text: str, positions: list[int]) -> list[str]:
+    edges = sorted({0, len(text), *(p % (len(text) + 1) for p in positions)})
     return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(
     text=st.text("abc\n", max_size=40),
     stops=st.lists(st.text("abc\n", min_size=1, max_size=4), max_size=3),
-    places=st.lists(st.integers(0, 40), max_size=10),
+    positions=st.lists(st.integers(0, 40), max_size=10),
 )
 @settings(max_examples=300, deadline=None)
-def test_stop_does_not_depend_on_the_pieces(text: str, stops: list[str], places: list[int]) -> None:
-    # The definition: the text up to the first moment at which it ends in a stop string, less that string.
+def test_stop_strings_are_found_however_the_text_is_split(text: str, stops: list[str], positions: list[int]) -> None:
+    # By definition, the output is the shortest prefix of the text that ends in a stop string, without that string.
     want = text, False
     for end in range(len(text) + 1):
         if ends := [stop for stop in stops if text[:end].endswith(stop)]:
             want = text[: end - max(map(len, ends))], True
             break
-    assert scan(stops, cut(text, places)) == want
+    assert scan(stops, cut(text, positions)) == want
     assert scan(stops, list(text)) == want
 
 
-def test_holds_back_only_what_could_begin_a_stop() -> None:
+def test_the_scanner_holds_back_only_text_that_could_start_a_stop_string() -> None:
     scanner = StopScanner(["\nUser:", "END"])
     assert scanner.push("Hello\n") == ("Hello", False)
     assert scanner.push("Us") == ("", False)
@@ -234,6 +234,6 @@ def test_holds_back_only_what_could_begin_a_stop() -> None:
 
 
 @pytest.mark.parametrize("stops", [[""], ["a", 3], [None], "text"])
-def test_bad_stop(stops: list[str]) -> None:
+def test_a_bad_stop_string_is_refused(stops: list[str]) -> None:
     with pytest.raises(RequestError, match="stop"):
         StopScanner(stops)
