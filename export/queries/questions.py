@@ -37,7 +37,8 @@ def load_questions(path: Path | None) -> list[str]:
     name = "built-in questions" if path is None else str(path)
     entries = [_query(entry) for entry in _entries(path).values()]
     if not all(isinstance(query, str) for query in entries):
-        wanted = 'lines with a JSON string or {"query": text}' if name.endswith(".jsonl") else "a list of strings"
+        lines = name.lower().endswith(".jsonl")
+        wanted = 'lines with a JSON string or {"query": text}' if lines else "a list of strings"
         raise CalibrationError("the file holds an entry that is not text", field=name, wanted=wanted)
     # Only the first of equal queries is kept: a query that is in the list twice could land on both sides of the split.
     queries = list({query_key(query): query.strip() for query in reversed(entries) if query.strip()}.values())[::-1]
