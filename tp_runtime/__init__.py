@@ -1,11 +1,11 @@
 """The edge runtime: it runs one ONNX graph under many thought patches.
 
-It needs onnxruntime and numpy, and it never imports torch or onnx.
+It needs onnxruntime, numpy, tokenizers, jinja2 and safetensors, and it never imports torch or onnx.
 
 from tp_runtime import PatchedModel
 
 model = PatchedModel.from_pretrained("build/demo/model")
-model.load_patch("pirate.safetensors", "pirate")
+model.load_patch("build/demo/pirate.safetensors", "pirate")
 print(model.generate("How do I learn to swim?", patch="pirate"))
 """
 

@@ -282,7 +282,7 @@ def load_seconds(model: PatchedModel, file: Path) -> float:
 def switch_seconds(model: PatchedModel, names: Sequence[str], token: int = 0) -> list[float]:
     """Measure switches between loaded patches: from the request for another patch until its tensors are bound.
 
-    The loop over bind_ortvalue_input is the same that the first step of a new cache runs.
+    The loop over bind_ortvalue_input is the one that the first step of a new cache runs.
 
     Args:
         model: the model.

@@ -1,7 +1,7 @@
 """Every error that this project raises on bad input. Each class has a row in docs/errors.md and a test that raises it.
 
-An error names the field at fault, the value found there, the accepted values, and what to do. After an error the state
-is the same as before the call.
+An error names the field at fault and, where it applies, the value found there, the accepted values, and what to do.
+After an error the state is the same as before the call.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PatchValueError(PatchError):
 
 
 class PatchTargetError(PatchError):
-    """The patch addresses a slot that the graph does not have, lacks one of the factors a and b, or holds nothing."""
+    """The patch, or what it addresses, does not exist: a slot, a loaded name, a factor, a place in another format."""
 
 
 class PatchShapeError(PatchError):

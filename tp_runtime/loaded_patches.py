@@ -154,7 +154,8 @@ class LoadedPatches:
 
         Args:
             patch: the patch that the request names.
-            strength: a factor on that patch, whether the request names it, it is active, or it is the default.
+            strength: a factor on the patch that the request names or that `patched` activated. The base and the default
+                patch of the session only have strength 1.
 
         Raises:
             PatchError: the patch is not loaded or does not fit, or a strength is given and there is no patch to scale.

@@ -73,8 +73,8 @@ class PatchedModel:
 
         Raises:
             ModelFormatError, UnsafePathError: the folder is not as it was exported.
-            DeviceUnavailableError: `device` is `cuda` and CUDA is not available, `cuda_graphs` is set on the CPU, or
-                ONNX Runtime is missing.
+            DeviceUnavailableError: `device` is unknown, or is `cuda` and CUDA is not available; `cuda_graphs` is set on
+                the CPU; or ONNX Runtime is missing or installed twice.
             PatchError: the patch is damaged or does not fit.
             RequestError: `threads` is not a positive integer, `prefix_cache_bytes` is not a number of bytes, another
                 option is not valid, or `cuda_graphs` is set for a graph of the `optimum` route.
@@ -125,7 +125,7 @@ class PatchedModel:
         return name
 
     def unload_patch(self, name: str) -> None:
-        """Remove a loaded patch. After that, requests without a patch give the base model's output, bit for bit.
+        """Remove a loaded patch. Afterwards the model gives the same output as before it was loaded, bit for bit.
 
         Raises:
             PatchTargetError: no patch of that name is loaded.
@@ -219,7 +219,7 @@ class PatchedModel:
 
         Returns:
             The text. With several prompts, a list of texts in the order of the prompts; each text is the same as if its
-            prompt ran separately.
+            prompt ran separately, apart from rounding (docs/serving.md).
 
         Raises:
             RequestError, PatchError, StaleCacheError: as for `stream`. With several prompts these are raised before any

@@ -82,7 +82,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 
 def require_at_least(field: str, value: int, least: int) -> None:
-    """Raise CalibrationError if the number of an option is smaller than `least`."""
+    """Raise CalibrationError if an option's value is smaller than `least`."""
     if value < least:
         raise CalibrationError("the number is too small", field=field, got=value, wanted=f"at least {least}")
 
@@ -164,7 +164,7 @@ def read_any_context(args: argparse.Namespace) -> str | None:
 
 
 def read_prompt_file(path: Path) -> str:
-    """Return the text of a prompt file without the newline that ends it; errors are those of `read_context`."""
+    """Return the text of a prompt file without the newlines at its end; errors are those of `read_context`."""
     try:
         return path.read_text(encoding="utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -77,7 +77,7 @@ def fit_lockstep(
         model: a transformers causal language model that has an adapter, in eval mode.
         dialogues: the calibration sequences. Every student prompt starts with the same token.
         method: the name of one of the `FORMS`, or `isotropic`.
-        settings: the rank, the ridge and the first block to patch.
+        settings: the settings of the form: rank, ridge, first layer and bias.
         prefix: the key/value entries that will precede the student's tokens, if there are any.
         student: the weights that the student will have, if they are not the teacher's.
         batch_size: the number of dialogues per forward pass.

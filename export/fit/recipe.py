@@ -31,8 +31,9 @@ class Recipe:
     """The settings that a patch is made with.
 
     Attributes:
-        method: the form `vector`, `output`, `matrix` or `lora`; or `prefix`, for key/value entries without deltas.
-        settings: the rank, the ridge and the first block to patch.
+        method: the form `vector`, `output`, `matrix`, `lora` or `isotropic`; or `prefix`, for key/value entries without
+            deltas.
+        settings: the settings of the form: rank, ridge, first layer and bias.
         prefix: the number of key/value entries of the context to store for each head.
         samples: the number of answers to fit on for each query. The first is greedy and the rest are sampled.
         max_new_tokens: the length of the teacher's completions.

@@ -26,8 +26,8 @@ def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
         eos_ids: the token ids that end an answer.
 
     Returns:
-        A config with greedy search as the default. Past and present cache share no buffer: each step outputs a cache of
-        its own, as the graphs of both export routes do.
+        A config with greedy search as the default. Past and present cache share no buffer, because only the graphs
+        of the fused route could share one.
     """
     kv_heads, head_size = kv_shape(config)
     eos = sorted(eos_ids)

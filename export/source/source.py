@@ -113,7 +113,8 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, o
             (offload.py).
 
     Raises:
-        ModelFormatError: the weights are missing or damaged.
+        ModelFormatError: the weights are missing or damaged, or `offload` is set and there is no adapter.
+        DeviceUnavailableError: `offload` is set together with the device `map`.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -55,7 +55,10 @@ class Selection:
     parts: tuple[Part, ...] = ()
 
     def applied(self, folder: ModelFolder, strength: float = 1.0) -> tuple[Part, ...]:
-        """Return the patches that requests really run under, including the folder's default patch."""
+        """Return the selected patches with their strengths, or those of the folder's default patch.
+
+        A repair that is part of the base is not listed.
+        """
         if self.choice is ACTIVE and folder.default_patch:
             default = folder.default_patch
             name = default.name if len(default.terms) == 1 else None  # the name of a sum does not name its parts

@@ -1,9 +1,9 @@
 """A running batch on token ids: its sequences step together under different patches, and join and leave between steps.
 
-Like engine.py, this module does not handle text, files or names. The output of a sequence does not depend on the other
-sequences in the batch: its prompt is run separately, and it has its own patch, lengths, positions and sampler. A long
-prompt does not stop the others either: while they run, each step runs one chunk of the prompt and then their next
-token.
+Like engine.py, this module does not handle text, files or names. Apart from rounding, the output of a sequence does not
+depend on the other sequences in the batch: its prompt is run separately, and it has its own patch, lengths, positions
+and sampler. A long prompt does not stop the others either: while they run, each step runs one chunk of the prompt and
+then their next token.
 """
 
 from __future__ import annotations

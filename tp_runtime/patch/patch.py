@@ -38,7 +38,7 @@ class Patch:
     Attributes:
         deltas: for each (layer, site) a `Delta`, read-only, in order of layer and then of site name.
         config: the description.
-        prefix: the key/value entries of the context that are put in front of the text; None for a pure patch.
+        prefix: the key/value entries of the context that are put in front of the text, or None.
 
     Raises:
         PatchTargetError: a site is unknown, a delta has only one of a and b, a delta has a mean without the pair, or a
@@ -98,7 +98,8 @@ class Patch:
     def identity(self) -> str:
         """The SHA-256 (hex) over the names, shapes and little-endian float32 values, in order of name.
 
-        The file, its dtype and its description have no influence: equal values are the same patch.
+        A KV prefix adds the ids that it replaces and its position. The file, its dtype and the rest of its description
+        have no influence: patches with equal values are the same patch.
         """
         tensors = self._tensors()
         digest = hashlib.sha256(b"tp-patch identity 1\n")
@@ -229,7 +230,7 @@ class Patch:
         Raises:
             PatchTargetError: the patch holds no delta and no KV prefix.
             PatchValueError: a value does not fit the dtype.
-            PatchFormatError: the dtype is unknown, or `path` has another suffix.
+            PatchFormatError: the dtype is unknown, `path` has another suffix, or the file would be too large.
             OSError: the operating system refuses the write, for example because the disk is full. No file is left
                 behind.
         """
@@ -256,10 +257,11 @@ class Patch:
             PatchTargetError: a slot is unknown, a slot has only one of a and b, or the file holds no tensor.
             PatchShapeError: the arrays of a slot do not fit each other.
             PatchValueError: a value is NaN or infinity.
+            OSError: the file cannot be read.
         """
-        slots, entries, config = read_patch(path)
+        arrays, entries, config = read_patch(path)
         prefix = prefix_from(entries, config.pop("prefix", None))
-        deltas = {slot: Delta(**parts) for slot, parts in slots.items()}
+        deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
         return cls(deltas, PatchConfig.from_dict(config), prefix)
 
 

@@ -65,8 +65,8 @@ class Graph:
 
     Raises:
         DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
-        ModelFormatError: ONNX Runtime cannot load the graph.
-        PatchError: `defaults` does not fit the graph.
+        ModelFormatError: ONNX Runtime cannot load the graph, or the folder's repair is missing or is another patch.
+        PatchError: `defaults` does not fit the graph, or the file of the repair is damaged.
         RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
             valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
             graph of the `optimum` route.

@@ -1,6 +1,6 @@
 """Files on disk: atomic writes, checked paths of a folder's files, digests, and JSON.
 
-This room knows nothing of patches, graphs or sessions: it does not know what the files mean.
+This room knows nothing of what a patch, a graph or a model folder contains.
 """
 
 from .atomic import atomic_file, atomic_folder

@@ -1,8 +1,8 @@
 """The JSON reader of this project: it parses every file and every header that holds JSON.
 
 Python's own reader takes the last of two equal keys and accepts NaN, so two readers of one file could find different
-values. This reader refuses both. It also refuses text that is not UTF-8, numbers that are too long to convert, and
-nesting that is too deep for the stack.
+values. This reader refuses both, except in files that Hugging Face's tools wrote (`lenient`). It also refuses text that
+is not UTF-8, numbers that are too long to convert, and nesting that is too deep for the stack.
 """
 
 from __future__ import annotations

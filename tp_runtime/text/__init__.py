@@ -1,6 +1,6 @@
 """The text side of the runtime: tokenizer and chat template, requests, streams, and batches of texts.
 
-This room knows nothing of ONNX Runtime, slots or KV caches: a graph is something that `generation` runs.
+This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it hands caches and graphs to `generation`.
 """
 
 from .batch import Completion, TextBatch

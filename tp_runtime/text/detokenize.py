@@ -6,7 +6,7 @@ end of the text could be the beginning of a stop string. Neither depends on how 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import RequestError
 
@@ -110,11 +110,12 @@ class StopScanner:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str):
+        if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
             raise RequestError(
-                "the value is not a list of strings", field="stop", got=repr(stops[:40]), wanted="a list of strings"
+                "the value is not a list of strings", field="stop", got=f"{stops!r:.40}", wanted="a list of strings"
             )
-        for i, stop in enumerate(stops):
+        self._stops = tuple(stops)
+        for i, stop in enumerate(self._stops):
             if not isinstance(stop, str) or not stop:
                 raise RequestError(
                     "the stop string is empty or not a string",
@@ -122,7 +123,6 @@ class StopScanner:
                     got=repr(stop),
                     wanted="a non-empty str",
                 )
-        self._stops = tuple(stops)
         self._held = ""
         self._stopped = False
 

@@ -233,7 +233,7 @@ def test_the_scanner_holds_back_only_text_that_could_start_a_stop_string() -> No
     assert scanner.flush() == "E"
 
 
-@pytest.mark.parametrize("stops", [[""], ["a", 3], [None], "text"])
+@pytest.mark.parametrize("stops", [[""], ["a", 3], [None], "text", b"text", None, 5])
 def test_a_bad_stop_string_is_refused(stops: list[str]) -> None:
     with pytest.raises(RequestError, match="stop"):
         StopScanner(stops)
