@@ -100,11 +100,13 @@ def export_model(
 
     Raises:
         ModelFormatError: the architecture, the slot set, the route or the precision is unknown, no route can export the
-            model, `out` is a file or a folder that is not empty, `repair` is set for a float precision or together with
-            `patch`, or the exported graph does not compute what the model computes.
+            model, the precision does not suit the route or the weights, `out` is a file or a folder that is
+            not empty, `repair` is set for a float precision or together with `patch`, or the exported graph does not
+            compute what the model computes.
         BaseMismatchError: `patch` was fitted on another base model or another precision.
         PatchTargetError: `patch` addresses a slot that the graph does not have, or has a KV prefix.
         PatchShapeError: `patch` has more layers than the graph, or the shape of a delta does not fit its slot.
+        OSError: the operating system reports an error, for example because the disk is full.
     """
     check_precision(precision)
     if route not in ROUTES:
