@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tp_runtime.errors import RequestError, StaleCacheError, TPError
+from tp_runtime.generation import Sampling
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.session import SessionOptions, SessionSettings
+from tp_runtime.text import Request
+from tp_runtime.text.request import RequestOptions
 
 PROMPT = "Where is the cat?"
 
 
 def read(model: PatchedModel, prompt: Any = PROMPT, **options: Any) -> tuple[str, list[int], str | None]:
-    """Read a stream to its end and returns its text, token ids and finish reason."""
+    """Read a stream to its end and return its text, token ids and finish reason."""
     stream = model.stream(prompt, **{"max_new_tokens": 24, **options})
     return "".join(stream), stream.token_ids, stream.finish_reason
 
@@ -206,3 +210,11 @@ def test_a_model_cannot_be_opened_with_a_patch_of_another_base(
 def test_an_invalid_number_of_threads_is_refused(tiny_llama_export: Path, threads: Any) -> None:
     with pytest.raises(RequestError, match="threads"):
         PatchedModel.from_pretrained(tiny_llama_export, device="cpu", threads=threads)
+
+
+def test_the_typed_keyword_arguments_are_the_fields_of_the_settings() -> None:
+    def names(*settings: type) -> set[str]:
+        return {field.name for setting in settings for field in fields(setting)}
+
+    assert SessionOptions.__annotations__.keys() == names(SessionSettings)
+    assert RequestOptions.__annotations__.keys() == names(Request, Sampling) - {"prompt", "sampling"}

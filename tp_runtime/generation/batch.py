@@ -188,7 +188,7 @@ class Batch:
                 most = None if most is None else most - ran
 
     def _run_prompt(self, row: Row, most: int | None) -> int:
-        """Run at most `most` more ids of a row's prompt, without its last id; returns the number of ids that were run.
+        """Run at most `most` more ids of a row's prompt, without its last id; return the number of ids that were run.
 
         When all of these ids have been run, the row starts to run with the others.
         """

@@ -35,18 +35,7 @@ class Steps(Protocol):
         all_logits: bool = False,
         copy: bool = True,
     ) -> NDArray[np.float32]:
-        """Run `tokens` after the tokens in `cache`.
-
-        Args:
-            tokens: at least one id.
-            cache: a cache made under the same patch; `tokens` are appended to it.
-            bound: the patch.
-            all_logits: whether to return the logits of every token instead of only the last token's.
-            copy: whether the returned logits are the caller's own array; if not, the next run may overwrite them.
-
-        Returns:
-            Logits [1 or len(tokens), vocab].
-        """
+        """Run `tokens` after the tokens in `cache` and return logits [1 or len(tokens), vocab]; see Graph.forward."""
 
     def content(self, cache: KVCache) -> Content:
         """Return the keys and values that `cache` holds."""

@@ -29,7 +29,7 @@ class Rows(Protocol):
         """Remove a row; the last row gets its number."""
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token for every row and append it to the row's cache; returns logits [rows, vocab].
+        """Run one token for every row and append it to the row's cache; return logits [rows, vocab].
 
         A step that fails leaves every row as it was.
         """

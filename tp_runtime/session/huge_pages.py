@@ -40,7 +40,7 @@ def mapped() -> list[Range]:
 
 
 def use_huge_pages_soon(taken: Sequence[Range]) -> threading.Thread:
-    """Run `use_huge_pages` in a daemon thread, which does not keep the process from ending; returns the thread."""
+    """Run `use_huge_pages` in a daemon thread, which does not keep the process from ending; return the thread."""
     thread = threading.Thread(target=use_huge_pages, args=(taken,), name="huge pages", daemon=True)
     thread.start()
     return thread

@@ -38,7 +38,7 @@ def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) 
 
 
 def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, Delta]:
-    """Check that every delta of `patch` has a slot of its shape; returns the deltas.
+    """Check that every delta of `patch` has a slot of its shape; return the deltas.
 
     Raises:
         PatchTargetError: the graph has no slot for a delta.

@@ -62,12 +62,6 @@ class TextCodec:
         probe = tokenizer.encode("a")
         self._prefix: list[int] = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens of the tokenizer, counted at each call. A graph with padding rows has more logits."""
-        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        return size
-
     @classmethod
     def from_folder(cls, path: str | Path, style: Style | None = None) -> TextCodec:
         """Read the tokenizer and the template of a Hugging Face folder or an exported folder.

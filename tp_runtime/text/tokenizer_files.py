@@ -34,9 +34,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ModelFormatError: the file is missing, cannot be read, or is not a tokenizer.
     """
-    content = _read(
-        path, path.read_bytes
-    )  # bytes, because Gemma's 33 MB of text would be decoded here and encoded again
+    # This reads bytes, because Gemma's 33 MB of text would be decoded here and encoded again.
+    content = _read(path, path.read_bytes)
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception

@@ -46,9 +46,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 found[architecture] = request.getfixturevalue(shared), request.getfixturevalue(f"{shared}_export")
             else:
                 root = tmp_path_factory.mktemp(architecture)
-                layers = (
-                    3 if architecture == "gemma2" else 2
-                )  # the layers of Gemma alternate; 2 layers are enough for the others
+                # The layers of Gemma alternate; 2 layers are enough for the others.
+                layers = 3 if architecture == "gemma2" else 2
                 source = tiny_model(root / "source", architecture, num_hidden_layers=layers)
                 found[architecture] = (
                     source,
@@ -88,9 +87,8 @@ def test_every_weight_has_the_name_of_its_module(made: Callable[[str], Made], ar
         known |= {name.replace(first, joint) for name in known}
     weights = {i.name for i in graph.initializer if i.dims and min(i.dims) >= 16 and not i.name.startswith("tp.")}
     assert weights and weights <= known
-    assert not any(
-        node.metadata_props for node in graph.node
-    )  # the exporter reads the names from these and then removes them
+    # The exporter reads the names from the metadata and then removes it.
+    assert not any(node.metadata_props for node in graph.node)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

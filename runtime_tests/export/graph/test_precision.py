@@ -247,6 +247,5 @@ def test_rotary_tables_are_computed_from_frequencies(folders: dict[str, Path]) -
     graph = onnx.load(folders["fp32"] / "model.onnx", load_external_data=False).graph
     assert {node.op_type for node in graph.node} & {"Cos", "Sin"} == {"Cos", "Sin"}
     assert not any(node.op_type in ("RotaryEmbedding", "Transpose") for node in graph.node)
-    assert all(
-        node.input[1] == "" for node in graph.node if node.op_type == "GroupQueryAttention"
-    )  # queries, keys and values are packed in the first input
+    # Queries, keys and values are packed in the first input.
+    assert all(node.input[1] == "" for node in graph.node if node.op_type == "GroupQueryAttention")

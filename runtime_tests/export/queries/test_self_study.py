@@ -51,7 +51,7 @@ def test_the_question_is_extracted_from_an_answer(answer: str, question: str | N
 
 
 def fake_answers(monkeypatch: pytest.MonkeyPatch, source: Any, texts: list[str]) -> list[dict[str, Any]]:
-    """Make the rollout answer with `texts` in a cycle, and returns the list of the requests that it gets."""
+    """Make the rollout answer with `texts` in a cycle, and return the list of the requests that it gets."""
     requests: list[dict[str, Any]] = []
 
     def complete(_model: Any, prompts: Any, *_: Any, **options: Any) -> list[tuple[int, ...]]:

@@ -95,9 +95,8 @@ def test_generation_uses_the_prefix_and_can_continue_on_a_cache(model: PatchedMo
     prompted = list(model.stream("Hello", system=CONTEXT, patch=None, max_new_tokens=6))
     cache = model.new_cache(patch=patch)
     assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
-    assert (
-        list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
-    )  # this request rewinds the cache
+    # The second request rewinds the cache.
+    assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
     with pytest.raises(StaleCacheError):
         model.generate("Hello", patch=None, cache=cache)
 

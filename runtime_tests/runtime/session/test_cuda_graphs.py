@@ -356,9 +356,8 @@ def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
 def test_captured_graphs_on_the_cpu_are_refused(plain: Graph) -> None:
     with pytest.raises(DeviceUnavailableError, match=r"cuda_graphs.*Fix: leave cuda_graphs out"):
         Graph(plain.folder, "cpu", cuda_graphs=True)
-    with pytest.raises(
-        DeviceUnavailableError, match="has no CUDA provider"
-    ):  # the request needs CUDA, so it does not fall back
+    # The request needs CUDA, so it does not fall back.
+    with pytest.raises(DeviceUnavailableError, match="has no CUDA provider"):
         Graph(plain.folder, "auto", cuda_graphs=True)
     with pytest.raises(DeviceUnavailableError, match="the device is unknown"):
         Graph(plain.folder, "tpu", cuda_graphs=True)
