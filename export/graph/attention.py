@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 ATTENTION = "tp_group_query_attention"
+HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes, but only when the graph runs
 
 
 @dataclass

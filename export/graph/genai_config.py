@@ -18,11 +18,12 @@ from ..decoder import kv_shape
 CONFIG = "genai_config.json"
 
 
-def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
+def genai_config(config: Any, window: int, eos_ids: Collection[int]) -> dict[str, Any]:
     """Return the config of one exported graph, for onnxruntime-genai's plain decoder.
 
     Args:
         config: the transformers text config.
+        window: the number of tokens that the graph can process; it can be less than what the config says.
         eos_ids: the token ids that end an answer.
 
     Returns:
@@ -37,7 +38,7 @@ def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
             "bos_token_id": eos[0] if config.bos_token_id is None else config.bos_token_id,
             "eos_token_id": eos,
             "pad_token_id": eos[0] if config.pad_token_id is None else config.pad_token_id,
-            "context_length": config.max_position_embeddings,
+            "context_length": window,
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"provider_options": []},
@@ -63,14 +64,15 @@ def genai_config(config: Any, eos_ids: Collection[int]) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": config.max_position_embeddings,
+            "max_length": window,
             "num_beams": 1,
             "past_present_share_buffer": False,
         },
     }
 
 
-def write_genai_config(config: Any, eos_ids: Collection[int], folder: Path) -> str:
-    """Write the config into `folder` and return the file's name."""
-    (folder / CONFIG).write_text(json.dumps(genai_config(config, eos_ids), indent=2) + "\n", encoding="utf-8")
+def write_genai_config(config: Any, window: int, eos_ids: Collection[int], folder: Path) -> str:
+    """Write the config into `folder` and return the file's name; the arguments are those of `genai_config`."""
+    text = json.dumps(genai_config(config, window, eos_ids), indent=2) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     return CONFIG

@@ -23,7 +23,7 @@ from tp_runtime.patch import KV_PARTS
 from tp_runtime.session import Slot, past_name, present_name
 
 from ..decoder import SlotTensors, kv_shape, slotted
-from .attention import PassThroughCache, fused_attention, recording
+from .attention import HEAD_MULTIPLE, PassThroughCache, fused_attention, recording
 from .experts import traceable_experts
 from .rotary import Rotary, compute_tables, empty_tables, rotaries_of, rotary_in_attention
 
@@ -85,7 +85,9 @@ def _fixed_rotary_tables(model: nn.Module) -> Iterator[None]:
     """Keep rotary tables independent of the length of the text within the context; context_window explains why."""
     tables: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
     before = [table.rope_type for table in tables]
-    for table in tables:
+    for table, rope_type in zip(tables, before, strict=True):
+        if rope_type == "longrope":  # a long text that the model has read leaves the frequencies of long texts behind
+            table.register_buffer("inv_freq", table.original_inv_freq, persistent=False)
         table.rope_type = "default"  # sets the update rule only; the module has its frequencies already
     try:
         yield
@@ -98,10 +100,21 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     """Trace `model` with `slots` and fuse its operators for ONNX Runtime.
 
     In the example inputs the symbolic dimensions are distinct primes, so that the tracer cannot confuse two of them.
+
+    Raises:
+        ModelFormatError: the attention operator cannot compute the model's attention.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = config.num_hidden_layers
     kv_heads, head_dim = kv_shape(config)
+    if head_dim % HEAD_MULTIPLE:
+        raise ModelFormatError(
+            "the attention operator of ONNX Runtime does not take this head size",
+            field="head_dim",
+            got=head_dim,
+            wanted=f"a multiple of {HEAD_MULTIPLE}",
+            fix="use --route optimum, or --route auto",
+        )
     dtype = next(model.parameters()).dtype
     batch, steps, past, rank = 2, 5, 7, 3
     dim = torch.export.Dim.DYNAMIC

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids
 from runtime_tests.patches import patch_for
 from tp_export import cli
@@ -136,3 +137,11 @@ def test_genai_generates_the_same_tokens_as_the_runtime(
                 assert int(ours.logits(ids)[-1].argmax()) == token
             ids.append(token)
         assert got
+
+
+def test_the_config_says_the_window_that_the_graph_has(tmp_path: Path) -> None:
+    """The graph has the rotary tables of longrope for short texts only, so its window is not the one of the model."""
+    source = open_source(tiny_model(tmp_path / "source", "phi3 longrope", num_hidden_layers=2))
+    folder = ModelFolder.open(export_model(source, tmp_path / "export"))
+    config = json.loads((folder.path / "genai_config.json").read_text())
+    assert config["model"]["context_length"] == config["search"]["max_length"] == folder.context_window == 256
