@@ -314,13 +314,16 @@ def _one_line(error: Exception) -> str:
 
 def _is_installed(distribution: str) -> bool:
     try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+        # An uninstall can leave an empty description behind, which has no version.
+        return bool(metadata.version(distribution))
+    except (metadata.PackageNotFoundError, KeyError):
         return False
-    return True
 
 
 def _is_importable(module: str) -> bool:
+    try:
+        spec = util.find_spec(module)
+    except ValueError:  # it is imported, but not from a file: an application provides it
+        return True
     # A folder that an uninstall left behind imports as an empty namespace package, which has no origin.
-    spec = util.find_spec(module)
     return spec is not None and spec.origin is not None

@@ -73,8 +73,8 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
     if not again and prepared_graph(folder) is not None:
         return False
     ort = require_onnxruntime()
-    require_writable()  # packing the weights takes long, so this is found out first
     graph = graph_file(folder)
+    require_writable()  # packing the weights takes long, so this is found out first
     with atomic_folder(target, overwrite=True) as out:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(out / GRAPH_FILE)
