@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..storage import checked_file
 from .description import GRAPH_FILE
 from .external_data import check_external_files
 from .model_folder import ModelFolder
@@ -37,8 +38,8 @@ class GraphFile:
         folder whose data files are links, as in the hub's cache: ONNX Runtime follows links only next to a graph that
         it opens by its path.
         """
-        session_options.add_session_config_entry(_FORMAT, "ONNX")  # the bytes of another format were not checked
-        session_options.add_session_config_entry(_DATA_FOLDER, str(self.folder))
+        _configure(session_options, _FORMAT, "ONNX")  # the bytes of another format were not checked
+        _configure(session_options, _DATA_FOLDER, str(self.folder))
         if any((self.folder / name).is_symlink() for name in self.data):
             return self.folder / GRAPH_FILE
         return self.content
@@ -49,8 +50,21 @@ def graph_file(folder: ModelFolder) -> GraphFile:
 
     Raises:
         ModelFormatError: the file has changed since the folder was opened, or is not an ONNX graph.
-        UnsafePathError: the graph refers to a file that the folder does not list.
+        UnsafePathError: the graph refers to a file that the folder does not list, or such a file was replaced.
         OSError: the file cannot be read.
     """
     content = folder.read(GRAPH_FILE, LARGEST_GRAPH)
-    return GraphFile(folder.path, content, check_external_files(content, frozenset(folder.files), GRAPH_FILE))
+    data = check_external_files(content, frozenset(folder.files), GRAPH_FILE)
+    for name in data:  # once more, because the folder may have been opened long before the session
+        checked_file(folder.path, name)
+    return GraphFile(folder.path, content, data)
+
+
+def _configure(session_options: Any, key: str, value: str) -> None:
+    """Set a session's setting, unless it has this value: ONNX Runtime would print a warning."""
+    try:
+        if session_options.get_session_config_entry(key) == value:
+            return
+    except RuntimeError:  # it is not set
+        pass
+    session_options.add_session_config_entry(key, value)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from runtime_tests.committed import FIXTURES
@@ -19,6 +20,7 @@ from tp_runtime.model import PatchedModel
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files, write_slots_file
 from tp_runtime.session import graph as graph_module
 from tp_runtime.session import model_folder as folder_module
+from tp_runtime.session.graph_file import graph_file
 from tp_runtime.text import TOKENIZER_FILES
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
@@ -188,6 +190,24 @@ def test_a_graph_that_is_replaced_while_a_session_opens_is_not_run(
     graph = Graph(ModelFolder.open(path), "cpu")
     ids = token_ids(12)
     assert np.array_equal(graph.run(ids, graph.default), wanted.run(ids, wanted.default))
+
+
+@posix
+@pytest.mark.parametrize("kind", ["removed", "a fifo", "a link out of the folder", "a folder"])
+def test_a_data_file_that_is_replaced_after_opening_opens_no_session(path: Path, kind: str) -> None:
+    folder = ModelFolder.open(path, verify=True)
+    SWAPS[kind](path / "model.onnx_data")
+    with pytest.raises((ModelFormatError, UnsafePathError), match=r"model\.onnx_data"):
+        Graph(folder, "cpu")
+
+
+def test_two_sessions_of_one_graph_with_the_same_options_print_nothing(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If the capture of steps fails, a second session is opened with the options of the first."""
+    graph, options = graph_file(ModelFolder.open(path)), onnxruntime.SessionOptions()
+    assert graph.model(options) == graph.model(options) == (path / "model.onnx").read_bytes()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_listed_file_over_the_limit_is_refused_before_it_is_read(path: Path) -> None:
