@@ -1,21 +1,22 @@
 """Check an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
 
-A graph can name code (custom-op domains) and files (external data). The edge cannot read the graph, so the check runs
-where `onnx` is installed, in `tp-export check`. It reads the graph, never the weights.
+A graph can name code (custom-op domains) and files (external data). The edge only finds the names of the files, so the
+check of the whole graph runs where `onnx` is installed, in `tp-export check`. It reads the graph, never the weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
 
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
-from tp_runtime.session import ModelFolder
+from tp_runtime.session import GRAPH_FILE, LARGEST_GRAPH, ModelFolder, check_interface
 from tp_runtime.storage import check_name, checked_file
 
 # What the exporter writes: standard ONNX, and the fused operators compiled into ONNX Runtime itself.
@@ -45,7 +46,7 @@ def check_graph(folder: Path) -> list[str]:
         UnsafePathError: external data is outside the folder's listed files, or outside the range of its file.
     """
     described = ModelFolder.open(folder)
-    model = _load(described.path / "model.onnx")
+    model = _load(described)
     _check_domains(model)
     _refuse_hidden_external(model)
     tensors = [tensor for tensor in model.graph.initializer if _is_external(tensor)]
@@ -59,12 +60,61 @@ def check_graph(folder: Path) -> list[str]:
     ]
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def check_description(folder: Path) -> str:
+    """Compare the inputs, outputs and slots of a model folder's `model.onnx` with its `patch_slots.json`.
+
+    Returns:
+        A line that says what fits.
+
+    Raises:
+        ModelFormatError: the folder or the graph cannot be read, or the two contradict each other.
+    """
+    described = ModelFolder.open(folder)
+    interface = _Interface(_load(described).graph)
+    check_interface(interface, described)
+    inputs, slots = len(interface.get_inputs()), len(interface.get_overridable_initializers())
+    return f"inputs and outputs: {inputs} inputs and {slots} inputs with defaults, as patch_slots.json describes them"
+
+
+@dataclass(frozen=True)
+class _Value:
+    """An input or output in the form in which a session gives it."""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+
+class _Interface:
+    """The inputs and outputs of a graph, as a session over it would give them."""
+
+    def __init__(self, graph: GraphProto) -> None:
+        self._graph, self._defaults = graph, {tensor.name for tensor in graph.initializer}
+
+    def get_inputs(self) -> list[_Value]:
+        return [_value(item) for item in self._graph.input if item.name not in self._defaults]
+
+    def get_overridable_initializers(self) -> list[_Value]:
+        return [_value(item) for item in self._graph.input if item.name in self._defaults]
+
+    def get_outputs(self) -> list[_Value]:
+        return [_value(item) for item in self._graph.output]
+
+
+def _value(info: ValueInfoProto) -> _Value:
+    tensor = info.type.tensor_type
+    known = tensor.elem_type in TensorProto.DataType.values()
+    kind = TensorProto.DataType.Name(tensor.elem_type).lower() if known else "unknown"
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim]
+    return _Value(info.name, f"tensor({kind})", shape)
+
+
+def _load(folder: ModelFolder) -> onnx.ModelProto:
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load_model_from_string(folder.read(GRAPH_FILE, LARGEST_GRAPH))
     except DecodeError as error:
         raise ModelFormatError(
-            "the file is not an ONNX graph", field=path.name, got=error, fix="export the model again with tp-export"
+            "the file is not an ONNX graph", field=GRAPH_FILE, got=error, fix="export the model again with tp-export"
         ) from error
 
 

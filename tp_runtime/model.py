@@ -16,7 +16,17 @@ from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice, not_a_patch
 from .patch import Patch
 from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, SessionOptions, check_probe
-from .text import EncodedRequest, Message, Request, RequestOptions, TextBatch, TextCodec, TextStream, encode_request
+from .text import (
+    TOKENIZER_FILES,
+    EncodedRequest,
+    Message,
+    Request,
+    RequestOptions,
+    TextBatch,
+    TextCodec,
+    TextStream,
+    encode_request,
+)
 
 log = logging.getLogger("tp_runtime")
 
@@ -68,7 +78,7 @@ class PatchedModel:
                 folder was exported with.
             prefix_cache_bytes: the largest number of bytes for keys and values of earlier prompts. If a later prompt
                 under the same patch begins with the same tokens, that part is not run again. 0 switches this off.
-            verify: whether to check the digest of every file, including the weights.
+            verify: whether to check the digest of every file, including the weights and those of a prepared graph.
             options: the settings of the session; see SessionSettings.
 
         Raises:
@@ -81,7 +91,8 @@ class PatchedModel:
         """
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
-        codec = TextCodec.from_folder(folder.path, "chat" if folder.style == "chat" else "completion")
+        content = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
+        codec = TextCodec.from_files(content, str(folder.path), "chat" if folder.style == "chat" else "completion")
         if isinstance(patch, str | Path):
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):

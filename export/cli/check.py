@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.session import ModelFolder
+from tp_runtime.session import ModelFolder, check_prepared, has_prepared
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,8 +16,9 @@ def add_parser(subparsers: Any) -> None:
         "check",
         help="check an exported model folder",
         description="Hash every file of an exported model folder and check its graph: it may use only known operators, "
-        "and external data only inside the folder's own files. The command prints a line for each check. The first "
-        "check that fails ends the command with exit code 2.",
+        "external data only inside the folder's own files, and the inputs and outputs that the description states. If "
+        "this machine prepared the graph, the command also hashes the prepared files. It prints a line for each check. "
+        "The first check that fails ends the command with exit code 2.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder written by tp-export")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
@@ -26,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the folder and print the results; a failed check raises an error."""
-    from ..graph_check import check_graph
+    from ..graph_check import check_description, check_graph
 
     folder = ModelFolder.open(args.folder, verify=True)
     size = sum(record.bytes for record in folder.files.values())
@@ -34,18 +35,26 @@ def run(args: argparse.Namespace) -> int:
         f"files: {len(folder.files)}, {size} bytes, all digests match",
         f"slots: {len(folder.slots)} in {folder.layers} layers",
         *check_graph(args.folder),
+        check_description(args.folder),
     ]
+    unused = None
+    if has_prepared(folder):
+        unused = check_prepared(folder)
+        lines += [] if unused else ["prepared: this machine made it, all digests match"]
     if args.json:
         report = {
             "ok": True,
             "graph_digest": folder.graph_digest,
             "unlisted": folder.unlisted,
+            "prepared_not_used": unused,
             "checks": lines,
         }
         print(json.dumps(report))
         return 0
     for line in lines:
         print(f"OK {line}")
+    if unused:
+        print(f"-- the prepared graph is not used, and not checked: {unused}")
     for name in folder.unlisted:
         print(f"-- {name!a} is not listed, so nothing reads it")
     return 0

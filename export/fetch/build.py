@@ -7,7 +7,6 @@ call finds the complete folder by this file. Nothing downloaded is parsed as a m
 from __future__ import annotations
 
 import json
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import atomic_folder, parse_json_object, sha256_file
+from tp_runtime.storage import atomic_folder, parse_json_object, sha256_file, user_folder
 
 from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer
 from .manifest import Manifest, PackageFile, load_manifest
@@ -27,8 +26,7 @@ _NEEDED = ("torch", "transformers", "gguf")
 
 def default_folder(name: str) -> Path:
     """Return the folder that a model goes to by default: models/NAME in `$TP_HOME` or ~/.cache/tp-runtime."""
-    home = os.environ.get("TP_HOME") or "~/.cache/tp-runtime"
-    return Path(home).expanduser() / "models" / name
+    return user_folder("models", name)
 
 
 def fetch(name: str, to: Path | None = None) -> Path:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, load, numpy_helper, save
 
-from runtime_tests.folders import describe
+from runtime_tests.committed import private_copy
+from runtime_tests.folders import alter, describe
 from tp_export.cli import check
 from tp_export.graph_check import check_graph
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
-from tp_runtime.session import write_slots_file
+from tp_runtime.session import PREPARED, Graph, ModelFolder, describe_files, prepare, write_slots_file
 from tp_runtime.session.description import SLOTS_FILE
 
 BYTES = 4 * 4 * 4  # the size of the weight, [4, 4] in float32
@@ -323,19 +325,57 @@ def _run(folder, *flags):
     return args.run(args)
 
 
-def test_the_command_prints_a_line_for_each_check(folder_of, capsys):
-    folder = folder_of(_model())
-    (folder / "notes.txt").write_text("x")
-    assert _run(folder) == 0
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    monkeypatch.setenv("TP_HOME", str(tmp_path / "home"))
+    return private_copy("tiny-llama", tmp_path)
+
+
+def test_the_command_prints_a_line_for_each_check(exported, capsys):
+    (exported / "notes.txt").write_text("x")
+    assert _run(exported) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"OK files: 2, {(folder / 'model.onnx').stat().st_size + BYTES} bytes, all digests match"
+    assert lines[0].startswith("OK files: 7, ") and lines[0].endswith("all digests match")
+    assert lines[6].startswith("OK inputs and outputs: 9 inputs and 10 inputs with defaults")
     assert lines[-1] == "-- 'notes.txt' is not listed, so nothing reads it"
 
 
-def test_the_command_prints_json(folder_of, capsys):
-    assert _run(folder_of(_model()), "--json") == 0
+def test_the_command_prints_json(exported, capsys):
+    assert _run(exported, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 6
+    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 7
+    assert report["prepared_not_used"] is None
+
+
+def test_the_command_refuses_a_graph_that_contradicts_its_description(exported):
+    alter(exported, lambda data: data.update(vocab_size=1000, layers=4))
+    with pytest.raises(ModelFormatError, match=r"no input past_key_values\.3\.key"):
+        _run(exported)
+
+
+def test_the_command_refuses_a_slot_without_a_default(exported):
+    model = load(exported / "model.onnx", load_external_data=False)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "tp.1.mlp_out.a"]
+    model.graph.initializer.remove(tensor)
+    (exported / "model.onnx").write_bytes(model.SerializeToString())
+    record = describe_files(exported, ["model.onnx"])["model.onnx"]
+    alter(exported, lambda data: data["files"].update({"model.onnx": asdict(record)}))
+    for refuse in (_run, lambda folder: Graph(ModelFolder.open(folder), "cpu")):
+        with pytest.raises(ModelFormatError, match=r"no input with a default tp\.1\.mlp_out\.a|unknown input"):
+            refuse(exported)
+
+
+def test_the_command_checks_a_prepared_graph_that_this_machine_made(exported, capsys, monkeypatch, tmp_path):
+    prepare(ModelFolder.open(exported))
+    assert _run(exported) == 0
+    assert "OK prepared: this machine made it, all digests match" in capsys.readouterr().out
+    weights = exported / PREPARED / "weights"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(ModelFormatError, match="the prepared graph has changed since it was made"):
+        _run(exported)
+    monkeypatch.setenv("TP_HOME", str(tmp_path / "another machine"))
+    assert _run(exported) == 0
+    assert "-- the prepared graph is not used, and not checked: there is no record" in capsys.readouterr().out
 
 
 def test_the_command_verifies_all_digests(folder_of):

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import TPError
 from ..patch import Patch
-from ..session import PREPARED, ModelFolder, Slot
+from ..session import ModelFolder, Slot, check_prepared, has_prepared
 from .printing import plural, print_fields, printable, size
 
 
@@ -20,12 +21,15 @@ def add_parser(subparsers: Any) -> None:
         "inspect",
         help="describe a patch file or a model folder",
         description="Describe a patch file or a model folder. A patch is checked completely when it is read. In a "
-        "folder, the sizes of all files and the digests of the small files are checked.",
+        "folder, the sizes of all files and the digests of the small files are checked, and whether this machine uses "
+        "its prepared graph.",
     )
     parser.add_argument("path", type=Path, metavar="FILE_OR_MODEL", help="a patch file or an exported model folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
-        "--verify", action="store_true", help="also check the digests of a folder's large files (the weights)"
+        "--verify",
+        action="store_true",
+        help="also check the digests of a folder's large files (the weights), prepared ones included",
     )
     parser.set_defaults(run=run)
 
@@ -103,11 +107,22 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
-        "prepared": (folder.path / PREPARED).is_dir(),
+        "prepared": has_prepared(folder),
+        "prepared_not_used": _why_not_used(folder),
         "files": {name: asdict(record) for name, record in folder.files.items()},
         "unlisted": list(folder.unlisted),
         "verified": verified,
     }
+
+
+def _why_not_used(folder: ModelFolder) -> str | None:
+    """Return why this machine does not use the folder's prepared graph; None if it does, or if there is none."""
+    if not has_prepared(folder):
+        return None
+    try:
+        return check_prepared(folder)
+    except (TPError, OSError) as error:
+        return str(error)
 
 
 def _sites(slots: Iterable[Slot]) -> dict[str, list[dict[str, Any]]]:
@@ -173,12 +188,19 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
-        ("prepared", "yes" if report["prepared"] else "no; tp-runtime prepare packs the weights for this machine"),
+        ("prepared", _prepared(report)),
     ]
     if report["unlisted"]:
         names = ", ".join(ascii(name) for name in report["unlisted"])
         rows.append(("unlisted", f"{names}: nothing reads them"))
     return rows
+
+
+def _prepared(report: dict[str, Any]) -> str:
+    if not report["prepared"]:
+        return "no; tp-runtime prepare packs the weights for this machine"
+    reason = report["prepared_not_used"]
+    return "yes" if reason is None else f"there, but not used: {printable(reason)}"
 
 
 def _site_lines(sites: dict[str, list[dict[str, Any]]]) -> list[str]:

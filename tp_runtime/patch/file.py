@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError
-from ..storage import StrictJSONError, atomic_file, parse_json_object
+from ..storage import StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
 
 SlotKey = tuple[int, str]
 """(layer, site): which slot a delta belongs to."""
@@ -53,9 +52,8 @@ _NAME = re.compile(rf"layers\.{_LAYER}\.([a-z_]+)\.({'|'.join(DELTA_PARTS)})")
 _ENTRY = re.compile(rf"prefix\.{_LAYER}\.({'|'.join(KV_PARTS)})")
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
-# There is nothing at the path, or (ENXIO, ENODEV) a socket or a dead device. Any other error of the system is raised
-# unchanged.
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
+# There is nothing at the path. Any other error of the system is raised unchanged.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _COPY_AGAIN = "the file is damaged or is not a patch: copy or export it again"
 
 
@@ -91,7 +89,25 @@ def read_patch(path: str | os.PathLike[str]) -> tuple[DeltaArrays, EntryArrays, 
         OSError: the operating system refuses to read an existing file, for example because of its permissions.
     """
     file = Path(path)
-    raw, header = _checked_container(file)
+    _refuse_unsafe_suffix(file)
+    return parse_patch(_read_once(file), file)
+
+
+def parse_patch(raw: bytes, file: Path) -> tuple[DeltaArrays, EntryArrays, dict[str, Any]]:
+    """Parse the bytes of a patch file.
+
+    Args:
+        raw: the bytes.
+        file: where they are from, for errors.
+
+    Returns:
+        What `read_patch` returns.
+
+    Raises:
+        PatchFormatError, PatchVersionError, PatchTargetError: as for `read_patch`.
+    """
+    _refuse_other_kinds(raw, file)
+    header = _checked_header(raw, file)
     config = _checked_metadata(header.get("__metadata__"), file)
     deltas: DeltaArrays = {}
     entries: EntryArrays = {}
@@ -127,17 +143,16 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]
         OSError: the operating system refuses to read an existing file, for example because of its permissions.
     """
     file = Path(path)
-    raw, _header = _checked_container(file)
+    _refuse_unsafe_suffix(file)
+    raw = _read_once(file)
+    _refuse_other_kinds(raw, file)
+    _checked_header(raw, file)  # a check that every tensor lies in the file
     return _decoded(raw, file)
 
 
-def _checked_container(file: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes of the file and its header, after a check that every tensor lies in the file."""
+def _refuse_unsafe_suffix(file: Path) -> None:
     if file.suffix.lower() in _UNSAFE_SUFFIXES:
         _refuse_unsafe(file, f"a {file.suffix} file")
-    raw = _read_once(file)
-    _refuse_other_kinds(raw, file)
-    return raw, _checked_header(raw, file)
 
 
 def _decoded(raw: bytes, file: Path) -> dict[str, NDArray[np.float32]]:
@@ -149,28 +164,15 @@ def _decoded(raw: bytes, file: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _read_once(file: Path) -> bytes:
-    """Return all bytes of a regular file. With O_NONBLOCK a FIFO is refused instead of waited for."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    """Return all bytes of a regular file. A FIFO is refused instead of waited for."""
     try:
-        descriptor = os.open(file, flags)
+        return read_regular(file, MAX_FILE_BYTES)
+    except UnreadableFileError as error:
+        _malformed(file, error.problem, error.got, error.wanted, "check the path")
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
         _malformed(file, "there is no such file", error.strerror, "a .safetensors patch file", "check the path")
-    except ValueError as error:  # a NUL in the path
-        _malformed(file, "the path is not valid", str(error), "a .safetensors patch file", "check the path")
-    try:
-        # The checks use the opened file and not the path, because the path may lead to another file by now.
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            mode = stat.filemode(status.st_mode)
-            _malformed(file, "the path is not a regular file", mode, "a file", "check the path")
-        if status.st_size > MAX_FILE_BYTES:
-            _malformed(file, "the file is too large for a patch", status.st_size, f"<= {MAX_FILE_BYTES} bytes")
-        with os.fdopen(descriptor, "rb", closefd=False) as handle:
-            return handle.read(status.st_size)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_other_kinds(raw: bytes, file: Path) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from ..errors import BaseMismatchError, PatchTargetError, PatchValueError
 from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
-from .file import entry_name, read_patch, slot_name, write_patch
+from .file import DeltaArrays, EntryArrays, entry_name, parse_patch, read_patch, slot_name, write_patch
 from .kv_prefix import KVPrefix, prefix_from
 
 Terms = tuple[tuple[str, float], ...]
@@ -259,7 +260,23 @@ class Patch:
             PatchValueError: a value is NaN or infinity.
             OSError: the file cannot be read.
         """
-        arrays, entries, config = read_patch(path)
+        return cls._of(*read_patch(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str | os.PathLike[str]) -> Patch:
+        """Make a patch of the bytes of a patch file, with the checks of `load`.
+
+        Args:
+            raw: the bytes.
+            where: where they are from, for errors.
+
+        Raises:
+            PatchFormatError, PatchVersionError, PatchTargetError, PatchShapeError, PatchValueError: as for `load`.
+        """
+        return cls._of(*parse_patch(raw, Path(where)))
+
+    @classmethod
+    def _of(cls, arrays: DeltaArrays, entries: EntryArrays, config: dict[str, Any]) -> Patch:
         prefix = prefix_from(entries, config.pop("prefix", None))
         deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
         return cls(deltas, PatchConfig.from_dict(config), prefix)

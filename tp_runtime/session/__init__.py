@@ -4,13 +4,15 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
 from .bound_patch import BoundPatch
-from .description import KV, DefaultPatch, Slot, past_name, present_name
+from .description import GRAPH_FILE, KV, DefaultPatch, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
-from .graph import FIRST_LOGIT, Graph
+from .graph import Graph
+from .graph_file import LARGEST_GRAPH
+from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import grown_capacity
 from .kv_cache import CacheKey, KVCache
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
-from .prepared import prepare
+from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
@@ -20,7 +22,9 @@ __all__ = [
     "DEFAULT_FILE",
     "DEVICES",
     "FIRST_LOGIT",
+    "GRAPH_FILE",
     "KV",
+    "LARGEST_GRAPH",
     "PREPARED",
     "BoundPatch",
     "CacheKey",
@@ -33,11 +37,14 @@ __all__ = [
     "SessionSettings",
     "Slot",
     "check_base",
+    "check_interface",
+    "check_prepared",
     "check_probe",
     "check_rows",
     "describe_files",
     "fit_slots",
     "grown_capacity",
+    "has_prepared",
     "measure_probe",
     "past_name",
     "prepare",

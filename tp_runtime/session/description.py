@@ -15,6 +15,7 @@ from ..patch import SITES, SlotKey
 from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_object
 
 SLOTS_FILE = "patch_slots.json"
+GRAPH_FILE = "model.onnx"
 FORMAT = "tp-slots"
 VERSION = 1
 PRECISIONS = (
@@ -167,7 +168,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         ),
         slots=_slots(data["slots"], layers),
         default_patch=_default_patch(data["default_patch"]),
-        files=_files(data["files"]),
+        files=_exported_files(data["files"]),
     )
 
 
@@ -208,12 +209,28 @@ def _default_patch(value: Any) -> DefaultPatch | None:
     )
 
 
-def _files(value: Any) -> dict[str, FileRecord]:
-    if not isinstance(value, dict) or "model.onnx" not in value:
-        raise _bad("files", value, "an object that lists model.onnx")
+def _exported_files(value: Any) -> dict[str, FileRecord]:
+    if not isinstance(value, dict) or GRAPH_FILE not in value:
+        raise _bad("files", value, "an object that lists " + GRAPH_FILE)
+    return parse_files(value, SLOTS_FILE)
+
+
+def parse_files(value: Any, file: str) -> dict[str, FileRecord]:
+    """Check and return the parsed records of files by name, as patch_slots.json and prepared.json have them.
+
+    Args:
+        value: the value of the key `files`.
+        file: the name of the file that it is from, for errors.
+
+    Raises:
+        ModelFormatError: the value has another form.
+        UnsafePathError: a name could lead out of the folder.
+    """
+    if not isinstance(value, dict):
+        raise _bad("files", value, "an object", file)
     files = {}
     for name, item in value.items():
-        check_name(name, f"{SLOTS_FILE} files")
+        check_name(name, f"{file} files")
         _keys(item, f"files.{name}", {"sha256", "bytes"})
         files[name] = FileRecord(
             sha256=_digest(item["sha256"], f"files.{name}.sha256"),
@@ -258,10 +275,10 @@ def _integer(value: Any, field: str, low: int = 1, high: int = 2**31 - 1) -> int
     return value
 
 
-def _bad(field: str, got: object, wanted: object) -> ModelFormatError:
+def _bad(field: str, got: object, wanted: object, file: str = SLOTS_FILE) -> ModelFormatError:
     return ModelFormatError(
         "the description has a value that is not valid",
-        field=f"{SLOTS_FILE} {field}".rstrip(),
+        field=f"{file} {field}".rstrip(),
         got=f"{got!a:.200}",
         wanted=wanted,
         fix=REEXPORT,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceUnavailableError, ModelFormatError, RequestError
+from .description import GRAPH_FILE
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -195,7 +196,7 @@ def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
 
 
 def create_session(
-    model_path: str | Path,
+    model: bytes | str | Path,
     device: Device,
     session_options: onnxruntime.SessionOptions,
     cuda_graphs: bool = False,
@@ -206,7 +207,7 @@ def create_session(
     The session's warnings are not printed unless the caller set `session_options.log_severity_level`.
 
     Args:
-        model_path: the ONNX file.
+        model: the ONNX file's path, or its bytes; see GraphFile.model.
         device: the result of `select_device`.
         session_options: the session's options; they are the same after the call.
         cuda_graphs: on CUDA, create a session whose runs can be captured; cuda_graphs.py describes what every run of
@@ -224,18 +225,18 @@ def create_session(
     if device.provider == CUDA:
         cuda = {**_CUDA_OPTIONS, **(cuda_options or {}), **({"enable_cuda_graph": "1"} if cuda_graphs else {})}
         try:
-            session = _new_session(ort, model_path, [(CUDA, cuda), CPU], session_options)
+            session = _new_session(ort, model, [(CUDA, cuda), CPU], session_options)
         except Exception as error:
             if type(error).__name__ in _GRAPH_FAULTS:
-                raise _unreadable_graph(model_path, error) from error
+                raise _unreadable_graph(model, error) from error
             device = _without_cuda(device.requested, _one_line(error), _FIX_LIBRARIES, cause=error)
         else:
             return session, check_providers(session.get_providers(), device)
     try:
-        return _new_session(ort, model_path, [CPU], session_options), device
+        return _new_session(ort, model, [CPU], session_options), device
     except Exception as error:
         if type(error).__name__ in _GRAPH_FAULTS | {"Fail"}:
-            raise _unreadable_graph(model_path, error) from error
+            raise _unreadable_graph(model, error) from error
         raise
 
 
@@ -252,7 +253,7 @@ def input_kinds(session: Any, device: Device) -> dict[str, str]:
     return dict(zip(names, kinds, strict=True))
 
 
-def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options: Any) -> Any:
+def _new_session(ort: Any, model: bytes | str | Path, providers: list[Any], options: Any) -> Any:
     # ONNX Runtime warns once per initializer that an initializer which is also a graph input will not be folded. That
     # is one long line per tensor and slot, and all of these tensors are meant to be overridden. These methods of
     # silencing only that line were tried with 1.23 and 1.32:
@@ -268,7 +269,8 @@ def _new_session(ort: Any, model_path: str | Path, providers: list[Any], options
         options.log_severity_level = _SEVERITY_ERROR
     try:
         # The fallback is off: with it, a failing CUDA session prints a banner and becomes a CPU session, even in run().
-        return ort.InferenceSession(str(model_path), sess_options=options, providers=providers, enable_fallback=0)
+        source = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(source, sess_options=options, providers=providers, enable_fallback=0)
     finally:
         options.log_severity_level = severity
 
@@ -297,10 +299,10 @@ def _without_cuda(requested: str, reason: str, fix: str, cause: Exception | None
     return Device(requested, CPU, reason)
 
 
-def _unreadable_graph(model_path: str | Path, error: Exception) -> ModelFormatError:
+def _unreadable_graph(model: bytes | str | Path, error: Exception) -> ModelFormatError:
     return ModelFormatError(
         "ONNX Runtime cannot load this graph",
-        field=Path(model_path).name,
+        field=GRAPH_FILE if isinstance(model, bytes) else Path(model).name,
         got=_one_line(error),
         fix="export the model again with tp-export, or update ONNX Runtime if the graph is newer than it",
     )
@@ -312,13 +314,16 @@ def _one_line(error: Exception) -> str:
 
 def _is_installed(distribution: str) -> bool:
     try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+        # An uninstall can leave an empty description behind, which has no version.
+        return bool(metadata.version(distribution))
+    except (metadata.PackageNotFoundError, KeyError):
         return False
-    return True
 
 
 def _is_importable(module: str) -> bool:
+    try:
+        spec = util.find_spec(module)
+    except ValueError:  # it is imported, but not from a file: an application provides it
+        return True
     # A folder that an uninstall left behind imports as an empty namespace package, which has no origin.
-    spec = util.find_spec(module)
     return spec is not None and spec.origin is not None

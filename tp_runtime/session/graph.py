@@ -23,7 +23,9 @@ from .bound_patch import BoundPatch
 from .cuda_graphs import CapturedDecode, check_capturable
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
+from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
+from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import KVCache
 from .model_folder import DEFAULT_FILE, ModelFolder
@@ -35,7 +37,7 @@ from .threads import set_threads
 
 log = logging.getLogger("tp_runtime")
 
-FIRST_LOGIT = "tp.first_logit"
+LARGEST_DEFAULT = 4 << 30  # bytes of the default patch's file, as for every patch
 
 
 class Graph:
@@ -65,7 +67,9 @@ class Graph:
 
     Raises:
         DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
-        ModelFormatError: ONNX Runtime cannot load the graph, or the folder's repair is missing or is another patch.
+        ModelFormatError: ONNX Runtime cannot load the graph, the graph contradicts the folder's description or has
+            changed since the folder was opened, or the folder's repair is missing or is another patch.
+        UnsafePathError: the graph refers to a file that the folder does not list.
         PatchError: `defaults` does not fit the graph, or the file of the repair is damaged.
         RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
             valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
@@ -116,9 +120,10 @@ class Graph:
         """Open a session; on the CPU, over the graph that was prepared for this processor, if there is one."""
         folder = self.folder
         prepared = prepared_graph(folder) if device.kind == "cpu" else None
-        model = prepared or folder.path / "model.onnx"
+        model = (prepared or graph_file(folder)).model(options)
         before = mapped()
         self.session, self.device = create_session(model, device, options, cuda_graphs, self._cuda_options)
+        check_interface(self.session, folder)
         self._for_huge_pages = without(mapped(), before) if self._huge_pages and self.device.kind == "cpu" else []
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
@@ -227,7 +232,8 @@ class Graph:
             raise ModelFormatError(
                 "the folder has a default patch but no file for it", field=DEFAULT_FILE, fix=REEXPORT
             )
-        patch, wanted = Patch.load(self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
+        content = self.folder.read(DEFAULT_FILE, LARGEST_DEFAULT)
+        patch, wanted = Patch.parse(content, self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
         if patch.identity != wanted:
             raise ModelFormatError(
                 "the file does not hold the folder's default patch",

@@ -1,7 +1,9 @@
 """The exported model folder on the edge side: its description `patch_slots.json`, and the files that this one lists.
 
 This module checks the sizes and digests of the files, description.py checks the description's form, and the storage
-room checks names and links. This module does not read ONNX: `tp-export check`, which needs `onnx`, checks the graph.
+room checks names and links. Whatever else the runtime reads of a folder comes from `ModelFolder.read`: only a listed
+file, as the bytes that were hashed. This module does not read ONNX: graph_file.py checks which files the graph names,
+and `tp-export check`, which needs `onnx`, checks the whole graph.
 """
 
 from __future__ import annotations
@@ -9,15 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from io import BufferedReader
 from numbers import Integral
 from pathlib import Path
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import ModelFormatError, RequestError, UnsafePathError
 from ..patch import SlotKey
-from ..storage import REEXPORT, atomic_file, checked_file, sha256_file
-from .description import FORMAT, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
+from ..storage import (
+    REEXPORT,
+    UnreadableFileError,
+    atomic_file,
+    check_name,
+    checked_file,
+    open_regular,
+    read_regular,
+    sha256_file,
+)
+from .description import FORMAT, GRAPH_FILE, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
 
 # The folder of prepared.py belongs to this machine and not to the export, so it is not listed.
 PREPARED = "prepared"
@@ -27,13 +40,15 @@ DEFAULT_FILE = "default_patch.safetensors"  # the default patch as a file, for r
 # start.
 ALWAYS_HASHED = 64 * 2**20
 _SLOTS_FILE_CAP = 16 * 2**20
+_TEXT_CAP = 2**28  # the largest tokenizers of today have 35 MB
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """An exported model folder. `open` reads one; the exporter builds one and calls `write_slots_file`.
 
-    The attributes are the keys of `patch_slots.json`, with the slots by (layer, site), and the resolved `path`.
+    The attributes are the keys of `patch_slots.json`, with the slots by (layer, site), the resolved `path`, and whether
+    the folder was opened with its large files `verified`.
     """
 
     path: Path
@@ -50,6 +65,7 @@ class ModelFolder:
     slots: dict[SlotKey, Slot]
     default_patch: DefaultPatch | None
     files: dict[str, FileRecord]
+    verified: bool = field(default=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> ModelFolder:
@@ -67,17 +83,40 @@ class ModelFolder:
             UnsafePathError: a file has an unsafe name, or its path leads outside the folder.
         """
         root = _real_folder(Path(path))
-        folder = cls(path=root, **parse_description(_read_capped(checked_file(root, SLOTS_FILE))))
+        folder = cls(path=root, **parse_description(_read_description(root)), verified=verify)
         for name, record in folder.files.items():
-            _check_content(checked_file(root, name), name, record, verify)
+            check_content(root, name, record, hash_large=verify)
         return folder
+
+    def read(self, name: str, limit: int = _TEXT_CAP) -> bytes:
+        """Return the bytes of a listed file, after a check of their size and SHA-256.
+
+        Args:
+            name: the file's name.
+            limit: the largest size in bytes that is read.
+
+        Raises:
+            ModelFormatError: the description does not list the file, or the file is missing, too large, or not the one
+                that was exported.
+            UnsafePathError: the path leads outside the folder or to something else than a file.
+            OSError: the operating system refuses to read the file.
+        """
+        check_name(name, "file name")
+        if name not in self.files:
+            raise ModelFormatError(
+                "the description does not list the file",
+                field=name,
+                wanted="one of " + ", ".join(sorted(self.files)),
+                fix=REEXPORT,
+            )
+        return read_content(self.path, name, self.files[name], limit)
 
     @property
     def graph_digest(self) -> str:
         """The SHA-256 over the digests of the graph and its data files. A KV cache belongs to one graph digest."""
         graph = hashlib.sha256()
         for name in sorted(self.files):
-            if name == "model.onnx" or name.endswith("_data"):
+            if name == GRAPH_FILE or name.endswith("_data"):
                 graph.update(f"{name} {self.files[name].sha256}\n".encode())
         return graph.hexdigest()
 
@@ -111,7 +150,7 @@ class ModelFolder:
     def to_json(self) -> str:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
-        del data["path"]
+        del data["path"], data["verified"]
         data["slots"] = [
             {"layer": slot.layer, "site": slot.site, "in": slot.inputs, "out": slot.outputs}
             for slot in self.slots.values()
@@ -174,20 +213,63 @@ def _real_folder(path: Path) -> Path:
     return root
 
 
-def _read_capped(file: Path) -> bytes:
-    if (size := file.stat().st_size) > _SLOTS_FILE_CAP:
+def check_content(root: Path, name: str, record: FileRecord, *, hash_large: bool) -> None:
+    """Check that a file of a folder has the recorded size and digest.
+
+    Args:
+        root: the folder, resolved.
+        name: the file's name.
+        record: the size and digest.
+        hash_large: whether the digest of a file above 64 MiB is checked too.
+
+    Raises:
+        ModelFormatError: the file is missing or is another one.
+        UnsafePathError: the name or the path is unsafe.
+    """
+    with _opened(root, name) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        _require_size(name, size, record)
+        if hash_large or size <= ALWAYS_HASHED:
+            _require_digest(name, hashlib.file_digest(handle, "sha256").hexdigest(), record)
+
+
+def read_content(root: Path, name: str, record: FileRecord, limit: int) -> bytes:
+    """Return the bytes of a file of a folder. The arguments and errors are those of `check_content`.
+
+    The digest is checked on the bytes that are returned, whatever the file's size. A file with more than `limit` bytes
+    is refused.
+    """
+    if record.bytes > limit:
         raise ModelFormatError(
-            "the description is too large",
-            field=SLOTS_FILE,
-            got=f"{size} bytes",
-            wanted=f"at most {_SLOTS_FILE_CAP} bytes",
-            fix=REEXPORT,
+            "the file is too large", field=name, got=f"{record.bytes} bytes", wanted=f"at most {limit}", fix=REEXPORT
         )
-    return file.read_bytes()
+    with _opened(root, name) as handle:
+        _require_size(name, os.fstat(handle.fileno()).st_size, record)
+        raw = handle.read(record.bytes)
+    _require_digest(name, hashlib.sha256(raw).hexdigest(), record)
+    return raw
 
 
-def _check_content(file: Path, name: str, record: FileRecord, verify: bool) -> None:
-    if (size := file.stat().st_size) != record.bytes:
+@contextmanager
+def _opened(root: Path, name: str) -> Iterator[BufferedReader]:
+    try:
+        with open_regular(checked_file(root, name)) as handle:
+            yield handle
+    except UnreadableFileError as error:  # the file was replaced after checked_file looked at it
+        raise UnsafePathError(error.problem, field=name, got=error.got, wanted=error.wanted, fix=REEXPORT) from error
+
+
+def _read_description(root: Path) -> bytes:
+    try:
+        return read_regular(checked_file(root, SLOTS_FILE), _SLOTS_FILE_CAP)
+    except UnreadableFileError as error:
+        raise ModelFormatError(
+            error.problem, field=SLOTS_FILE, got=error.got, wanted=error.wanted, fix=REEXPORT
+        ) from error
+
+
+def _require_size(name: str, size: int, record: FileRecord) -> None:
+    if size != record.bytes:
         raise ModelFormatError(
             "the file has the wrong size" + (" (truncated)" if size < record.bytes else ""),
             field=name,
@@ -195,7 +277,10 @@ def _check_content(file: Path, name: str, record: FileRecord, verify: bool) -> N
             wanted=f"{record.bytes} bytes",
             fix=REEXPORT,
         )
-    if (verify or size <= ALWAYS_HASHED) and (digest := sha256_file(file)) != record.sha256:
+
+
+def _require_digest(name: str, digest: str, record: FileRecord) -> None:
+    if digest != record.sha256:
         raise ModelFormatError(
             "the file is not the one that was exported (its SHA-256 differs)",
             field=name,

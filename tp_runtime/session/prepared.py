@@ -6,7 +6,10 @@ result depends on the processor and on ONNX Runtime's version. So the folder rec
 and no other machine uses it.
 
     MODEL/prepared/model.onnx, weights      the graph
-    MODEL/prepared/prepared.json            which graph it was made from, for which machine, and the files' sizes
+    MODEL/prepared/prepared.json            which graph it was made from, for which machine, and the files' digests
+
+A model folder may come from anywhere, with a `prepared/` that computes something else. So `prepare` also writes a
+record outside the folder (prepared_record.py), and without that record a prepared graph is not used.
 """
 
 from __future__ import annotations
@@ -16,18 +19,24 @@ import json
 import logging
 import os
 import platform
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from ..errors import TPError
-from ..storage import atomic_folder, checked_file, parse_json_object
+from ..errors import ModelFormatError, TPError, UnsafePathError
+from ..storage import atomic_folder, checked_file, parse_json_object, read_regular
+from .description import GRAPH_FILE, FileRecord, parse_files
 from .device import CPU, Device, create_session, require_onnxruntime
-from .model_folder import PREPARED, ModelFolder
+from .external_data import check_external_files
+from .graph_file import LARGEST_GRAPH, GraphFile, graph_file
+from .model_folder import PREPARED, ModelFolder, check_content, describe_files, read_content
+from .prepared_record import require_writable, why_not_made_here, write_record
 
 log = logging.getLogger("tp_runtime")
 
-_GRAPH, _WEIGHTS, _RECORD = "model.onnx", "weights", "prepared.json"
-_RECORD_CAP = 2**16
+_NOT_USED = "the prepared graph is not used"
+_PREPARE = "run `tp-runtime prepare` again"
+_WEIGHTS, _MANIFEST = "weights", "prepared.json"
+_MANIFEST_CAP = 2**16
 _SESSION_CONFIG = {
     "session.save_external_prepacked_constant_initializers": "1",
     "session.optimized_model_external_initializers_file_name": _WEIGHTS,
@@ -47,54 +56,132 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
 
     Raises:
         ModelFormatError: ONNX Runtime cannot load the graph.
+        UnsafePathError: `prepared` is a link, or the graph refers to a file that the folder does not list.
         DeviceUnavailableError: there is no ONNX Runtime.
-        OSError: the disk is full or the folder cannot be written; an earlier prepared graph stays as it was.
+        OSError: the disk is full, or the folder or the record outside it cannot be written; an earlier prepared graph
+            stays as it was.
     """
+    target = folder.path / PREPARED
+    if target.is_symlink():  # what the link points to would be replaced
+        raise UnsafePathError(
+            "the folder for the prepared graph is a link",
+            field=PREPARED,
+            got=os.readlink(target),
+            wanted="a folder in the model folder, or nothing",
+            fix="remove the link",
+        )
     if not again and prepared_graph(folder) is not None:
         return False
     ort = require_onnxruntime()
-    with atomic_folder(folder.path / PREPARED, overwrite=True) as out:
+    graph = graph_file(folder)
+    require_writable()  # packing the weights takes long, so this is found out first
+    with atomic_folder(target, overwrite=True) as out:
         options = ort.SessionOptions()
-        options.optimized_model_filepath = str(out / _GRAPH)
+        options.optimized_model_filepath = str(out / GRAPH_FILE)
         for name, value in _SESSION_CONFIG.items():
             options.add_session_config_entry(name, value)
-        create_session(folder.path / _GRAPH, Device("cpu", CPU), options)
-        sizes = {name: (out / name).stat().st_size for name in (_GRAPH, _WEIGHTS) if (out / name).exists()}
-        record = {**_machine(), "graph_digest": folder.graph_digest, "files": sizes}
-        (out / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        create_session(graph.model(options), Device("cpu", CPU), options)
+        files = describe_files(out, [name for name in (GRAPH_FILE, _WEIGHTS) if (out / name).exists()])
+        manifest = {
+            **_machine(),
+            "graph_digest": folder.graph_digest,
+            "files": {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in files.items()},
+        }
+        content = (json.dumps(manifest, indent=1) + "\n").encode()
+        (out / _MANIFEST).write_bytes(content)
+        write_record(content)
     return True
 
 
-def prepared_graph(folder: ModelFolder) -> Path | None:
-    """Return the graph prepared for this machine, or None; a prepared graph that does not fit is logged."""
-    if not (folder.path / PREPARED).is_dir():
+def prepared_graph(folder: ModelFolder) -> GraphFile | None:
+    """Return the graph prepared for this machine, or None; the reason why one that is there is not used is logged.
+
+    The graph itself is hashed in any case. The packed weights are hashed if the folder was opened with `verify`;
+    otherwise only their size is checked.
+    """
+    if not has_prepared(folder):
         return None
-    if (reason := _why_unusable(folder)) is None:
-        return folder.path / PREPARED / _GRAPH
-    log.warning("the prepared graph is not used: %s; run `tp-runtime prepare` again", reason)
+    try:
+        return _read(folder, _listed_files(folder))
+    except _NotMadeHereError as reason:  # usual for a folder that was copied
+        log.info("%s: %s; %s", _NOT_USED, reason, _PREPARE)
+    except (_UnusableError, TPError, OSError) as reason:
+        log.warning("%s: %s; %s", _NOT_USED, reason, _PREPARE)
     return None
 
 
-def _why_unusable(folder: ModelFolder) -> str | None:
-    """Return the reason why the prepared graph cannot be used here; None if it can."""
+def has_prepared(folder: ModelFolder) -> bool:
+    """Return whether the folder has something at the place of the prepared graph."""
+    return os.path.lexists(folder.path / PREPARED)
+
+
+def check_prepared(folder: ModelFolder) -> str | None:
+    """Check the files of a prepared graph, if it is one that is used on this machine.
+
+    Returns:
+        Why it is not used; None if it is.
+
+    Raises:
+        ModelFormatError: it was prepared here, and a file of it has changed since. Packed weights of the same size are
+            hashed only if the folder was opened with `verify`.
+        OSError: a file cannot be read.
+    """
+    try:
+        files = _listed_files(folder)
+    except _UnusableError as reason:
+        return str(reason)
+    try:
+        _read(folder, files)
+    except TPError as error:
+        raise ModelFormatError(
+            f"the prepared graph has changed since it was made: {error.problem}",
+            field=f"{PREPARED}/{error.field}",
+            got=error.got,
+            wanted=error.wanted,
+            fix=_PREPARE,
+        ) from error
+    return None
+
+
+class _UnusableError(Exception):
+    """The prepared graph is none for this machine and this model."""
+
+
+class _NotMadeHereError(_UnusableError):
+    """The prepared graph was not made here."""
+
+
+def _listed_files(folder: ModelFolder) -> dict[str, FileRecord]:
+    """Return the files of a graph that was prepared here for this machine and this model, as prepared.json lists them.
+
+    Raises:
+        _UnusableError: there is no such graph.
+    """
     root = folder.path / PREPARED
     try:
-        record = checked_file(root, _RECORD)
-        if record.stat().st_size > _RECORD_CAP:
-            return f"{_RECORD} is too large"
-        found = parse_json_object(record.read_bytes())
-        wanted = {**_machine(), "graph_digest": folder.graph_digest}
-        for key, value in wanted.items():
+        if root.is_symlink():
+            raise _UnusableError("its folder is a link")
+        manifest = read_regular(checked_file(root, _MANIFEST), _MANIFEST_CAP)
+        if (reason := why_not_made_here(manifest)) is not None:
+            raise _NotMadeHereError(reason)
+        found = parse_json_object(manifest)
+        for key, value in {**_machine(), "graph_digest": folder.graph_digest}.items():
             if found.get(key) != value:
-                return f"it was made for {key} {found.get(key)!a:.80}, but this is {value}"
-        if not {_GRAPH} <= found["files"].keys() <= {_GRAPH, _WEIGHTS}:
-            return f"{_RECORD} lists missing or unknown files"
-        for name, size in found["files"].items():
-            if checked_file(root, name).stat().st_size != size:
-                return f"the size of {name} differs from the recorded size"
-    except (TPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
-    return None
+                raise _UnusableError(f"it was made for {key} {found.get(key)!a:.80}, but this is {value}")
+        files = parse_files(found.get("files"), _MANIFEST)
+    except (TPError, OSError, ValueError) as error:
+        raise _UnusableError(f"it cannot be read ({error})") from error
+    if not {GRAPH_FILE} <= files.keys() <= {GRAPH_FILE, _WEIGHTS}:
+        raise _UnusableError(f"{_MANIFEST} lists missing or unknown files")
+    return files
+
+
+def _read(folder: ModelFolder, files: Mapping[str, FileRecord]) -> GraphFile:
+    root = folder.path / PREPARED
+    for name, record in files.items():
+        check_content(root, name, record, hash_large=folder.verified)
+    content = read_content(root, GRAPH_FILE, files[GRAPH_FILE], LARGEST_GRAPH)
+    return GraphFile(root, content, check_external_files(content, frozenset(files), GRAPH_FILE))
 
 
 def _machine() -> dict[str, Any]:

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import TPError
+from .regular_file import UnreadableFileError, read_regular
+
+# The largest file of JSON that is read. The largest tokenizers of today have 35 MB.
+MAX_JSON_BYTES = 2**28
 
 
 class StrictJSONError(ValueError):
@@ -70,12 +74,15 @@ def read_json_object(path: Path, error: type[TPError], fix: str, *, lenient: boo
         lenient: see `parse_json`.
 
     Raises:
-        TPError: the file is missing, cannot be read, or does not hold a JSON object; the class is `error`.
+        TPError: the file is missing, is not a regular file, is too large, cannot be read, or does not hold a JSON
+            object; the class is `error`.
     """
     try:
-        return parse_json_object(path.read_bytes(), lenient=lenient)
+        return parse_json_object(read_regular(path, MAX_JSON_BYTES), lenient=lenient)
     except FileNotFoundError:
         raise error("the file is missing", field=str(path), got="no file", wanted="a JSON object", fix=fix) from None
+    except UnreadableFileError as problem:
+        raise error(problem.problem, field=str(path), got=problem.got, wanted=problem.wanted, fix=fix) from None
     except OSError as problem:
         raise error("the file cannot be read", field=str(path), got=problem, wanted="a JSON object", fix=fix) from None
     except StrictJSONError as problem:

@@ -7,8 +7,10 @@ from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .stream import TextStream
+from .tokenizer_files import TOKENIZER_FILES
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Completion",
     "EncodedRequest",
     "Message",

@@ -18,9 +18,11 @@ from tokenizers import Tokenizer
 from ..errors import ModelFormatError, RequestError
 from .template import TemplateRefusal, compile_template
 from .tokenizer_files import (
+    CONFIG,
+    TokenizerFiles,
     check_added_tokens,
     read_eos_ids,
-    read_json,
+    read_folder,
     read_special_tokens,
     read_template,
     read_tokenizer,
@@ -64,43 +66,58 @@ class TextCodec:
 
     @classmethod
     def from_folder(cls, path: str | Path, style: Style | None = None) -> TextCodec:
-        """Read the tokenizer and the template of a Hugging Face folder or an exported folder.
+        """Read the tokenizer and the template of a Hugging Face folder.
+
+        The files of an exported folder are checked; `from_files` takes their bytes from it.
 
         Args:
-            path: the folder. It has tokenizer.json and tokenizer_config.json, and may have chat_template.jinja,
-                generation_config.json and config.json.
-            style: the meaning of a string prompt. None means "chat" if the folder has a chat template, and otherwise
+            path: the folder.
+            style: see `from_files`.
+
+        Raises:
+            ModelFormatError: a file is not a regular file or cannot be read; or as for `from_files`.
+            RequestError: `style` is unknown.
+        """
+        return cls.from_files(read_folder(Path(path)), str(path), style)
+
+    @classmethod
+    def from_files(cls, content: Mapping[str, bytes], where: str, style: Style | None = None) -> TextCodec:
+        """Make a codec of the bytes of tokenizer files. No file is opened, and a name without bytes does not exist.
+
+        Args:
+            content: the bytes of each file by its name: tokenizer.json and tokenizer_config.json, and as far as the
+                model has them chat_template.jinja, generation_config.json and config.json. Other names are ignored.
+            where: the folder that the files are from, for errors.
+            style: the meaning of a string prompt. None means "chat" if there is a chat template, and otherwise
                 "completion".
 
         Raises:
-            ModelFormatError: a file is missing, cannot be read, or contradicts another; `style` is "chat" and there is
-                no template; or no file names an end-of-sequence token.
+            ModelFormatError: a file is missing, cannot be parsed, or contradicts another; `style` is "chat" and there
+                is no template; or no file names an end-of-sequence token.
             RequestError: `style` is unknown.
         """
         if style not in ("chat", "completion", None):
             raise RequestError("the style is unknown", field="style", got=repr(style), wanted="chat or completion")
-        folder = Path(path)
-        tokenizer = read_tokenizer(folder / "tokenizer.json")
-        config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path)
+        files = TokenizerFiles(content, where)
+        tokenizer, config, config_path = read_tokenizer(files), files.json(CONFIG), files.path(CONFIG)
         check_added_tokens(tokenizer, config, config_path)
         special_tokens = read_special_tokens(tokenizer, config, config_path)
-        source = read_template(folder, config)
+        source = read_template(files, config)
         style = style or ("completion" if source is None else "chat")
         template = None
         if style == "chat":
             if source is None:
                 raise ModelFormatError(
                     "the model has no chat template",
-                    field=str(config_path),
+                    field=config_path,
                     wanted="chat_template, or the file chat_template.jinja",
                     fix='use style="completion"',
                 )
-            template = compile_template(source, str(folder))
+            template = compile_template(source, where)
         return cls(
             tokenizer,
             style=style,
-            eos_ids=read_eos_ids(folder, tokenizer, special_tokens),
+            eos_ids=read_eos_ids(files, tokenizer, special_tokens),
             special_tokens=special_tokens,
             template=template,
             template_source=None if template is None else source,

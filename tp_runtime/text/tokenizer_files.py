@@ -1,54 +1,112 @@
-"""The tokenizer files of a model folder: the tokenizer, its special tokens, the template's text and the EOS ids."""
+"""The tokenizer files of a model folder: the tokenizer, its special tokens, the template's text and the EOS ids.
+
+The files are bytes by name: what is parsed here is what was read and, for an exported folder, hashed. A file that is
+not in the mapping does not exist.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError
-from ..storage import read_json_object
+from ..storage import StrictJSONError, UnreadableFileError, parse_json_object, read_regular
 
-_T = TypeVar("_T")
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+EOS_FILES = ("generation_config.json", "config.json")
+TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
+"""The names of the files that a codec reads; the first two must exist."""
 
 _FIX = "export the model again, or copy the file from its source"
+_LARGEST = 2**28  # the largest tokenizers of today have 35 MB
 
 # The names that transformers passes to a template. A name that is not set stays undefined, here as in transformers.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of Hugging Face's tools.
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer files of one folder.
+
+    Attributes:
+        content: the bytes of each file by its name.
+        where: the folder, for errors.
+    """
+
+    content: Mapping[str, bytes]
+    where: str
+
+    def path(self, name: str) -> str:
+        """Return the path of a file, for errors."""
+        return str(Path(self.where) / name)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            ModelFormatError: there is no such file.
+        """
+        if name not in self.content:
+            raise _broken(self.path(name), "the file is missing", got="no file", wanted="the file")
+        return self.content[name]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the object of a JSON file of Hugging Face's tools.
+
+        Raises:
+            ModelFormatError: there is no such file, or it does not hold a JSON object.
+        """
+        try:
+            return parse_json_object(self.read(name), lenient=True)
+        except StrictJSONError as error:
+            raise _broken(self.path(name), f"the file {error.problem}", error.got, error.wanted) from error
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each of `TOKENIZER_FILES` that a folder has.
 
     Raises:
-        ModelFormatError: the file is missing, cannot be read, or does not hold a JSON object.
+        ModelFormatError: a file is not a regular file, is too large, or cannot be read.
     """
-    return read_json_object(path, ModelFormatError, _FIX, lenient=True)
+    found = {}
+    for name in TOKENIZER_FILES:
+        try:
+            found[name] = read_regular(folder / name, _LARGEST)
+        except FileNotFoundError:
+            continue
+        except UnreadableFileError as error:
+            raise _broken(str(folder / name), error.problem, error.got, error.wanted) from None
+        except OSError as error:
+            raise _broken(str(folder / name), "the file cannot be read", error, "a file") from None
+    return found
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json, without its settings for truncation and padding.
+def read_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """Return the tokenizer of tokenizer.json, without its settings for truncation and padding.
 
     Raises:
-        ModelFormatError: the file is missing, cannot be read, or is not a tokenizer.
+        ModelFormatError: the file is missing or is not a tokenizer.
     """
-    # This reads bytes, because Gemma's 33 MB of text would be decoded here and encoded again.
-    content = _read(path, path.read_bytes)
+    # The library gets bytes, because Gemma's 33 MB of text would be decoded here and encoded again.
+    content = files.read(TOKENIZER)
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise _broken(
-            path, "the file is not a tokenizer", got=error, wanted="a file of the tokenizers library"
-        ) from None
+        path, wanted = files.path(TOKENIZER), "a file of the tokenizers library"
+        raise _broken(path, "the file is not a tokenizer", got=error, wanted=wanted) from None
     # These settings are left over from training. transformers sets both again for each call.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
+def check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str) -> None:
     """Check that the tokenizer knows every added token of tokenizer_config.json under the same id.
 
     transformers would append a token that only the config has, and return ids that this tokenizer does not have.
@@ -71,7 +129,7 @@ def check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path)
             raise _broken(path, f"{text!r} has another id in tokenizer.json", got=index, wanted=str(known))
 
 
-def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> dict[str, Any]:
+def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str) -> dict[str, Any]:
     """Return the special tokens of tokenizer_config.json, which are the variables of a template.
 
     Args:
@@ -101,40 +159,43 @@ def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path
     return tokens
 
 
-def read_template(folder: Path, config: dict[str, Any]) -> str | None:
+def read_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
     """Return the text of the chat template, from chat_template.jinja or else from tokenizer_config.json.
 
     Args:
-        folder: the model folder.
+        files: the tokenizer files.
         config: the content of tokenizer_config.json.
 
     Returns:
-        The text; None if the folder has no chat template.
+        The text; None if there is no chat template.
 
     Raises:
-        ModelFormatError: chat_template.jinja cannot be read, or the entry of the config is malformed.
+        ModelFormatError: chat_template.jinja is not UTF-8, or the entry of the config is malformed.
     """
-    template_file = folder / "chat_template.jinja"
-    if template_file.exists():
-        return _read_text(template_file)
+    if TEMPLATE in files.content:
+        try:
+            # The ends of lines become "\n", as in a text file that transformers reads.
+            return files.content[TEMPLATE].decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise _broken(files.path(TEMPLATE), "the file cannot be read", got=error, wanted="UTF-8 text") from None
     template = value = config.get("chat_template")
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         template = named.get("default")
     if value is not None and not isinstance(template, str):
         got, wanted = str(value)[:60], 'str, or a list with a template named "default"'
-        raise _broken(folder / "tokenizer_config.json", "chat_template is malformed", got, wanted)
+        raise _broken(files.path(CONFIG), "chat_template is malformed", got, wanted)
     return template
 
 
-def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
+def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
     """Return every token id that ends a completion.
 
     This is the union of the EOS token, generation_config.json and config.json. The files of real models disagree, and a
     completion that runs past an end does more harm than one that stops at a second end token.
 
     Args:
-        folder: the model folder.
+        files: the tokenizer files.
         tokenizer: the tokenizer of the folder.
         special_tokens: the tokens that `read_special_tokens` returned.
 
@@ -144,40 +205,25 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str
     ids: set[int] = set()
     if "eos_token" in special_tokens:
         ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = read_json(path).get("eos_token_id") if path.exists() else None
+    for name in EOS_FILES:
+        value = files.json(name).get("eos_token_id") if name in files.content else None
         found = [] if value is None else value if isinstance(value, list) else [value]
         for eos in found:
             if type(eos) is not int or eos < 0:
-                raise _broken(path, "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
+                raise _broken(files.path(name), "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
         ids.update(found)
     if not ids:
-        raise _broken(
-            folder, "the folder names no end-of-sequence token", got="none", wanted="eos_token_id or eos_token"
-        )
+        problem, wanted = "the folder names no end-of-sequence token", "eos_token_id or eos_token"
+        raise _broken(files.where, problem, got="none", wanted=wanted)
     return frozenset(ids)
 
 
-def _token_text(value: Any, name: str, path: Path) -> str:
+def _token_text(value: Any, name: str, path: str) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise _broken(path, f"{name} is not a token", got=value, wanted='str or {"content": str}')
     return text
 
 
-def _read_text(path: Path) -> str:
-    return _read(path, lambda: path.read_text(encoding="utf-8"))
-
-
-def _read(path: Path, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except FileNotFoundError:
-        raise _broken(path, "the file is missing", got="no file", wanted="the file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, "the file cannot be read", got=error, wanted="UTF-8 text") from None
-
-
-def _broken(path: Path, problem: str, got: object, wanted: str) -> ModelFormatError:
-    return ModelFormatError(problem, field=str(path), got=got, wanted=wanted, fix=_FIX)
+def _broken(path: str, problem: str, got: object, wanted: str) -> ModelFormatError:
+    return ModelFormatError(problem, field=path, got=got, wanted=wanted, fix=_FIX)

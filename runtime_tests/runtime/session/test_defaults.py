@@ -20,7 +20,7 @@ from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheErro
 from tp_runtime.generation.rows import new_rows
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
+from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files
 
 IDS = token_ids(30)
 TOLERANCE = 1e-4
@@ -140,6 +140,8 @@ def test_a_patch_file_that_is_missing_or_replaced_is_refused(
         folder = replace(folder, files={name: record for name, record in folder.files.items() if name != DEFAULT_FILE})
     else:
         other.save(folder.path / DEFAULT_FILE)
+        listed = describe_files(folder.path, [DEFAULT_FILE])  # as if the export had listed it
+        folder = replace(folder, files={**folder.files, **listed})
     graph = Graph(folder, "cpu")
     with pytest.raises(ModelFormatError, match="default patch"):
         graph.deltas(graph.default)

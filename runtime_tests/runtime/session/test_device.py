@@ -16,8 +16,8 @@ import pytest
 
 from runtime_tests.committed import GRAPHS
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError
+from tp_runtime.session import Graph, ModelFolder, require_onnxruntime
 from tp_runtime.session import device as device_module
-from tp_runtime.session import require_onnxruntime
 from tp_runtime.session.device import (
     CPU,
     CUDA,
@@ -113,6 +113,28 @@ def test_a_folder_left_by_an_uninstall_does_not_count_as_a_build(monkeypatch):
 def test_a_vendor_build_is_accepted(monkeypatch):
     _installed(monkeypatch)
     assert require_onnxruntime() is onnxruntime
+
+
+@pytest.mark.parametrize("version", [None, KeyError("Version")])
+def test_a_description_left_by_an_uninstall_does_not_count_as_a_build(monkeypatch, version):
+    def read(name):
+        if name == "onnxruntime":
+            return "1.32.0"
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    monkeypatch.setattr(metadata, "version", read)
+    assert require_onnxruntime() is onnxruntime
+
+
+def test_a_build_without_a_distribution_runs_a_model(monkeypatch, tiny_llama_export):
+    """A vendor's build may lie in a folder of PYTHONPATH, or be provided by the application itself."""
+    _installed(monkeypatch)
+    monkeypatch.setattr(onnxruntime, "__spec__", None)
+    assert require_onnxruntime() is onnxruntime
+    graph = Graph(ModelFolder.open(tiny_llama_export), "auto")
+    assert graph.run([1, 2], graph.base).shape == (2, graph.folder.vocab_size)
 
 
 def test_two_installed_builds_are_an_error_with_the_fix(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from tp_runtime.session import PREPARED, Graph, ModelFolder, prepare, prepared
 from tp_runtime.session.prepared import prepared_graph
+from tp_runtime.session.prepared_record import write_record
 
 IDS = token_ids(20)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TP_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def prepared_path(tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_path(_own_records: None, tiny_llama_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = shutil.copytree(tiny_llama_export, tmp_path_factory.mktemp("prepared") / "m")
     assert prepare(ModelFolder.open(path))
     return path
@@ -35,7 +43,8 @@ def copy(prepared_path: Path, tmp_path: Path) -> ModelFolder:
 
 def test_a_prepared_graph_gives_the_logits_of_the_plain_graph(prepared_path: Path, tiny_llama_export: Path) -> None:
     folder = ModelFolder.open(prepared_path)
-    assert prepared_graph(folder) == folder.path / PREPARED / "model.onnx"
+    used = prepared_graph(folder)
+    assert used is not None and used.folder == folder.path / PREPARED
     packed, plain = Graph(folder, "cpu"), Graph(ModelFolder.open(tiny_llama_export), "cpu")
     patch = patch_for(folder, scale=0.3)
     for bound in (None, patch):
@@ -58,26 +67,34 @@ def test_a_prepared_graph_that_fits_is_not_made_again(copy: ModelFolder) -> None
     assert prepare(copy, again=True)
 
 
-def _record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change prepared.json and record the result, as if `prepare` had written it."""
+
     def edit(folder: Path) -> None:
-        file = folder / "prepared.json"
-        record = json.loads(file.read_text())
-        change(record)
-        file.write_text(json.dumps(record))
+        manifest = json.loads((folder / "prepared.json").read_text())
+        change(manifest)
+        _replace(folder, json.dumps(manifest))
 
     return edit
 
 
+def _replace(folder: Path, manifest: str) -> None:
+    (folder / "prepared.json").write_text(manifest)
+    write_record(manifest.encode())
+
+
 STALE: dict[str, Callable[[Path], Any]] = {
-    "another onnxruntime": _record(lambda record: record.update(onnxruntime="1.0")),
-    "another processor": _record(lambda record: record.update(processor="abacus")),
-    "another graph": _record(lambda record: record.update(graph_digest="0" * 64)),
+    "another onnxruntime": _manifest(lambda found: found.update(onnxruntime="1.0")),
+    "another processor": _manifest(lambda found: found.update(processor="abacus")),
+    "another graph": _manifest(lambda found: found.update(graph_digest="0" * 64)),
     "truncated": lambda folder: (folder / "model.onnx").write_bytes(b""),
     "no record": lambda folder: (folder / "prepared.json").unlink(),
-    "no JSON": lambda folder: (folder / "prepared.json").write_text("{"),
-    "a list": lambda folder: (folder / "prepared.json").write_text("[]"),
-    "a file too many": _record(lambda record: record["files"].update({"../model.onnx": 1})),
-    "huge record": lambda folder: (folder / "prepared.json").write_text(" " * 2**17),
+    "no JSON": lambda folder: _replace(folder, "{"),
+    "a list": lambda folder: _replace(folder, "[]"),
+    "a file too many": _manifest(lambda found: found["files"].update({"../model.onnx": found["files"]["weights"]})),
+    "the form of an earlier version": _manifest(lambda found: found["files"].update(weights=1)),
+    "no files": _manifest(lambda found: found.pop("files")),
+    "huge record": lambda folder: _replace(folder, " " * 2**17),
 }
 
 

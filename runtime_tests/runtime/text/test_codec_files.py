@@ -1,0 +1,83 @@
+"""A codec is made of bytes by name: no file is opened, and a name without bytes does not exist."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime_tests.committed import FIXTURES
+from tp_runtime.errors import ModelFormatError
+from tp_runtime.text import TOKENIZER_FILES, TextCodec
+
+MODEL = FIXTURES / "tiny-llama"
+PROMPT = [{"role": "user", "content": "Hi there"}]
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    return {name: (MODEL / name).read_bytes() for name in TOKENIZER_FILES if (MODEL / name).exists()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_a_folder_and_its_bytes_give_the_same_codec(files: dict[str, bytes]) -> None:
+    of_files, of_folder = TextCodec.from_files(files, "m"), TextCodec.from_folder(MODEL)
+    assert of_files.render(PROMPT) == of_folder.render(PROMPT)
+    assert (of_files.eos_ids, of_files.style, of_files.template_source) == (
+        *(of_folder.eos_ids, of_folder.style, of_folder.template_source),
+    )
+
+
+def test_files_on_the_disk_are_not_read(files: dict[str, bytes], folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ 'evil' }}")
+    codec = TextCodec.from_files(files, str(folder))
+    assert codec.template_source != "{{ 'evil' }}"
+    assert TextCodec.from_folder(folder).template_source == "{{ 'evil' }}"  # a raw folder lists nothing
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES[:2])
+def test_a_name_without_bytes_does_not_exist(files: dict[str, bytes], name: str) -> None:
+    del files[name]
+    with pytest.raises(ModelFormatError, match="the file is missing") as caught:
+        TextCodec.from_files(files, "folder of the model")
+    assert caught.value.field == str(Path("folder of the model") / name)
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_bytes_that_cannot_be_parsed_are_an_error_that_names_the_file(files: dict[str, bytes], name: str) -> None:
+    with pytest.raises(ModelFormatError) as caught:
+        TextCodec.from_files({**files, name: b"\xff"}, "m")
+    assert caught.value.field == str(Path("m") / name)
+
+
+def test_a_template_with_other_ends_of_lines_is_the_same_template(files: dict[str, bytes]) -> None:
+    template = "{% for message in messages %}\n{{ message['content'] }}\n{% endfor %}"
+    unix, windows = (
+        TextCodec.from_files({**files, "chat_template.jinja": text.encode()}, "m")
+        for text in (template, template.replace("\n", "\r\n"))
+    )
+    assert unix.template_source == windows.template_source and unix.render(PROMPT) == windows.render(PROMPT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize("kind", ["fifo", "folder", "huge"])
+def test_something_else_than_a_file_in_a_raw_folder_is_an_error_and_no_wait(folder: Path, name: str, kind: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).touch()
+        os.truncate(folder / name, 2**40)
+    with pytest.raises(ModelFormatError, match=r"not a regular file|too large") as caught:
+        TextCodec.from_folder(folder)
+    assert caught.value.field == str(folder / name)
