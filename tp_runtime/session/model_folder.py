@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import ModelFormatError, RequestError, shown
 from ..patch import SlotKey
 from ..storage import REEXPORT, atomic_file, checked_file, sha256_file
 from .description import FORMAT, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
@@ -97,14 +97,14 @@ class ModelFolder:
         for token in tokens:
             if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
                 raise RequestError(
-                    "a token id is not an integer", field="tokens", got=repr(token), wanted="a whole number"
+                    "a token id is not an integer", field="tokens", got=shown(token), wanted="a whole number"
                 )
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.vocab_size:
             raise RequestError(
                 "a token id is outside the vocabulary",
                 field="tokens",
-                got=lowest if lowest < 0 else highest,
+                got=shown(lowest if lowest < 0 else highest),
                 wanted=f"0..{self.vocab_size - 1}",
             )
 
