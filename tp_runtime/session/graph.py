@@ -341,10 +341,12 @@ class Graph:
             RequestError: `tokens` is empty or has an id outside the vocabulary, or the context window cannot hold that
                 many tokens.
         """
-        self.require_cache(cache, bound)
+        # A decode step takes well under a millisecond, so these checks call a function only where they must.
+        if type(cache) is not KVCache or cache.session is not self.mark or cache.key is not getattr(bound, "key", None):
+            self.require_cache(cache, bound)
         if type(tokens) is not list:
             tokens = token_list(tokens)
-        use = cache.hold(held)
+        use = held if held is not None and held in cache.uses else cache.hold(held)
         try:
             position = len(cache) + cache.skipped
             self.folder.check_ids(tokens)

@@ -183,7 +183,8 @@ class KVCache:
         if not tokens:
             raise RequestError("the list of tokens is empty", field="tokens", got=0, wanted="at least one id")
         self.require_start(tokens)
-        self.require_free(held)
+        if held not in self.uses:
+            self.require_free(held)
         common = min(len(self.tokens), len(tokens) - 1)
         if self.tokens[:common] != tokens[:common]:  # in a decode step nothing differs, and one comparison in C is fast
             pairs = zip(self.tokens, tokens, strict=False)

@@ -43,7 +43,7 @@ class Uses:
 
     def __contains__(self, use: object) -> bool:
         """Return whether `use` is a use of this thing and goes on."""
-        return isinstance(use, Use) and use.mark in self._marks
+        return type(use) is Use and use.mark in self._marks
 
     def first(self) -> Use | None:
         """Return the use that began first, of those that go on; None if there is none."""
