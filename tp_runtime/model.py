@@ -36,8 +36,9 @@ MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device h
 class PatchedModel:
     """A base model in a live session, with the patches that are loaded for it.
 
-    Requests may run in several threads at the same time, each under its own patch. `with model.patched(p):` applies to
-    the thread or task that enters it.
+    Requests may run in several threads at the same time, each under its own patch. A KV cache serves one of them at a
+    time, and any other is refused at once (BusyError). `with model.patched(p):` applies to the thread or task that
+    enters it.
 
     Args:
         graph: the session.
@@ -158,6 +159,8 @@ class PatchedModel:
     def patched(self, patch: Patch | str | None, strength: float = 1.0) -> Iterator[PatchedModel]:
         """Within the context, requests of this thread or task run under `patch` unless they name another.
 
+        Leave the context in the thread or task that entered it: another one cannot change what is active there.
+
         Raises:
             PatchError: the patch is not loaded or does not fit. Nothing changes in this case.
         """
@@ -198,6 +201,8 @@ class PatchedModel:
         **options: Unpack[RequestOptions],
     ) -> TextStream:
         """Start a completion; iterate over the result for its text.
+
+        The stream uses its patch and its cache from the first chunk to the end, or until it is closed or dropped.
 
         Args:
             prompt: one user message, or a list of messages; see Request.
@@ -309,7 +314,13 @@ class PatchedModel:
             prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
-        """Return an empty KV cache for a conversation under a patch. Any other patch raises StaleCacheError."""
+        """Return an empty KV cache for a conversation under a patch.
+
+        Another patch or another open model, also one of the same folder, refuses it with StaleCacheError.
+
+        Raises:
+            PatchError: the patch is not loaded or does not fit.
+        """
         return self.graph.new_cache(self._patches.resolve(patch, strength).bound)
 
     def logits(
