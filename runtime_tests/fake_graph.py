@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tp_runtime.errors import RequestError
-from tp_runtime.session import BoundPatch, KVCache
+from tp_runtime.session import BoundPatch, KVCache, Use
 
 VOCAB = 50
 BASE = BoundPatch({}, ("graph", ()))
@@ -36,6 +36,9 @@ class FakeGraph:
     def new_cache(self, bound: BoundPatch) -> KVCache:
         return KVCache(bound.key)
 
+    def require_cache(self, cache: KVCache, bound: BoundPatch) -> None:
+        cache.require_key(bound.key)
+
     def forward(
         self,
         tokens: Sequence[int],
@@ -44,10 +47,12 @@ class FakeGraph:
         *,
         all_logits: bool = False,
         copy: bool = True,
+        held: Use | None = None,
     ) -> np.ndarray:
         assert tokens and not all_logits
         assert len(cache) + len(tokens) <= self.folder.context_window
-        cache.require_key(bound.key)
+        self.require_cache(cache, bound)
+        cache.require_free(held)
         self.runs.append(list(tokens))
         cache.tokens.extend(tokens)
         logits = np.zeros((1, VOCAB), np.float32)

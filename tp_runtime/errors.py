@@ -65,7 +65,7 @@ class PatchInUseError(PatchError):
 
 
 class StaleCacheError(PatchError):
-    """A KV cache made under one patch was passed to a run under another patch."""
+    """A KV cache was passed to a run under another patch or in another session than it was made for."""
 
 
 class ModelError(TPError):
@@ -92,13 +92,37 @@ class RequestError(TPError):
     """A prompt, a message, a sampling value or another setting of a call is not valid."""
 
 
+class BusyError(TPError):
+    """A KV cache or a stream is being used by another request or thread."""
+
+
 class CalibrationError(TPError):
     """The queries cannot be used to fit or to measure a patch."""
 
 
-def require_positive(field: str, value: object) -> None:
-    """Raise RequestError unless the value of the argument `field` is a positive integer."""
+def require_positive(field: str, value: object, most: int | None = None) -> None:
+    """Raise RequestError unless the value of the argument `field` is a positive integer, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(
-            "the value is not a positive integer", field=field, got=repr(value), wanted="a whole number >= 1"
+            "the value is not a positive integer", field=field, got=shown(value), wanted="a whole number >= 1"
         )
+    if most is not None and value > most:
+        raise RequestError("the value is too large", field=field, got=shown(value), wanted=f"at most {most}")
+
+
+def require_flag(field: str, value: object) -> None:
+    """Raise RequestError unless the value of the argument `field` is a boolean."""
+    if not isinstance(value, bool):
+        raise RequestError("the value is not a boolean", field=field, got=shown(value), wanted="True or False")
+
+
+def shown(value: object) -> str:
+    """Return a value's repr for an error, cut to 80 characters.
+
+    Python refuses to write out integers of thousands of digits, and the repr of a foreign object may fail in any way.
+    """
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a value of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,13 +11,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, Final
 
-from .errors import PatchInUseError, PatchTargetError
+from .errors import PatchInUseError, PatchTargetError, RequestError, shown
 from .patch import Patch
-from .session import BoundPatch, Graph
+from .session import BoundPatch, Graph, Uses, not_a_patch
 
 _KEPT_BINDINGS = 8  # bound expressions such as 0.5 * p to keep; they are bound on first use
 
@@ -41,13 +42,13 @@ class LoadedPatch:
         name: the name that requests select it by.
         patch: the patch.
         bound: the patch as bound to the graph.
-        users: the number of requests and `patched` blocks that use it right now.
+        uses: the requests and `patched` blocks that use it right now.
     """
 
     name: str
     patch: Patch
     bound: BoundPatch
-    users: int = 0
+    uses: Uses = field(default_factory=Uses)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,19 @@ class ResolvedPatch:
     bound: BoundPatch
 
 
+@dataclass(eq=False)
+class _Block:
+    """A `patched` block.
+
+    Attributes:
+        resolved: the patch that is active in the block.
+        outer: the block that is active again after this one; None if there is none.
+    """
+
+    resolved: ResolvedPatch
+    outer: _Block | None
+
+
 class LoadedPatches:
     """The loaded patches by name. Any number of threads may use them.
 
@@ -80,7 +94,7 @@ class LoadedPatches:
         # The lock is reentrant because the garbage collector may release a dropped stream at any line, including one
         # that holds the lock.
         self.lock = threading.RLock()
-        self._active: ContextVar[ResolvedPatch | None] = ContextVar("patch", default=None)
+        self._active: ContextVar[_Block | None] = ContextVar("patch", default=None)
 
     def view(self) -> Mapping[str, Patch]:
         """Return the loaded patches by name, read-only."""
@@ -91,14 +105,17 @@ class LoadedPatches:
         """Store a bound patch under a name.
 
         Raises:
+            RequestError: the name is not a string.
             PatchInUseError: the name is taken.
         """
+        if not isinstance(name, str):
+            raise RequestError("the name is not a string", field="name", got=shown(name), wanted="a str")
         with self.lock:
             if name in self._loaded:
                 raise PatchInUseError(
                     "the name is taken",
                     field="name",
-                    got=repr(name),
+                    got=shown(name),
                     wanted=f"none of {sorted(self._loaded)}",
                     fix="call unload_patch first, or load_patch(..., name='another')",
                 )
@@ -112,7 +129,7 @@ class LoadedPatches:
             PatchInUseError: a request or a `patched` block is using it.
         """
         with self.lock:
-            users = self.by_name(name).users
+            users = len(self.by_name(name).uses)
             if users:
                 raise PatchInUseError(
                     "the patch is in use",
@@ -125,12 +142,28 @@ class LoadedPatches:
     @contextmanager
     def activate(self, resolved: ResolvedPatch) -> Iterator[None]:
         """Within the context, requests of this thread or task run under `resolved` unless they name another."""
+        block = _Block(resolved, self._active.get())
         with self.using(resolved.loaded):
-            token = self._active.set(resolved)
+            # An interrupt may arrive at any line. There are two `finally`, because it may arrive at the first one too,
+            # and a block that stays active would change every later request of the thread.
             try:
-                yield
+                try:
+                    self._active.set(block)
+                    yield
+                finally:
+                    self._leave(block)
             finally:
-                self._active.reset(token)
+                self._leave(block)
+
+    def _leave(self, block: _Block) -> None:
+        """End a block in this context. Blocks may end in any order; leaving a block again has no effect."""
+        inner = self._active.get()
+        if inner is block:
+            self._active.set(block.outer)
+        while inner is not None:
+            if inner.outer is block:
+                inner.outer = block.outer
+            inner = inner.outer
 
     def by_name(self, name: str) -> LoadedPatch:
         """Return the loaded patch of that name.
@@ -140,11 +173,11 @@ class LoadedPatches:
         """
         try:
             return self._loaded[name]
-        except KeyError:
+        except (KeyError, TypeError):  # the TypeError is that of a value that cannot be a key, such as a list
             raise PatchTargetError(
                 "no patch of that name is loaded",
                 field="patch",
-                got=repr(name),
+                got=shown(name),
                 wanted=", ".join(map(repr, list(self._loaded))) or "a loaded patch, but none is loaded",
                 fix="load_patch(path, name) first",
             ) from None
@@ -161,7 +194,8 @@ class LoadedPatches:
             PatchError: the patch is not loaded or does not fit, or a strength is given and there is no patch to scale.
         """
         if isinstance(patch, Active):
-            resolved = self._active.get() or ResolvedPatch(None, None, self._default)
+            active = self._active.get()
+            resolved = ResolvedPatch(None, None, self._default) if active is None else active.resolved
         elif isinstance(patch, str):
             loaded = self.by_name(patch)
             resolved = ResolvedPatch(loaded, loaded.patch, loaded.bound)
@@ -172,13 +206,13 @@ class LoadedPatches:
             resolved = ResolvedPatch(None, None, self._graph.base)
         else:
             raise not_a_patch(patch, "a name, a Patch, or None")
-        if strength == 1.0:
+        if isinstance(strength, Real) and strength == 1.0:
             return resolved
         if resolved.patch is None:
             raise PatchTargetError(
                 "a strength is given, but there is no patch to scale",
                 field="strength",
-                got=strength,
+                got=shown(strength),
                 wanted="1.0, or a patch",
                 fix="pass patch=",
             )
@@ -211,27 +245,18 @@ class LoadedPatches:
         if loaded is None:
             yield
             return
-        with self.lock:
-            if self.by_name(loaded.name) is not loaded:
-                raise PatchTargetError(
-                    "the patch was unloaded before it was used, and another patch now has its name",
-                    field="patch",
-                    got=repr(loaded.name),
-                    fix="start the request again",
-                )
-            loaded.users += 1
+        use = None
         try:
+            with self.lock:
+                if self.by_name(loaded.name) is not loaded:
+                    raise PatchTargetError(
+                        "the patch was unloaded before it was used, and another patch now has its name",
+                        field="patch",
+                        got=shown(loaded.name),
+                        fix="start the request again",
+                    )
+                use = loaded.uses.begin()
             yield
         finally:
-            with self.lock:
-                loaded.users -= 1
-
-
-def not_a_patch(got: object, wanted: str) -> PatchTargetError:
-    """Return the error for a value that should have been a patch."""
-    return PatchTargetError(
-        "the value is not a patch",
-        field="patch",
-        got=type(got).__name__,
-        wanted=wanted,
-    )
+            if use is not None:
+                use.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,20 @@ from typing import Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import PatchFormatError, RequestError
+from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
 from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
-from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice, not_a_patch
+from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
 from .patch import Patch
-from .session import BoundPatch, Graph, KVCache, ModelFolder, ProbeCheck, SessionOptions, check_probe
+from .session import (
+    BoundPatch,
+    Graph,
+    KVCache,
+    ModelFolder,
+    ProbeCheck,
+    SessionOptions,
+    check_probe,
+    not_a_patch,
+)
 from .text import (
     TOKENIZER_FILES,
     EncodedRequest,
@@ -30,12 +40,15 @@ from .text import (
 
 log = logging.getLogger("tp_runtime")
 
+MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
+
 
 class PatchedModel:
     """A base model in a live session, with the patches that are loaded for it.
 
-    Requests may run in several threads at the same time, each under its own patch. `with model.patched(p):` applies to
-    the thread or task that enters it.
+    Requests may run in several threads at the same time, each under its own patch. A KV cache serves one of them at a
+    time, and any other is refused at once (BusyError). `with model.patched(p):` applies to the thread or task that
+    enters it.
 
     Args:
         graph: the session.
@@ -89,11 +102,16 @@ class PatchedModel:
             RequestError: `threads` is not a positive integer, `prefix_cache_bytes` is not a number of bytes, another
                 option is not valid, or `cuda_graphs` is set for a graph of the `optimum` route.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise ModelFormatError(
+                "the value is not a path", field="path", got=shown(path), wanted="a folder written by tp-export"
+            )
+        require_flag("verify", verify)
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
         content = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
         codec = TextCodec.from_files(content, str(folder.path), "chat" if folder.style == "chat" else "completion")
-        if isinstance(patch, str | Path):
+        if isinstance(patch, str | os.PathLike):
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):
             raise not_a_patch(patch, "a Patch, its file, or None")
@@ -125,9 +143,13 @@ class PatchedModel:
             PatchInUseError: the name is taken.
             PatchError: the file is damaged or the patch does not fit this model; or `check` is set, and the patch has
                 no probe or the device does not reproduce it.
+            RequestError: the name is not a string, or `check` is not a boolean.
         """
-        if not isinstance(patch, Patch):
+        require_flag("check", check)
+        if isinstance(patch, str | os.PathLike):
             patch = Patch.load(patch)
+        if not isinstance(patch, Patch):
+            raise not_a_patch(patch, "a Patch, or the path of its file")
         name = patch.name if name is None else name
         bound = self.graph.bind(patch)
         if check:
@@ -148,6 +170,8 @@ class PatchedModel:
     def patched(self, patch: Patch | str | None, strength: float = 1.0) -> Iterator[PatchedModel]:
         """Within the context, requests of this thread or task run under `patch` unless they name another.
 
+        Leave the context in the thread or task that entered it: another one cannot change what is active there.
+
         Raises:
             PatchError: the patch is not loaded or does not fit. Nothing changes in this case.
         """
@@ -161,7 +185,11 @@ class PatchedModel:
             PatchFormatError: the patch has no probe.
             PatchError: the patch is not loaded or does not fit.
         """
-        return check_probe(self.graph, self._patches.by_name(patch).patch if isinstance(patch, str) else patch)
+        if isinstance(patch, str):
+            patch = self._patches.by_name(patch).patch
+        if not isinstance(patch, Patch):
+            raise not_a_patch(patch, "the name of a loaded patch, or a Patch")
+        return check_probe(self.graph, patch)
 
     def _require_live(self, patch: Patch) -> None:
         result = check_probe(self.graph, patch)
@@ -185,6 +213,8 @@ class PatchedModel:
     ) -> TextStream:
         """Start a completion; iterate over the result for its text.
 
+        The stream uses its patch and its cache from the first chunk to the end, or until it is closed or dropped.
+
         Args:
             prompt: one user message, or a list of messages; see Request.
             cache: a cache from `new_cache`, which continues from earlier text of the same conversation.
@@ -193,7 +223,8 @@ class PatchedModel:
         Raises:
             RequestError: the prompt or an option is not valid.
             PatchError: the patch is not loaded or does not fit.
-            StaleCacheError: `cache` was made under another patch.
+            StaleCacheError: `cache` was made under another patch or by another open model.
+            BusyError: another request is using `cache`. If it begins after this call, reading the stream raises it.
         """
         request = self._encode(Request.of(prompt, **options))
         ids = generate(
@@ -233,13 +264,14 @@ class PatchedModel:
             prompt ran separately, apart from rounding (docs/serving.md).
 
         Raises:
-            RequestError, PatchError, StaleCacheError: as for `stream`. With several prompts these are raised before any
-                prompt is run.
+            RequestError, PatchError, StaleCacheError, BusyError: as for `stream`, and `rows` is not a positive integer
+                or too large. With several prompts these are raised before any prompt is run.
         """
+        require_positive("rows", rows, MOST_ROWS)
         if not _is_several(prompt):
             return "".join(self.stream(prompt, **options))
         each = _spread(options, len(prompt))
-        with self.batch(rows) as batch:
+        with self.batch(min(rows, len(prompt))) as batch:
             completions = [batch.add(one, **own) for one, own in zip(prompt, each, strict=True)]
             while batch.step():
                 pass
@@ -255,7 +287,11 @@ class PatchedModel:
             rows: the largest number of completions that run at the same time. Further completions wait.
             prefill_tokens: the largest number of prompt tokens to run between two tokens of the running completions. A
                 larger number lets a new prompt answer sooner, but the running completions wait longer for each token.
+
+        Raises:
+            RequestError: `rows` or `prefill_tokens` is not a positive integer, or `rows` is too large.
         """
+        require_positive("rows", rows, MOST_ROWS)
         return TextBatch(self.graph, self.codec, self._patches, rows, self.prefix_cache, prefill_tokens)
 
     def prefill(
@@ -289,7 +325,13 @@ class PatchedModel:
             prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
-        """Return an empty KV cache for a conversation under a patch. Any other patch raises StaleCacheError."""
+        """Return an empty KV cache for a conversation under a patch.
+
+        Another patch or another open model, also one of the same folder, refuses it with StaleCacheError.
+
+        Raises:
+            PatchError: the patch is not loaded or does not fit.
+        """
         return self.graph.new_cache(self._patches.resolve(patch, strength).bound)
 
     def logits(
@@ -303,13 +345,13 @@ class PatchedModel:
             The logits [T, vocab] of the T ids, float32.
 
         Raises:
-            RequestError: there are no ids, an id is outside the vocabulary, the ids do not fit the context window, or
-                they do not start with the ids that the patch's KV prefix replaces.
+            RequestError: `token_ids` is not a list of ids or is empty, an id is outside the vocabulary, the ids do not
+                fit the context window, or they do not start with the ids that the patch's KV prefix replaces.
             PatchError: the patch is not loaded or does not fit.
         """
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
-            return self.graph.run(list(token_ids), resolved.bound)
+            return self.graph.run(token_ids, resolved.bound)
 
 
 def _is_several(prompt: Any) -> bool:

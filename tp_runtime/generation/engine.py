@@ -6,14 +6,15 @@ the next id from a sampler. The tests run it with a fake graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
-from ..session import BoundPatch, KVCache, ModelFolder
+from ..session import BoundPatch, KVCache, ModelFolder, Use
 from .prefix_cache import Content, PrefixCache
 from .sampling import Sampler, Sampling
 
@@ -26,6 +27,9 @@ class Steps(Protocol):
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """Return an empty cache for runs under `bound`."""
 
+    def require_cache(self, cache: KVCache, bound: BoundPatch) -> None:
+        """Raise unless this graph made `cache`, for runs under `bound`; see Graph.require_cache."""
+
     def forward(
         self,
         tokens: Sequence[int],
@@ -34,6 +38,7 @@ class Steps(Protocol):
         *,
         all_logits: bool = False,
         copy: bool = True,
+        held: Use | None = None,
     ) -> NDArray[np.float32]:
         """Run `tokens` after the tokens in `cache` and return logits [1 or len(tokens), vocab]; see Graph.forward."""
 
@@ -51,7 +56,7 @@ def generate(
     eos_ids: frozenset[int],
     cache: KVCache | None = None,
     prefix_cache: PrefixCache | None = None,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Yield the ids of a completion, including the end-of-sequence id if it is reached.
 
     The prompt is run when the first id is requested. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
@@ -65,18 +70,20 @@ def generate(
         max_new_tokens: the largest number of new tokens, at least 1.
         eos_ids: the ids that end a completion.
         cache: the cache of an earlier completion under the same patch. The ids that it shares with `prompt` are not run
-            again. Afterwards it holds everything that was run here, so that a conversation can continue from it.
-            Completions that alternate on one cache cost each other a new prefill, and have no other effect.
+            again. Afterwards it holds everything that was run here, so that a conversation can continue from it. From
+            the first id to the end of the completion, or until it is closed, no other request can use the cache.
         prefix_cache: the store of earlier prompts' keys and values, which the prompt starts from; it is ignored if
             `cache` is passed. This completion's keys and values are stored in it after the prompt and at the end.
 
     Raises:
         RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix, or
             `max_new_tokens` is not a positive integer.
-        StaleCacheError: `cache` was made under another patch.
+        StaleCacheError: `cache` was made under another patch or by another graph.
+        BusyError: another request is using `cache`. If it begins after this call, the first id raises it.
     """
     if cache is not None:
-        cache.require_key(bound.key)  # this must come before anything in the cache is dropped
+        graph.require_cache(cache, bound)  # this must come before anything in the cache is dropped
+        cache.require_free()
         prefix_cache = None
     token_limit = check_request(graph.folder, prompt, bound, max_new_tokens)
     if cache is None:
@@ -141,36 +148,41 @@ def _loop(
     token_limit: int,
     eos_ids: frozenset[int],
     cache: KVCache,
-) -> Iterator[int]:
-    while True:
-        # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last token.
-        #    Only the logits of the last position are needed.
-        kept = cache.keep_prefix(tokens)
-        logits = graph.forward(tokens[kept:], cache, bound, copy=False)
-        # 2. Pick the next token, yield it, and stop if the completion has ended.
-        token = sampler.pick(logits[-1], tokens)
-        tokens.append(token)
-        yield token
-        if token in eos_ids or len(tokens) == token_limit:
-            return
+) -> Generator[int]:
+    held = cache.hold()
+    try:
+        while True:
+            # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
+            #    token. Only the logits of the last position are needed.
+            kept = cache.keep_prefix(tokens, held)
+            logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
+            # 2. Pick the next token, yield it, and stop if the completion has ended.
+            token = sampler.pick(logits[-1], tokens)
+            tokens.append(token)
+            yield token
+            if token in eos_ids or len(tokens) == token_limit:
+                return
+    finally:
+        held.end()
 
 
 def _stored(
-    graph: Steps, prompt: Sequence[int], ids: Iterator[int], cache: KVCache, prefix_cache: PrefixCache
-) -> Iterator[int]:
+    graph: Steps, prompt: Sequence[int], ids: Generator[int], cache: KVCache, prefix_cache: PrefixCache
+) -> Generator[int]:
     """Yield `ids`, which run in `cache`.
 
     `prefix_cache` fills `cache` before the prompt is run, and stores its contents after the prompt and at the end.
     """
     prefix_cache.fill(cache, prompt)
     fresh = True
-    for token in ids:
-        if fresh:
-            prefix_cache.keep(cache, lambda: graph.content(cache))
-            fresh = False
-        try:
-            yield token
-        except GeneratorExit:  # the caller stopped early; after a run that failed nothing is stored
-            prefix_cache.keep(cache, lambda: graph.content(cache))
-            raise
+    with closing(ids):
+        for token in ids:
+            if fresh:
+                prefix_cache.keep(cache, lambda: graph.content(cache))
+                fresh = False
+            try:
+                yield token
+            except GeneratorExit:  # the caller stopped early; after a run that failed nothing is stored
+                prefix_cache.keep(cache, lambda: graph.content(cache))
+                raise
     prefix_cache.keep(cache, lambda: graph.content(cache))

@@ -89,17 +89,20 @@ class PrefixCache:
         """
         wanted = np.array(tokens[:-1], np.int64)
         with self._lock:
+            entries = self._entries  # places in this tuple stay valid, whatever the garbage collector stores meanwhile
             common, best = max(
-                ((entry.common(cache.key, wanted), place) for place, entry in enumerate(self._entries)), default=(0, -1)
+                ((entry.common(cache.key, wanted), place) for place, entry in enumerate(entries)), default=(0, -1)
             )
             if common <= len(cache):
                 self.misses += 1
                 return
             self.hits += 1
-            entry = self._entries[best]
+            entry = entries[best]
             self._touch(entry)
+        filled = cache.filled + common - len(cache)
+        # The tokens come last: a cache that is interrupted here holds no token without its keys and values.
+        cache.start = {name: array[:, :filled] for name, array in entry.content.items()}
         cache.tokens[:] = tokens[:common]
-        cache.start = {name: array[:, : cache.filled] for name, array in entry.content.items()}
 
     def keep(self, cache: KVCache, content: Callable[[], Content]) -> bool:
         """Store what a cache holds; the new entry replaces the entries that it extends.
@@ -121,16 +124,37 @@ class PrefixCache:
         if sum(array.nbytes for array in found.values()) > self.budget:
             return False
         new = _Entry(cache.key, tokens, {name: _frozen(array) for name, array in found.items()})
-        with self._lock:
-            kept = [entry for entry in self._entries if entry.common(new.key, tokens) < len(entry.tokens)]
+
+        def added(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+            kept = [entry for entry in entries if entry.common(new.key, tokens) < len(entry.tokens)]
             room = self.budget - new.nbytes - sum(entry.nbytes for entry in kept)
             while room < 0:
                 room += kept.pop(0).nbytes
-            self._entries = (*kept, new)
+            return (*kept, new)
+
+        self._change(added)
         return True
 
     def _touch(self, entry: _Entry) -> None:
-        self._entries = (*(other for other in self._entries if other is not entry), entry)
+        def touched(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+            others = tuple(other for other in entries if other is not entry)
+            return entries if len(others) == len(entries) else (*others, entry)
+
+        self._change(touched)
+
+    def _change(self, change: Callable[[tuple[_Entry, ...]], tuple[_Entry, ...]]) -> None:
+        """Replace the entries by `change` of them.
+
+        If the garbage collector changes them meanwhile, on this thread and under the same lock, the change starts again
+        from what it left.
+        """
+        with self._lock:
+            while True:
+                before = self._entries
+                after = change(before)
+                if self._entries is before:
+                    self._entries = after
+                    return
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

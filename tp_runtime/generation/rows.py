@@ -65,7 +65,7 @@ class BatchedRows:
         self._change()
         self._kv.reserve(cache.filled + 1)
         self._kv.put(len(self._caches), content)
-        cache.buffers, cache.binding, cache.capacity, cache.start = {}, None, 0, None
+        cache.hand_over()
         self._caches.append(cache)
         self._bounds.append(bound)
 

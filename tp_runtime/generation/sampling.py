@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import ModelFormatError, RequestError, shown
 
 _NUCLEUS = 256  # the number of tokens that top_p sorts first: the nucleus of a trained model is rarely larger
 
@@ -53,7 +53,7 @@ class Sampling:
                 continue
             # A bool is an int in Python, but as a setting it is a mistake.
             if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
-                raise RequestError("the sampling value is not valid", field=name, got=repr(value), wanted=wanted)
+                raise RequestError("the sampling value is not valid", field=name, got=shown(value), wanted=wanted)
 
 
 _RULES: tuple[tuple[str, type, Callable[[Any], bool], str], ...] = (

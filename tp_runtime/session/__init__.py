@@ -3,20 +3,21 @@
 This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
-from .bound_patch import BoundPatch
+from .bound_patch import BoundPatch, not_a_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import grown_capacity
-from .kv_cache import CacheKey, KVCache
+from .kv_cache import CacheKey, KVCache, require_cache, token_list
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
 from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
+from .uses import Use, Uses
 
 __all__ = [
     "DEFAULT_FILE",
@@ -36,6 +37,8 @@ __all__ = [
     "SessionOptions",
     "SessionSettings",
     "Slot",
+    "Use",
+    "Uses",
     "check_base",
     "check_interface",
     "check_prepared",
@@ -46,11 +49,14 @@ __all__ = [
     "grown_capacity",
     "has_prepared",
     "measure_probe",
+    "not_a_patch",
     "past_name",
     "prepare",
     "present_name",
+    "require_cache",
     "require_onnxruntime",
     "share_threads",
     "slot_arrays",
+    "token_list",
     "write_slots_file",
 ]

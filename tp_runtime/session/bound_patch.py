@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import PatchTargetError
 from ..patch import Delta, KVPrefix, SlotKey
 from .kv_cache import CacheKey
 
@@ -26,3 +27,21 @@ class BoundPatch:
     key: CacheKey
     prefix: KVPrefix | None = None
     deltas: Mapping[SlotKey, Delta] | None = None
+
+
+def require_bound(bound: object) -> None:
+    """Raise PatchTargetError unless the value is a bound patch."""
+    if not isinstance(bound, BoundPatch):
+        raise PatchTargetError(
+            "the value is not a bound patch", field="bound", got=type(bound).__name__, wanted="the result of bind"
+        )
+
+
+def not_a_patch(got: object, wanted: str) -> PatchTargetError:
+    """Return the error for a value that should have been a patch."""
+    return PatchTargetError(
+        "the value is not a patch",
+        field="patch",
+        got=type(got).__name__,
+        wanted=wanted,
+    )

@@ -18,7 +18,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceUnavailableError, ModelFormatError, RequestError
+from ..errors import DeviceUnavailableError, ModelFormatError, RequestError, shown
 from .description import GRAPH_FILE
 
 if TYPE_CHECKING:
@@ -134,9 +134,9 @@ def select_device(requested: str) -> Device:
         DeviceUnavailableError: the name is unknown, there is no usable ONNX Runtime, or `cuda` is requested and the
             build does not have it.
     """
-    if requested not in DEVICES:
+    if not isinstance(requested, str) or requested not in DEVICES:
         raise DeviceUnavailableError(
-            "the device is unknown", field="device", got=repr(requested), wanted="one of " + ", ".join(DEVICES)
+            "the device is unknown", field="device", got=shown(requested), wanted="one of " + ", ".join(DEVICES)
         )
     ort = require_onnxruntime()
     if requested == "cpu":
@@ -174,11 +174,17 @@ def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
     """Return the options of the CUDA provider in the form that it accepts: names and values are strings.
 
     Raises:
-        RequestError: a name is not a string, a value is not a string or a whole number, or an option must be set in
-            another place.
+        RequestError: `options` is not a mapping, a name is not a string, a value is not a string or a whole number, or
+            an option must be set in another place.
     """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise RequestError(
+            "the value is not a mapping of options", field="cuda_options", got=shown(options), wanted="a dict, or None"
+        )
     checked = {}
-    for name, value in (options or {}).items():
+    for name, value in options.items():
         if name in _SET_ELSEWHERE:
             raise RequestError(
                 "this option cannot be set here", field="cuda_options", got=name, fix=_SET_ELSEWHERE[name]
@@ -187,7 +193,7 @@ def check_cuda_options(options: Mapping[str, object] | None) -> dict[str, str]:
             raise RequestError(
                 "the name or the value of an option has the wrong type",
                 field="cuda_options",
-                got=f"{name!r}: {value!r}",
+                got=f"{shown(name)}: {shown(value)}",
                 wanted="a name with a string or a whole number",
                 fix="write on and off as 1 and 0, and look up the names in ONNX Runtime's documentation",
             )

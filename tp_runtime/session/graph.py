@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import count
 from typing import Any, Unpack
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import ModelFormatError, RequestError
 from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
 from ..storage import REEXPORT
-from .bound_patch import BoundPatch
+from .bound_patch import BoundPatch, not_a_patch, require_bound
 from .cuda_graphs import CapturedDecode, check_capturable
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
@@ -27,17 +28,19 @@ from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
-from .kv_cache import KVCache
+from .kv_cache import KVCache, SessionMark, require_cache, token_list
 from .model_folder import DEFAULT_FILE, ModelFolder
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, fit_slots, slot_arrays
 from .step_io import StepIO
 from .threads import set_threads
+from .uses import Use
 
 log = logging.getLogger("tp_runtime")
 
 LARGEST_DEFAULT = 4 << 30  # bytes of the default patch's file, as for every patch
+_numbers = count(1)  # of the sessions of this process, so that an error can tell two over one folder apart
 
 
 class Graph:
@@ -56,6 +59,7 @@ class Graph:
         session: ONNX Runtime's session.
         ort: the onnxruntime module.
         dtype: the dtype of slots, keys and values.
+        mark: the mark on the caches that this session makes; it runs no others.
         kv: the object that manages the key/value buffers of single sequences.
         captured: the captured decode buffers; None if nothing is captured.
         capture_failure: why nothing is captured although `cuda_graphs` asked for it; None otherwise.
@@ -90,6 +94,7 @@ class Graph:
             check_capturable(folder, device)
         self.ort = require_onnxruntime()
         self.folder = folder
+        self.mark = SessionMark(f"session {next(_numbers)} over {folder.path.name}")
         self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
@@ -97,6 +102,8 @@ class Graph:
         terms = folder.default_patch.terms if folder.default_patch else ()
         deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
         if defaults is not None:
+            if not isinstance(defaults, Patch):
+                raise not_a_patch(defaults, "a Patch, or None")
             self._check(defaults)
             defaults = self._repaired(defaults)
             terms, deltas = defaults.terms, defaults.deltas
@@ -169,10 +176,12 @@ class Graph:
 
         Raises:
             BaseMismatchError: the patch was fitted on another base, or on a quantised base of another precision.
-            PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the slots.
+            PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the slots, or is not a patch.
         """
         if patch is None:
             return self.base
+        if not isinstance(patch, Patch):
+            raise not_a_patch(patch, "a Patch, or None")
         self._check(patch)  # this comes first because the fit does not depend on the strength or on the defaults
         if not patch.terms:
             return self.base
@@ -220,8 +229,9 @@ class Graph:
         """Return the deltas of `bound`, by (layer, site). Those of the folder's default patch are read on first use.
 
         Raises:
-            ModelFormatError, PatchError: the folder's default patch cannot be read.
+            ModelFormatError, PatchError: the folder's default patch cannot be read, or `bound` is not a bound patch.
         """
+        require_bound(bound)
         return self._folder_default.deltas if bound.deltas is None else bound.deltas
 
     @cached_property
@@ -245,11 +255,38 @@ class Graph:
         return patch
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
-        """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one."""
-        return KVCache(bound.key, bound.prefix)
+        """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one.
+
+        Raises:
+            PatchTargetError: `bound` is not a bound patch.
+        """
+        require_bound(bound)
+        cache = KVCache(bound.key, bound.prefix)
+        cache.session = self.mark
+        return cache
+
+    def require_cache(self, cache: KVCache, bound: BoundPatch) -> None:
+        """Check that this session made `cache`, for runs under `bound`.
+
+        Raises:
+            RequestError: the value is not a cache.
+            PatchTargetError: `bound` is not a bound patch.
+            StaleCacheError: the cache was made under another patch or by another session, or is part of a batch now.
+        """
+        require_cache(cache)
+        require_bound(bound)
+        cache.require_key(bound.key)
+        cache.require_session(self.mark)
 
     def content(self, cache: KVCache) -> dict[str, NDArray[Any]]:
-        """Return a cache's keys and values [heads, filled, head dim] by graph input name, valid until its next run."""
+        """Return a cache's keys and values [heads, filled, head dim] by graph input name, valid until its next run.
+
+        Raises:
+            RequestError: the value is not a cache.
+            StaleCacheError: another session made the cache, or it is part of a batch now.
+        """
+        require_cache(cache)
+        cache.require_session(self.mark)
         with self._exclusive():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
@@ -275,6 +312,7 @@ class Graph:
         Raises:
             RequestError: `forward` raises it, or `tokens` cannot follow the prefix.
         """
+        tokens = token_list(tokens)
         cache = self.new_cache(bound)
         cache.require_start(tokens)
         return self.forward(tokens[len(cache) :], cache, bound, all_logits=True)
@@ -287,6 +325,7 @@ class Graph:
         *,
         all_logits: bool = False,
         copy: bool = True,
+        held: Use | None = None,
     ) -> NDArray[np.float32]:
         """Run `tokens` after the tokens that `cache` holds, and append them to it.
 
@@ -297,30 +336,41 @@ class Graph:
             all_logits: whether to return the logits of every token instead of only the last token's.
             copy: whether the returned logits are the caller's own array. If not, the cache's next run may overwrite
                 them. This saves a copy, which takes longer than picking a token.
+            held: the caller's use of the cache (KVCache.hold). None takes the cache for this run only.
 
         Returns:
             Logits [len(tokens) or 1, vocab], float32.
 
         Raises:
-            StaleCacheError: the cache was made under another patch or graph.
+            StaleCacheError: the cache was made under another patch or by another session.
+            BusyError: another request or thread is using the cache.
             RequestError: `tokens` is empty or has an id outside the vocabulary, or the context window cannot hold that
                 many tokens.
         """
-        cache.require_key(bound.key)
-        position = len(cache) + cache.skipped
-        self.folder.check_ids(tokens)
-        if position + len(tokens) > self.folder.context_window:
-            raise RequestError(
-                "the context window cannot hold this many tokens",
-                field="tokens",
-                got=position + len(tokens),
-                wanted=f"at most {self.folder.context_window}",
-                fix="shorten the prompt or the conversation",
-            )
-        with self._exclusive():
-            logits = self._run(tokens, position, cache, bound, all_logits, copy)
-            cache.tokens.extend(tokens)
-        return logits
+        # A decode step takes well under a millisecond, so these checks call a function only where they must.
+        if type(cache) is not KVCache or cache.session is not self.mark or cache.key is not getattr(bound, "key", None):
+            self.require_cache(cache, bound)
+        if type(tokens) is not list:
+            tokens = token_list(tokens)
+        use = held if held is not None and held in cache.uses else cache.hold(held)
+        try:
+            position = len(cache) + cache.skipped
+            self.folder.check_ids(tokens)
+            if position + len(tokens) > self.folder.context_window:
+                raise RequestError(
+                    "the context window cannot hold this many tokens",
+                    field="tokens",
+                    got=position + len(tokens),
+                    wanted=f"at most {self.folder.context_window}",
+                    fix="shorten the prompt or the conversation",
+                )
+            with self._exclusive():
+                logits = self._run(tokens, position, cache, bound, all_logits, copy)
+                cache.tokens.extend(tokens)
+            return logits
+        finally:
+            if held is None:
+                use.end()
 
     def _after_run(self) -> None:
         """After the first run, move the weights to huge pages; doing it earlier would delay the first token."""

@@ -1,28 +1,44 @@
-"""The KV cache of one sequence, which belongs to one patch.
+"""The KV cache of one sequence, which belongs to one session and one patch, and to one request at a time.
 
 A patch changes the keys and values of every later layer, so a cache made under one patch is wrong under another. Each
-cache stores the key it was made under, and the graph refuses to run it under any other key.
+cache stores the key it was made under, and the graph refuses to run it under any other key. Its buffers belong to the
+session that made it, so every other session refuses it, also one over the same folder. And two requests that ran in one
+cache would write over each other, so a request takes the cache while it runs, and any other gets an error at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
-from ..errors import StaleCacheError
+from ..errors import BusyError, RequestError, StaleCacheError, shown
 from ..patch import KVPrefix
 from .step_io import StepIO
+from .uses import Use, Uses
 
 # The graph digest and the ordered terms (patch identity, strength); the base has no terms.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class SessionMark:
+    """The mark that a session puts on its caches. Two sessions never have the same mark, also over one folder.
+
+    Attributes:
+        name: the session for people.
+    """
+
+    name: str
+
+
+@dataclass(eq=False)
 class KVCache:
-    """The keys and values of the tokens run so far. Only one run at a time may use a cache.
+    """The keys and values of the tokens run so far. One request at a time may use a cache; see `hold`.
+
+    A cache cannot be copied, because the copy would write into the same buffers.
 
     Attributes:
         key: the graph and the patch that the cache was made under.
@@ -36,6 +52,8 @@ class KVCache:
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
             never written.
         step: the ids and logits that are bound to `binding` since the last decode step; None after any other run.
+        session: the session that made the cache; None if a batch has taken over its contents.
+        uses: the requests that use the cache. The first one holds it, and any other is about to be refused.
     """
 
     key: CacheKey
@@ -46,6 +64,8 @@ class KVCache:
     binding: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
     step: StepIO | None = None
+    session: SessionMark | None = field(default=None, init=False)
+    uses: Uses = field(default_factory=Uses, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prefix is not None and not self.tokens:
@@ -69,11 +89,11 @@ class KVCache:
     def require_start(self, tokens: Sequence[int]) -> None:
         """Raise RequestError unless a prompt of `tokens` can follow the prefix."""
         if self.prefix is not None:
-            self.prefix.require_start(tokens)
+            self.prefix.require_start(tokens if type(tokens) is list else token_list(tokens))
 
     def require_key(self, key: CacheKey) -> None:
         """Raise StaleCacheError unless the cache was made under `key`."""
-        if self.key != key:
+        if type(key) is not tuple or self.key != key:
             raise StaleCacheError(
                 "the KV cache was made under another patch",
                 field="cache",
@@ -82,15 +102,89 @@ class KVCache:
                 fix="start a new cache after a switch",
             )
 
-    def keep_prefix(self, tokens: list[int]) -> int:
+    def require_session(self, session: SessionMark) -> None:
+        """Raise StaleCacheError unless the cache was made by `session` and still has its contents."""
+        if self.session is not session:
+            raise StaleCacheError(
+                "the KV cache was made by another open model, or a batch took over its contents",
+                field="cache",
+                got="a cache of no session" if self.session is None else f"a cache of {self.session.name}",
+                wanted=f"a cache of {session.name}",
+                fix="use a cache only with the open model whose new_cache made it",
+            )
+
+    def hand_over(self) -> None:
+        """Give up the contents, which a batch has taken over. From then on every session refuses the cache."""
+        self.session = None
+        self.buffers, self.binding, self.capacity, self.start, self.step = {}, None, 0, None, None
+
+    # -- one request at a time -------------------------------------------------------------------------------
+
+    def hold(self, held: Use | None = None) -> Use:
+        """Take the cache for a request. Nobody else can use it until the use ends or is dropped.
+
+        Args:
+            held: the use that the caller has already. None begins one.
+
+        Returns:
+            `held`, or the new use.
+
+        Raises:
+            BusyError: another request holds the cache.
+        """
+        self.require_free(held)
+        if held is not None:
+            return held
+        use = self.uses.begin()
+        if self.uses.first() is not use:  # another thread was faster
+            use.end()
+            raise _busy()
+        return use
+
+    def require_free(self, held: Use | None = None) -> None:
+        """Raise BusyError if a request other than that of `held` holds the cache."""
+        if held is None:
+            if self.uses.first() is not None:
+                raise _busy()
+        elif held not in self.uses:
+            raise _busy()
+
+    def __copy__(self) -> NoReturn:
+        raise RequestError(
+            "a KV cache cannot be copied or pickled",
+            field="cache",
+            got=f"a cache of {len(self)} tokens",
+            fix="make another with new_cache; a model with a prefix cache does not run a shared beginning again",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__copy__()
+
+    # -- the tokens ------------------------------------------------------------------------------------------
+
+    def keep_prefix(self, tokens: Sequence[int], held: Use | None = None) -> int:
         """Drop all tokens after the longest common prefix with `tokens`; returns the length of that common prefix.
 
         The common prefix never includes the last of `tokens`, because the logits of that token are needed to continue.
 
+        Args:
+            tokens: at least one id.
+            held: the caller's use of the cache, if it holds the cache.
+
         Raises:
-            RequestError: `tokens` cannot follow the patch's KV prefix.
+            RequestError: `tokens` is empty or not a sequence, or cannot follow the patch's KV prefix.
+            BusyError: another request holds the cache.
         """
+        if type(tokens) is not list:
+            tokens = token_list(tokens)
+        if not tokens:
+            raise RequestError("the list of tokens is empty", field="tokens", got=0, wanted="at least one id")
         self.require_start(tokens)
+        if held not in self.uses:
+            self.require_free(held)
         common = min(len(self.tokens), len(tokens) - 1)
         if self.tokens[:common] != tokens[:common]:  # in a decode step nothing differs, and one comparison in C is fast
             pairs = zip(self.tokens, tokens, strict=False)
@@ -99,7 +193,44 @@ class KVCache:
         return common
 
 
+def require_cache(cache: object) -> None:
+    """Raise RequestError unless the value is a KV cache."""
+    if not isinstance(cache, KVCache):
+        raise RequestError(
+            "the value is not a KV cache", field="cache", got=type(cache).__name__, wanted="a cache from new_cache"
+        )
+
+
+def token_list(tokens: Any) -> list[int]:
+    """Return token ids as a list. This does not check the ids themselves.
+
+    Raises:
+        RequestError: `tokens` is not a sequence of ids: a single id, text, a mapping, or nothing.
+    """
+    if isinstance(tokens, str | bytes | bytearray | Mapping | Set) or not isinstance(tokens, Iterable):
+        raise RequestError(
+            "the value is not a list of token ids",
+            field="tokens",
+            got=type(tokens).__name__,
+            wanted="a list of whole numbers",
+        )
+    return list(tokens)
+
+
+def _busy() -> BusyError:
+    return BusyError(
+        "another request is using the KV cache",
+        field="cache",
+        got="a cache of a request that runs, or of a stream that has begun and has not ended",
+        wanted="a cache that no other request uses",
+        fix="read or close the other stream first, or use one cache for each conversation",
+    )
+
+
 def _describe(key: CacheKey) -> str:
-    graph, terms = key
-    patches = ", ".join(f"{identity[:12]}@{strength:g}" for identity, strength in terms)
-    return f"graph {graph[:12]}, {patches or 'no patch'}"
+    try:
+        graph, terms = key
+        patches = ", ".join(f"{identity[:12]}@{strength:g}" for identity, strength in terms)
+        return f"graph {graph[:12]}, {patches or 'no patch'}"
+    except (TypeError, ValueError):  # the caller passed something else than a key
+        return shown(key)

@@ -18,7 +18,7 @@ from io import BufferedReader
 from numbers import Integral
 from pathlib import Path
 
-from ..errors import ModelFormatError, RequestError, UnsafePathError
+from ..errors import ModelFormatError, RequestError, UnsafePathError, shown
 from ..patch import SlotKey
 from ..storage import (
     REEXPORT,
@@ -136,14 +136,14 @@ class ModelFolder:
         for token in tokens:
             if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
                 raise RequestError(
-                    "a token id is not an integer", field="tokens", got=repr(token), wanted="a whole number"
+                    "a token id is not an integer", field="tokens", got=shown(token), wanted="a whole number"
                 )
         lowest, highest = min(tokens), max(tokens)
         if lowest < 0 or highest >= self.vocab_size:
             raise RequestError(
                 "a token id is outside the vocabulary",
                 field="tokens",
-                got=lowest if lowest < 0 else highest,
+                got=shown(lowest if lowest < 0 else highest),
                 wanted=f"0..{self.vocab_size - 1}",
             )
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ..errors import require_flag
+
 
 class SessionOptions(TypedDict, total=False):
     """The keyword arguments of a session; `SessionSettings` documents their meanings and defaults."""
@@ -33,6 +35,9 @@ class SessionSettings:
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
             faster from then on.
+
+    Raises:
+        RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean.
     """
 
     threads: int | None = None
@@ -40,3 +45,7 @@ class SessionSettings:
     cuda_graphs: bool = False
     cuda_options: Mapping[str, str | int] | None = None
     huge_pages: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("spin", "cuda_graphs", "huge_pages"):
+            require_flag(name, getattr(self, name))

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import RequestError, require_positive
 from .device import require_onnxruntime
 
+_MOST_THREADS = 4096  # more than any processor has; ONNX Runtime would try to start any number
 _lock = threading.Lock()
 _shared: int | None = None  # the number of threads in the shared pool; None while each session has its own pool
 _any_session = False  # whether this process has created a session
@@ -29,12 +30,12 @@ def share_threads(count: int) -> None:
         count: the number of threads in the pool, including the thread that runs a session.
 
     Raises:
-        RequestError: `count` is not a positive integer, a pool of another size is already shared, or a model was opened
-            before.
+        RequestError: `count` is not a positive integer or too large, a pool of another size is already shared, or a
+            model was opened before.
         DeviceUnavailableError: ONNX Runtime is missing.
     """
     global _shared
-    require_positive("threads", count)
+    require_positive("threads", count, _MOST_THREADS)
     with _lock:
         if _shared == count:
             return
@@ -62,12 +63,12 @@ def set_threads(options: Any, threads: int | None, spin: bool) -> None:
         spin: whether idle threads wait actively.
 
     Raises:
-        RequestError: `threads` is not a positive integer, `spin` is not a boolean, or `threads` is not None or `spin`
-            is False although all sessions share a pool.
+        RequestError: `threads` is not a positive integer or too large, `spin` is not a boolean, or `threads` is not
+            None or `spin` is False although all sessions share a pool.
     """
     global _any_session
     if threads is not None:
-        require_positive("threads", threads)
+        require_positive("threads", threads, _MOST_THREADS)
     if not isinstance(spin, bool):
         raise RequestError("the value is not a boolean", field="spin", got=repr(spin), wanted="True or False")
     with _lock:

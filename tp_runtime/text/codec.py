@@ -15,7 +15,7 @@ import jinja2
 from jinja2.sandbox import SecurityError
 from tokenizers import Tokenizer
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import ModelFormatError, RequestError, shown
 from .template import TemplateRefusal, compile_template
 from .tokenizer_files import (
     CONFIG,
@@ -247,7 +247,7 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
     for i, message in enumerate(chat):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                got, wanted = repr(message)[:60], '{"role": str, "content": str}'
+                got, wanted = shown(message), '{"role": str, "content": str}'
                 raise RequestError("the message is malformed", field=f"messages[{i}].{key}", got=got, wanted=wanted)
     if not chat:
         raise _empty("messages", "no messages")

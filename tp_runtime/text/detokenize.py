@@ -6,9 +6,9 @@ end of the text could be the beginning of a stop string. Neither depends on how 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 _REPLACEMENT = "\ufffd"
 _MAX_INCOMPLETE = 3  # an incomplete UTF-8 character has at most 3 bytes, and so at most 3 tokens
@@ -110,19 +110,7 @@ class StopScanner:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
-            raise RequestError(
-                "the value is not a list of strings", field="stop", got=f"{stops!r:.40}", wanted="a list of strings"
-            )
-        self._stops = tuple(stops)
-        for i, stop in enumerate(self._stops):
-            if not isinstance(stop, str) or not stop:
-                raise RequestError(
-                    "the stop string is empty or not a string",
-                    field=f"stop[{i}]",
-                    got=repr(stop),
-                    wanted="a non-empty str",
-                )
+        self._stops = stop_strings(stops)
         self._held = ""
         self._stopped = False
 
@@ -148,6 +136,28 @@ class StopScanner:
         """End the stream: return the text that was held back because a stop string could have followed."""
         held, self._held = self._held, ""
         return held
+
+
+def stop_strings(stops: Iterable[str]) -> tuple[str, ...]:
+    """Return the stop strings as a tuple, which also an iterator gives only once.
+
+    Raises:
+        RequestError: `stops` is not a list, or a stop string is empty or not a string.
+    """
+    if isinstance(stops, str | bytes | Mapping) or not isinstance(stops, Iterable):
+        raise RequestError(
+            "the value is not a list of strings", field="stop", got=shown(stops), wanted="a list of strings"
+        )
+    strings = tuple(stops)
+    for i, stop in enumerate(strings):
+        if not isinstance(stop, str) or not stop:
+            raise RequestError(
+                "the stop string is empty or not a string",
+                field=f"stop[{i}]",
+                got=shown(stop),
+                wanted="a non-empty str",
+            )
+    return strings
 
 
 def _overlap(text: str, stop: str) -> int:

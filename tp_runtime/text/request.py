@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, Unpack
 
-from ..errors import RequestError, require_positive
+from ..errors import RequestError, require_flag, require_positive, shown
 from ..generation import Sampling
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
 from .codec import Message, TextCodec
-from .detokenize import StopScanner
+from .detokenize import StopScanner, stop_strings
 
 _SAMPLING = frozenset(setting.name for setting in fields(Sampling))
 
@@ -23,7 +23,7 @@ class SamplingOptions(TypedDict, total=False):
     """The keyword arguments for choosing tokens and for ending a completion; see `Request` and `Sampling`."""
 
     max_new_tokens: int
-    stop: Sequence[str]
+    stop: Sequence[str] | None
     temperature: float
     top_k: int
     top_p: float
@@ -55,11 +55,12 @@ class Request:
         strength: a factor on the patch; a negative one inverts its effect. Only a patch that the request names or that
             `patched` activated can have another strength than 1.
         max_new_tokens: the largest number of tokens of the completion.
-        stop: strings that end the completion and are not part of it.
+        stop: strings that end the completion and are not part of it; None is the same as no strings.
         sampling: the settings for choosing each token; greedy by default.
 
     Raises:
-        RequestError: `max_new_tokens` is not a positive integer, or `stop` is not a list of non-empty strings.
+        RequestError: `raw` is not a boolean, `max_new_tokens` is not a positive integer, or `stop` is not a list of
+            non-empty strings.
     """
 
     prompt: str | Sequence[Message]
@@ -68,12 +69,14 @@ class Request:
     patch: PatchChoice = ACTIVE
     strength: float = 1.0
     max_new_tokens: int = 256
-    stop: Sequence[str] = ()
+    stop: Sequence[str] | None = ()
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        require_flag("raw", self.raw)
         require_positive("max_new_tokens", self.max_new_tokens)
-        StopScanner(self.stop)
+        # An iterator can be read only once, so the strings are kept in a tuple from here on.
+        object.__setattr__(self, "stop", () if self.stop is None else stop_strings(self.stop))
 
     @classmethod
     def of(cls, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
@@ -118,7 +121,7 @@ def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -
     if patch.bound.prefix is not None:
         _refuse_system(request.prompt, request.system)
     tokens = codec.render(request.prompt, request.system, raw=request.raw)
-    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(request.stop))
+    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(request.stop or ()))
 
 
 def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
@@ -131,7 +134,7 @@ def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
         raise RequestError(
             "the patch's KV prefix takes the place of a system message",
             field="system",
-            got=repr(str(system if system is not None else first.get("content"))[:40]),
+            got=shown(system if system is not None else first.get("content")),
             wanted="user messages without a system prompt",
             fix="leave it out, or use a patch without a KV prefix",
         )

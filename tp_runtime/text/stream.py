@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from inspect import GEN_CLOSED, getgeneratorstate
+from types import TracebackType
 
+from ..errors import BusyError
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
 
@@ -14,17 +17,20 @@ from .detokenize import IncrementalDecoder, StopScanner
 class TextStream:
     """A running completion: an iterator over chunks of text that never split a character.
 
+    One thread at a time may read a stream; any thread may close it at any time. In a `with` block the stream is closed
+    at the end of the block.
+
     Attributes:
         prompt_tokens: the number of tokens of the prompt.
         token_ids: the ids produced so far, including the end-of-sequence id.
         seconds_to_first_token: the seconds from the first `next` to the first id; None before.
         seconds: the seconds from the first `next` to the last id.
-        finish_reason: "eos", "stop" or "length" after the end of the completion; None before.
+        finish_reason: "eos", "stop", "length" or "closed" after the end of the completion; None before.
     """
 
     def __init__(
         self,
-        ids: Iterator[int],
+        ids: Generator[int],
         codec: TextCodec,
         scanner: StopScanner,
         prompt_tokens: int,
@@ -35,6 +41,7 @@ class TextStream:
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
         self.finish_reason: str | None = None
+        self.closing = False
         # The reference is weak: with a strong one, a stream that is dropped before its end would keep its patch in use
         # until the next garbage collection.
         self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, scanner), using)
@@ -43,11 +50,53 @@ class TextStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._chunks)
+        """Return the next chunk.
+
+        Raises:
+            StopIteration: the completion has ended, or the stream was closed.
+            BusyError: another thread is reading the stream, or this one is further up.
+        """
+        try:
+            return next(self._chunks)
+        except ValueError as error:
+            if not _runs_elsewhere(error):
+                raise
+            raise BusyError(
+                "the stream is being read already",
+                field="stream",
+                fix="read a stream in one thread at a time, or make one stream for each thread",
+            ) from None
+        finally:
+            if self.closing:
+                self._end()  # another thread could not close the stream while this one was reading
 
     def close(self) -> None:
-        """Stop the completion early and release the patch."""
-        self._chunks.close()
+        """Stop the completion early, and release its patch and its cache. After the end this has no effect.
+
+        If the stream is being read at this moment, in another thread or further up in this one, close returns at once.
+        The reading ends with the token that is being computed, which is discarded, and then releases everything.
+        """
+        self.closing = True
+        self._end()
+
+    def _end(self) -> None:
+        goes_on = getgeneratorstate(self._chunks) != GEN_CLOSED
+        try:
+            self._chunks.close()
+        except ValueError as error:
+            if not _runs_elsewhere(error):
+                raise
+            return  # the thread that runs the completion ends it
+        if goes_on and self.finish_reason is None:
+            self.finish_reason = "closed"
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class StoppingDecoder:
@@ -79,12 +128,15 @@ class StoppingDecoder:
 
 
 def _run(
-    stream: TextStream, ids: Iterator[int], decoder: StoppingDecoder, using: AbstractContextManager[None]
+    stream: TextStream, ids: Generator[int], decoder: StoppingDecoder, using: AbstractContextManager[None]
 ) -> Generator[str]:
     """Yield the chunks of `stream` and update its figures."""
     start = time.perf_counter()
-    with using:
+    with using, closing(ids):
         for token in ids:
+            if stream.closing:
+                stream.finish_reason = "closed"
+                return
             stream.seconds = time.perf_counter() - start
             if stream.seconds_to_first_token is None:
                 stream.seconds_to_first_token = stream.seconds
@@ -99,3 +151,11 @@ def _run(
     stream.finish_reason = decoder.finish_reason
     if text:
         yield text
+
+
+def _runs_elsewhere(error: ValueError) -> bool:
+    """Return whether `error` says that the generator is executing already.
+
+    That error comes from the call itself, so unlike an error from within the generator it has no deeper frame.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime_tests.fake_graph import BASE, PATCH, VOCAB, FakeGraph, expected, next_token
-from tp_runtime.errors import RequestError, StaleCacheError
+from tp_runtime.errors import BusyError, RequestError, StaleCacheError
 from tp_runtime.generation import Sampling, engine
 from tp_runtime.session import BoundPatch, KVCache
 
@@ -23,7 +23,7 @@ def start(
     eos: Sequence[int] = (),
     cache: KVCache | None = None,
     **sampling: Any,
-) -> Iterator[int]:
+) -> Generator[int]:
     return engine.generate(
         graph,
         prompt,
@@ -156,15 +156,41 @@ def test_a_cache_never_changes_the_completion(conversation: list[list[int]]) -> 
         assert cache.tokens == [*prompt, *expected(prompt, 2)]
 
 
-def test_interleaved_completions_on_one_cache_stay_correct() -> None:
+def test_a_second_completion_on_one_cache_is_refused_at_once_and_the_first_goes_on() -> None:
     graph = FakeGraph()
     cache = graph.new_cache(BASE)
-    one, two = start(graph, [3, 1, 4], cache=cache), start(graph, [3, 2], cache=cache)
-    taken: list[list[int]] = [[], []]
-    for _ in range(8):
-        taken[0].append(next(one))
-        taken[1].append(next(two))
-    assert taken == [expected([3, 1, 4], 8), expected([3, 2], 8)]
+    one, early = start(graph, [3, 1, 4], cache=cache), start(graph, [3, 2], cache=cache)
+    taken = [next(one)]
+    with pytest.raises(BusyError) as error:
+        next(early)  # it was made before the other began
+    assert error.value.field == "cache"
+    with pytest.raises(BusyError):
+        start(graph, [3, 2], cache=cache)
+    with pytest.raises(BusyError):
+        graph.forward([5], cache, BASE)
+    assert taken + list(one) == expected([3, 1, 4], 8)
+    assert list(start(graph, [3, 2], cache=cache)) == expected([3, 2], 8)  # the end of the first freed the cache
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_completion_that_ends_early_frees_its_cache(end: str) -> None:
+    graph = FakeGraph()
+    cache = graph.new_cache(BASE)
+    one = start(graph, [3, 1, 4], cache=cache)
+    next(one)
+    if end == "close":
+        one.close()
+    else:
+        del one
+    assert list(start(graph, [3, 2], cache=cache)) == expected([3, 2], 8)
+
+
+def test_a_completion_that_never_began_does_not_use_its_cache() -> None:
+    graph = FakeGraph()
+    cache = graph.new_cache(BASE)
+    waiting = start(graph, [3, 1, 4], cache=cache)
+    assert list(start(graph, [3, 2], cache=cache)) == expected([3, 2], 8)
+    assert list(waiting) == expected([3, 1, 4], 8)
 
 
 def test_a_cache_of_another_patch_is_refused_and_not_changed() -> None:
