@@ -4,6 +4,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
 from .bound_patch import BoundPatch
+from .default_patch import read_default_patch
 from .description import KV, DefaultPatch, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
 from .graph import FIRST_LOGIT, Graph
@@ -42,6 +43,7 @@ __all__ = [
     "past_name",
     "prepare",
     "present_name",
+    "read_default_patch",
     "require_onnxruntime",
     "share_threads",
     "slot_arrays",

@@ -128,13 +128,13 @@ def test_a_completion_style_model_gets_each_line_separately(talk: Talk, tiny_gem
     assert result.out == "".join(f"{model.generate(text, max_new_tokens=5)}\n" for text in ("one", "two"))
 
 
-def test_a_folders_own_patch_can_be_switched_off_but_not_scaled(
+def test_a_folders_own_patch_can_be_scaled_and_switched_off(
     talk: Talk, tiny_llama_patched: Path, model: PatchedModel
 ) -> None:
     patch = Patch.load(tiny_llama_patched / DEFAULT_FILE)
     result = talk("one", "/strength 2", "two", "/patch", "three", model=tiny_llama_patched)
-    assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch), ("three", None))
-    assert "the folder's own patch cannot be scaled" in result.err
+    assert result.out.splitlines() == answers(model, ("one", patch), ("two", 2 * patch), ("three", None))
+    assert f"under {patch.name}@2;" in result.err
 
 
 # -- errors --------------------------------------------------------------------------------------------------
