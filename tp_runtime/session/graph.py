@@ -98,22 +98,27 @@ class Graph:
         self.default_patch = None if default is None or default is self.repair or default.is_base else default
         bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
         deltas = {} if bound is None else bound.deltas
+        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
         # A session does not give out its initializers, so they are replaced, be it with equal values. The identity of
         # the default patch is then that of the session's own values, whatever the graph or its description state. The
-        # session reads these values in place, so they must live as long as the session.
-        self._default_values = self._slot_values(deltas, "cpu")
+        # session reads these values in place, so they must live as long as the session. Off the CPU it would ignore
+        # them, since they are not where the graph's own initializers go; there the default patch is bound for each run.
+        replaced = chosen.kind == "cpu"
+        self._default_values = self._slot_values(deltas, "cpu") if replaced else {}
         for name, value in self._default_values.items():
             session_options.add_initializer(name, value)
+        self._has_defaults = bool(deltas) if replaced else own is not None  # whether a run without values is patched
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
         self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
-        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
         self._huge_pages = settings.huge_pages
         self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
         if not settings.cuda_graphs or not self._capture(chosen, session_options):
             self._open(chosen, session_options)
         key = folder.graph_digest, () if bound is None else bound.terms
-        self.default = BoundPatch({}, key, None if bound is None else bound.prefix, deltas)
+        bind_all = not replaced and (self._has_defaults or bool(deltas))
+        values = self._slot_values(deltas, self.device.kind) if bind_all else {}
+        self.default = BoundPatch(values, key, None if bound is None else bound.prefix, deltas)
         self._default_identity = None if bound is None else bound.identity
         self.base = self._bind_base()
 
@@ -181,7 +186,7 @@ class Graph:
         if self._default_identity is not None and patch.identity == self._default_identity:
             return self.default
         # If the defaults are rank 0, the slots without a delta need no binding.
-        only = None if self.default.deltas else set(patch.deltas)
+        only = None if self._has_defaults else set(patch.deltas)
         values = self._slot_values(patch.deltas, self.device.kind, only)
         return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, patch.deltas)
 

@@ -24,6 +24,8 @@ from tp_runtime.errors import BaseMismatchError, ModelFormatError, PatchError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
+from tp_runtime.session import graph as graph_module
+from tp_runtime.session.device import CUDA, Device
 
 IDS = token_ids(30)
 
@@ -136,6 +138,45 @@ def test_a_patch_scaled_there_and_back_binds_the_patch_itself(tiny_llama_export:
 def test_a_patch_that_rounds_differently_has_a_key_of_its_own(plain: Graph, other: Patch) -> None:
     keys = {plain.bind(patch).key for patch in (0.3 * other, (0.1 * 3) * other, 3 * (0.1 * other), other)}
     assert len(keys) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("choice", ["none", "other", "zero"])
+def test_off_the_cpu_the_default_patch_is_bound(
+    forged: bool, choice: str, copy: Path, other: Patch, plain: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime ignores initializers that are given on another device, and a session without CUDA shows the same.
+
+    The session asks for CUDA, does not get it, and has the graph's own initializers.
+    """
+    own = Patch.load(copy / DEFAULT_FILE)
+    if forged:
+        own = 2 * own
+        own.save(copy / DEFAULT_FILE, "f32")
+        alter(copy, listed(copy, DEFAULT_FILE))
+        alter(copy, claims(own.identity, [[own.identity, 1.0]]))
+    monkeypatch.setattr(graph_module, "select_device", lambda requested: Device(requested, CUDA))
+    defaults = {"none": None, "other": other, "zero": 0 * other}[choice]
+    graph = Graph(ModelFolder.open(copy), "auto", defaults=defaults)
+    assert graph.device.kind == "cpu" and graph.default.values
+    wanted = plain.bind(own if defaults is None else defaults)
+    assert furthest(graph_logits(graph, IDS, graph.default), graph_logits(plain, IDS, wanted)) < 1e-5
+    for patch in (own, other, 0.5 * other, None):
+        got = graph_logits(graph, IDS, graph.bind(patch))
+        assert furthest(got, graph_logits(plain, IDS, plain.bind(patch))) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
+def test_off_the_cpu_a_plain_folder_takes_a_default_patch(
+    tiny_llama_export: Path, other: Patch, plain: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "select_device", lambda requested: Device(requested, CUDA))
+    folder = ModelFolder.open(tiny_llama_export)
+    assert not Graph(folder, "auto").default.values  # the base needs no binding
+    graph = Graph(folder, "auto", defaults=other)
+    assert furthest(graph_logits(graph, IDS, graph.default), graph_logits(plain, IDS, plain.bind(other))) < 1e-5
+    assert furthest(graph_logits(graph, IDS, graph.base), graph_logits(plain, IDS)) < 1e-5
 
 
 def test_a_folder_exported_with_a_scaled_patch_is_found_by_its_values(copy: Path, other: Patch) -> None:
