@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
+from .arrays import unchangeable
 from .file import KV_PARTS, EntryKey, entry_name
 
 Array = NDArray[np.float32]
@@ -32,7 +33,7 @@ class KVPrefix:
 
     Attributes:
         entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
-            arrays become read-only float32 copies. The keys are rotated for their positions in the context. Each head
+            arrays become unchangeable float32 copies. The keys are rotated for their positions in the context. Each head
             may hold entries of other positions.
         replaces: the ids at the start of a prompt that the entries replace.
         position: the position of the first token after them, at least n.
@@ -66,8 +67,7 @@ class KVPrefix:
                     got=list(values.shape),
                     wanted=f"[entries, kv heads, head dim], all {list(shape)}",
                 )
-            frozen[layer, part] = np.array(values, np.float32)
-            frozen[layer, part].setflags(write=False)
+            frozen[layer, part] = unchangeable(values)
             if not np.isfinite(frozen[layer, part]).all():
                 raise PatchValueError(
                     "the tensor holds NaN or infinity",

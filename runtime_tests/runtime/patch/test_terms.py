@@ -93,3 +93,23 @@ def test_the_terms_of_a_kv_prefix_state_what_the_text_continues_from():
         prefix.entries[0, "key"] = np.zeros((3, 2, 4), np.float32)  # type: ignore[index]
     others = [KVPrefix(arrays(), (1, 3), 5), KVPrefix(arrays(), (1, 2), 6), KVPrefix(arrays(4), (1, 2), 5)]
     assert len({Patch({}, config, other).terms for other in others} | {plain.terms}) == 4
+
+
+@pytest.mark.parametrize("make", [lambda values: values, lambda values: values[:], lambda values: values.T])
+def test_the_values_of_a_patch_cannot_change_after_its_identity_was_computed(make):
+    """A read-only array becomes writeable again through its owner, here the caller's array or the patch's own."""
+    owner = np.ones((8, 8), np.float32)
+    given_array = make(owner)
+    given_array.setflags(write=False)
+    entries = {name: np.ones((3, 2, 4), np.float32) for name in arrays()}
+    patch = Patch({SLOT: Delta(given_array, given_array)}, random_config(), KVPrefix(entries, (1,), 5))
+    before = patch.identity
+    owner.setflags(write=True)
+    owner[:] = 7
+    for values in entries.values():
+        values[:] = 7
+    for held in (*patch.deltas[SLOT].parts().values(), *patch.prefix.entries.values()):
+        for array in (held, held.base):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                array.setflags(write=True)
+    assert Patch(patch.deltas, patch.config, patch.prefix).identity == before
