@@ -33,8 +33,8 @@ class KVPrefix:
 
     Attributes:
         entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
-            arrays become unchangeable float32 copies. The keys are rotated for their positions in the context. Each head
-            may hold entries of other positions.
+            arrays become unchangeable float32 copies. The keys are rotated for their positions in the context. Each
+            head may hold entries of other positions.
         replaces: the ids at the start of a prompt that the entries replace.
         position: the position of the first token after them, at least n.
 
