@@ -1,7 +1,8 @@
 """Check an exported ONNX graph for everything that would make ONNX Runtime do more than arithmetic.
 
 A graph can name code (custom-op domains) and files (external data). The edge only finds the names of the files, so the
-check of the whole graph runs where `onnx` is installed, in `tp-export check`. It reads the graph, never the weights.
+check of the whole graph runs where `onnx` is installed, in `tp-export check`. It reads the graph and the default values
+of the slots, and no other weights.
 """
 
 from __future__ import annotations
@@ -10,13 +11,32 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
+from numpy.typing import NDArray
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
-from tp_runtime.session import GRAPH_FILE, LARGEST_GRAPH, ModelFolder, check_interface
+from tp_runtime.session import (
+    GRAPH_FILE,
+    LARGEST_GRAPH,
+    ModelFolder,
+    check_interface,
+    read_default_patch,
+    slot_arrays,
+)
 from tp_runtime.storage import check_name, checked_file
 
 # What the exporter writes: standard ONNX, and the fused operators compiled into ONNX Runtime itself.
@@ -40,9 +60,11 @@ def check_graph(folder: Path) -> list[str]:
         One line for each check that the graph passed.
 
     Raises:
-        ModelFormatError: the folder or the graph cannot be read.
+        ModelFormatError: the folder or the graph cannot be read, or the slots have other default values than the
+            folder states.
         UnsafeGraphError: the graph uses a custom-op domain, or has external data in a place or of a kind that the
             exporter does not write.
+        PatchError: the folder's default patch is damaged or does not fit.
         UnsafePathError: external data is outside the folder's listed files, or outside the range of its file.
     """
     described = ModelFolder.open(folder)
@@ -57,6 +79,7 @@ def check_graph(folder: Path) -> list[str]:
         f"domains: {', '.join(sorted(domains)) or 'none'}",
         f"initializers: {len(model.graph.initializer)}, {len(tensors)} external and inside their files",
         f"data files: {', '.join(names) or 'none'}",
+        _check_defaults(model, described),
     ]
 
 
@@ -204,6 +227,49 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
             fix="the file is truncated or the graph altered: export the model again with tp-export",
         )
     return location
+
+
+def _check_defaults(model: onnx.ModelProto, folder: ModelFolder) -> str:
+    """Compare the slots' initializers with the file of the default patch, or with the base; return the line on it.
+
+    The runtime gives the session the values of that file. Other programs run the graph's own values.
+    """
+    patch = read_default_patch(folder)
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
+    stated = "the base" if patch is None else f"the patch {patch.name!r}, identity {patch.identity[:16]}"
+    for key, slot in folder.slots.items():
+        delta = None if patch is None else patch.deltas.get(key)
+        for name, wanted in slot_arrays(delta, slot, folder.kv.numpy_dtype).items():
+            if name not in found or name not in inputs:
+                raise ModelFormatError(
+                    "the graph lacks a slot that the description lists",
+                    field=name,
+                    got="no initializer" if name not in found else "an initializer that is no input",
+                    wanted="an input with an initializer",
+                    fix=_UNTRUSTED,
+                )
+            values = _values(found[name], folder)
+            if values.dtype != wanted.dtype or values.shape != wanted.shape or values.tobytes() != wanted.tobytes():
+                raise ModelFormatError(
+                    "the graph's default values are not those of the folder's default patch",
+                    field=name,
+                    got=f"other values, {values.dtype} {list(values.shape)}",
+                    wanted=f"{stated}, {wanted.dtype} {list(wanted.shape)}",
+                    fix=_UNTRUSTED,
+                )
+    return f"defaults: {stated}"
+
+
+def _values(tensor: TensorProto, folder: ModelFolder) -> NDArray[Any]:
+    """Return an initializer's values; if they are external, `_check_external` has checked their place."""
+    if not _is_external(tensor):
+        return numpy_helper.to_array(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    with open(folder.path / entries["location"], "rb") as file:
+        file.seek(int(entries.get("offset", "0")))
+        return np.frombuffer(file.read(_bytes_of(tensor, tensor.name)), dtype).reshape(tuple(tensor.dims))
 
 
 def _bounded(text: str, field: str) -> int:

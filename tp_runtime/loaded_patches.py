@@ -57,7 +57,7 @@ class ResolvedPatch:
 
     Attributes:
         loaded: the loaded patch that it comes from; None if it does not come from a loaded patch.
-        patch: the patch itself; None for the base model and for the default.
+        patch: the patch itself; None for the base model.
         bound: the patch as bound to the graph.
     """
 
@@ -84,11 +84,12 @@ class LoadedPatches:
 
     Args:
         graph: the graph that the patches are bound to.
-        default: the bound patch for requests that name no patch.
+        default: the bound patch for requests that name no patch: the graph's default or its base.
     """
 
     def __init__(self, graph: Graph, default: BoundPatch) -> None:
-        self._graph, self._default = graph, default
+        self._graph = graph
+        self._default = ResolvedPatch(None, graph.default_patch if default is graph.default else None, default)
         self._loaded: dict[str, LoadedPatch] = {}
         self._recent: OrderedDict[tuple[Any, ...], BoundPatch] = OrderedDict()
         # The lock is reentrant because the garbage collector may release a dropped stream at any line, including one
@@ -187,15 +188,15 @@ class LoadedPatches:
 
         Args:
             patch: the patch that the request names.
-            strength: a factor on the patch that the request names or that `patched` activated. The base and the default
-                patch of the session only have strength 1.
+            strength: a factor on the patch that the request names, that `patched` activated, or that is the default of
+                the session. The base only has strength 1.
 
         Raises:
             PatchError: the patch is not loaded or does not fit, or a strength is given and there is no patch to scale.
         """
         if isinstance(patch, Active):
             active = self._active.get()
-            resolved = ResolvedPatch(None, None, self._default) if active is None else active.resolved
+            resolved = self._default if active is None else active.resolved
         elif isinstance(patch, str):
             loaded = self.by_name(patch)
             resolved = ResolvedPatch(loaded, loaded.patch, loaded.bound)

@@ -88,7 +88,7 @@ class PatchedModel:
                 reason logged.
             patch: the patch for requests that name no patch. It is a Patch, the path of its file, or None for the base
                 model, and it becomes part of the session when the model is loaded. By default it is the patch that the
-                folder was exported with.
+                folder was exported with. A request may scale it by its `strength`.
             prefix_cache_bytes: the largest number of bytes for keys and values of earlier prompts. If a later prompt
                 under the same patch begins with the same tokens, that part is not run again. 0 switches this off.
             verify: whether to check the digest of every file, including the weights and those of a prepared graph.

@@ -32,16 +32,26 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the adapter, measure the probe, write the patch and print its path."""
     from ..decoder import model_without_weights, site_linears
-    from ..formats import imported_patch, is_lora_folder, read_control_vector, read_peft
+    from ..formats import (
+        Adapter,
+        blocks_without_direction,
+        imported_patch,
+        is_lora_folder,
+        read_control_vector,
+        read_peft,
+    )
     from ..progress import clock
     from ..source import load_model, open_source
 
     check_patch_file(args.out)
     source = open_source(args.base)
     if args.adapter.suffix == ".gguf":
-        deltas, base = read_control_vector(args.adapter, source.config), ""
+        deltas = read_control_vector(args.adapter, source.config)
+        gaps = blocks_without_direction(deltas, source.config)
+        notes = (f"the file has no direction for block {', '.join(map(str, gaps))}",) if gaps else ()
+        adapter = Adapter(deltas, "", notes)
     elif is_lora_folder(args.adapter):
-        deltas, base = read_peft(args.adapter, site_linears(model_without_weights(source.config)))
+        adapter = read_peft(args.adapter, site_linears(model_without_weights(source.config)))
     else:
         raise PatchFormatError(
             "the adapter is neither a LoRA folder nor a control vector",
@@ -50,12 +60,15 @@ def run(args: argparse.Namespace) -> int:
             wanted="a folder with adapter_config.json and adapter_model.safetensors, or a .gguf file",
             fix="pickled adapters (.bin, .pt) are never opened: save them as safetensors",
         )
-    if base and Path(base).name.lower() != Path(source.name).name.lower():
-        print(f"note: the adapter states the base {base!r}; the patch is made for {source.name!r}", file=sys.stderr)
+    if adapter.base and Path(adapter.base).name.lower() != Path(source.name).name.lower():
+        note = f"the adapter states the base {adapter.base!r}; the patch is made for {source.name!r}"
+        print(f"note: {note}", file=sys.stderr)
+    for note in adapter.notes:
+        print(f"note: {note}", file=sys.stderr)
     with clock("load weights"):
         model = load_model(source)
     with clock("measure the probe"):
-        patch = imported_patch(source, model, deltas, args.name or args.adapter.stem)
+        patch = imported_patch(source, model, adapter.deltas, args.name or args.adapter.stem)
     patch.save(args.out, dtype="f32")
     print(args.out)
     return 0

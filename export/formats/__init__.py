@@ -3,14 +3,22 @@
 This room knows nothing of how a patch is fitted.
 """
 
-from .control_vector import check_lossless, control_vector_parts, read_control_vector, write_control_vector
+from .control_vector import (
+    blocks_without_direction,
+    check_lossless,
+    control_vector_parts,
+    read_control_vector,
+    write_control_vector,
+)
 from .gguf_lora import write_gguf_lora
 from .imported import imported_patch
 from .onnx_adapter import write_onnx_adapter
-from .peft_in import is_lora_folder, read_peft
+from .peft_in import Adapter, is_lora_folder, read_peft
 from .peft_out import pairs, write_peft
 
 __all__ = [
+    "Adapter",
+    "blocks_without_direction",
     "check_lossless",
     "control_vector_parts",
     "imported_patch",

@@ -8,6 +8,7 @@ N, in blocks with a post-norm and without one. llama.cpp has no direction for bl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tp_runtime.patch import Delta, Patch, SlotKey
 from tp_runtime.storage import atomic_file
 
 _ARCHITECTURE = "controlvector"
+_DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,4})")
 _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 
 
@@ -127,16 +129,16 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[SlotKey, 
     """
     reader = _open(path)
     layers, size = _sizes(config)
-    deltas = {}
+    deltas: dict[SlotKey, Delta] = {}
     for tensor in reader.tensors:
-        prefix, _, number = tensor.name.partition(".")
-        if prefix != "direction" or not number.isascii() or not number.isdigit():
+        if (match := _DIRECTION.fullmatch(tensor.name)) is None:
             raise PatchTargetError(
                 "a tensor of the file is not a direction",
                 field=ascii(tensor.name),
                 got="another name",
-                wanted="direction.<layer>",
+                wanted="direction.<layer>, without leading zeros",
             )
+        layer = int(match[1])
         if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             raise PatchFormatError(
                 "the direction has an unsupported type",
@@ -144,25 +146,34 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[SlotKey, 
                 got=tensor.tensor_type.name,
                 wanted="F32 | F16",
             )
-        if int(number) >= layers or tensor.data.shape != (size,):
+        if layer >= layers or tensor.data.shape != (size,):
             raise PatchShapeError(
                 "the direction does not fit the base",
                 field=tensor.name,
-                got=f"layer {int(number)}, {list(tensor.data.shape)}",
+                got=f"layer {layer}, {list(tensor.data.shape)}",
                 wanted=f"layers 0..{layers - 1}, [{size}]",
                 fix="pass the base model that the control vector was made for",
             )
-        deltas[int(number), "mlp_out"] = Delta(bias=np.array(tensor.data, np.float32))
-    count = reader.get_field(f"{_ARCHITECTURE}.layer_count")
-    if not deltas or (count is not None and count.contents() != len(deltas)):
+        deltas[layer, "mlp_out"] = Delta(bias=np.array(tensor.data, np.float32))
+    # Readers ignore the count, and writers disagree on what it counts: the directions of the file, the blocks of the
+    # model, or the blocks from 1 up to the last one with a direction.
+    highest = max((layer for layer, _ in deltas), default=0)
+    field = reader.get_field(f"{_ARCHITECTURE}.layer_count")
+    count = len(deltas) if field is None else field.contents()
+    if not deltas or type(count) is not int or count not in {len(deltas), layers, highest}:
         raise PatchFormatError(
             "directions are missing from the file",
             field=str(path),
-            got=len(deltas),
-            wanted="at least one" if count is None else count.contents(),
+            got=f"{len(deltas)} directions, {_ARCHITECTURE}.layer_count {count!a:.80}",
+            wanted=f"at least one, and as many as layer_count states, or a layer_count of {layers} like the base",
             fix="copy or export it again",
         )
     return deltas
+
+
+def blocks_without_direction(deltas: Mapping[SlotKey, Delta], config: Mapping[str, Any]) -> list[int]:
+    """Return the blocks from 1 on to which a control vector adds nothing, although llama.cpp could steer them."""
+    return sorted(set(range(1, _sizes(config)[0])) - {layer for layer, _ in deltas})
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -60,7 +60,7 @@ def folder_of(tmp_path):
         path.mkdir()
         (path / "model.onnx").write_bytes(model.SerializeToString())
         (path / "model.onnx_data").write_bytes(b"\0" * BYTES)
-        write_slots_file(describe(path, **changes))
+        write_slots_file(describe(path, **({"slots": {}} | changes)))
         return path
 
     return write
@@ -110,7 +110,7 @@ def test_a_graph_saved_by_onnx_passes(folder_of, tmp_path):
         location="model.onnx_data",
         size_threshold=0,
     )
-    write_slots_file(describe(folder))
+    write_slots_file(describe(folder, slots={}))
     assert "initializers: 3, 3 external and inside their files" in check_graph(folder)
 
 
@@ -310,7 +310,7 @@ def test_a_shape_whose_product_overflows_is_refused(folder_of):
 def test_a_file_that_is_not_a_graph_is_refused(folder_of):
     folder = folder_of(_model())
     (folder / "model.onnx").write_bytes(b"\xff" * 50)
-    write_slots_file(describe(folder))
+    write_slots_file(describe(folder, slots={}))
     with pytest.raises(ModelFormatError, match="the file is not an ONNX graph"):
         check_graph(folder)
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import PatchTargetError, RequestError, TPError
-from ..model import PatchedModel
+from ..model import ACTIVE, PatchedModel
 from ..patch import Patch
 from ..text import SamplingOptions
 from .options import (
@@ -151,10 +151,10 @@ class Chat:
         return True
 
     def _scale(self, strength: float) -> None:
-        if not isinstance(self.selection.choice, Patch):
-            default = self.selection.applied(self._model.graph.folder)
-            problem = "the folder's own patch cannot be scaled" if default else "there is no patch to scale"
-            raise PatchTargetError(problem, field="strength", got=strength, fix="select a patch with /patch FILE first")
+        own = self.selection.choice is ACTIVE and self._model.graph.default_patch is not None
+        if not isinstance(self.selection.choice, Patch) and not own:
+            fix = "select a patch with /patch FILE first"
+            raise PatchTargetError("there is no patch to scale", field="strength", got=strength, fix=fix)
         self._switch(self.selection, strength)
 
     def _switch(self, selection: Selection, strength: float) -> None:

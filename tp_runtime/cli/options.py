@@ -59,8 +59,8 @@ class Selection:
 
         A repair that is part of the base is not listed.
         """
-        if self.choice is ACTIVE and folder.default_patch:
-            default = folder.default_patch
+        default = folder.default_patch
+        if self.choice is ACTIVE and default is not None and not default.repair:
             name = default.name if len(default.terms) == 1 else None  # the name of a sum does not name its parts
             return tuple(Part(name, identity, factor * strength) for identity, factor in default.terms)
         return tuple(Part(part.name, part.identity, part.strength * strength) for part in self.parts)

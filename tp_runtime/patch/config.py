@@ -19,6 +19,10 @@ from ..errors import PatchFormatError, PatchVersionError
 from ..storage import SHA256
 
 METHODS = ("vector", "output", "matrix", "lora", "prefix", "isotropic", "steering", "imported", "composed")
+# All methods but `prefix` make deltas; a sum has some too, because it has at most one KV prefix. All methods but the
+# second ones can be used together with a KV prefix; a steering direction and another tool's adapter have none.
+WITHOUT_DELTAS = ("prefix",)
+WITHOUT_PREFIX = ("steering", "imported")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 MAX_REPORT = 64
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PatchShapeError, PatchTargetError, PatchValueError
+from .arrays import unchangeable
 from .file import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
 
 Array = NDArray[np.float32]
@@ -20,7 +21,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """The update of one slot: x -> x @ a @ b + bias, for x [..., in]. The arrays become read-only float32 copies.
+    """The update of one slot: x -> x @ a @ b + bias, for x [..., in]. The arrays become unchangeable float32 copies.
 
     Attributes:
         a: the first factor [in, rank], its directions in order of energy.
@@ -186,14 +187,7 @@ def _frozen(values: Any, part: str) -> Array:
             wanted="float32",
             fix="convert it to float32",
         )
-    # A read-only view may still change through its base array; an array that owns its values cannot.
-    unchangeable = array.dtype == np.float32 and array.flags.c_contiguous and array.flags.owndata
-    if unchangeable and not array.flags.writeable:
-        return array
-    with np.errstate(over="ignore"):  # `check` reports infinity, with the slot's name
-        array = np.array(array, np.float32, order="C")
-    array.setflags(write=False)
-    return array
+    return unchangeable(array)
 
 
 def _misfit(slot: SlotKey, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:

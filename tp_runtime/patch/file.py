@@ -117,6 +117,10 @@ def parse_patch(raw: bytes, file: Path) -> tuple[DeltaArrays, EntryArrays, dict[
         else:
             layer, site, part = _parse_name(name)
             deltas.setdefault((layer, site), {})[part] = values
+    version, wanted = header["__metadata__"]["version"], VERSIONS[bool(entries) or "prefix" in config]
+    if version != wanted:
+        problem = f"the version does not fit a file with {'a' if wanted == '2' else 'no'} KV prefix"
+        _malformed(file, problem, repr(version), repr(wanted), "export the patch again")
     if not deltas and not entries:
         raise PatchTargetError(
             "the patch holds no delta",

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
+from .arrays import unchangeable
 from .file import KV_PARTS, EntryKey, entry_name
 
 Array = NDArray[np.float32]
@@ -31,8 +33,8 @@ class KVPrefix:
 
     Attributes:
         entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
-            arrays become float32. The keys are rotated for their positions in the context. Each head may hold entries
-            of other positions.
+            arrays become unchangeable float32 copies. The keys are rotated for their positions in the context. Each
+            head may hold entries of other positions.
         replaces: the ids at the start of a prompt that the entries replace.
         position: the position of the first token after them, at least n.
 
@@ -65,8 +67,7 @@ class KVPrefix:
                     got=list(values.shape),
                     wanted=f"[entries, kv heads, head dim], all {list(shape)}",
                 )
-            frozen[layer, part] = np.array(values, np.float32)
-            frozen[layer, part].setflags(write=False)
+            frozen[layer, part] = unchangeable(values)
             if not np.isfinite(frozen[layer, part]).all():
                 raise PatchValueError(
                     "the tensor holds NaN or infinity",
@@ -74,6 +75,9 @@ class KVPrefix:
                     got="a value that is not finite",
                     wanted="finite numbers",
                 )
+        # The identity covers the ids and the position, so these are plain numbers that the caller cannot change.
+        object.__setattr__(self, "replaces", tuple(int(token) for token in self.replaces))
+        object.__setattr__(self, "position", int(self.position))
         if self.position < len(self):
             raise PatchValueError(
                 "the text would begin before the end of the entries",
@@ -81,7 +85,7 @@ class KVPrefix:
                 got=self.position,
                 wanted=f"at least {len(self)}, the number of entries",
             )
-        object.__setattr__(self, "entries", frozen)
+        object.__setattr__(self, "entries", MappingProxyType(frozen))
 
     def __len__(self) -> int:
         """The number of entries n of each head."""

@@ -1,8 +1,10 @@
 """The patch: low-rank deltas for a base model's layers and perhaps a short KV prefix, with the algebra of patches.
 
 A patch is immutable. Scaling and adding are exact and cheap: the result shares the arrays that do not change. Every
-result records which patches it is made of and at what strengths, so that a KV cache can be keyed by it. This module
-does not handle graphs, sessions or devices.
+result holds the patches that it is made of, and its values are computed from those and from their strengths, each
+rounded once. So the terms (identity, strength) state the values bit for bit, however the result came about, and a KV
+cache can be keyed by them: 10 * (0.1 * p) has the terms of p and the values of p. This module does not handle graphs,
+sessions or devices.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BaseMismatchError, PatchTargetError, PatchValueError
-from .config import PatchConfig
+from ..errors import BaseMismatchError, PatchFormatError, PatchTargetError, PatchValueError
+from .config import WITHOUT_DELTAS, WITHOUT_PREFIX, PatchConfig
 from .delta import Delta, SlotKey, check_slot
 from .file import DeltaArrays, EntryArrays, entry_name, parse_patch, read_patch, slot_name, write_patch
 from .kv_prefix import KVPrefix, prefix_from
 
 Terms = tuple[tuple[str, float], ...]
+Summands = tuple[tuple["Patch", float], ...]
 
 # A patch fitted on one of these precisions acts on every precision of its base. A patch fitted on a quantised base acts
 # only on that precision.
@@ -117,7 +120,14 @@ class Patch:
 
         A loaded, fitted or truncated patch is one term of strength 1. Strength 0 gives the base, which has no term.
         """
-        return () if self.is_base else ((self.identity, 1.0),)
+        return tuple((patch.identity, strength) for patch, strength in self._summands)
+
+    @property
+    def _summands(self) -> Summands:
+        """The loaded, fitted or truncated patches that this one is the sum of, with their strengths."""
+        # A patch that is no combination is its own summand. That is not stored, because the cycle would keep its arrays
+        # in memory until the garbage collector runs.
+        return self.__dict__.get("summands", () if self.is_base else ((self, 1.0),))
 
     @property
     def is_base(self) -> bool:
@@ -155,9 +165,9 @@ class Patch:
         strength = _strength(strength)
         if strength == 1.0:
             return self
-        terms = tuple((identity, _strength(strength * old)) for identity, old in self.terms)
-        terms = tuple(term for term in terms if term[1] != 0.0)
-        if terms and self.prefix is not None:
+        products = ((patch, _strength(strength * old)) for patch, old in self._summands)
+        summands = tuple((patch, product) for patch, product in products if product != 0.0)
+        if summands and self.prefix is not None:
             raise PatchValueError(
                 "a patch with a KV prefix can only have strength 1 or 0, because cache entries cannot be scaled",
                 field=self.name,
@@ -165,9 +175,8 @@ class Patch:
                 wanted="1 or 0",
                 fix="scale a patch fitted without --prefix",
             )
-        deltas = {slot: delta.scaled(strength) for slot, delta in self.deltas.items()} if terms else {}
         # The result has no probe and no figures, because these were measured at strength 1.
-        return _with_terms(deltas, replace(self.config, probe=None, fidelity=None, report=None), terms)
+        return _combination(summands, replace(self.config, probe=None, fidelity=None, report=None))
 
     __rmul__ = __mul__
 
@@ -205,11 +214,11 @@ class Patch:
                 wanted="a whole number >= 1",
                 fix="pass rank >= 1",
             )
-        if len(self.terms) > 1 or self.config.method == "composed":
+        if len(self._summands) > 1 or self.config.method == "composed":
             raise PatchValueError(
                 "the patch is a sum, whose directions are not in order of energy",
                 field=self.name,
-                got=f"a sum of {max(2, len(self.terms))} or more patches",
+                got=f"a sum of {max(2, len(self._summands))} or more patches",
                 wanted="one fitted patch",
                 fix="truncate each patch before adding",
             )
@@ -231,7 +240,8 @@ class Patch:
         Raises:
             PatchTargetError: the patch holds no delta and no KV prefix.
             PatchValueError: a value does not fit the dtype.
-            PatchFormatError: the dtype is unknown, `path` has another suffix, or the file would be too large.
+            PatchFormatError: the dtype is unknown, `path` has another suffix, the file would be too large, or the patch
+                holds something else than its method makes.
             OSError: the operating system refuses the write, for example because the disk is full. No file is left
                 behind.
         """
@@ -243,6 +253,7 @@ class Patch:
                 wanted="at least one",
                 fix="save no file for strength 0; unload the patch instead",
             )
+        _check_method(self)
         config = self.config.to_dict()
         if self.prefix is not None:
             config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
@@ -253,7 +264,8 @@ class Patch:
         """Read a patch file and check everything in it.
 
         Raises:
-            PatchFormatError: the file is damaged, unsafe or not a patch.
+            PatchFormatError: the file is damaged, unsafe or not a patch, or it holds something else than its method
+                makes.
             PatchVersionError: the file has a version, method or key that this version of tp-runtime does not know.
             PatchTargetError: a slot is unknown, a slot has only one of a and b, or the file holds no tensor.
             PatchShapeError: the arrays of a slot do not fit each other.
@@ -279,19 +291,41 @@ class Patch:
     def _of(cls, arrays: DeltaArrays, entries: EntryArrays, config: dict[str, Any]) -> Patch:
         prefix = prefix_from(entries, config.pop("prefix", None))
         deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
-        return cls(deltas, PatchConfig.from_dict(config), prefix)
+        patch = cls(deltas, PatchConfig.from_dict(config), prefix)
+        _check_method(patch)
+        return patch
 
 
-def _with_terms(
-    deltas: Mapping[SlotKey, Delta], config: PatchConfig, terms: Terms, prefix: KVPrefix | None = None
-) -> Patch:
-    """Return a patch whose terms are known. They are set here, so that no digest is computed for them."""
-    patch = Patch(deltas, config, prefix)
-    patch.__dict__["terms"] = terms
-    return patch
+def _check_method(patch: Patch) -> None:
+    """Raise PatchFormatError unless the patch holds what its method makes (config.py)."""
+    method = patch.config.method
+    wanted = ["no delta, only a KV prefix"] if method in WITHOUT_DELTAS else ["deltas"]
+    wanted += ["no KV prefix"] if method in WITHOUT_PREFIX else []
+    if bool(patch.deltas) != (method not in WITHOUT_DELTAS) or (patch.prefix and method in WITHOUT_PREFIX):
+        raise PatchFormatError(
+            "the patch holds something else than its method makes",
+            field="config.method",
+            got=f"{method!r} with {len(patch.deltas)} deltas and {'a' if patch.prefix else 'no'} KV prefix",
+            wanted=" and ".join(wanted),
+            fix="export the patch again with this version of tp-export",
+        )
 
 
 # -- parts of the algebra ------------------------------------------------------------------------------------
+
+
+def _combination(summands: Summands, config: PatchConfig) -> Patch:
+    """Return the sum of strength * patch over `summands`, in their order."""
+    deltas: dict[SlotKey, Delta] = {}
+    prefix = None
+    for patch, strength in summands:
+        for slot, delta in patch.deltas.items():
+            scaled = delta if strength == 1.0 else delta.scaled(strength)
+            deltas[slot] = deltas[slot].joined(scaled, slot) if slot in deltas else scaled
+        prefix = prefix or patch.prefix
+    combined = Patch(deltas, config, prefix)
+    combined.__dict__["summands"] = summands
+    return combined
 
 
 def _strength(value: Any) -> float:
@@ -336,10 +370,7 @@ def _sum(p: Patch, q: Patch, sign: str) -> Patch:
             wanted=f"only the KV prefix of {p.name!r}",
             fix="fit one of them without --prefix",
         )
-    deltas = dict(p.deltas)
-    for slot, delta in q.deltas.items():
-        deltas[slot] = deltas[slot].joined(delta, slot) if slot in deltas else delta
-    return _with_terms(deltas, config, p.terms + q.terms, p.prefix or q.prefix)
+    return _combination(p._summands + q._summands, config)
 
 
 def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:

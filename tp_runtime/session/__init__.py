@@ -4,6 +4,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
 from .bound_patch import BoundPatch, not_a_patch
+from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
 from .graph import Graph
@@ -53,6 +54,7 @@ __all__ = [
     "past_name",
     "prepare",
     "present_name",
+    "read_default_patch",
     "require_cache",
     "require_onnxruntime",
     "share_threads",

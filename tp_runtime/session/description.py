@@ -201,9 +201,13 @@ def _default_patch(value: Any) -> DefaultPatch | None:
         if len(_list(item, field)) != 2 or type(item[1]) not in (int, float) or not abs(item[1]) < 1e308:
             raise _bad(field, item, "[identity, strength]")
         terms.append((_digest(item[0], field), float(item[1])))
+    identity = _digest(value["identity"], "default_patch.identity")
+    # A patch that is made of one patch at strength 1 is that patch. Other terms cannot be checked, and select nothing.
+    if not terms or (len(terms) == 1 and terms[0][1] == 1.0 and terms[0][0] != identity):
+        raise _bad("default_patch.terms", terms, "the patches that the default patch is made of")
     return DefaultPatch(
         name=_text(value["name"], "default_patch.name"),
-        identity=_digest(value["identity"], "default_patch.identity"),
+        identity=identity,
         terms=tuple(terms),
         repair=value["repair"],
     )

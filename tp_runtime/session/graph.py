@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from itertools import count
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ModelFormatError, RequestError
+from ..errors import RequestError
 from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
-from ..storage import REEXPORT
 from .bound_patch import BoundPatch, not_a_patch, require_bound
 from .cuda_graphs import CapturedDecode, check_capturable
+from .default_patch import read_default_patch
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .graph_file import graph_file
@@ -29,7 +28,7 @@ from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import KVCache, SessionMark, require_cache, token_list
-from .model_folder import DEFAULT_FILE, ModelFolder
+from .model_folder import ModelFolder
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, fit_slots, slot_arrays
@@ -39,7 +38,6 @@ from .uses import Use
 
 log = logging.getLogger("tp_runtime")
 
-LARGEST_DEFAULT = 4 << 30  # bytes of the default patch's file, as for every patch
 _numbers = count(1)  # of the sessions of this process, so that an error can tell two over one folder apart
 
 
@@ -50,7 +48,7 @@ class Graph:
         folder: the opened model folder.
         device: `auto`, `cuda` or `cpu`.
         defaults: a patch whose tensors become the session's defaults (SessionOptions.add_initializer), so that requests
-            under it bind nothing. None keeps the folder's own defaults.
+            under it bind nothing. None takes the folder's default patch, if it has one.
         options: the settings of the session; see SessionSettings.
 
     Attributes:
@@ -66,15 +64,16 @@ class Graph:
         base: the base model as a bound patch.
         default: the patch that the session runs under if nothing is bound: `defaults`, the folder's default patch, or
             the base.
+        default_patch: the patch of `default`, without the repair; None if `default` is the base.
         repair: the patch that compensates what quantisation costs, which is part of the base; None if the folder has
             none.
 
     Raises:
         DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
         ModelFormatError: ONNX Runtime cannot load the graph, the graph contradicts the folder's description or has
-            changed since the folder was opened, or the folder's repair is missing or is another patch.
+            changed since the folder was opened, or the folder's default patch is missing or is another patch.
         UnsafePathError: the graph refers to a file that the folder does not list.
-        PatchError: `defaults` does not fit the graph, or the file of the repair is damaged.
+        PatchError: `defaults` or the folder's default patch does not fit the graph, or the latter's file is damaged.
         RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
             valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
             graph of the `optimum` route.
@@ -98,29 +97,38 @@ class Graph:
         self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
-        self.repair = self._folder_default if folder.default_patch and folder.default_patch.repair else None
-        terms = folder.default_patch.terms if folder.default_patch else ()
-        deltas: Mapping[SlotKey, Delta] | None = None if terms else {}
+        own = read_default_patch(folder)
+        self.repair = own if folder.default_patch and folder.default_patch.repair else None
         if defaults is not None:
             if not isinstance(defaults, Patch):
                 raise not_a_patch(defaults, "a Patch, or None")
             self._check(defaults)
-            defaults = self._repaired(defaults)
-            terms, deltas = defaults.terms, defaults.deltas
-            # The session reads these values in place, so they must live as long as the session.
-            self._default_values = self._slot_values(deltas, "cpu")
-            for name, value in self._default_values.items():
-                session_options.add_initializer(name, value)
+        default = own if defaults is None else defaults
+        self.default_patch = None if default is None or default is self.repair or default.is_base else default
+        bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
+        deltas = {} if bound is None else bound.deltas
+        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
+        # A session does not give out its initializers, so they are replaced, be it with equal values. The identity of
+        # the default patch is then that of the session's own values, whatever the graph or its description state. The
+        # session reads these values in place, so they must live as long as the session. Off the CPU it would ignore
+        # them, since they are not where the graph's own initializers go; there the default patch is bound for each run.
+        replaced = chosen.kind == "cpu"
+        self._default_values = self._slot_values(deltas, "cpu") if replaced else {}
+        for name, value in self._default_values.items():
+            session_options.add_initializer(name, value)
+        self._has_defaults = bool(deltas) if replaced else own is not None  # whether a run without values is patched
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
         self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
-        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
         self._huge_pages = settings.huge_pages
         self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
         if not settings.cuda_graphs or not self._capture(chosen, session_options):
             self._open(chosen, session_options)
-        prefix = None if defaults is None else defaults.prefix
-        self.default = BoundPatch({}, (folder.graph_digest, terms), prefix, deltas)
+        key = folder.graph_digest, () if bound is None else bound.terms
+        bind_all = not replaced and (self._has_defaults or bool(deltas))
+        values = self._slot_values(deltas, self.device.kind) if bind_all else {}
+        self.default = BoundPatch(values, key, None if bound is None else bound.prefix, deltas)
+        self._default_identity = None if bound is None else bound.identity
         self.base = self._bind_base()
 
     def _open(self, device: Device, options: Any, cuda_graphs: bool = False) -> None:
@@ -186,13 +194,13 @@ class Graph:
         if not patch.terms:
             return self.base
         patch = self._repaired(patch)
-        deltas = dict(patch.deltas)
-        if patch.terms == self.default.key[1]:
+        # The identity is computed from the values, so a default that is exported as 0.5 * p is found too.
+        if self._default_identity is not None and patch.identity == self._default_identity:
             return self.default
         # If the defaults are rank 0, the slots without a delta need no binding.
-        only = None if self.default.key[1] else set(deltas)
-        values = self._slot_values(deltas, self.device.kind, only)
-        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, deltas)
+        only = None if self._has_defaults else set(patch.deltas)
+        values = self._slot_values(patch.deltas, self.device.kind, only)
+        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, patch.deltas)
 
     def _bind_base(self) -> BoundPatch:
         terms, deltas = (self.repair.terms, self.repair.deltas) if self.repair else ((), {})
@@ -226,33 +234,8 @@ class Graph:
         return values
 
     def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
-        """Return the deltas of `bound`, by (layer, site). Those of the folder's default patch are read on first use.
-
-        Raises:
-            ModelFormatError, PatchError: the folder's default patch cannot be read, or `bound` is not a bound patch.
-        """
-        require_bound(bound)
-        return self._folder_default.deltas if bound.deltas is None else bound.deltas
-
-    @cached_property
-    def _folder_default(self) -> Patch:
-        """The folder's default patch, read from its own file because a session does not give out its initializers."""
-        assert self.folder.default_patch is not None
-        if DEFAULT_FILE not in self.folder.files:
-            raise ModelFormatError(
-                "the folder has a default patch but no file for it", field=DEFAULT_FILE, fix=REEXPORT
-            )
-        content = self.folder.read(DEFAULT_FILE, LARGEST_DEFAULT)
-        patch, wanted = Patch.parse(content, self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
-        if patch.identity != wanted:
-            raise ModelFormatError(
-                "the file does not hold the folder's default patch",
-                field=DEFAULT_FILE,
-                got=patch.identity,
-                wanted=wanted,
-                fix=REEXPORT,
-            )
-        return patch
+        """Return the deltas of `bound`, by (layer, site)."""
+        return bound.deltas
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one.
@@ -385,7 +368,7 @@ class Graph:
         captured = self.captured
         if captured is not None:
             owned = captured.take(cache, length, bound.values)
-            if owned and steps == 1 and captured.switch(bound.key, self.deltas(bound)):
+            if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
                 return captured.step(tokens[0], position, length)
         self.kv.prepare(cache, length, bound.values)
         mask = self._ones[:, :length]

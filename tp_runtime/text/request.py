@@ -52,8 +52,7 @@ class Request:
         raw: whether a string is encoded as it is, without the chat template.
         patch: the name of a loaded patch, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
             default it is the patch that `patched` activated, or else the one that the model was opened with.
-        strength: a factor on the patch; a negative one inverts its effect. Only a patch that the request names or that
-            `patched` activated can have another strength than 1.
+        strength: a factor on the patch; a negative one inverts its effect. The base has no other strength than 1.
         max_new_tokens: the largest number of tokens of the completion.
         stop: strings that end the completion and are not part of it; None is the same as no strings.
         sampling: the settings for choosing each token; greedy by default.

@@ -19,6 +19,7 @@ from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetErro
 from tp_runtime.patch import Delta, Patch
 
 SIZE = 64  # the hidden size of tiny_llama, which has 3 layers
+VALUES = np.ones(SIZE, np.float32)
 
 
 def bias_patch(source: Path, layers: range = range(1, 3), pair: bool = False) -> Patch:
@@ -34,12 +35,14 @@ def bias_patch(source: Path, layers: range = range(1, 3), pair: bool = False) ->
     return Patch(deltas, config)
 
 
-def written(path: Path, directions: dict[str, np.ndarray], architecture: str = "controlvector", **fields: int) -> Path:
+def written(path: Path, directions: dict[str, np.ndarray], architecture: str = "controlvector", **fields: Any) -> Path:
     """Write a file in the format of repeng's export_gguf."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("controlvector.model_hint", "llama")
     for key, value in ({"layer_count": len(directions)} | fields).items():
-        writer.add_uint32(f"controlvector.{key}", value)
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        if value is not None:
+            getattr(writer, f"add_{kinds[type(value)]}")(f"controlvector.{key}", value)
     for name, values in directions.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -114,6 +117,20 @@ def test_block_0_and_half_precision_of_repeng_are_accepted(tiny_llama: Path, tmp
     assert np.array_equal(deltas[0, "mlp_out"].bias, values)
 
 
+@pytest.mark.parametrize("count", [1, 3, 2, None], ids=["directions", "blocks of the model", "up to the last", "none"])
+def test_a_layer_count_may_count_what_writers_count(
+    count: int | None, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp and repeng ignore the count; tools write the directions, the model's blocks, or the last block."""
+    file = written(tmp_path / "v.gguf", {"direction.2": VALUES}, layer_count=count)
+    deltas = read_control_vector(file, open_source(tiny_llama).config)
+    assert set(deltas) == {(2, "mlp_out")} and np.array_equal(deltas[2, "mlp_out"].bias, VALUES)
+    out = tmp_path / "p.safetensors"
+    if count == 3:
+        assert cli.main(["import", str(file), str(out), "--base", str(tiny_llama)]) == 0
+        assert "note: the file has no direction for block 1\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("layers", "pair", "named"),
     [(range(3), False, "the bias of layers.0.mlp_out"), (range(1, 3), True, "the pair of layers.1.mlp_out")],
@@ -143,14 +160,20 @@ def test_a_patch_without_representable_biases_is_refused(
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-VALUES = np.ones(SIZE, np.float32)
-
-
 @pytest.mark.parametrize(
     ("directions", "options", "error", "named"),
     [
         ({"direction.1": VALUES}, {"architecture": "llama"}, PatchFormatError, "general.architecture"),
         ({"direction.1": VALUES}, {"layer_count": 2}, PatchFormatError, "directions are missing from the file"),
+        ({"direction.1": VALUES}, {"layer_count": 4}, PatchFormatError, "directions are missing from the file"),
+        ({"direction.1": VALUES}, {"layer_count": 0}, PatchFormatError, "layer_count 0"),
+        ({"direction.1": VALUES}, {"layer_count": "3"}, PatchFormatError, "layer_count '3'"),
+        ({"direction.1": VALUES}, {"layer_count": [3, 3]}, PatchFormatError, r"layer_count \[3, 3\]"),
+        ({"direction.1": VALUES}, {"layer_count": 3.0}, PatchFormatError, r"layer_count 3\.0"),
+        ({"direction.1": VALUES}, {"layer_count": True}, PatchFormatError, "layer_count True"),
+        ({"direction.1": VALUES, "direction.01": VALUES}, {}, PatchTargetError, r"direction\.01"),
+        ({f"direction.{'9' * 50}": VALUES}, {}, PatchTargetError, "direction.999"),
+        ({"direction.99999": VALUES}, {}, PatchShapeError, "layer 99999"),
         ({}, {}, PatchFormatError, "directions are missing from the file"),
         ({"direction.1": VALUES.astype(np.float64)}, {}, PatchFormatError, "F64"),
         ({"direction.x": VALUES}, {}, PatchTargetError, "direction.x"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime_tests.cli import Cli, Result
+from runtime_tests.committed import private_copy
 from runtime_tests.patches import patch_for
 from tp_runtime.cli import chat as chat_module
 from tp_runtime.cli.chat import Chat
@@ -128,13 +129,18 @@ def test_a_completion_style_model_gets_each_line_separately(talk: Talk, tiny_gem
     assert result.out == "".join(f"{model.generate(text, max_new_tokens=5)}\n" for text in ("one", "two"))
 
 
-def test_a_folders_own_patch_can_be_switched_off_but_not_scaled(
+def test_a_folders_own_patch_can_be_scaled_and_switched_off(
     talk: Talk, tiny_llama_patched: Path, model: PatchedModel
 ) -> None:
     patch = Patch.load(tiny_llama_patched / DEFAULT_FILE)
     result = talk("one", "/strength 2", "two", "/patch", "three", model=tiny_llama_patched)
-    assert result.out.splitlines() == answers(model, ("one", patch), ("two", patch), ("three", None))
-    assert "the folder's own patch cannot be scaled" in result.err
+    assert result.out.splitlines() == answers(model, ("one", patch), ("two", 2 * patch), ("three", None))
+    assert f"under {patch.name}@2;" in result.err
+
+
+def test_a_repair_belongs_to_the_base_and_cannot_be_scaled(talk: Talk, tmp_path: Path) -> None:
+    result = talk("/strength 2", model=private_copy("tiny-llama-repaired", tmp_path))
+    assert "there is no patch to scale" in result.err and "no patch" in result.err.splitlines()[0]
 
 
 # -- errors --------------------------------------------------------------------------------------------------

@@ -56,12 +56,13 @@ def cached(model: PatchedModel) -> Patch:
         for layer in range(model.graph.folder.layers)
         for part in KV_PARTS
     }
-    return Patch({}, patch_for(model.graph.folder).config, KVPrefix(entries, tuple(plain), len(prompted)))
+    config = replace(patch_for(model.graph.folder).config, method="prefix")
+    return Patch({}, config, KVPrefix(entries, tuple(plain), len(prompted)))
 
 
 def prefixed(model: PatchedModel, entries: int, patch: Patch | None = None) -> Patch:
     """Return `patch`, or a patch without deltas, with random entries that replace the same ids as CONTEXT's cache."""
-    patch = patch or Patch({}, patch_for(model.graph.folder, seed=1).config)
+    patch = patch or Patch({}, replace(patch_for(model.graph.folder, seed=1).config, method="prefix"))
     prompted, plain = leads(model)
     return with_prefix(patch, model.graph.folder, plain, entries, len(prompted))
 
@@ -125,7 +126,7 @@ def test_a_file_stores_the_prefix(model: PatchedModel, tmp_path: Path) -> None:
     again = Patch.load(tmp_path / "p.safetensors")
     assert again.identity == patch.identity and again.prefix is not None and patch.prefix is not None
     assert (again.prefix.replaces, again.prefix.position) == (patch.prefix.replaces, patch.prefix.position)
-    prefix_only = Patch({}, patch.config, patch.prefix)
+    prefix_only = Patch({}, replace(patch.config, method="prefix"), patch.prefix)
     prefix_only.save(tmp_path / "prefix.safetensors")
     assert Patch.load(tmp_path / "prefix.safetensors").deltas == {}
     moved = Patch(patch.deltas, patch.config, replace(patch.prefix, position=patch.prefix.position + 1))

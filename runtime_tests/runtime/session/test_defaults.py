@@ -16,7 +16,8 @@ import pytest
 
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids
 from runtime_tests.patches import patch_for
-from tp_runtime.errors import ModelFormatError, PatchTargetError, StaleCacheError
+from runtime_tests.prefixes import with_prefix
+from tp_runtime.errors import ModelFormatError, PatchTargetError, PatchValueError, StaleCacheError
 from tp_runtime.generation.rows import new_rows
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -142,9 +143,8 @@ def test_a_patch_file_that_is_missing_or_replaced_is_refused(
         other.save(folder.path / DEFAULT_FILE)
         listed = describe_files(folder.path, [DEFAULT_FILE])  # as if the export had listed it
         folder = replace(folder, files={**folder.files, **listed})
-    graph = Graph(folder, "cpu")
     with pytest.raises(ModelFormatError, match="default patch"):
-        graph.deltas(graph.default)
+        Graph(folder, "cpu")
 
 
 # -- defaults set at load time -------------------------------------------------------------------------------
@@ -189,6 +189,46 @@ def test_the_session_outlives_the_patch_it_was_opened_with(tiny_llama_export: Pa
     assert furthest(first, graph_logits(graph, IDS, graph.bind(patch_for(folder, seed=3)))) < 1e-6
 
 
-def test_a_strength_needs_a_named_patch(exported: Path) -> None:
-    with pytest.raises(PatchTargetError, match="strength"):
-        PatchedModel.from_pretrained(exported, "cpu").logits(IDS, strength=0.5)
+@pytest.mark.parametrize("at_load", [False, True], ids=["at export", "at load"])
+def test_the_default_patch_takes_a_strength(
+    exported: Path, tiny_llama_export: Path, patch: Patch, wanted: dict[str, Any], at_load: bool
+) -> None:
+    plain = PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+    if at_load:
+        model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=patch)
+    else:
+        model = PatchedModel.from_pretrained(exported, "cpu")
+    for strength in (0.5, -2.0, 0.0):
+        assert furthest(model.logits(IDS, strength=strength), plain.logits(IDS, strength * patch)) < 1e-6
+    assert model.generate("Hi", strength=0.5, max_new_tokens=4) == plain.generate(
+        "Hi", patch=0.5 * patch, max_new_tokens=4
+    )
+    assert model.generate(["Hi", "Ho"], strength=[1.0, 0.5], max_new_tokens=4) == plain.generate(
+        ["Hi", "Ho"], patch=[patch, 0.5 * patch], max_new_tokens=4
+    )
+    # A strength of 1 binds nothing, a cache belongs to its strength, and the default stays what it was.
+    assert model.new_cache(strength=1.0).key == model.graph.default.key
+    with pytest.raises(StaleCacheError):
+        model.stream("Hi", cache=model.new_cache(strength=0.5))
+    assert furthest(model.logits(IDS), wanted["patch"]) < TOLERANCE
+
+
+def test_the_default_patch_takes_a_strength_that_makes_up_for_its_own(exported: Path, patch: Patch) -> None:
+    model = PatchedModel.from_pretrained(exported, "cpu", patch=0.1 * patch)
+    assert np.array_equal(
+        model.logits(IDS, strength=10), PatchedModel.from_pretrained(exported, "cpu").logits(IDS, patch)
+    )
+
+
+def test_a_default_patch_with_a_kv_prefix_takes_no_strength_but_0_and_1(tiny_llama_export: Path) -> None:
+    folder = ModelFolder.open(tiny_llama_export)
+    model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", patch=with_prefix(patch_for(folder), folder, [1, 2]))
+    with pytest.raises(PatchValueError, match="KV prefix"):
+        model.logits([1, 2, 3], strength=0.5)
+    assert np.array_equal(model.logits([1, 2, 3], strength=0), model.logits([1, 2, 3], None))
+
+
+def test_a_strength_needs_a_patch(tiny_llama_export: Path, exported: Path, patch: Patch) -> None:
+    for path, choice in ((tiny_llama_export, None), (exported, None), (exported, 0 * patch)):
+        with pytest.raises(PatchTargetError, match="strength"):
+            PatchedModel.from_pretrained(path, "cpu", patch=choice).logits(IDS, strength=0.5)
