@@ -4,13 +4,20 @@ This room knows nothing of how a patch is fitted.
 """
 
 from .control_vector import check_lossless, control_vector_parts, read_control_vector, write_control_vector
+from .gguf_kinds import CONTROL_VECTOR
 from .gguf_lora import write_gguf_lora
 from .imported import imported_patch
-from .onnx_adapter import write_onnx_adapter
+from .lora_folder import BIASES_FILE, LORA_FILE, LORA_FOLDER
+from .onnx_adapter import ONNX_ADAPTER, write_onnx_adapter
 from .peft_in import is_lora_folder, read_peft
 from .peft_out import pairs, write_peft
 
 __all__ = [
+    "BIASES_FILE",
+    "CONTROL_VECTOR",
+    "LORA_FILE",
+    "LORA_FOLDER",
+    "ONNX_ADAPTER",
     "check_lossless",
     "control_vector_parts",
     "imported_patch",

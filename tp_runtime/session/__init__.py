@@ -12,6 +12,7 @@ from .kv_cache import CacheKey, KVCache
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
 from .prepared import prepare
 from .probe import ProbeCheck, check_probe, measure_probe
+from .replaceable import MODEL_FOLDER
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
@@ -21,6 +22,7 @@ __all__ = [
     "DEVICES",
     "FIRST_LOGIT",
     "KV",
+    "MODEL_FOLDER",
     "PREPARED",
     "BoundPatch",
     "CacheKey",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import ModelFormatError, RequestError
 from ..patch import SlotKey
-from ..storage import REEXPORT, atomic_file, checked_file, sha256_file
+from ..storage import ANY_FILE, REEXPORT, atomic_file, checked_file, sha256_file
 from .description import FORMAT, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
 
 # The folder of prepared.py belongs to this machine and not to the export, so it is not listed.
@@ -136,7 +136,7 @@ def write_slots_file(folder: ModelFolder) -> Path:
     text = folder.to_json().encode()
     parse_description(text)
     target = folder.path / SLOTS_FILE
-    with atomic_file(target) as temporary:
+    with atomic_file(target, replaces=ANY_FILE) as temporary:  # the name itself says that this is a description
         temporary.write_bytes(text)
     return target
 

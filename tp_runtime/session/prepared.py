@@ -19,14 +19,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ..errors import TPError
-from ..storage import atomic_folder, checked_file, parse_json_object
+from ..errors import ModelFormatError, TPError
+from ..storage import atomic_folder, check_writable, checked_file, parse_json_object
 from .device import CPU, Device, create_session, require_onnxruntime
 from .model_folder import PREPARED, ModelFolder
+from .replaceable import PREPARED_FILES, PREPARED_FOLDER
 
 log = logging.getLogger("tp_runtime")
 
-_GRAPH, _WEIGHTS, _RECORD = "model.onnx", "weights", "prepared.json"
+_GRAPH, _WEIGHTS, _RECORD = PREPARED_FILES
 _RECORD_CAP = 2**16
 _SESSION_CONFIG = {
     "session.save_external_prepacked_constant_initializers": "1",
@@ -47,18 +48,24 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
 
     Raises:
         ModelFormatError: ONNX Runtime cannot load the graph.
+        OutputError: the folder `prepared` holds other files than those that this function writes.
         DeviceUnavailableError: there is no ONNX Runtime.
         OSError: the disk is full or the folder cannot be written; an earlier prepared graph stays as it was.
     """
     if not again and prepared_graph(folder) is not None:
         return False
     ort = require_onnxruntime()
-    with atomic_folder(folder.path / PREPARED, overwrite=True) as out:
+    with atomic_folder(folder.path / PREPARED, replaces=PREPARED_FOLDER) as out:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(out / _GRAPH)
         for name, value in _SESSION_CONFIG.items():
             options.add_session_config_entry(name, value)
-        create_session(folder.path / _GRAPH, Device("cpu", CPU), options)
+        try:
+            create_session(folder.path / _GRAPH, Device("cpu", CPU), options)
+        except ModelFormatError:
+            # ONNX Runtime reports a full disk like a damaged graph, without the system's error.
+            check_writable(*(out / name for name in (_GRAPH, _WEIGHTS)))
+            raise
         sizes = {name: (out / name).stat().st_size for name in (_GRAPH, _WEIGHTS) if (out / name).exists()}
         record = {**_machine(), "graph_digest": folder.graph_digest, "files": sizes}
         (out / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
