@@ -8,7 +8,7 @@ from .destination import ANY_FILE, Kind, check_output_file, check_output_folder,
 from .digests import SHA256, sha256_file
 from .safe_path import REEXPORT, check_name, checked_file
 from .strict_json import StrictJSONError, parse_json, parse_json_object, read_json_object
-from .system_errors import check_writable, system_errors
+from .write_errors import check_writable, system_errors
 
 __all__ = [
     "ANY_FILE",
