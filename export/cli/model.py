@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.session import MODEL_FOLDER
     from tp_runtime.storage import check_output_folder
 
+    # This comes before the imports below, which take seconds.
     check_output_folder(args.out, MODEL_FOLDER if args.overwrite else None, given(args.src, args.patch))
+
     from ..graph import export_model
     from ..source import open_source
 
