@@ -88,6 +88,10 @@ class DeviceUnavailableError(ModelError):
     """The requested device is not available, or ONNX Runtime is missing or installed twice."""
 
 
+class OutputError(TPError):
+    """The path to write holds something that is not replaced, or is, holds or lies in an input of the command."""
+
+
 class RequestError(TPError):
     """A prompt, a message, a sampling value or another setting of a call is not valid."""
 

@@ -27,7 +27,7 @@ from benchmarks.speed.prepare import BITS, MODELS, prepare, program
 from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
-from tp_runtime.storage import atomic_file
+from tp_runtime.storage import ANY_FILE, atomic_file
 from tp_runtime.text import TextCodec
 
 _TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"
@@ -173,7 +173,7 @@ def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], 
             run |= {"patches": patches(models, threads, args), "batches": batches(models, threads, args)}
             found["runs"].append(run)
             found["runs"].sort(key=lambda run: (_order(run["model"]), run["threads"]))
-            with atomic_file(out) as temporary:
+            with atomic_file(out, ANY_FILE) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

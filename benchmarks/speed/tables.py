@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.speed import targets
 from benchmarks.speed.plots import rank_ratios, share
-from tp_runtime.storage import atomic_file
+from tp_runtime.storage import ANY_FILE, atomic_file
 
 Run = dict[str, Any]
 
@@ -40,7 +40,7 @@ def write(found: dict[str, Any], plots: dict[str, Path], out: Path) -> None:
     for name, path in plots.items():
         relative = Path(os.path.relpath(path, out.parent)).as_posix()
         parts.append(f"{_TITLES[name]}:\n\n![{_TITLES[name]}]({relative})")
-    with atomic_file(out) as temporary:
+    with atomic_file(out, ANY_FILE) as temporary:
         temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 

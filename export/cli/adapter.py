@@ -25,9 +25,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the adapter and print its path."""
     from tp_runtime.patch import Patch
     from tp_runtime.session import ModelFolder
+    from tp_runtime.storage import check_output_file
 
-    from ..formats import write_onnx_adapter
+    from ..formats import ONNX_ADAPTER, write_onnx_adapter
 
+    check_output_file(args.out, ONNX_ADAPTER, [args.patch])
     write_onnx_adapter(Patch.load(args.patch), ModelFolder.open(args.folder), args.out)
     print(args.out)
     return 0

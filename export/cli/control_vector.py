@@ -30,9 +30,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the control vector and print its path."""
     from tp_runtime.patch import Patch
+    from tp_runtime.storage import check_output_file
 
-    from ..formats import check_lossless, control_vector_parts, write_control_vector
+    from ..formats import CONTROL_VECTOR, check_lossless, control_vector_parts, write_control_vector
 
+    check_output_file(args.out, CONTROL_VECTOR, [args.patch])
     patch = Patch.load(args.patch)
     directions, biases, pairs = control_vector_parts(patch)
     if not args.lossy:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tp_runtime.errors import PatchFormatError
 
-from .options import check_patch_file
+from .options import check_patch_file, given
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..progress import clock
     from ..source import load_model, open_source
 
-    check_patch_file(args.out)
+    check_patch_file(args.out, given(args.adapter, args.base))
     source = open_source(args.base)
     if args.adapter.suffix == ".gguf":
         deltas = read_control_vector(args.adapter, source.config)

@@ -48,11 +48,14 @@ def run(args: argparse.Namespace) -> int:
     """Write the folder and print its path."""
     from tp_runtime.patch import Patch
     from tp_runtime.session import check_base
+    from tp_runtime.storage import check_output_folder
 
     from ..decoder import model_without_weights, site_linears
-    from ..formats import write_peft
+    from ..formats import LORA_FOLDER, write_peft
     from ..source import open_source
 
+    replaces, inputs = LORA_FOLDER if args.overwrite else None, [args.patch, args.base]
+    check_output_folder(args.out, replaces, inputs)
     patch = Patch.load(args.patch)
     source = open_source(args.base)
     check_base(patch, source.name, source.digest, "fp32")
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gguf:
         _write_gguf(patch, layers, args)
     else:
-        write_peft(patch, layers, args.out, args.base, args.overwrite)
+        write_peft(patch, layers, args.out, args.base, replaces)
     print(args.out)
     return 0
 
@@ -68,7 +71,16 @@ def run(args: argparse.Namespace) -> int:
 def _write_gguf(patch: Patch, layers: dict[SlotKey, SiteLinear], args: argparse.Namespace) -> None:
     from tp_runtime.storage import atomic_folder
 
-    from ..formats import check_lossless, control_vector_parts, pairs, write_control_vector, write_gguf_lora
+    from ..formats import (
+        BIASES_FILE,
+        LORA_FILE,
+        LORA_FOLDER,
+        check_lossless,
+        control_vector_parts,
+        pairs,
+        write_control_vector,
+        write_gguf_lora,
+    )
 
     found = pairs(patch, layers)
     # Without a post-norm the bias of `down` is added to the block's output like that of `mlp_out`.
@@ -78,9 +90,10 @@ def _write_gguf(patch: Patch, layers: dict[SlotKey, SiteLinear], args: argparse.
         fix = "fit it with tp-export patch --method output --first-layer 1, or --method lora --no-bias"
         check_lossless(patch, lost, "llama.cpp", fix)
     count = 1 + max(layer for layer, _ in layers)
-    with atomic_folder(args.out, overwrite=args.overwrite) as folder:
-        write_gguf_lora(found, patch.config.architecture, count, folder / "lora.gguf")
+    replaces = LORA_FOLDER if args.overwrite else None
+    with atomic_folder(args.out, replaces, [args.patch, args.base]) as folder:
+        write_gguf_lora(found, patch.config.architecture, count, folder / LORA_FILE)
         if directions:
-            write_control_vector(directions, patch.config.architecture, folder / "control-vector.gguf")
+            write_control_vector(directions, patch.config.architecture, folder / BIASES_FILE)
     for part in lost:
         print(f"left out: {part}", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_overwrite, add_source
+from .options import add_overwrite, add_source, given
 
 
 def add_parser(subparsers: Any) -> None:
@@ -56,6 +56,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export the model and print the folder's path."""
     from tp_runtime.patch import Patch
+    from tp_runtime.session import MODEL_FOLDER
+    from tp_runtime.storage import check_output_folder
+
+    # This comes before the imports below, which take seconds.
+    check_output_folder(args.out, MODEL_FOLDER if args.overwrite else None, given(args.src, args.patch))
 
     from ..graph import export_model
     from ..source import open_source

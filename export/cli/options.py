@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError
+from tp_runtime.storage import check_output_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from tp_runtime.patch import Patch
     from tp_runtime.session import Graph
@@ -74,7 +75,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite."""
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing OUT once the new folder is complete"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing OUT once the new folder is complete; this command must have written it, and it must "
+        "hold nothing else",
     )
 
 
@@ -95,8 +99,15 @@ def require_folder_of(field: str, path: Path) -> None:
         )
 
 
-def check_patch_file(path: Path) -> None:
-    """Raise PatchFormatError unless a patch file can be written at `path`."""
+def check_patch_file(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that a patch file can be written at `path` by a command that reads `inputs`.
+
+    Raises:
+        PatchFormatError: the name does not end in .safetensors.
+        OutputError: see `check_output_file`.
+    """
+    from tp_runtime.patch import PATCH_FILE
+
     if path.suffix != ".safetensors":
         raise PatchFormatError(
             "the output file's name does not end in .safetensors", field="OUT", got=path.name, wanted="*.safetensors"
@@ -105,6 +116,12 @@ def check_patch_file(path: Path) -> None:
         raise PatchFormatError(
             "the folder does not exist", field="OUT", got=str(path.parent), fix="create the folder first"
         )
+    check_output_file(path, PATCH_FILE, inputs)
+
+
+def given(*inputs: str | Path | None) -> list[str | Path]:
+    """Return the inputs that the command line gives, for the check of its output."""
+    return [path for path in inputs if path is not None]
 
 
 def check_measurable(

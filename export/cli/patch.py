@@ -15,6 +15,7 @@ from .options import (
     add_device_options,
     add_source,
     check_patch_file,
+    given,
     load_weights,
     read_any_context,
     read_context,
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
     source = open_source(args.src)
+    store = None if args.rollouts is None else RolloutStore(args.rollouts, source.digest)
     model = load_weights(source, args)
     recipe = Recipe(
         method=args.method,
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         recipe,
         name=args.name or args.out.stem,
         store_context=args.store_prompt,
-        store=None if args.rollouts is None else RolloutStore(args.rollouts, source.digest),
+        store=store,
     )
     patch.save(args.out)
     if patch.config.fidelity:
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_patch_file(args.out)
+    check_patch_file(args.out, given(args.src, args.prompt_file, args.queries, args.held_out, args.rollouts))
     at_least = (
         ("--rank", args.rank, 1),
         ("--limit", args.limit, 1),

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_source(parser)
     parser.add_argument("document", metavar="DOCUMENT", type=Path, help="a UTF-8 text file with facts, rules or prose")
-    parser.add_argument("out", metavar="OUT.txt", type=Path, help="the file to write, with one question per line")
+    parser.add_argument("out", metavar="OUT.txt", type=Path, help="the new file to write, with one question per line")
     parser.add_argument(
         "--rounds", type=int, default=6, metavar="N", help="the number of passes over the document (default 6)"
     )
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the questions and print the file's path."""
-    from tp_runtime.storage import atomic_file
+    from tp_runtime.storage import atomic_file, check_output_file
 
     from ..progress import bar
     from ..queries import statements, write_questions
@@ -41,12 +41,14 @@ def run(args: argparse.Namespace) -> int:
 
     require_at_least("--rounds", args.rounds, 1)
     require_folder_of("OUT", args.out)
+    # No file is replaced: the text is meant to be corrected by hand, and nothing in it tells whose it is.
+    check_output_file(args.out, inputs=[args.src, args.document])
     document = read_prompt_file(args.document)
     source = open_source(args.src)
     model = load_weights(source, args)
     with bar("questions", args.rounds * len(statements(document)), "answer") as shown:
         questions = write_questions(source, model, document, args.rounds, seed=args.seed, progress=shown.update)
-    with atomic_file(args.out) as temporary:
+    with atomic_file(args.out, inputs=[args.src, args.document]) as temporary:
         temporary.write_text("".join(f"{question}{os.linesep}" for question in questions), encoding="utf-8")
     print(args.out)
     return 0

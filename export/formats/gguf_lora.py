@@ -16,6 +16,7 @@ import numpy as np
 from tp_runtime.errors import ModelFormatError, PatchTargetError
 from tp_runtime.storage import atomic_file
 
+from .gguf_kinds import GGUF_LORA
 from .peft_out import Pair
 
 # transformers' model type -> llama.cpp's name, if the two differ. All other names are the same.
@@ -31,11 +32,12 @@ def write_gguf_lora(pairs: Mapping[str, Pair], architecture: str, layers: int, o
         pairs: a mapping from module name to pair, all of one rank (peft_out.pairs).
         architecture: the base's model type.
         layers: the base's number of layers.
-        out: the path of the .gguf file. An existing file is replaced.
+        out: the path of the .gguf file. An existing file is replaced if this function wrote it.
 
     Raises:
         ModelFormatError: llama.cpp has no architecture of that name.
         PatchTargetError: all pairs are zero, or a pair is for a layer that is not one of the MLP's linear layers.
+        OutputError: `out` holds something that is not replaced.
         OSError: the operating system reports an error. No file is left behind.
     """
     name = _RENAMED.get(architecture, architecture)
@@ -59,7 +61,7 @@ def write_gguf_lora(pairs: Mapping[str, Pair], architecture: str, layers: int, o
             fix="run tp-export control-vector",
         )
     rank = next(iter(nonzero.values())).a.shape[0]
-    with atomic_file(out) as temporary:
+    with atomic_file(out, GGUF_LORA) as temporary:
         writer = gguf.GGUFWriter(temporary, name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

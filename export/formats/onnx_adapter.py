@@ -10,7 +10,9 @@ from pathlib import Path
 from tp_runtime.errors import PatchFormatError
 from tp_runtime.patch import Patch
 from tp_runtime.session import ModelFolder, check_base, fit_slots, require_onnxruntime, slot_arrays
-from tp_runtime.storage import atomic_file
+from tp_runtime.storage import Kind, atomic_file, check_writable
+
+_MAGIC = slice(4, 8), b"TORT"  # where a flat buffer names its kind, and ONNX Runtime's name for adapters
 
 
 def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
@@ -19,10 +21,11 @@ def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
     Args:
         patch: the patch.
         folder: the exported model folder.
-        out: the path of the file, which ends in .onnx_adapter. An existing file is replaced.
+        out: the path of the file, which ends in .onnx_adapter. An existing file is replaced if it is an adapter.
 
     Raises:
         PatchFormatError: `out` does not end in .onnx_adapter.
+        OutputError: `out` holds something that is not replaced.
         BaseMismatchError, PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the folder.
         DeviceUnavailableError: ONNX Runtime is not installed.
         OSError: the operating system reports an error. No file is left behind.
@@ -45,5 +48,18 @@ def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters(values)
-    with atomic_file(out) as temporary:
-        adapter.export_adapter(str(temporary))
+    with atomic_file(out, ONNX_ADAPTER) as temporary:
+        try:
+            adapter.export_adapter(str(temporary))
+        except RuntimeError:
+            check_writable(temporary)  # ONNX Runtime does not say why it could not write
+            raise
+
+
+def _no_adapter(file: Path) -> str | None:
+    place, magic = _MAGIC
+    with file.open("rb") as handle:
+        return None if handle.read(place.stop)[place] == magic else "another file"
+
+
+ONNX_ADAPTER = Kind("an adapter for onnxruntime-genai", _no_adapter)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,13 @@ from safetensors.numpy import save_file
 
 from tp_runtime.errors import PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch, SlotKey, slot_name
-from tp_runtime.storage import atomic_folder
+from tp_runtime.storage import Kind, atomic_folder, system_errors
 
 from ..decoder import SiteLinear
 
 Array = NDArray[np.float32]
 _PREFIX = "base_model.model."
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def pairs(patch: Patch, layers: Mapping[SlotKey, SiteLinear]) -> dict[str, Pair]
     return {module: _pair(delta, rank, sizes[module]) for module, delta in merged.items()}
 
 
-def write_peft(patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, base: str, overwrite: bool) -> None:
+def write_peft(
+    patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, base: str, replaces: Kind | None = None
+) -> None:
     """Write the folder, completely or not at all.
 
     Args:
@@ -78,11 +82,11 @@ def write_peft(patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, ba
         layers: the linear layer of each slot.
         out: the path of the folder to make.
         base: the base model that the adapter's config names: a hub id or a folder.
-        overwrite: whether to replace an existing folder.
+        replaces: the kind of folder that may be replaced, such as LORA_FOLDER; None for none.
 
     Raises:
         PatchTargetError, PatchShapeError: `pairs` raises it.
-        ModelFormatError: `out` is a file, or a folder that is not empty and `overwrite` is False.
+        OutputError: `out` holds something that is not replaced.
         OSError: the operating system reports an error. Nothing is left behind.
     """
     found = pairs(patch, layers)
@@ -95,7 +99,17 @@ def write_peft(patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, ba
         if biased:  # `lora_bias` holds for all layers, so those without a bias get zeros
             bias = np.zeros(pair.b.shape[0], np.float32) if pair.bias is None else pair.bias
             tensors[f"{_PREFIX}{module}.lora_B.bias"] = bias
-    config = {
+    config = _config(base, rank, biased, sorted(found))
+    with atomic_folder(out, replaces, [base]) as folder, system_errors():
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors writes through a private temporary file (0600). The file gets the mode of the config, which the
+        # user's umask decided.
+        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode & 0o777)
+
+
+def _config(base: str, rank: int, biased: bool, modules: list[str]) -> dict[str, Any]:
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -106,14 +120,13 @@ def write_peft(patch: Patch, layers: Mapping[SlotKey, SiteLinear], out: Path, ba
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": biased,
-        "target_modules": sorted(found),
+        "target_modules": modules,
     }
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        # safetensors writes through a private temporary file (0600). The file gets the mode of the config, which the
-        # user's umask decided.
-        (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
+
+
+def is_written_here(config: Mapping[str, Any]) -> bool:
+    """Return whether an adapter_config.json has exactly the settings that `write_peft` writes: peft writes more."""
+    return config.keys() == _config("", 0, False, []).keys()
 
 
 def _linear_of(patch: Patch, slot: SlotKey, layers: Mapping[SlotKey, SiteLinear]) -> SiteLinear:

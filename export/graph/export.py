@@ -21,6 +21,7 @@ from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
 from tp_runtime.session import (
     DEFAULT_FILE,
     KV,
+    MODEL_FOLDER,
     DefaultPatch,
     ModelFolder,
     Slot,
@@ -29,7 +30,7 @@ from tp_runtime.session import (
     fit_slots,
     write_slots_file,
 )
-from tp_runtime.storage import atomic_folder
+from tp_runtime.storage import atomic_folder, check_output_folder, system_errors
 
 from ..decoder import SLOT_SETS, kv_shape, slots_of
 from ..fit import repair_patch
@@ -89,16 +90,18 @@ def export_model(
         repair: whether to fit a patch that compensates what a quantised precision costs. That patch becomes the default
             of the slots and is stored next to the graph. The base of this folder is then the repaired one, and patches
             that were fitted in float32 are added to it.
-        overwrite: whether to replace an existing folder, once the new one is complete.
+        overwrite: whether to replace an existing folder, once the new one is complete. Only a folder is replaced that
+            this function wrote, that holds nothing else, and that is not part of `source` and does not hold it.
 
     Returns:
         `out`.
 
     Raises:
         ModelFormatError: the architecture, the slot set, the route or the precision is unknown, no route can export the
-            model, the precision does not suit the route or the weights, `out` is a file or a folder that is
-            not empty, `repair` is set for a float precision or together with `patch`, or the exported graph does not
-            compute what the model computes.
+            model, the precision does not suit the route or the weights, `repair` is set for a float precision or
+            together with `patch`, or the exported graph does not compute what the model computes.
+        OutputError: `out` holds something that is not replaced, or is, holds or lies in the folder of `source`; this is
+            found before the work.
         BaseMismatchError: `patch` was fitted on another base model or another precision.
         PatchTargetError: `patch` addresses a slot that the graph does not have, or has a KV prefix.
         PatchShapeError: `patch` has more layers than the graph, or the shape of a delta does not fit its slot.
@@ -120,6 +123,8 @@ def export_model(
             wanted="a quantised precision, and no other default patch",
             fix="add patches to the repaired base at run time",
         )
+    replaces = MODEL_FOLDER if overwrite else None
+    check_output_folder(out, replaces, [source.path])
     with clock("load weights"):
         model = load_model(source)
     if precision == MEASURED:
@@ -131,7 +136,7 @@ def export_model(
     deltas: Mapping[SlotKey, Delta] = {}
     if patch is not None:
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, replaces, [source.path]) as folder, system_errors():
         with clock("trace the graph"):
             graph, route = _trace(model, slots, route)
         with clock("write the folder"):

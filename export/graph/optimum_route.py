@@ -9,10 +9,8 @@ outputs are the same: `input_ids`, `attention_mask`, `position_ids`, `past_key_v
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch import nn
 
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.session import Slot
+from tp_runtime.storage import temporary_folder
 
 from ..decoder import SlotTensors, slotted
 from .trace import quiet
@@ -48,7 +47,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
     """
     config = _export_config(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with quiet(), _registered(model, slots) as slot_names, tempfile.TemporaryDirectory(prefix="tp-optimum-") as folder:
+    with quiet(), _registered(model, slots) as slot_names, temporary_folder(prefix="tp-optimum-") as folder:
         # Slots move a linear layer to `...down_proj.linear`, and a tied weight has two paths. This maps every path to
         # the one name that the weight has in the source model.
         sources = {
@@ -57,7 +56,7 @@ def trace(model: nn.Module, slots: Sequence[Slot]) -> ir.Model:
             for name, parameter in module.named_parameters(recurse=False)
             if id(parameter) in names
         }
-        file = Path(folder) / "model.onnx"
+        file = folder / "model.onnx"
         try:
             export_pytorch(model, config, config.DEFAULT_ONNX_OPSET, file)
         finally:

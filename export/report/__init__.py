@@ -6,12 +6,13 @@ This room knows nothing of how the patch was made; it makes fits of its own only
 from .about import describe_report
 from .compare import METHODS, fitted_queries
 from .measure import Setup, Subject, check_long, measure_composition, measure_patch
-from .page import write_page
+from .page import PAGE, write_page
 from .plots import STYLE
 from .store import store_summary
 
 __all__ = [
     "METHODS",
+    "PAGE",
     "STYLE",
     "Setup",
     "Subject",

@@ -9,12 +9,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tp_runtime.storage import atomic_file
+from tp_runtime.storage import Kind, atomic_file
 
 from . import plots
 from .figures import PATCH, PatchReport, Report
 
 _TEMPLATE = "page.html.j2"
+_TITLE_ENDS = ": patch report</title>"  # the end of the title in the template
+_LARGEST_HEAD = 2**16
 _SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -22,11 +24,21 @@ def write_page(report: Report, path: Path) -> None:
     """Write the page; `path` changes only once the whole page is written.
 
     Raises:
+        OutputError: `path` holds something else than such a page.
         OSError: the page cannot be written; a page that was there before is still there.
     """
     text = render_page(report)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _no_page(file: Path) -> str | None:
+    with file.open("rb") as handle:
+        head = handle.read(_LARGEST_HEAD).partition(b"<style>")[0]
+    return None if _TITLE_ENDS.encode() in head else "another file"
+
+
+PAGE = Kind("a page that tp-export report wrote", _no_page)
 
 
 def render_page(report: Report) -> str:

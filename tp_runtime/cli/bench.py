@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from ..errors import RequestError
 from ..model import PatchedModel
 from ..patch import Patch
 from ..session import ModelFolder, require_onnxruntime
-from ..storage import atomic_file
+from ..storage import Kind, atomic_file, check_output_file, parse_json_object, temporary_folder
 from .options import add_model_options, open_model
 from .printing import note, plural, print_fields, printable, size, version
 
@@ -93,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < low:
             raise RequestError("the number is too small", field=name, got=getattr(args, name), wanted=f"at least {low}")
     ranks, counts = _numbers("ranks", args.ranks, low=0), _numbers("resident", args.resident, low=1)
+    if args.out is not None:  # before the minutes of work
+        check_output_file(args.out, _BENCH_FILE, args.patch)
     require_onnxruntime()  # before the clock starts, because the import does not belong to the model's load time
     for file in args.patch:
         Patch.load(file)  # a damaged file raises here, before the model takes seconds to load
@@ -124,13 +125,21 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds,
     }
     if args.out is not None:
-        with atomic_file(args.out) as temporary:
+        with atomic_file(args.out, _BENCH_FILE, args.patch) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(report))
     else:
         _print(report)
     return 0
+
+
+def _no_bench_file(file: Path) -> str | None:
+    report = parse_json_object(file.read_bytes())
+    return None if {"arms", "rounds", "prompt_tokens", "versions"} <= report.keys() else "another JSON object"
+
+
+_BENCH_FILE = Kind("a file that tp-runtime bench wrote", _no_bench_file)
 
 
 def _numbers(name: str, text: str, low: int) -> list[int]:
@@ -215,8 +224,8 @@ def _patch_files(files: list[Path], folder: ModelFolder) -> Iterator[list[Path]]
     if files:
         yield files
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / "random.safetensors"
+    with temporary_folder(prefix="tp-bench-") as temporary:
+        made = temporary / "random.safetensors"
         bench.random_patch(folder).save(made)
         yield [made]
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from ..errors import TPError
 from .printing import note, printable, version
+from .signals import Signalled, ending_on_signals
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
@@ -29,13 +27,6 @@ class Command(Protocol):
 
     def add_parser(self, subparsers: Any) -> None:
         """Add the subcommand to the parser."""
-
-
-class _Signalled(BaseException):
-    """Unwinds the stack when the system asks the program to end, so that temporary files are removed."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 def run_program(
@@ -64,13 +55,17 @@ def run_program(
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands:
         command.add_parser(subparsers)
-    with _log_on_stderr(), _escaping_stdout(), _ending_on_signals():
+    with _log_on_stderr(), _escaping_stdout(), ending_on_signals() as hold_signals:
         try:
-            args = parser.parse_args(argv)
-            code = int(args.run(args))
-            if sys.stdout is not None:
-                sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
-            return code
+            try:
+                args = parser.parse_args(argv)
+                code = int(args.run(args))
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
+                return code
+            except BaseException:
+                hold_signals()  # nothing interrupts what follows
+                raise
         except SystemExit:
             if sys.stdout is not None:
                 sys.stdout.flush()  # `--help` and `--version` print and exit
@@ -80,7 +75,7 @@ def run_program(
         except KeyboardInterrupt:
             note("interrupted")
             return _INTERRUPTED
-        except _Signalled as ended:
+        except Signalled as ended:
             return 128 + ended.number
         except BrokenPipeError:
             _drop_stdout()
@@ -152,28 +147,6 @@ def _escaping_stdout() -> Iterator[None]:
     finally:
         with suppress(OSError):  # reconfigure flushes stdout, which can fail
             reconfigure(errors=before)
-
-
-@contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Unwind the stack on SIGTERM and SIGHUP instead of ending directly, unless they are already handled or ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the cleanup
-        raise _Signalled(number)
-
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handled = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _drop_stdout() -> None:

@@ -21,7 +21,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError
-from ..storage import StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
+from ..storage import Kind, StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
 
 SlotKey = tuple[int, str]
 """(layer, site): which slot a delta belongs to."""
@@ -368,7 +368,7 @@ def write_patch(
     differs between the supported versions (the newest takes raw pointers).
 
     Args:
-        path: the file to write, which ends in .safetensors; an existing file is replaced.
+        path: the file to write, which ends in .safetensors. An existing file is replaced if it is a patch file.
         tensors: the float32 arrays, by the names that `slot_name` and `entry_name` give.
         config: the JSON object for the metadata.
         dtype: the dtype of every tensor: "f16", "bf16" or "f32".
@@ -377,6 +377,7 @@ def write_patch(
         PatchFormatError: `dtype` is unknown, `path` has another suffix, or the file would have more bytes than the
             reader accepts.
         PatchValueError: a value does not fit `dtype`.
+        OutputError: `path` holds something that is not a patch file.
         OSError: the operating system refuses the write, for example because the disk is full. No file is left behind.
     """
     file = Path(path)
@@ -400,6 +401,20 @@ def write_patch(
         size = f"{len(text)} bytes of header, {position} of tensors"
         wanted = f"<= {MAX_HEADER_BYTES} of header, <= {MAX_FILE_BYTES} in all"
         _malformed(file, "the patch is too large", size, wanted, "truncate it to a lower rank")
-    with atomic_file(file) as temporary, temporary.open("wb") as handle:
+    with atomic_file(file, replaces=PATCH_FILE) as temporary, temporary.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.writelines(blobs)
+
+
+def _no_patch(file: Path) -> str | None:
+    """Return what a file is if its header does not say that it is a patch; its tensors are not read."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = parse_json_object(handle.read(min(length, MAX_HEADER_BYTES)))
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and metadata.get("format") == FORMAT:
+        return None
+    return "a safetensors file that is not a patch"
+
+
+PATCH_FILE = Kind("a patch file", _no_patch)

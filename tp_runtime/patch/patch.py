@@ -230,7 +230,7 @@ class Patch:
     # -- files -----------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], dtype: str = "f16") -> None:
-        """Write the patch file, whole or not at all. An existing file is replaced.
+        """Write the patch file, whole or not at all. An existing file is replaced if it is a patch file.
 
         Args:
             path: the file to write, which ends in .safetensors.
@@ -242,6 +242,7 @@ class Patch:
             PatchValueError: a value does not fit the dtype.
             PatchFormatError: the dtype is unknown, `path` has another suffix, the file would be too large, or the patch
                 holds something else than its method makes.
+            OutputError: `path` holds something that is not a patch file.
             OSError: the operating system refuses the write, for example because the disk is full. No file is left
                 behind.
         """

@@ -15,6 +15,7 @@ from .kv_cache import CacheKey, KVCache, require_cache, token_list
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
 from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
+from .replaceable import MODEL_FOLDER
 from .settings import SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
@@ -27,6 +28,7 @@ __all__ = [
     "GRAPH_FILE",
     "KV",
     "LARGEST_GRAPH",
+    "MODEL_FOLDER",
     "PREPARED",
     "BoundPatch",
     "CacheKey",

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..errors import ModelFormatError, RequestError, UnsafePathError, shown
 from ..patch import SlotKey
 from ..storage import (
+    ANY_FILE,
     REEXPORT,
     UnreadableFileError,
     atomic_file,
@@ -175,7 +176,7 @@ def write_slots_file(folder: ModelFolder) -> Path:
     text = folder.to_json().encode()
     parse_description(text)
     target = folder.path / SLOTS_FILE
-    with atomic_file(target) as temporary:
+    with atomic_file(target, replaces=ANY_FILE) as temporary:  # the name itself says that this is a description
         temporary.write_bytes(text)
     return target
 

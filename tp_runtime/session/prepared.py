@@ -23,19 +23,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ModelFormatError, TPError, UnsafePathError
-from ..storage import atomic_folder, checked_file, parse_json_object, read_regular
-from .description import GRAPH_FILE, FileRecord, parse_files
+from ..storage import atomic_folder, check_writable, checked_file, parse_json_object, read_regular
+from .description import FileRecord, parse_files
 from .device import CPU, Device, create_session, require_onnxruntime
 from .external_data import check_external_files
 from .graph_file import LARGEST_GRAPH, GraphFile, graph_file
 from .model_folder import PREPARED, ModelFolder, check_content, describe_files, read_content
 from .prepared_record import require_writable, why_not_made_here, write_record
+from .replaceable import PREPARED_FILES, PREPARED_FOLDER
 
 log = logging.getLogger("tp_runtime")
 
 _NOT_USED = "the prepared graph is not used"
 _PREPARE = "run `tp-runtime prepare` again"
-_WEIGHTS, _MANIFEST = "weights", "prepared.json"
+_GRAPH, _WEIGHTS, _MANIFEST = PREPARED_FILES
 _MANIFEST_CAP = 2**16
 _SESSION_CONFIG = {
     "session.save_external_prepacked_constant_initializers": "1",
@@ -57,6 +58,7 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
     Raises:
         ModelFormatError: ONNX Runtime cannot load the graph.
         UnsafePathError: `prepared` is a link, or the graph refers to a file that the folder does not list.
+        OutputError: the folder `prepared` holds other files than those that this function writes.
         DeviceUnavailableError: there is no ONNX Runtime.
         OSError: the disk is full, or the folder or the record outside it cannot be written; an earlier prepared graph
             stays as it was.
@@ -75,13 +77,18 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
     ort = require_onnxruntime()
     graph = graph_file(folder)
     require_writable()  # packing the weights takes long, so this is found out first
-    with atomic_folder(target, overwrite=True) as out:
+    with atomic_folder(target, replaces=PREPARED_FOLDER) as out:
         options = ort.SessionOptions()
-        options.optimized_model_filepath = str(out / GRAPH_FILE)
+        options.optimized_model_filepath = str(out / _GRAPH)
         for name, value in _SESSION_CONFIG.items():
             options.add_session_config_entry(name, value)
-        create_session(graph.model(options), Device("cpu", CPU), options)
-        files = describe_files(out, [name for name in (GRAPH_FILE, _WEIGHTS) if (out / name).exists()])
+        try:
+            create_session(graph.model(options), Device("cpu", CPU), options)
+        except ModelFormatError:
+            # ONNX Runtime reports a full disk like a damaged graph, without the system's error.
+            check_writable(*(out / name for name in (_GRAPH, _WEIGHTS)))
+            raise
+        files = describe_files(out, [name for name in (_GRAPH, _WEIGHTS) if (out / name).exists()])
         manifest = {
             **_machine(),
             "graph_digest": folder.graph_digest,
@@ -171,7 +178,7 @@ def _listed_files(folder: ModelFolder) -> dict[str, FileRecord]:
         files = parse_files(found.get("files"), _MANIFEST)
     except (TPError, OSError, ValueError) as error:
         raise _UnusableError(f"it cannot be read ({error})") from error
-    if not {GRAPH_FILE} <= files.keys() <= {GRAPH_FILE, _WEIGHTS}:
+    if not {_GRAPH} <= files.keys() <= {_GRAPH, _WEIGHTS}:
         raise _UnusableError(f"{_MANIFEST} lists missing or unknown files")
     return files
 
@@ -180,8 +187,8 @@ def _read(folder: ModelFolder, files: Mapping[str, FileRecord]) -> GraphFile:
     root = folder.path / PREPARED
     for name, record in files.items():
         check_content(root, name, record, hash_large=folder.verified)
-    content = read_content(root, GRAPH_FILE, files[GRAPH_FILE], LARGEST_GRAPH)
-    return GraphFile(root, content, check_external_files(content, frozenset(files), GRAPH_FILE))
+    content = read_content(root, _GRAPH, files[_GRAPH], LARGEST_GRAPH)
+    return GraphFile(root, content, check_external_files(content, frozenset(files), _GRAPH))
 
 
 def _machine() -> dict[str, Any]:

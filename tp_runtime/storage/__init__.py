@@ -1,29 +1,40 @@
-"""Files on disk: atomic writes, checked paths of a folder's files, files opened once, digests, and JSON.
+"""Files on disk: atomic writes and what they may replace, checked paths, files opened once, digests, and JSON.
 
 This room knows nothing of what a patch, a graph or a model folder contains.
 """
 
-from .atomic import atomic_file, atomic_folder
+from .atomic import atomic_file, atomic_folder, is_temporary_name, temporary_folder
+from .destination import ANY_FILE, Kind, check_output_file, check_output_folder, foreign_entries
 from .digests import SHA256, sha256_file
 from .home import user_folder
 from .regular_file import UnreadableFileError, open_regular, read_regular
 from .safe_path import REEXPORT, check_name, checked_file
 from .strict_json import StrictJSONError, parse_json, parse_json_object, read_json_object
+from .write_errors import check_writable, system_errors
 
 __all__ = [
+    "ANY_FILE",
     "REEXPORT",
     "SHA256",
+    "Kind",
     "StrictJSONError",
     "UnreadableFileError",
     "atomic_file",
     "atomic_folder",
     "check_name",
+    "check_output_file",
+    "check_output_folder",
+    "check_writable",
     "checked_file",
+    "foreign_entries",
+    "is_temporary_name",
     "open_regular",
     "parse_json",
     "parse_json_object",
     "read_json_object",
     "read_regular",
     "sha256_file",
+    "system_errors",
+    "temporary_folder",
     "user_folder",
 ]

@@ -2,24 +2,168 @@
 
 Everything is written next to its destination under a hidden temporary name, flushed to the disk, and renamed. Any
 exception, including KeyboardInterrupt, removes the temporary file or folder and leaves the destination as it was. The
-operating system's own errors, such as a full disk, are raised unchanged. The contents do not matter here.
+operating system's own errors, such as a full disk, are raised unchanged. What may be replaced is decided in
+destination.py, when a writer starts and again before the rename.
+
+An interruption may come at any line, also while an earlier one is being cleaned up after. So each writer chooses its
+temporary names first, and one function `settle` brings every state that these names can be in to an end: the
+destination is the old or the new one, whole, and nothing else is left. It is called when the block ends. If it was
+interrupted itself, it is called again when the writer's frame is freed, and at the latest when the process exits. Only
+a process that is killed at once (SIGKILL, a power cut) leaves a hidden name such as `.model.0123456789ab`, which may be
+deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from ..errors import ModelFormatError
+from .destination import AnyPath, Kind, check_output_file, check_output_folder, folder_mismatch
+
+_DIGITS = 12
+_KEPT = 40  # characters of a name that its temporary name repeats, so that no temporary name is too long
+
+
+@contextlib.contextmanager
+def atomic_file(path: AnyPath, replaces: Kind | None = None, inputs: Iterable[AnyPath] = ()) -> Iterator[Path]:
+    """Provide a temporary path to write to. On success it becomes `path`.
+
+    The temporary file exists and is empty when the block starts, so that an unwritable folder or a full disk raises
+    immediately.
+
+    Args:
+        path, replaces, inputs: the destination and what it may replace; see `check_output_file`.
+
+    Yields:
+        A path in the same folder with the same suffix.
+
+    Raises:
+        OutputError: `check_output_file` refuses the destination.
+        OSError: the operating system refuses an operation. No temporary file is left behind.
+    """
+    inputs = tuple(inputs)
+    target = check_output_file(path, replaces, inputs)
+    temporary = _temporary_path(target)
+    with _settled(partial(_remove_file, temporary)):
+        # The mode 0600 of tempfile would stay after the rename. With os.open the user's umask sets the mode.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        _flush(temporary)
+        check_output_file(path, replaces, inputs)  # again, because another program may have written it meanwhile
+        os.replace(temporary, target)
+    _flush(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: AnyPath, replaces: Kind | None = None, inputs: Iterable[AnyPath] = ()) -> Iterator[Path]:
+    """Provide a temporary folder to fill. On success it becomes `path`.
+
+    If an old folder exists, there are two renames: the old folder gets a temporary hidden name, and then the new folder
+    gets the destination's name. If the second rename fails, the old folder gets its name back. (Only a power cut
+    between the two can leave the old folder under its temporary hidden name.)
+
+    Args:
+        path, replaces, inputs: the destination and what it may replace; see `check_output_folder`.
+
+    Yields:
+        An empty folder next to the destination.
+
+    Raises:
+        OutputError: `check_output_folder` refuses the destination.
+        OSError: the operating system refuses an operation. Nothing is left behind.
+    """
+    inputs = tuple(inputs)
+    target = check_output_folder(path, replaces, inputs)
+    temporary, old = _temporary_path(target), _temporary_path(target)
+    with _settled(partial(_settle_folder, target, temporary, old, replaces)):
+        temporary.mkdir()
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
+            if entry.is_dir() or (entry.is_file() and not entry.is_symlink()):
+                _flush(entry)
+        check_output_folder(target, replaces, inputs)  # again, because another program may have filled it meanwhile
+        if os.path.lexists(target):
+            os.rename(target, old)
+            # What changed since the check gets its name back when the block ends. At `old` nothing else changes it.
+            if folder_mismatch(old, replaces) is not None:
+                os.rename(old, target)
+                check_output_folder(target, replaces, inputs)
+        os.rename(temporary, target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: AnyPath | None = None, prefix: str = "tp-") -> Iterator[Path]:
+    """Provide a folder that is deleted when the block ends.
+
+    tempfile.TemporaryDirectory leaves a folder behind if it is interrupted between making and remembering it.
+
+    Args:
+        parent: the folder to make it in; by default the system's folder for temporary files.
+        prefix: the beginning of its name.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    made = Path(tempfile.gettempdir() if parent is None else parent) / f"{prefix}{secrets.token_hex(_DIGITS // 2)}"
+    with _settled(partial(shutil.rmtree, made, ignore_errors=True)):
+        made.mkdir(mode=0o700)
+        yield made
+
+
+def is_temporary_name(name: str, destination: str) -> bool:
+    """Return whether `name` is one under which a file or folder called `destination` is written."""
+    stem, suffix = (re.escape(part) for part in _kept(destination))
+    return re.fullmatch(rf"\.{stem}\.[0-9a-f]{{{_DIGITS}}}{suffix}", name) is not None
+
+
+class _Frame:
+    """A local variable of a writer; it dies together with the writer's frame."""
+
+
+@contextlib.contextmanager
+def _settled(settle: Callable[[], None]) -> Iterator[None]:
+    """Call `settle` at the end of the block, and again when the frame is freed if the first call was interrupted."""
+    frame = _Frame()
+    again = weakref.finalize(frame, settle)
+    try:
+        yield
+    finally:
+        settle()
+        again.detach()
+
+
+def _remove_file(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def _settle_folder(target: Path, temporary: Path, old: Path, replaces: Kind | None) -> None:
+    if os.path.lexists(old) and not os.path.lexists(target):
+        os.rename(old, target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    # If another program wrote the destination after it changed, `old` may hold anything, and it is kept.
+    if os.path.lexists(old) and folder_mismatch(old, replaces) is None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _temporary_path(path: Path) -> Path:
     """Return a hidden path in the same folder (a rename must not cross file systems) with the same suffix."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
+    stem, suffix = _kept(path.name)
+    return path.with_name(f".{stem}.{secrets.token_hex(_DIGITS // 2)}{suffix}")
+
+
+def _kept(name: str) -> tuple[str, str]:
+    path = Path(name)
+    return path.stem[:_KEPT], path.suffix[:_KEPT]
 
 
 def _flush(path: Path) -> None:
@@ -35,99 +179,3 @@ def _flush(path: Path) -> None:
         return
     with path.open("rb+") as handle:
         os.fsync(handle.fileno())
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Provide a temporary path to write to. On success it becomes `path`, and an existing file is replaced.
-
-    The temporary file exists and is empty when the block starts, so that an unwritable folder or a full disk raises
-    immediately.
-
-    Args:
-        path: the destination; its folder must exist.
-
-    Yields:
-        A path in the same folder with the same suffix.
-
-    Raises:
-        OSError: the operating system refuses an operation. No temporary file is left behind.
-    """
-    target = Path(path)
-    temporary = _temporary_path(target)
-    try:
-        # The mode 0600 of tempfile would stay after the rename. With os.open the user's umask sets the mode.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _flush(target.parent)
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ModelFormatError(
-            "the output folder cannot be created, because a file has its name",
-            field=str(target),
-            got="a file",
-            wanted="a new or empty folder",
-            fix="choose another folder",
-        )
-    if not overwrite and any(target.iterdir()):
-        raise ModelFormatError(
-            "the output folder is not empty",
-            field=str(target),
-            got=f"{sum(1 for _ in target.iterdir())} entries",
-            wanted="a new or empty folder",
-            fix="choose another folder, empty this one, or allow overwriting it",
-        )
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Provide a temporary folder to fill. On success it becomes `path`.
-
-    If an old folder exists, there are two renames: the old folder gets a temporary hidden name, and then the new folder
-    gets the destination's name. If the second rename fails, the old folder gets its name back. (Only a power cut
-    between the two can leave the old folder under its temporary hidden name.)
-
-    Args:
-        path: the destination; its parent folder must exist. A symlink to a folder means that folder.
-        overwrite: whether to replace an existing folder that is not empty.
-
-    Yields:
-        An empty folder next to the destination.
-
-    Raises:
-        ModelFormatError: `path` is a file, or it is a folder that is not empty and `overwrite` is False.
-        OSError: the operating system refuses an operation. Nothing is left behind.
-    """
-    target = Path(os.path.realpath(path))
-    _check_free(target, overwrite)
-    temporary, old = _temporary_path(target), _temporary_path(target)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for entry in sorted(temporary.rglob("*")):
-            if entry.is_dir() or (entry.is_file() and not entry.is_symlink()):
-                _flush(entry)
-        _check_free(target, overwrite)  # a second check, because another program may have filled it meanwhile
-        try:
-            if target.exists():
-                os.rename(target, old)
-            os.rename(temporary, target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                os.rename(old, target)
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

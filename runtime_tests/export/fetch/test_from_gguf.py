@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tp_export.fetch import load_manifest
-from tp_export.fetch.from_gguf import _system_errors, check_tokenizer, correct_tokenizer
+from tp_export.fetch.from_gguf import check_tokenizer, correct_tokenizer
 from tp_runtime.errors import ModelFormatError
+from tp_runtime.storage import system_errors
 
 
 def _tokenizer_folder(folder: Path, **config: object) -> Path:
@@ -50,8 +51,8 @@ def test_a_correction_of_an_absent_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_safetensors_raises_the_systems_error() -> None:
-    with pytest.raises(OSError) as caught, _system_errors():
+    with pytest.raises(OSError) as caught, system_errors():
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.errno == errno.ENOSPC
-    with pytest.raises(SafetensorError), _system_errors():
+    with pytest.raises(SafetensorError), system_errors():
         raise SafetensorError("InvalidHeader")

@@ -143,9 +143,21 @@ def test_the_cost_of_many_loaded_patches_is_reported(cli: Cli, tiny_llama_export
 
 def test_the_output_file_contains_what_json_prints(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    result = cli("bench", tiny_llama_export, *QUICK, "--json", "-o", file)
+    for _ in range(2):  # the second run replaces the file of the first one
+        result = cli("bench", tiny_llama_export, *QUICK, "--json", "-o", file)
     assert json.loads(file.read_text(encoding="utf-8")) == result.json
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_an_output_file_that_bench_did_not_write_is_kept_and_found_before_the_work(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tiny_llama_export: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tp_runtime.cli.bench.open_model", lambda _args: pytest.fail("the output is checked first"))
+    for text in ('{"version": 1}', "notes", '[{"arms": 1}]'):
+        (tmp_path / "notes.json").write_text(text)
+        result = cli("bench", tiny_llama_export, *QUICK, "-o", tmp_path / "notes.json")
+        assert result.code == 2 and "is not replaced" in result.err
+        assert (tmp_path / "notes.json").read_text() == text
 
 
 def test_an_output_file_that_cannot_be_written_is_an_error(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:

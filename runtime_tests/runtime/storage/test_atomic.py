@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import atomic_file, atomic_folder
+from tp_runtime.errors import OutputError
+from tp_runtime.storage import ANY_FILE, Kind, atomic_file, atomic_folder
+
+STALE = Kind("a folder with a file `stale`", lambda path: None if (path / "stale").exists() else "another folder")
 
 
 def names(folder: Path) -> list[str]:
@@ -27,7 +29,7 @@ INTERRUPTIONS = [KeyboardInterrupt(), ValueError("bug"), disk_full(), SystemExit
 def test_a_file_is_written_and_replaced(tmp_path):
     target = tmp_path / "p.safetensors"
     for text in ("one", "two"):
-        with atomic_file(target) as temporary:
+        with atomic_file(target, ANY_FILE) as temporary:
             assert temporary.parent == tmp_path and temporary.suffix == ".safetensors"
             temporary.write_text(text)
             assert not target.exists() or target.read_text() == "one"
@@ -56,7 +58,7 @@ def test_an_interrupted_file_leaves_nothing(tmp_path, error):
 
 def test_an_interrupted_file_keeps_the_old_one(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "f") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "f", ANY_FILE) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
@@ -81,7 +83,7 @@ def test_a_file_in_a_missing_folder_raises_the_systems_error(tmp_path):
 
 def test_a_file_with_the_name_of_a_folder_leaves_no_temporary_file(tmp_path):
     (tmp_path / "d").mkdir()
-    with pytest.raises(OSError), atomic_file(tmp_path / "d") as temporary:
+    with pytest.raises(OutputError, match="got a folder"), atomic_file(tmp_path / "d", ANY_FILE) as temporary:
         temporary.write_text("x")
     assert names(tmp_path) == ["d"]
 
@@ -108,7 +110,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     target.mkdir()
     fill(target, "old")
     with (
-        pytest.raises(ModelFormatError, match=r"not empty.*got 1 entries.*wanted.*Fix"),
+        pytest.raises(OutputError, match=r"already exists.*got a folder with 1 entries.*wanted.*Fix"),
         atomic_folder(target),
     ):
         pytest.fail("the block must not run")
@@ -117,7 +119,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 
 def test_a_folder_that_was_filled_in_the_meantime_is_refused(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(ModelFormatError, match="not empty"), atomic_folder(target) as temporary:
+    with pytest.raises(OutputError, match="1 entries"), atomic_folder(target) as temporary:
         fill(temporary, "ours")
         target.mkdir()
         fill(target, "theirs")
@@ -125,12 +127,12 @@ def test_a_folder_that_was_filled_in_the_meantime_is_refused(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path, overwrite):
+@pytest.mark.parametrize("replaces", [None, STALE], ids=["new", "overwrite"])
+def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path, replaces):
     (tmp_path / "out").write_text("precious")
     with (
-        pytest.raises(ModelFormatError, match="because a file has its name"),
-        atomic_folder(tmp_path / "out", overwrite),
+        pytest.raises(OutputError, match="got a file"),
+        atomic_folder(tmp_path / "out", replaces),
     ):
         pytest.fail("the block must not run")
     assert (tmp_path / "out").read_text() == "precious"
@@ -140,7 +142,7 @@ def test_overwrite_replaces_the_old_folder(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
-    with atomic_folder(target, overwrite=True) as temporary:
+    with atomic_folder(target, STALE) as temporary:
         fill(temporary, "new")
         assert names(target) == ["stale"]
     assert names(target) == ["sub"] and names(tmp_path) == ["out"]
@@ -153,7 +155,7 @@ def test_an_interrupted_folder_leaves_the_old_one(tmp_path, error, overwrite):
     if overwrite:
         target.mkdir()
         (target / "stale").write_text("old")
-    with pytest.raises(type(error)), atomic_folder(target, overwrite) as temporary:
+    with pytest.raises(type(error)), atomic_folder(target, STALE if overwrite else None) as temporary:
         fill(temporary, "half")
         raise error
     assert names(tmp_path) == (["out"] if overwrite else [])
@@ -173,7 +175,7 @@ def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(OSError, match="No space left"), atomic_folder(target, overwrite=True) as temporary:
+    with pytest.raises(OSError, match="No space left"), atomic_folder(target, STALE) as temporary:
         fill(temporary, "new")
     assert names(tmp_path) == ["out"] and names(target) == ["stale"]
 

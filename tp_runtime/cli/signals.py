@@ -1,0 +1,66 @@
+"""What the signals that ask a command to end do: they unwind the stack, so that temporary files are removed.
+
+Ctrl-C (SIGINT) already raises KeyboardInterrupt, and here SIGTERM and SIGHUP raise `Signalled` in the same way. A
+further signal raises again, because a library may swallow an exception. Once the command line has caught an exception,
+nothing interrupts the cleaning up any more.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Signalled(BaseException):
+    """Unwinds the stack when the system asks the program to end.
+
+    Args:
+        number: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[Callable[[], None]]:
+    """Raise on SIGTERM and SIGHUP within the block, unless the process ignores or already handles them.
+
+    Yields:
+        A function that holds all signals off from its call to the end of the block. By then everything is freed that
+        the frames of a caught exception kept alive, temporary files included.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # only the main thread may set handlers, and only there do they raise
+        return
+    before: dict[int, Any] = {}
+    held = False
+
+    def hold() -> None:
+        nonlocal held
+        held = True
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            before[number] = signal.getsignal(number)
+    try:
+        for number in before.keys() - {signal.SIGINT}:
+            signal.signal(number, _end)
+        yield hold
+    finally:
+        if held:
+            gc.collect()  # frames that form cycles are freed only now
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise Signalled(number)
