@@ -5,7 +5,7 @@ This room knows nothing of graphs, sessions, devices or text.
 
 from .config import PatchConfig
 from .delta import Delta
-from .file import DTYPES, KV_PARTS, SITES, SlotKey, read_tensors, slot_name
+from .file import DTYPES, KV_PARTS, MAX_FILE_BYTES, SITES, SlotKey, read_tensors, slot_name
 from .kv_prefix import KVPrefix
 from .patch import FLOAT_PRECISIONS, Patch
 
@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "FLOAT_PRECISIONS",
     "KV_PARTS",
+    "MAX_FILE_BYTES",
     "SITES",
     "Delta",
     "KVPrefix",

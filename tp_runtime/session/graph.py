@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelFormatError, RequestError
-from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
+from ..patch import FLOAT_PRECISIONS, KV_PARTS, MAX_FILE_BYTES, Delta, Patch, SlotKey
 from ..storage import REEXPORT
 from .bound_patch import BoundPatch
 from .cuda_graphs import CapturedDecode, check_capturable
@@ -36,8 +36,6 @@ from .step_io import StepIO
 from .threads import set_threads
 
 log = logging.getLogger("tp_runtime")
-
-LARGEST_DEFAULT = 4 << 30  # bytes of the default patch's file, as for every patch
 
 
 class Graph:
@@ -232,7 +230,7 @@ class Graph:
             raise ModelFormatError(
                 "the folder has a default patch but no file for it", field=DEFAULT_FILE, fix=REEXPORT
             )
-        content = self.folder.read(DEFAULT_FILE, LARGEST_DEFAULT)
+        content = self.folder.read(DEFAULT_FILE, MAX_FILE_BYTES)
         patch, wanted = Patch.parse(content, self.folder.path / DEFAULT_FILE), self.folder.default_patch.identity
         if patch.identity != wanted:
             raise ModelFormatError(
