@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..patch import Patch
 from ..session import PREPARED, ModelFolder, Slot
-from .printing import plural, print_fields, printable, size
+from .printing import plural, print_fields, size
 
 
 def add_parser(subparsers: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, library_errors, shown
 from ..storage import read_json_object
 
 _T = TypeVar("_T")
@@ -36,12 +36,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     # This reads bytes, because Gemma's 33 MB of text would be decoded here and encoded again.
     content = _read(path, path.read_bytes)
-    try:
+    problem, wanted = "the file is not a tokenizer", "a file of the tokenizers library"
+    with library_errors(ModelFormatError, problem, field=str(path), wanted=wanted, fix=_FIX):
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        raise _broken(
-            path, "the file is not a tokenizer", got=error, wanted="a file of the tokenizers library"
-        ) from None
     # These settings are left over from training. transformers sets both again for each call.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -93,7 +90,7 @@ def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: Path
     name = "additional_special_tokens"
     if additional := config.get(name):
         if not isinstance(additional, list):
-            raise _broken(path, f"{name} is malformed", got=additional, wanted="a list")
+            raise _broken(path, f"{name} is malformed", got=shown(additional), wanted="a list")
         tokens[name] = [_token_text(value, name, path) for value in additional]
     for name in ("bos_token", "eos_token"):
         if name in tokens and tokenizer.token_to_id(tokens[name]) is None:
@@ -119,10 +116,10 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | None:
         return _read_text(template_file)
     template = value = config.get("chat_template")
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1] if named else None
     if value is not None and not isinstance(template, str):
-        got, wanted = str(value)[:60], 'str, or a list with a template named "default"'
+        got, wanted = shown(value)[:60], 'str, or a list with a template named "default"'
         raise _broken(folder / "tokenizer_config.json", "chat_template is malformed", got, wanted)
     return template
 
@@ -149,8 +146,8 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str
         value = read_json(path).get("eos_token_id") if path.exists() else None
         found = [] if value is None else value if isinstance(value, list) else [value]
         for eos in found:
-            if type(eos) is not int or eos < 0:
-                raise _broken(path, "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
+            if type(eos) is not int or not 0 <= eos < 2**31:
+                raise _broken(path, "eos_token_id is malformed", got=shown(value), wanted="an id or a list of ids")
         ids.update(found)
     if not ids:
         raise _broken(
@@ -162,7 +159,7 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str
 def _token_text(value: Any, name: str, path: Path) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise _broken(path, f"{name} is not a token", got=value, wanted='str or {"content": str}')
+        raise _broken(path, f"{name} is not a token", got=shown(value), wanted='str or {"content": str}')
     return text
 
 
