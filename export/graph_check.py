@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, TensorProto, helper
 
-from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
+from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError, library_errors
 from tp_runtime.session import ModelFolder
 from tp_runtime.storage import check_name, checked_file
 
@@ -60,12 +59,9 @@ def check_graph(folder: Path) -> list[str]:
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    try:
+    fix = "export the model again with tp-export"
+    with library_errors(ModelFormatError, "the file is not an ONNX graph", field=path.name, fix=fix):
         return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise ModelFormatError(
-            "the file is not an ONNX graph", field=path.name, got=error, fix="export the model again with tp-export"
-        ) from error
 
 
 def _check_domains(model: onnx.ModelProto) -> None:

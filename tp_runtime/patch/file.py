@@ -199,9 +199,9 @@ def _checked_header(raw: bytes, file: Path) -> dict[str, Any]:
     position, size = 0, len(raw) - 8 - length
     for begin, end, name in sorted(spans):
         if begin < position:
-            _malformed(file, f"tensor {name!r} overlaps another", f"begin {begin}", f"begin {position}")
+            _malformed(file, f"tensor {shown(name)} overlaps another", f"begin {begin}", f"begin {position}")
         if begin > position:
-            _malformed(file, f"there is a hole before tensor {name!r}", f"begin {begin}", f"begin {position}")
+            _malformed(file, f"there is a hole before tensor {shown(name)}", f"begin {begin}", f"begin {position}")
         position = end
     if position > size:
         _malformed(file, "the file is truncated", f"{size} bytes of tensors", f"{position} bytes")
@@ -212,31 +212,32 @@ def _checked_header(raw: bytes, file: Path) -> dict[str, Any]:
 
 def _checked_entry(name: str, entry: Any, file: Path) -> tuple[int, int]:
     """Check one tensor's description and return its byte range."""
+    tensor = f"tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _malformed(file, f"tensor {name!r} is badly described", shown(entry), "dtype, shape and data_offsets")
+        _malformed(file, f"{tensor} is badly described", shown(entry), "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         _malformed(
             file,
-            f"tensor {name!r} has an unsupported dtype",
+            f"{tensor} has an unsupported dtype",
             shown(dtype),
             " | ".join(_ITEM_BYTES),
             "convert the tensors to one of these",
         )
     if not _whole_numbers(shape) or len(shape) > 3 or any(d < 0 for d in shape):
-        _malformed(file, f"tensor {name!r} has a bad shape", shown(shape), "one to three dimensions, none negative")
+        _malformed(file, f"{tensor} has a bad shape", shown(shape), "one to three dimensions, none negative")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        _malformed(file, f"tensor {name!r} has bad offsets", shown(offsets), "[begin, end] with 0 <= begin <= end")
+        _malformed(file, f"{tensor} has bad offsets", shown(offsets), "[begin, end] with 0 <= begin <= end")
     size = largest = _ITEM_BYTES[dtype]
     for dimension in shape:
         if dimension > MAX_FILE_BYTES:
-            _malformed(file, f"the size of tensor {name!r} overflows", shape, f"dimensions <= {MAX_FILE_BYTES}")
+            _malformed(file, f"the size of {tensor} overflows", shape, f"dimensions <= {MAX_FILE_BYTES}")
         size *= dimension
         largest *= max(dimension, 1)  # numpy refuses an empty array whose other dimensions overflow
     if largest > MAX_FILE_BYTES:
-        _malformed(file, f"the size of tensor {name!r} overflows", f"{largest} bytes", f"<= {MAX_FILE_BYTES} bytes")
+        _malformed(file, f"the size of {tensor} overflows", f"{largest} bytes", f"<= {MAX_FILE_BYTES} bytes")
     if size != offsets[1] - offsets[0]:
-        _malformed(file, f"tensor {name!r} does not fill its byte range", f"{offsets[1] - offsets[0]} bytes", size)
+        _malformed(file, f"{tensor} does not fill its byte range", f"{offsets[1] - offsets[0]} bytes", size)
     return offsets[0], offsets[1]
 
 

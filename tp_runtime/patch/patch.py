@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BaseMismatchError, PatchTargetError, PatchValueError
+from ..errors import BaseMismatchError, PatchTargetError, PatchValueError, shown
 from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
 from .file import entry_name, read_patch, slot_name, write_patch
@@ -200,7 +200,7 @@ class Patch:
             raise PatchValueError(
                 "the rank is not a positive integer",
                 field="rank",
-                got=repr(rank),
+                got=shown(rank),
                 wanted="a whole number >= 1",
                 fix="pass rank >= 1",
             )

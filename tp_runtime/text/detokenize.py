@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 _REPLACEMENT = "\ufffd"
 _MAX_INCOMPLETE = 3  # an incomplete UTF-8 character has at most 3 bytes, and so at most 3 tokens
@@ -112,7 +112,7 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
             raise RequestError(
-                "the value is not a list of strings", field="stop", got=f"{stops!r:.40}", wanted="a list of strings"
+                "the value is not a list of strings", field="stop", got=shown(stops), wanted="a list of strings"
             )
         self._stops = tuple(stops)
         for i, stop in enumerate(self._stops):
@@ -120,7 +120,7 @@ class StopScanner:
                 raise RequestError(
                     "the stop string is empty or not a string",
                     field=f"stop[{i}]",
-                    got=repr(stop),
+                    got=shown(stop),
                     wanted="a non-empty str",
                 )
         self._held = ""

@@ -30,7 +30,10 @@ class _TemplateRefusal(jinja2.TemplateError):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products and powers that would fill the memory, as jinja2's sandbox refuses long ranges."""
+    """Refuses products and powers that would fill the memory, as jinja2's sandbox refuses long ranges.
+
+    This also keeps jinja2 from computing them while it compiles the template.
+    """
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -88,10 +91,7 @@ def compile_template(source: str, field: str) -> jinja2.Template:
         # jinja2's own filter escapes HTML characters, and the model was not trained on escaped text.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    # Constants are computed when the template is filled in, where their errors are caught, and not when it is compiled.
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationBlock, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
