@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,12 @@ def variants(document: Any) -> Iterator[tuple[str, str]]:
             yield f"{place} = fragment {index}", _with(document, place, _MARK, fragment)
     for index, key in enumerate(KEYS):
         yield f"key {index}", json.dumps({**document, _MARK: 1}).replace(json.dumps(_MARK), key)
+
+
+def some_variants(document: Any, count: int) -> list[tuple[str, str]]:
+    """Return `count` of the variants, always the same ones."""
+    found = list(variants(document))
+    return random.Random(0).sample(found, min(count, len(found)))
 
 
 def check_error(error: TPError, what: str) -> None:

@@ -133,15 +133,15 @@ def _library_of(error: BaseException) -> str | None:
     """Return the name of the library that raised an exception; None if it comes from this project's own code.
 
     The exception's class and the innermost calls are looked at first. Python's own library counts as part of the code
-    that called it.
+    that called it, and so does generated code, such as a template, which is in no module.
     """
     if is_library_panic(error):
         return "a library written in Rust"
     if not isinstance(error, Exception):
         return None
     calls = [str(frame.f_globals.get("__name__", "")) for frame, _line in traceback.walk_tb(error.__traceback__)]
-    modules = [top for module in (type(error).__module__, *reversed(calls)) if (top := _top(module))]
-    first = next((module for module in modules if module not in sys.stdlib_module_names), None)
+    modules = (_top(module) for module in (type(error).__module__, *reversed(calls)))
+    first = next((top for top in modules if top.isidentifier() and top not in sys.stdlib_module_names), None)
     installed = first in metadata.packages_distributions() and first not in _OWN_MODULES
     return first if installed else None
 
