@@ -6,8 +6,10 @@ can fill in an ordinary message, and otherwise an error of the template.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -21,8 +23,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from ..errors import ModelFormatError, RequestError, library_errors, library_text
 
 _LONGEST_TEXT = 1 << 24  # characters; several times the longest context window
+_MOST_STEPS = 1 << 22  # of all loops together; this takes seconds
 _MOST_BITS = 1 << 12  # of an integer that a template computes
+_COUNTED = "counted"  # the name of the filter around the values of every loop
 _ORDINARY = ({"role": "user", "content": "a"},)
+
+
+# The number of loop steps that filling in a template has taken so far.
+_steps: ContextVar[Iterator[int]] = ContextVar("steps")
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -95,6 +103,8 @@ def compile_template(source: str, field: str) -> jinja2.Template:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters[_COUNTED] = _counted
+    del environment.globals["lipsum"]  # jinja2's text for placeholders can be of any length
     with library_errors(
         ModelFormatError,
         "the chat template is not valid Jinja",
@@ -103,7 +113,26 @@ def compile_template(source: str, field: str) -> jinja2.Template:
         fix='restore the template from the model\'s source, or use style="completion"',
         also=(MemoryError,),  # this is how Python's parser reports an expression that is nested too deep
     ):
-        return environment.from_string(source)
+        tree = environment.parse(source)
+        for loop in list(tree.find_all(nodes.For)):
+            value = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+            loop.iter = value.set_environment(environment)
+        code = environment.compile(tree)
+        return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+@jinja2.pass_context  # jinja2 computes filters of constants while it compiles, except those that need the context
+def _counted(_context: Context, values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the values that a loop goes through.
+
+    Raises:
+        OverflowError: the loops of the template have taken too many steps.
+    """
+    steps = _steps.get()
+    for value in values:
+        if next(steps) >= _MOST_STEPS:
+            raise OverflowError(f"the loops take more than {_MOST_STEPS} steps")
+        yield value
 
 
 def fill_template(
@@ -167,6 +196,7 @@ def _filled(
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool,
 ) -> str:
+    _steps.set(itertools.count())
     parts, size = [], 0
     # tools and documents are None and not undefined, because templates test `tools is not none`.
     for part in template.generate(

@@ -28,6 +28,8 @@ RENDERS_NOTHING = {
     "a text of 10 GB": "{{ 'a' * 10 ** 10 }}",
     "a list of 10 GB": "{{ ([0] * 10 ** 10) | length }}",
     "a long loop": "{% for i in range(10 ** 12) %}{% endfor %}",
+    "nested loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "text for placeholders": "{{ lipsum(n=10 ** 9) }}",
     "a long text": "{% for i in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
     "a macro that calls itself": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "a block that shows itself": "{% block a %}{{ self.a() }}{% endblock %}",
@@ -59,6 +61,15 @@ def test_a_template_that_cannot_render_these_messages_is_a_fault_of_the_request(
     assert codec.decode(codec.render("yes")) == "1"
     with pytest.raises(RequestError, match="cannot render this prompt: ZeroDivisionError"):
         codec.render("no")
+
+
+def test_the_variables_of_a_loop_are_those_of_jinja2(tmp_path: Path) -> None:
+    """The loops are counted through an iterator, which has no length of its own."""
+    loop = "{% for c in 'abc' if c != 'b' %}{{ c }}{{ loop.index }}{{ loop.length }}{{ loop.last }}{{ loop.revindex }} "
+    template = loop + "{% else %}none{% endfor %}{% for x in nothing %}{% else %}none{% endfor %}"
+    codec = TextCodec.from_folder(byte_level_folder(tmp_path / "model", template))
+    for _ in range(2):
+        assert codec.decode(codec.render("x")) == "a12False2 c22True1 none"
 
 
 @pytest.mark.parametrize(
