@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import (
     AttributeProto,
@@ -28,7 +27,7 @@ from onnx import (
     numpy_helper,
 )
 
-from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError
+from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError, library_errors
 from tp_runtime.session import (
     GRAPH_FILE,
     LARGEST_GRAPH,
@@ -133,12 +132,9 @@ def _value(info: ValueInfoProto) -> _Value:
 
 
 def _load(folder: ModelFolder) -> onnx.ModelProto:
-    try:
+    fix = "export the model again with tp-export"
+    with library_errors(ModelFormatError, "the file is not an ONNX graph", field=GRAPH_FILE, fix=fix):
         return onnx.load_model_from_string(folder.read(GRAPH_FILE, LARGEST_GRAPH))
-    except DecodeError as error:
-        raise ModelFormatError(
-            "the file is not an ONNX graph", field=GRAPH_FILE, got=error, fix="export the model again with tp-export"
-        ) from error
 
 
 def _check_domains(model: onnx.ModelProto) -> None:

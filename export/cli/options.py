@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError
+from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError, library_text
 from tp_runtime.storage import check_output_file
 
 if TYPE_CHECKING:
@@ -177,7 +177,22 @@ def read_any_context(args: argparse.Namespace) -> str | None:
     """Return the context text, or None if neither option was given; errors are those of `read_context`."""
     if args.prompt is None and args.prompt_file is None:
         return None
-    return read_prompt_file(args.prompt_file) if args.prompt is None else str(args.prompt)
+    return read_prompt_file(args.prompt_file) if args.prompt is None else valid_text("--prompt", args.prompt)
+
+
+def valid_text(field: str, text: str) -> str:
+    """Return the text of an option. A byte of the command line that is not UTF-8 is half of a surrogate pair in it.
+
+    Raises:
+        CalibrationError: the text is not valid Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            "the text is not valid Unicode", field=field, got=ascii(text[error.start]), wanted="UTF-8 text"
+        ) from error
+    return text
 
 
 def read_prompt_file(path: Path) -> str:
@@ -185,7 +200,9 @@ def read_prompt_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"the file cannot be read: {error}", field=str(path), wanted="UTF-8 text") from error
+        raise CalibrationError(
+            "the file cannot be read", field=str(path), got=library_text(error), wanted="UTF-8 text"
+        ) from error
 
 
 def open_graph(folder: Path | None) -> Graph | None:
@@ -230,7 +247,7 @@ def torch_device(requested: str) -> str:
         torch.empty(1, device=requested)
     except (RuntimeError, AssertionError) as error:
         raise DeviceUnavailableError(
-            f"torch cannot use the device: {' '.join(str(error).split())}",
+            f"torch cannot use the device: {library_text(error)}",
             field="--device",
             got=requested,
             wanted="auto, cpu, or a device torch has",

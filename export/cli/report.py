@@ -19,6 +19,7 @@ from .options import (
     read_prompt_file,
     require_at_least,
     require_folder_of,
+    valid_text,
 )
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     subjects = []
     for file, prompt, held_out, fitted in zip(args.patches, prompts, queries, calibration, strict=True):
         patch = Patch.load(file)
-        context = read_prompt_file(prompt) if isinstance(prompt, Path) else prompt
+        context = read_prompt_file(prompt) if isinstance(prompt, Path) else valid_text("--prompt", prompt)
         held = load_questions(held_out)
         check_measurable(patch, file.name, context, held, source, graph)
         known = fitted_queries(patch, load_questions(fitted))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError
+from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchTargetError, library_errors, shown
 from tp_runtime.patch import Delta, Patch, SlotKey
 from tp_runtime.storage import atomic_file
 
@@ -184,22 +184,22 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise PatchFormatError(
             "the file does not exist or is too large for a control vector", field=str(path), wanted="a .gguf"
         )
-    try:
+    with library_errors(
+        PatchFormatError,
+        "the file is not a GGUF file",
+        field=str(path),
+        wanted="a .gguf control vector",
+        fix="copy it again",
+        also=(MemoryError,),  # sizes in a damaged file can be anything
+    ):
         reader = gguf.GGUFReader(path)
         field = reader.get_field("general.architecture")
         architecture = None if field is None else field.contents()
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise PatchFormatError(
-            f"the file is not a GGUF file: {error}",
-            field=str(path),
-            wanted="a .gguf control vector",
-            fix="copy it again",
-        ) from error
     if architecture != _ARCHITECTURE:
         raise PatchFormatError(
             "the GGUF file is not a control vector",
             field="general.architecture",
-            got=repr(architecture),
+            got=shown(architecture),
             wanted=repr(_ARCHITECTURE),
             fix="for a LoRA, pass the PEFT folder, not its conversion to GGUF",
         )

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
-from tp_runtime.errors import ModelFormatError
+from tp_runtime.errors import ModelFormatError, library_text
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
 from tp_runtime.session import (
     DEFAULT_FILE,
@@ -218,7 +218,7 @@ def _reason(error: BaseException) -> str:
     """Return the first error's type and message in one line: exporters wrap that error in pages of advice."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return library_text(error)
 
 
 def _copy_companions(source: Path, folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from tp_runtime.errors import PatchFormatError, library_errors
 from tp_runtime.patch import DTYPES, Patch
 
 from .figures import PatchReport, summary
@@ -28,9 +29,13 @@ def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
         report: the figures measured on the patch.
 
     Raises:
+        PatchFormatError: the file changed since it was loaded, and is no patch file any more.
         OSError: the file cannot be read or written; the old file is still there.
     """
-    with safe_open(file, framework="np") as opened:
+    with (
+        library_errors(PatchFormatError, "the file changed since it was loaded", field=str(file)),
+        safe_open(file, framework="np") as opened,
+    ):
         found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
     # If the file has several dtypes, float32 represents every value of the others exactly.
     dtype = _NAMES[found.pop()] if len(found) == 1 else "f32"

@@ -42,7 +42,7 @@ class RolloutStore:
         for number, line in enumerate(lines, 1):
             try:
                 entry = parse_json_object(line)
-                self._answers[entry["asked"]] = tuple(int(token) for token in entry["answer"])
+                self._answers[_text(entry["asked"])] = tuple(_token(token) for token in entry["answer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CalibrationError(
                     "the line is not a stored completion",
@@ -73,3 +73,15 @@ class RolloutStore:
         with self._path.open("a", encoding="utf-8") as handle:
             handle.writelines(lines)
         self._answers |= {key: tuple(answer) for key, answer in answers.items()}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("the digest is not text")
+    return value
+
+
+def _token(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError("the value is not a token id")
+    return value

@@ -18,13 +18,13 @@ from statistics import median
 from typing import Any
 
 from .. import bench
-from ..errors import RequestError
+from ..errors import RequestError, printable
 from ..model import PatchedModel
 from ..patch import Patch
 from ..session import ModelFolder, require_onnxruntime
 from ..storage import Kind, atomic_file, check_output_file, parse_json_object, temporary_folder
 from .options import add_model_options, open_model
-from .printing import note, plural, print_fields, printable, size, version
+from .printing import note, plural, print_fields, size, version
 
 _QUIET_SECONDS = 2.0
 

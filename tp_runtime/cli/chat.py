@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from ..errors import PatchTargetError, RequestError, TPError
+from ..errors import PatchTargetError, RequestError, TPError, printable
 from ..model import ACTIVE, PatchedModel
 from ..patch import Patch
 from ..text import SamplingOptions
@@ -26,7 +26,7 @@ from .options import (
     read_patches,
     sampling_options,
 )
-from .printing import emit, note, printable
+from .printing import emit, note
 
 _HELP = """\
 /patch FILE[@STRENGTH]...  run under the sum of these patches; without a FILE, or with `none`, run the base model

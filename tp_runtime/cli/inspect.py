@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import TPError
+from ..errors import TPError, printable
 from ..patch import Patch
 from ..session import ModelFolder, Slot, check_prepared, has_prepared
-from .printing import plural, print_fields, printable, size
+from .printing import plural, print_fields, size
 
 
 def add_parser(subparsers: Any) -> None:

@@ -6,20 +6,17 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
-# Generated text keeps its newlines and tabs. All other control characters are replaced, because a model or a patch
-# could be made to produce characters that a terminal acts on.
-_TEXT_CONTROLS = {code: shown for code, shown in _CONTROLS.items() if chr(code) not in "\n\t"}
+from ..errors import printable
+
+# Generated text keeps its newlines and tabs, and the characters with which scripts and emoji join letters. All other
+# control characters are replaced, because a model or a patch could be made to produce characters that a terminal acts
+# on.
+_TEXT_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def note(message: str) -> None:
     """Print a line on stderr. This is for everything that is not the result."""
     print(message, file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """Return a line of text, such as a name from a file, with its control characters as escape codes."""
-    return text.translate(_CONTROLS)
 
 
 def emit(chunk: str) -> None:

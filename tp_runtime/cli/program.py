@@ -10,16 +10,20 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from typing import Any, NoReturn, Protocol
 
-from ..errors import TPError
-from .printing import note, printable, version
+from ..errors import TPError, is_library_panic, library_text, printable
+from .printing import note, version
 from .signals import Signalled, ending_on_signals
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
+_TRACEBACK = "TP_TRACEBACK"  # the environment variable that asks for the traceback of a library's exception
+_OWN_MODULES = ("tp_runtime", "tp_export")
 
 
 class Command(Protocol):
@@ -47,8 +51,13 @@ def run_program(
             here, this is a defect, and its traceback is printed.
 
     Returns:
-        The exit code: 0 on success, 2 for bad input, 1 if the system refused (disk, permission, missing package), 130
-        after Ctrl-C, 141 if the reader of stdout closed it, and 128 + n after signal n.
+        The exit code: 0 on success, 2 for bad input, 1 if the system refused (disk, permission, memory, missing
+        package) or a library failed, 130 after Ctrl-C, 141 if the reader of stdout closed it, and 128 + n after
+        signal n.
+
+    Raises:
+        Exception: an exception that no library raised is a defect of this project, so it keeps its traceback. So does
+            every exception if the environment variable TP_TRACEBACK is set.
     """
     parser = _Parser(prog=name, description=description)
     parser.add_argument("--version", action=_Version)
@@ -84,10 +93,17 @@ def run_program(
             _drop_stdout()
             return _fail(str(error), 1)
         except ModuleNotFoundError as error:
-            extra = (extras or {}).get((error.name or "").partition(".")[0])
+            extra = (extras or {}).get(_top(error.name or ""))
             if extra is None:
                 raise
             return _fail(f"{error.name} is not installed; run: pip install 'tp-runtime[{extra}]'", 1)
+        except MemoryError as error:
+            return _fail(f"there is not enough memory: {library_text(error)}", 1)
+        except BaseException as error:
+            library = None if os.environ.get(_TRACEBACK) else _library_of(error)
+            if library is None:
+                raise
+            return _fail(f"{library} failed: {library_text(error)}. Fix: set {_TRACEBACK}=1 to see where", 1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +124,28 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _library_of(error: BaseException) -> str | None:
+    """Return the name of the library that raised an exception; None if it comes from this project's own code.
+
+    The exception's class and the innermost calls are looked at first. Python's own library counts as part of the code
+    that called it, and so does generated code, such as a template, which is in no module.
+    """
+    if is_library_panic(error):
+        return "a library written in Rust"
+    if not isinstance(error, Exception):
+        return None
+    calls = [str(frame.f_globals.get("__name__", "")) for frame, _line in traceback.walk_tb(error.__traceback__)]
+    modules = (_top(module) for module in (type(error).__module__, *reversed(calls)))
+    first = next((top for top in modules if top.isidentifier() and top not in sys.stdlib_module_names), None)
+    installed = first in metadata.packages_distributions() and first not in _OWN_MODULES
+    return first if installed else None
+
+
+def _top(module: str) -> str:
+    """Return the first part of a module's name."""
+    return module.partition(".")[0]
+
+
 def _fail(message: str, code: int) -> int:
     """Print an error. Further lines, such as pip's output, are indented, so that none looks like another error."""
     note("error: " + "\n  ".join(map(printable, message.split("\n"))))
@@ -118,7 +156,7 @@ def _fail(message: str, code: int) -> int:
 def _log_on_stderr() -> Iterator[None]:
     """Print the log of tp_runtime, one line for each message. A process that calls `main` keeps its own handlers."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     handler.addFilter(_lower_level)
     logger = logging.getLogger("tp_runtime")
     logger.addHandler(handler)
@@ -126,6 +164,13 @@ def _log_on_stderr() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+class _OneLine(logging.Formatter):
+    """Writes a message on one line, without characters that a terminal acts on: it may quote a file or a library."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def _lower_level(record: logging.LogRecord) -> bool:

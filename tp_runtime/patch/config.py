@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import PatchFormatError, PatchVersionError
+from ..errors import PatchFormatError, PatchVersionError, shown
 from ..storage import SHA256
 
 METHODS = ("vector", "output", "matrix", "lora", "prefix", "isotropic", "steering", "imported", "composed")
@@ -25,6 +25,7 @@ WITHOUT_DELTAS = ("prefix",)
 WITHOUT_PREFIX = ("steering", "imported")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 MAX_REPORT = 64
+MAX_COUNT = 2**31 - 1  # of queries, of rows and of token ids; numpy and the graph take no larger id
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
 _SHORT_DIGEST = re.compile(r"[0-9a-f]{8}")
@@ -77,24 +78,24 @@ class PatchConfig:
             text = _text(key, getattr(self, key))
             # These texts go to terminals and logs, so control characters and invisible characters are refused.
             if not text or not text.isprintable():
-                raise _bad(key, repr(text), "printable text, not empty")
+                raise _bad(key, shown(text), "printable text, not empty")
         if _text("method", self.method) not in METHODS:
             raise PatchVersionError(
                 "the method is unknown",
                 field="config.method",
-                got=repr(self.method),
+                got=shown(self.method),
                 wanted=" | ".join(METHODS),
                 fix="update tp-runtime, or export the patch with a known method",
             )
         if not SHA256.fullmatch(_text("base_digest", self.base_digest)):
-            raise _bad("base_digest", repr(self.base_digest), "64 lower-case hex digits")
+            raise _bad("base_digest", shown(self.base_digest), "64 lower-case hex digits")
         if self.context_digest != "" and not SHA256.fullmatch(_text("context_digest", self.context_digest)):
-            raise _bad("context_digest", repr(self.context_digest), "64 lower-case hex digits, or an empty string")
+            raise _bad("context_digest", shown(self.context_digest), "64 lower-case hex digits, or an empty string")
         for key in ("context", "licence"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))
         if self.ridge is not None and _number("ridge", self.ridge) < 0:
-            raise _bad("ridge", self.ridge, "a number >= 0")
+            raise _bad("ridge", shown(self.ridge), "a number >= 0")
         if self.created is not None:
             _utc("created", self.created)
         if self.calibration is not None:
@@ -177,7 +178,7 @@ def _text(key: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which cannot be printed
-        raise _bad(key, ascii(value), "text that is valid Unicode") from None
+        raise _bad(key, shown(value), "text that is valid Unicode") from None
     return value
 
 
@@ -190,8 +191,8 @@ def _number(key: str, value: Any) -> float:
 
 
 def _count(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _bad(key, repr(value), "a whole number >= 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise _bad(key, shown(value), f"a whole number from 0 to {MAX_COUNT}")
     return value
 
 
@@ -201,7 +202,7 @@ def _utc(key: str, value: Any) -> None:
     except ValueError:
         offset = None
     if offset != datetime.timedelta(0):
-        raise _bad(key, repr(value), "an ISO 8601 time in UTC, such as 2025-01-31T12:00:00+00:00")
+        raise _bad(key, shown(value), "an ISO 8601 time in UTC, such as 2025-01-31T12:00:00+00:00")
 
 
 def _check_query_digests(digests: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PatchShapeError, PatchTargetError, PatchValueError
+from ..errors import PatchShapeError, PatchTargetError, PatchValueError, shown
 from .arrays import unchangeable
 from .file import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
 
@@ -171,7 +171,7 @@ def check_slot(slot: Any) -> None:
     raise PatchTargetError(
         "there is no such slot",
         field="deltas",
-        got=repr(slot),
+        got=shown(slot),
         wanted=f"(layer in 0..{MAX_LAYER}, {' | '.join(SITES)})",
         fix="use one of these sites",
     )

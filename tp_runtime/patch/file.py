@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError
+from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError, library_errors, shown
 from ..storage import Kind, StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
 
 SlotKey = tuple[int, str]
@@ -160,10 +160,9 @@ def _refuse_unsafe_suffix(file: Path) -> None:
 
 
 def _decoded(raw: bytes, file: Path) -> dict[str, NDArray[np.float32]]:
-    try:
+    problem, wanted = "the safetensors library refuses the file", "a valid safetensors file"
+    with library_errors(PatchFormatError, problem, field=str(file), wanted=wanted, fix=_COPY_AGAIN):
         tensors = safetensors.deserialize(raw)
-    except safetensors.SafetensorError as error:
-        _malformed(file, "the safetensors library refuses the file", str(error), "a valid safetensors file")
     return {name: _decode(tensor["data"], tensor["dtype"], tensor["shape"]) for name, tensor in tensors}
 
 
@@ -206,9 +205,9 @@ def _checked_header(raw: bytes, file: Path) -> dict[str, Any]:
     position, size = 0, len(raw) - 8 - length
     for begin, end, name in sorted(spans):
         if begin < position:
-            _malformed(file, f"tensor {name!r} overlaps another", f"begin {begin}", f"begin {position}")
+            _malformed(file, f"tensor {shown(name)} overlaps another", f"begin {begin}", f"begin {position}")
         if begin > position:
-            _malformed(file, f"there is a hole before tensor {name!r}", f"begin {begin}", f"begin {position}")
+            _malformed(file, f"there is a hole before tensor {shown(name)}", f"begin {begin}", f"begin {position}")
         position = end
     if position > size:
         _malformed(file, "the file is truncated", f"{size} bytes of tensors", f"{position} bytes")
@@ -219,30 +218,32 @@ def _checked_header(raw: bytes, file: Path) -> dict[str, Any]:
 
 def _checked_entry(name: str, entry: Any, file: Path) -> tuple[int, int]:
     """Check one tensor's description and return its byte range."""
+    tensor = f"tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _malformed(file, f"tensor {name!r} is badly described", entry, "dtype, shape and data_offsets")
+        _malformed(file, f"{tensor} is badly described", shown(entry), "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         _malformed(
             file,
-            f"tensor {name!r} has an unsupported dtype",
-            repr(dtype),
+            f"{tensor} has an unsupported dtype",
+            shown(dtype),
             " | ".join(_ITEM_BYTES),
             "convert the tensors to one of these",
         )
     if not _whole_numbers(shape) or len(shape) > 3 or any(d < 0 for d in shape):
-        _malformed(file, f"tensor {name!r} has a bad shape", shape, "one to three dimensions, none negative")
+        _malformed(file, f"{tensor} has a bad shape", shown(shape), "one to three dimensions, none negative")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        _malformed(file, f"tensor {name!r} has bad offsets", offsets, "[begin, end] with 0 <= begin <= end")
-    size = _ITEM_BYTES[dtype]
+        _malformed(file, f"{tensor} has bad offsets", shown(offsets), "[begin, end] with 0 <= begin <= end")
+    size = largest = _ITEM_BYTES[dtype]
     for dimension in shape:
         if dimension > MAX_FILE_BYTES:
-            _malformed(file, f"the size of tensor {name!r} overflows", shape, f"dimensions <= {MAX_FILE_BYTES}")
+            _malformed(file, f"the size of {tensor} overflows", shape, f"dimensions <= {MAX_FILE_BYTES}")
         size *= dimension
-    if size > MAX_FILE_BYTES:
-        _malformed(file, f"the size of tensor {name!r} overflows", f"{size} bytes", f"<= {MAX_FILE_BYTES} bytes")
+        largest *= max(dimension, 1)  # numpy refuses an empty array whose other dimensions overflow
+    if largest > MAX_FILE_BYTES:
+        _malformed(file, f"the size of {tensor} overflows", f"{largest} bytes", f"<= {MAX_FILE_BYTES} bytes")
     if size != offsets[1] - offsets[0]:
-        _malformed(file, f"tensor {name!r} does not fill its byte range", f"{offsets[1] - offsets[0]} bytes", size)
+        _malformed(file, f"{tensor} does not fill its byte range", f"{offsets[1] - offsets[0]} bytes", size)
     return offsets[0], offsets[1]
 
 
@@ -252,7 +253,7 @@ def _checked_metadata(metadata: Any, file: Path) -> dict[str, Any]:
         _malformed(
             file,
             "the file is a safetensors file, but not a patch",
-            f"format {got!r}",
+            f"format {shown(got)}",
             f"format {FORMAT!r}",
             "make a patch with tp-export",
         )
@@ -260,7 +261,7 @@ def _checked_metadata(metadata: Any, file: Path) -> dict[str, Any]:
         raise PatchVersionError(
             "the patch file has an unknown version",
             field=str(file),
-            got=repr(metadata.get("version")),
+            got=shown(metadata.get("version")),
             wanted=" | ".join(map(repr, VERSIONS)),
             fix="update tp-runtime",
         )
@@ -274,11 +275,11 @@ def _checked_metadata(metadata: Any, file: Path) -> dict[str, Any]:
             fix="update tp-runtime: a newer version may have written this patch",
         )
     if not isinstance(metadata.get("config"), str):
-        _malformed(file, "the patch has no config", repr(metadata.get("config")), "a JSON text")
-    return _json_object(metadata["config"].encode("utf-8", "surrogatepass"), file, "config")
+        _malformed(file, "the patch has no config", shown(metadata.get("config")), "a JSON text")
+    return _json_object(metadata["config"], file, "config")
 
 
-def _json_object(raw: bytes, file: Path, what: str) -> dict[str, Any]:
+def _json_object(raw: bytes | str, file: Path, what: str) -> dict[str, Any]:
     """Return the JSON object that `raw` holds; `what` names it in errors: "header" or "config"."""
     try:
         return parse_json_object(raw)
@@ -295,7 +296,7 @@ def _parse_name(name: str) -> tuple[int, str, str]:
     if match is None or match[2] not in SITES:
         raise PatchTargetError(
             "the tensor's name does not address a slot or the KV prefix",
-            field=ascii(name),
+            field=repr(name),
             got="an unknown name" if match is None else f"site {match[2]!r}",
             wanted=f"layers.<i>.<site>.a|b|bias|mean with site {' | '.join(SITES)}, or prefix.<i>.key|value",
             fix="export the patch with tp-export, or rename the tensor",
@@ -304,9 +305,7 @@ def _parse_name(name: str) -> tuple[int, str, str]:
 
 
 def _malformed(file: Path, problem: str, got: object, wanted: object, fix: str = _COPY_AGAIN) -> NoReturn:
-    text = str(got)
-    got = text if len(text) <= 200 else text[:200] + "..."  # a header can have 16 MiB; a message must be short
-    raise PatchFormatError(problem, field=ascii(str(file))[1:-1], got=got, wanted=wanted, fix=fix)
+    raise PatchFormatError(problem, field=str(file), got=got, wanted=wanted, fix=fix)
 
 
 def _refuse_unsafe(file: Path, got: str) -> NoReturn:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BaseMismatchError, PatchFormatError, PatchTargetError, PatchValueError
+from ..errors import BaseMismatchError, PatchFormatError, PatchTargetError, PatchValueError, shown
 from .config import WITHOUT_DELTAS, WITHOUT_PREFIX, PatchConfig
 from .delta import Delta, SlotKey, check_slot
 from .file import DeltaArrays, EntryArrays, entry_name, parse_patch, read_patch, slot_name, write_patch
@@ -210,7 +210,7 @@ class Patch:
             raise PatchValueError(
                 "the rank is not a positive integer",
                 field="rank",
-                got=repr(rank),
+                got=shown(rank),
                 wanted="a whole number >= 1",
                 fix="pass rank >= 1",
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, shown
 from ..patch import SITES, SlotKey
 from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_object
 
@@ -131,7 +131,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         raise ModelFormatError(
             f"the description {error.problem}",
             field=SLOTS_FILE,
-            got=f"{error.got!s:.200}",
+            got=error.got,
             wanted=error.wanted,
             fix=REEXPORT,
         ) from error
@@ -283,7 +283,7 @@ def _bad(field: str, got: object, wanted: object, file: str = SLOTS_FILE) -> Mod
     return ModelFormatError(
         "the description has a value that is not valid",
         field=f"{file} {field}".rstrip(),
-        got=f"{got!a:.200}",
+        got=shown(got),
         wanted=wanted,
         fix=REEXPORT,
     )

@@ -1,13 +1,16 @@
 """The JSON reader of this project: it parses every file and every header that holds JSON.
 
 Python's own reader takes the last of two equal keys and accepts NaN, so two readers of one file could find different
-values. This reader refuses both, except in files that Hugging Face's tools wrote (`lenient`). It also refuses text that
-is not UTF-8, numbers that are too long to convert, and nesting that is too deep for the stack.
+values. This reader refuses both, except in files that Hugging Face's tools wrote (`lenient`). It always refuses text
+that is not UTF-8 or holds half of a surrogate pair, numbers that are too long to convert, and nesting that is too deep
+for the stack.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +19,9 @@ from .regular_file import UnreadableFileError, read_regular
 
 # The largest file of JSON that is read. The largest tokenizers of today have 35 MB.
 MAX_JSON_BYTES = 2**28
+
+# A JSON escape for one half of a surrogate pair. Only such escapes can put half a pair into a parsed text.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 class StrictJSONError(ValueError):
@@ -41,15 +47,23 @@ def parse_json(raw: bytes | str, *, lenient: bool = False) -> Any:
             This is for files that those tools made. Formats of this project are always read strictly.
 
     Raises:
-        StrictJSONError: the text is not valid JSON, or holds a duplicate key or a number that JSON does not have.
+        StrictJSONError: the text is not valid JSON or not valid Unicode, or holds a duplicate key or a number that JSON
+            does not have or that is too large.
     """
-    strict = {} if lenient else {"object_pairs_hook": _unique, "parse_constant": _refuse_constant}
+    strict = {} if lenient else {"object_pairs_hook": _unique, "parse_constant": _refuse, "parse_float": _finite}
     try:
-        return json.loads(raw.decode("utf-8") if isinstance(raw, bytes) else raw, **strict)  # type: ignore[arg-type]
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        value = json.loads(text, **strict)  # type: ignore[arg-type]
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except StrictJSONError:
         raise
+    except UnicodeEncodeError as error:
+        found = ascii(error.object[error.start])
+        raise StrictJSONError("holds half of a surrogate pair", found, "text that is valid Unicode") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a 5,000-digit number, nesting too deep
         raise StrictJSONError("is not valid JSON", str(error), "one JSON object") from error
+    return value
 
 
 def parse_json_object(raw: bytes | str, *, lenient: bool = False) -> dict[str, Any]:
@@ -100,5 +114,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(text: str) -> NoReturn:
+def _refuse(text: str) -> NoReturn:
     raise StrictJSONError("holds a number that JSON does not have", text, "finite numbers")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise StrictJSONError("holds a number that is too large", f"{text:.40}", "finite numbers")
+    return value

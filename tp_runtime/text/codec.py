@@ -8,15 +8,15 @@ with transformers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from jinja2.sandbox import SecurityError
 from tokenizers import Tokenizer
 
-from ..errors import ModelFormatError, RequestError, shown
-from .template import TemplateRefusal, compile_template
+from ..errors import ModelFormatError, RequestError, library_errors, shown
+from .template import compile_template, fill_template
 from .tokenizer_files import (
     CONFIG,
     TokenizerFiles,
@@ -61,7 +61,8 @@ class TextCodec:
         self.template_source = template_source
         # The prefix holds the ids that the tokenizer puts before a text. An EOS that it may put after the text is not
         # used, because it would end a prompt that is to be continued.
-        probe = tokenizer.encode("a")
+        with _tokenizer_errors("the tokenizer cannot encode text"):
+            probe = tokenizer.encode("a")
         self._prefix: list[int] = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
     @classmethod
@@ -97,7 +98,7 @@ class TextCodec:
             RequestError: `style` is unknown.
         """
         if style not in ("chat", "completion", None):
-            raise RequestError("the style is unknown", field="style", got=repr(style), wanted="chat or completion")
+            raise RequestError("the style is unknown", field="style", got=shown(style), wanted="chat or completion")
         files = TokenizerFiles(content, where)
         tokenizer, config, config_path = read_tokenizer(files), files.json(CONFIG), files.path(CONFIG)
         check_added_tokens(tokenizer, config, config_path)
@@ -150,7 +151,8 @@ class TextCodec:
 
         Raises:
             RequestError: the prompt is empty or malformed, it does not fit the style, or the template refuses it.
-            ModelFormatError: the template tries to leave its sandbox.
+            ModelFormatError: the template tries to leave its sandbox or cannot render any prompt, or the tokenizer
+                fails on the text.
         """
         if system is not None and not isinstance(system, str):
             raise RequestError(
@@ -166,7 +168,8 @@ class TextCodec:
             )
         if not raw and self._template is not None:
             chat = _as_messages(messages, system)
-            ids = self._encode(self._fill(self._template, chat, add_generation_prompt), "messages")
+            text = fill_template(self._template, chat, self._special_tokens, add_generation_prompt)
+            ids = self._encode(text, "messages")
         else:
             if not isinstance(messages, str):
                 raise RequestError(
@@ -192,46 +195,49 @@ class TextCodec:
         """Convert token ids to text.
 
         `clean_up_tokenization_spaces` of the tokenizer config is not applied. It rewrites generated text ("a ." becomes
-        "a."), so a streamed text could differ from the text that is decoded at once.
+        "a."), so a streamed text could differ from the text that is decoded at once. An id that the tokenizer does not
+        have gives no text.
+
+        Raises:
+            RequestError: `ids` is not a list of ids.
+            ModelFormatError: the tokenizer fails on the ids.
         """
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _tokenizer_errors("the tokenizer cannot decode the ids"):
+            try:
+                text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            except (TypeError, OverflowError):
+                raise RequestError(
+                    "the value is not a list of token ids",
+                    field="ids",
+                    got=shown(ids),
+                    wanted="whole numbers from 0 to 2**32 - 1",
+                ) from None
         return text
 
     def _encode(self, text: str, field: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                "the text is not valid Unicode", field=field, got=repr(text[error.start]), wanted="no lone surrogates"
-            ) from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        _check_unicode(text, field)
+        with _tokenizer_errors("the tokenizer cannot encode the text"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _fill(self, template: jinja2.Template, messages: list[Message], add_generation_prompt: bool) -> str:
-        try:
-            # tools and documents are None and not undefined, because templates test `tools is not none`.
-            return template.render(
-                self._special_tokens,
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except TemplateRefusal as error:
-            raise RequestError(f"the chat template refuses this prompt: {error}", field="messages") from None
-        except SecurityError as error:
-            raise ModelFormatError(
-                f"the chat template tries to leave its sandbox: {error}",
-                field="chat_template",
-                fix="do not use this model folder unless you know why its template does this",
-            ) from None
-        # A template is a program by the model's author, and may raise any exception on messages that it did not expect.
-        except Exception as error:
-            raise RequestError(
-                f"the chat template cannot render this prompt: {type(error).__name__}: {error}",
-                field="messages",
-                fix="use the roles and keys that this model's template knows",
-            ) from error
+
+def _tokenizer_errors(problem: str) -> AbstractContextManager[None]:
+    return library_errors(
+        ModelFormatError,
+        problem,
+        field="tokenizer.json",
+        wanted="a file with which the tokenizers library does not fail",
+        fix="export the model again, or copy the file from its source",
+    )
+
+
+def _check_unicode(text: str, field: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "the text is not valid Unicode", field=field, got=repr(text[error.start]), wanted="no lone surrogates"
+        ) from None
 
 
 def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[Message]:
@@ -249,6 +255,7 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                 got, wanted = shown(message), '{"role": str, "content": str}'
                 raise RequestError("the message is malformed", field=f"messages[{i}].{key}", got=got, wanted=wanted)
+            _check_unicode(message[key], "messages")
     if not chat:
         raise _empty("messages", "no messages")
     if not chat[-1]["content"].strip():
@@ -258,6 +265,7 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
     if chat[0]["role"] == "system":
         problem, fix = "the messages already begin with a system message", "give the system prompt once"
         raise RequestError(problem, field="system", got=repr(system[:40]), wanted="None", fix=fix)
+    _check_unicode(system, "system")
     return [{"role": "system", "content": system}, *chat]
 
 

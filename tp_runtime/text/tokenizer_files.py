@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..errors import ModelFormatError
+from ..errors import ModelFormatError, library_errors, shown
 from ..storage import StrictJSONError, UnreadableFileError, parse_json_object, read_regular
 
 TOKENIZER = "tokenizer.json"
@@ -95,11 +95,9 @@ def read_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """
     # The library gets bytes, because Gemma's 33 MB of text would be decoded here and encoded again.
     content = files.read(TOKENIZER)
-    try:
+    problem, wanted = "the file is not a tokenizer", "a file of the tokenizers library"
+    with library_errors(ModelFormatError, problem, field=files.path(TOKENIZER), wanted=wanted, fix=_FIX):
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        path, wanted = files.path(TOKENIZER), "a file of the tokenizers library"
-        raise _broken(path, "the file is not a tokenizer", got=error, wanted=wanted) from None
     # These settings are left over from training. transformers sets both again for each call.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -151,7 +149,7 @@ def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str)
     name = "additional_special_tokens"
     if additional := config.get(name):
         if not isinstance(additional, list):
-            raise _broken(path, f"{name} is malformed", got=additional, wanted="a list")
+            raise _broken(path, f"{name} is malformed", got=shown(additional), wanted="a list")
         tokens[name] = [_token_text(value, name, path) for value in additional]
     for name in ("bos_token", "eos_token"):
         if name in tokens and tokenizer.token_to_id(tokens[name]) is None:
@@ -180,10 +178,10 @@ def read_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
             raise _broken(files.path(TEMPLATE), "the file cannot be read", got=error, wanted="UTF-8 text") from None
     template = value = config.get("chat_template")
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1] if named else None
     if value is not None and not isinstance(template, str):
-        got, wanted = str(value)[:60], 'str, or a list with a template named "default"'
+        got, wanted = shown(value)[:60], 'str, or a list with a template named "default"'
         raise _broken(files.path(CONFIG), "chat_template is malformed", got, wanted)
     return template
 
@@ -209,8 +207,9 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Ma
         value = files.json(name).get("eos_token_id") if name in files.content else None
         found = [] if value is None else value if isinstance(value, list) else [value]
         for eos in found:
-            if type(eos) is not int or eos < 0:
-                raise _broken(files.path(name), "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
+            if type(eos) is not int or not 0 <= eos < 2**31:
+                wanted = "an id or a list of ids"
+                raise _broken(files.path(name), "eos_token_id is malformed", got=shown(value), wanted=wanted)
         ids.update(found)
     if not ids:
         problem, wanted = "the folder names no end-of-sequence token", "eos_token_id or eos_token"
@@ -221,7 +220,7 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Ma
 def _token_text(value: Any, name: str, path: str) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise _broken(path, f"{name} is not a token", got=value, wanted='str or {"content": str}')
+        raise _broken(path, f"{name} is not a token", got=shown(value), wanted='str or {"content": str}')
     return text
 
 

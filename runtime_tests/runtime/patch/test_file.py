@@ -169,12 +169,12 @@ def test_a_file_that_the_safetensors_library_refuses_is_refused(tmp_path, monkey
         raise safetensors.SafetensorError("no")
 
     monkeypatch.setattr(safetensors, "deserialize", refuse)
-    malformed(tmp_path, tensors(), "the safetensors library refuses the file; got no")
+    malformed(tmp_path, tensors(), "the safetensors library refuses the file; got SafetensorError: no")
 
 
 def test_half_a_surrogate_in_a_name_is_refused(tmp_path):
     header = {"__metadata__": METADATA, "\ud800": entry()}
-    malformed(tmp_path, container(header, bytes(8)), "the safetensors library refuses")
+    malformed(tmp_path, container(header, bytes(8)), "the header holds half of a surrogate pair")
 
 
 # -- PatchFormatError: not a file ----------------------------------------------------------------------------

@@ -227,7 +227,6 @@ UNSAFE_NAMES = {
     "nul": "model.onnx\x00_data",
     "newline": "model\nonnx",
     "escape": "\x1b[2J",
-    "surrogate": "\ud800",
     "empty": "",
 }
 
@@ -236,6 +235,13 @@ UNSAFE_NAMES = {
 def test_an_unsafe_file_name_is_refused(model, name):
     alter(model, lambda data: data["files"].update({name: data["files"]["model.onnx_data"]}))
     with pytest.raises(UnsafePathError, match="is not a plain name") as caught:
+        ModelFolder.open(model)
+    assert str(caught.value).isprintable()
+
+
+def test_half_a_surrogate_pair_in_the_description_is_refused(model):
+    alter(model, lambda data: data["files"].update({"\ud800": data["files"]["model.onnx_data"]}))
+    with pytest.raises(ModelFormatError, match="holds half of a surrogate pair") as caught:
         ModelFolder.open(model)
     assert str(caught.value).isprintable()
 

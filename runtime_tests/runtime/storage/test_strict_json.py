@@ -21,6 +21,9 @@ REFUSED = {
     b"[" * 200_000: "is not valid JSON",
     b'{"a": {"b": 1, "b": 2}}': "holds a duplicate key",
     b'{"a": -Infinity}': "holds a number that JSON does not have",
+    b'{"a": 1e400}': "holds a number that is too large",
+    b'{"a": "\\ud800"}': "holds half of a surrogate pair",
+    b'{"\\uDFFFb": 1}': "holds half of a surrogate pair",
 }
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -40,6 +43,15 @@ def test_the_reader_accepts_what_the_json_module_writes(value: object) -> None:
     text = json.dumps(value)
     assert parse_json(text) == value and parse_json(text.encode()) == value
     assert parse_json(text, lenient=True) == value
+
+
+def test_a_whole_surrogate_pair_is_one_character() -> None:
+    assert parse_json(rb'"\ud83d\ude00 \\ud800"') == "\U0001f600 \\ud800"
+
+
+def test_lenient_reading_refuses_half_of_a_surrogate_pair() -> None:
+    with pytest.raises(StrictJSONError, match=r"surrogate pair; got '\\udbff'"):
+        parse_json(rb'["\udbff"]', lenient=True)
 
 
 def test_lenient_reading_accepts_nan_and_the_last_of_equal_keys() -> None:

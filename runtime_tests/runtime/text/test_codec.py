@@ -191,8 +191,8 @@ def test_the_error_of_a_template_contains_its_text(chat: TextCodec) -> None:
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        ("{{ messages[0].missing.deeper }}", RequestError),
-        ("{{ 1 // 0 }}", RequestError),
+        ("{{ messages[0].missing.deeper }}", ModelFormatError),
+        ("{{ 1 // 0 }}", ModelFormatError),
         ("", RequestError),  # the prompt would have no tokens
         ("{{ ''.__class__.__mro__ }}", ModelFormatError),
         ("{{ messages.append(1) }}", ModelFormatError),  # the sandbox is immutable
