@@ -61,15 +61,16 @@ class StackedSlots:
             binding.bind_ortvalue_input(name, value)
 
     def _write(self, bounds: Sequence[BoundPatch]) -> None:
+        count = len(bounds)
         changed = [i for i, bound in enumerate(bounds) if self._written[i] != bound.key]
-        deltas = {i: self._deltas(bounds[i]) for i in changed}
-        for i in changed:
+        deltas = [self._deltas(bound) for bound in bounds]
+        for i in (*changed, *range(count, self._limit)):
             self._written[i] = None  # a row is unknown until it is complete, because memory may run out in between
         for key, slot in self._slots.items():
-            here = {i: deltas[i].get(key) or Delta() for i in changed}
-            rank = max((delta.rank for delta in here.values()), default=0)
-            a, b, bias = self._room(key, slot, rank)
-            for i, delta in here.items():
+            here = [each.get(key) or Delta() for each in deltas]
+            a, b, bias = self._stack(key, slot, max(delta.rank for delta in here), count)
+            for i in changed:
+                delta = here[i]
                 a[i, :, delta.rank :], b[i, delta.rank :] = 0, 0
                 if delta.a is not None and delta.b is not None:
                     a[i, :, : delta.rank], b[i, : delta.rank] = delta.a, delta.b
@@ -77,16 +78,17 @@ class StackedSlots:
         for i in changed:
             self._written[i] = bounds[i].key
 
-    def _room(self, key: SlotKey, slot: Slot, rank: int) -> tuple[NDArray, NDArray, NDArray]:
-        """Return the stack of one slot with room for at least `rank`; its contents stay."""
+    def _stack(self, key: SlotKey, slot: Slot, rank: int, count: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Return the stack of one slot for exactly `rank`; the first `count` rows keep their contents up to it."""
         old = self._arrays.get(key)
-        if old is not None and old[0].shape[2] >= rank:
+        if old is not None and old[0].shape[2] == rank:
             return old
         a = np.zeros((self._limit, slot.inputs, rank), self._dtype)
         b = np.zeros((self._limit, rank, slot.outputs), self._dtype)
         bias = np.zeros((self._limit, 1, slot.outputs), self._dtype)
         if old is not None:
-            narrow = old[0].shape[2]
-            a[:, :, :narrow], b[:, :narrow], bias = old[0], old[1], old[2]
+            kept = min(rank, old[0].shape[2])
+            a[:count, :, :kept], b[:count, :kept] = old[0][:count, :, :kept], old[1][:count, :kept]
+            bias[:count] = old[2][:count]
         self._arrays[key] = a, b, bias
         return a, b, bias

@@ -37,6 +37,12 @@ class IncrementalDecoder:
         self._text = ""  # decode(window)
         self._sent = 0  # the number of characters of `_text` that were already returned
 
+    def copy(self) -> IncrementalDecoder:
+        """Return a decoder that continues from here, independently of this one."""
+        made = IncrementalDecoder(self._decode)
+        made._ids, made._old, made._text, made._sent = list(self._ids), self._old, self._text, self._sent
+        return made
+
     def push(self, token_id: int) -> str:
         """Add one token and return the text that becomes certain with it, which may be empty.
 
@@ -125,6 +131,12 @@ class StopScanner:
                 )
         self._held = ""
         self._stopped = False
+
+    def copy(self) -> StopScanner:
+        """Return a scanner that continues from here, independently of this one."""
+        made = StopScanner(self._stops)
+        made._held, made._stopped = self._held, self._stopped
+        return made
 
     def push(self, chunk: str) -> tuple[str, bool]:
         """Add a chunk of text.

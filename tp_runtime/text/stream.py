@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
@@ -61,6 +62,12 @@ class StoppingDecoder:
         self.finish_reason: str | None = None
         self._eos_ids, self._scanner = codec.eos_ids, scanner
         self._decoder = IncrementalDecoder(codec.decode)
+
+    def copy(self) -> StoppingDecoder:
+        """Return a decoder that continues from here, independently of this one."""
+        made = copy(self)
+        made._scanner, made._decoder = self._scanner.copy(), self._decoder.copy()
+        return made
 
     def push(self, token: int) -> str:
         """Add one id and return the text that becomes certain; at the end also the text that was held back."""

@@ -22,14 +22,14 @@ def row(seed: int, spread: float = 3.0, vocab: int = VOCAB) -> np.ndarray:
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
     sampler = Sampler(Sampling(temperature=1.0, seed=0))
-    counts = np.bincount([sampler.pick(logits, []) for _ in range(20_000)], minlength=4) / 20_000
+    counts = np.bincount([sampler.pick(logits, [], draw) for draw in range(20_000)], minlength=4) / 20_000
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.012)
 
 
 def test_equal_seeds_repeat_the_draws_and_no_seed_does_not() -> None:
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.5, top_p=0.95, seed=seed))
-        return [sampler.pick(row(i), []) for i in range(30)]
+        return [sampler.pick(row(i), [], i) for i in range(30)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
@@ -38,14 +38,14 @@ def test_equal_seeds_repeat_the_draws_and_no_seed_does_not() -> None:
 
 def test_greedy_sampling_takes_the_lowest_id_of_equal_logits() -> None:
     logits = np.array([1, 4, 4, -np.inf], dtype=np.float32)
-    assert Sampler(Sampling()).pick(logits, []) == 1
-    assert Sampler(Sampling(temperature=1e-300)).pick(np.array([1, 2, 1], dtype=np.float32), []) == 1
+    assert Sampler(Sampling()).pick(logits, [], 0) == 1
+    assert Sampler(Sampling(temperature=1e-300)).pick(np.array([1, 2, 1], dtype=np.float32), [], 0) == 1
 
 
 def test_greedy_sampling_applies_the_penalty_once_per_token() -> None:
     logits = np.array([3.0, 2.0, -1.0], dtype=np.float32)
-    assert Sampler(Sampling(repetition_penalty=1.4)).pick(logits, [0, 0, 0, 0]) == 0
-    assert Sampler(Sampling(repetition_penalty=1.6)).pick(logits, [0]) == 1
+    assert Sampler(Sampling(repetition_penalty=1.4)).pick(logits, [0, 0, 0, 0], 0) == 0
+    assert Sampler(Sampling(repetition_penalty=1.6)).pick(logits, [0], 0) == 1
     assert logits.tolist() == [3.0, 2.0, -1.0]
 
 
@@ -59,8 +59,8 @@ def test_the_nucleus_of_equal_logits_is_the_lowest_ids(size: int) -> None:
 
 def test_half_precision_logits_can_be_sampled() -> None:
     logits = row(3).astype(np.float16)
-    assert Sampler(Sampling(repetition_penalty=1.1)).pick(logits, [1]) == int(logits.argmax())
-    assert 0 <= Sampler(Sampling(temperature=1.0)).pick(logits, []) < VOCAB
+    assert Sampler(Sampling(repetition_penalty=1.1)).pick(logits, [1], 0) == int(logits.argmax())
+    assert 0 <= Sampler(Sampling(temperature=1.0)).pick(logits, [], 0) < VOCAB
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -68,16 +68,16 @@ def test_logits_that_are_not_finite_are_handled(temperature: float) -> None:
     inf, nan = np.inf, np.nan
     sampler = Sampler(Sampling(temperature=temperature, seed=0))
     for values, want in (([-inf, 1, -inf], 1), ([nan, 1, -inf], 1), ([1, nan, inf], 2)):
-        assert sampler.pick(np.array(values, dtype=np.float32), []) == want
+        assert sampler.pick(np.array(values, dtype=np.float32), [], 0) == want
     for values in ([nan] * 3, [-inf] * 3, [inf, nan, -inf]):
         with pytest.raises(ModelFormatError, match="no logit is finite"):
-            sampler.pick(np.array(values, dtype=np.float32), [])
+            sampler.pick(np.array(values, dtype=np.float32), [], 0)
 
 
 @pytest.mark.parametrize("history", [[-1], [VOCAB]])
 def test_a_history_outside_the_vocabulary_is_refused(history: list[int]) -> None:
     with pytest.raises(RequestError, match="history"):
-        Sampler(Sampling(repetition_penalty=1.1)).pick(row(0), history)
+        Sampler(Sampling(repetition_penalty=1.1)).pick(row(0), history, 0)
 
 
 @pytest.mark.parametrize(
