@@ -1,4 +1,4 @@
-"""Failures at every point of a call: at each line, at each bytecode, or at each call of a function that is not Python's.
+"""Failures at every point of a call: at each line, at each bytecode, or at each call of a compiled function.
 
 A test counts the points that a call passes, and repeats the call once for each point, with an error raised there.
 """

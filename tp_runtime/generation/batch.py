@@ -48,22 +48,22 @@ class Batch:
         self._rows = new_rows(graph, rows)
         # What a step picked for each row, and the number of the row's ids before it; None between the steps.
         self._picked: list[tuple[Row, int, int | Exception]] | None = None
+        self._failed = False  # whether the last call failed; True while one runs
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """The sequences that are running."""
-        return tuple(row for row in self._running if row.finish_reason is None)
+        return tuple(self._running)
 
     @property
     def joining(self) -> tuple[Row, ...]:
         """The sequences whose prompts have not been run to their end."""
-        running = set(self._running)
-        return tuple(row for row in self._joining if row.finish_reason is None and row not in running)
+        return tuple(self._joining)
 
     @property
     def free(self) -> int:
         """The number of sequences that may still join."""
-        return self._limit - len(self.rows) - len(self.joining)
+        return self._limit - len({*self._running, *self._joining})  # after a call that failed, a row may be in both
 
     def join(
         self,
@@ -92,6 +92,8 @@ class Batch:
         """
         token_limit = check_request(self._graph.folder, prompt, bound, max_new_tokens)
         self._graph.folder.check_ids(prompt)
+        if self._failed:
+            self._settle()
         if not self.free:
             raise RequestError(
                 "the batch is full",
@@ -121,11 +123,14 @@ class Batch:
         """
         while True:
             if self._picked is None:
-                self._settle()
+                if self._failed:
+                    self._settle()
+                self._failed = True
                 # 0. Run prompts: one chunk while rows wait for their next id, otherwise all prompts.
                 self._run_prompts(self._prefill_tokens if self._running else None)
                 rows = self._running
                 if not rows:
+                    self._failed = False
                     return []
                 # 1. Run the last id of every row, together.
                 logits = self._rows.step(rows)
@@ -139,7 +144,7 @@ class Batch:
             picks = self._picked
             out = [(row, token) for row, _length, token in picks if not isinstance(token, Exception)]
             try:
-                self._picked = None
+                self._failed, self._picked = False, None
                 if out:
                     return out
             except BaseException:
@@ -148,12 +153,15 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Take a row out of the batch before it ends; a row that has ended already does not change."""
-        self._settle()
+        if self._failed:
+            self._settle()
+        self._failed = True
         if row in self._running:
             self._end(row, "left")
         elif row in self._joining:
             row.finish_reason = "left"
             self._joining.remove(row)
+        self._failed = self._picked is not None
 
     def _settle(self) -> None:
         """Finish what an earlier call began; if nothing failed, only give the rows the tokens that were picked."""
@@ -170,7 +178,9 @@ class Batch:
                     self._end(row, "eos")
                 elif len(row.tokens) == row.token_limit:
                     self._end(row, "length")
-        self._joining = list(self.joining)
+        if self._joining:
+            running = set(self._running)
+            self._joining = [row for row in self._joining if row.finish_reason is None and row not in running]
 
     def _run_prompts(self, most: int | None) -> None:
         """Run at most `most` ids of the joining rows' prompts, in the order of the rows; None runs all ids."""

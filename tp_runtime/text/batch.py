@@ -14,10 +14,9 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from itertools import takewhile
 from types import TracebackType
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
@@ -28,8 +27,7 @@ from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import StoppingDecoder
 
 
-@dataclass(frozen=True)
-class _Progress:
+class _Progress(NamedTuple):
     """How far a completion is. Each step replaces it as a whole, so a step that fails leaves none half changed.
 
     Attributes:
@@ -109,9 +107,9 @@ class Completion:
         if progress.finish_reason is not None:
             return progress
         if row is None:
-            return replace(progress, finish_reason="error", error=self._failure)
+            return progress._replace(finish_reason="error", error=self._failure)
         if row.finish_reason == "error":
-            return replace(progress, finish_reason="error", error=row.error)
+            return progress._replace(finish_reason="error", error=row.error)
         ids = row.tokens[self.prompt_tokens + progress.ids :]
         if not ids and row.finish_reason is None:
             return progress
@@ -126,7 +124,7 @@ class Completion:
             if row.finish_reason and not decoder.finish_reason:
                 text += decoder.end(row.finish_reason)
         except Exception as error:
-            return replace(progress, finish_reason="error", error=error)
+            return progress._replace(finish_reason="error", error=error)
         first = seconds if progress.seconds_to_first_token is None else progress.seconds_to_first_token
         return _Progress(decoder, taken, text, first, seconds, decoder.finish_reason)
 
@@ -167,6 +165,7 @@ class TextBatch:
         self._completions: list[Completion] = []
         # What a step found: the completions that advanced, each before and after it; None between the steps.
         self._taken: list[_Advance] | None = None
+        self._failed = False  # whether the last step failed; True while one runs
         self._lock = threading.RLock()
         self._closed = False
 
@@ -224,7 +223,7 @@ class TextBatch:
                 self._settle()
                 taken = self._taken
                 out = [(completion, after.text[len(before.text) :]) for completion, before, after in taken]
-                self._taken = None
+                self._failed, self._taken = False, None
                 return out
         except BaseException:
             with self._lock:
@@ -251,9 +250,11 @@ class TextBatch:
 
     def _fill(self) -> None:
         """Let waiting completions join while rows are free."""
+        if not (self._completions and self._completions[-1]._waits):
+            return
         joined = self._joined()
         known = {completion._row for completion in joined}
-        for row in (*self._batch.rows, *self._batch.joining):
+        for row in self._batch.joining:
             if row not in known:  # an earlier step failed before it could enter the row, which has run nothing yet
                 self._batch.leave(row)
         place = len(joined)
@@ -281,7 +282,8 @@ class TextBatch:
 
     def _next(self) -> list[_Advance]:
         """Step the rows until a completion advances or none is left."""
-        taken = self._take()  # not empty only if an earlier step failed after its rows had got their ids
+        taken = self._take() if self._failed else []  # the step that failed may have given its rows their ids
+        self._failed = True
         while not taken:
             self._fill()
             stepped = self._batch.step()
@@ -308,7 +310,7 @@ class TextBatch:
         with self._lock:
             self._settle()
             if completion.finish_reason is None:
-                completion._progress = replace(completion._progress, finish_reason="closed")
+                completion._progress = completion._progress._replace(finish_reason="closed")
             self._release(completion)
 
     def _release(self, completion: Completion) -> None:

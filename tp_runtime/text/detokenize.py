@@ -39,8 +39,9 @@ class IncrementalDecoder:
 
     def copy(self) -> IncrementalDecoder:
         """Return a decoder that continues from here, independently of this one."""
-        made = IncrementalDecoder(self._decode)
-        made._ids, made._old, made._text, made._sent = list(self._ids), self._old, self._text, self._sent
+        made = object.__new__(IncrementalDecoder)
+        made.__dict__.update(self.__dict__)
+        made._ids = list(self._ids)
         return made
 
     def push(self, token_id: int) -> str:
@@ -134,8 +135,8 @@ class StopScanner:
 
     def copy(self) -> StopScanner:
         """Return a scanner that continues from here, independently of this one."""
-        made = StopScanner(self._stops)
-        made._held, made._stopped = self._held, self._stopped
+        made = object.__new__(StopScanner)
+        made.__dict__.update(self.__dict__)
         return made
 
     def push(self, chunk: str) -> tuple[str, bool]:

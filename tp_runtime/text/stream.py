@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
-from copy import copy
 
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
@@ -65,7 +64,8 @@ class StoppingDecoder:
 
     def copy(self) -> StoppingDecoder:
         """Return a decoder that continues from here, independently of this one."""
-        made = copy(self)
+        made = object.__new__(StoppingDecoder)
+        made.__dict__.update(self.__dict__)
         made._scanner, made._decoder = self._scanner.copy(), self._decoder.copy()
         return made
 
