@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_conversation_goes_on_after_a_failure_anywhere(
                 for number, prompt in enumerate(TURNS):
                     if number == turn:
                         try:
-                            failure.run(lambda prompt=prompt: complete(graph, prompt, bound, cache))
+                            failure.run(partial(complete, graph, prompt, bound, cache))
                             break  # the turn has fewer points
                         except error:
                             failed = True
@@ -74,7 +75,7 @@ def test_a_prefix_cache_never_keeps_the_wrong_entries_after_a_failure(graph: Gra
             for number, prompt in enumerate(TURNS[:3]):
                 if number == turn:
                     try:
-                        failure.run(lambda prompt=prompt: complete(graph, prompt, graph.base, None, store))
+                        failure.run(partial(complete, graph, prompt, graph.base, None, store))
                         break
                     except KeyboardInterrupt:
                         failed = True
