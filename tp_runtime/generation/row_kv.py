@@ -1,8 +1,9 @@
 """The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor.
 
 The rows in use are always the first ones. On the CPU, ONNX Runtime reads and writes the arrays in place, so these rows
-are a view of the array and cost nothing. On another device, each change of the rows copies the buffers back to the
-host, changes them there and sends them to the device again.
+are a view of the array and cost nothing. Unused room costs memory and no time, so the buffers shrink only if most of
+them is unused. On another device, each change of the rows copies the buffers back to the host, changes them there and
+sends them to the device again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The patch tensors of a batch: one patch's own tensors if all rows run under it, and otherwise one row for each.
 
 The tensors of rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out].
-Ranks are padded with zeros to the largest rank of the slot, which adds exactly nothing. A stack is allocated when the
-first two rows differ, is written only for the rows that changed, and lives as long as its batch.
+Ranks are padded with zeros to the slot's largest rank among the rows, which adds exactly nothing. A stack is allocated
+when the first two rows differ, and written only for the rows that changed. When the largest rank changes, the stack is
+allocated again: a step pays for the padding of every row, and shrinking costs less than three such steps.
 """
 
 from __future__ import annotations

@@ -128,3 +128,51 @@ def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("kind", ["lines", "calls"])
 def test_a_call_that_fails_anywhere_can_be_repeated(graph: Graph, kind: str, error: type[BaseException]) -> None:
     assert_every_failure_is_harmless(graph, kind, error, every=31)
+
+
+def test_a_row_whose_choice_fails_ends_alone(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its sampler raises: the other rows get the ids of this step."""
+    play = Play(graph, some_patches(graph))
+    play.join(0, 1, [*SHARED, 3], 4)
+    play.join(1, 0, [9], 4, temperature=1.5, seed=3)
+    play.join(2, 2, [*SHARED, 8], 4)
+    play.step()
+    before = list(play.rows[1].tokens)
+
+    def overflow(*_args: object) -> int:
+        raise OverflowError("int too large to convert to float")
+
+    monkeypatch.setattr(play.rows[1].sampler, "pick", overflow)
+    while play.batch.rows:
+        play.step()
+    assert play.rows[1].finish_reason == "error" and isinstance(play.rows[1].error, OverflowError)
+    assert play.rows[1].tokens == before
+    for row in (play.rows[0], play.rows[2]):
+        assert play.returned[row] == alone(graph, row)
+
+
+def test_a_row_ends_although_the_prefix_cache_cannot_store_it(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(graph, some_patches(graph))
+    play.join(0, 1, [*SHARED, 3], 2)
+    play.join(1, 0, [9], 4)
+    play.step()
+
+    def fail(*_args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PrefixCache, "keep", fail)
+    play.step()
+    assert play.rows[0].finish_reason == "length" and play.batch.rows == (play.rows[1],)
+    play.batch.leave(play.rows[1])
+    assert play.rows[1].finish_reason == "left" and play.batch.free == 3
+
+
+def test_the_other_rows_go_on_if_all_running_rows_fail_at_once(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty result means that no row is left, so the step goes on with the prompts that still join."""
+    play = Play(graph, some_patches(graph))
+    play.join(0, 0, [9], 4, temperature=1.0)
+    play.step()
+    play.join(1, 0, [*SHARED, *SHARED, 3], 2)
+    monkeypatch.setattr(play.rows[0].sampler, "pick", lambda *_args: 1 / 0)
+    play.step()
+    assert play.rows[0].finish_reason == "error" and len(play.returned[play.rows[1]]) == 1

@@ -5,6 +5,10 @@ The tests in runtime_tests/export/parity compare the candidates with those of tr
 
 from __future__ import annotations
 
+from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -34,6 +38,17 @@ def test_equal_seeds_repeat_the_draws_and_no_seed_does_not() -> None:
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert draw(None) != draw(None)
+
+
+def test_the_same_draw_gives_the_same_id_in_any_order() -> None:
+    """A step that failed after its draw draws again, and gets what it would have got."""
+    sampling = Sampling(temperature=1.5, seed=7)
+    sampler, numbers = Sampler(sampling), np.random.default_rng(7).random(30)
+    once = [sampler.pick(row(i), [], i) for i in range(30)]
+    again = Sampler(sampling)
+    for i in (0, 1, 1, 0, 29, 3, 4, 4, 5, 2, 28, 29):
+        assert again.pick(row(i), [], i) == once[i]
+        assert again._uniform(i) == numbers[i]
 
 
 def test_greedy_sampling_takes_the_lowest_id_of_equal_logits() -> None:
@@ -100,3 +115,52 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
 def test_good_values_are_accepted() -> None:
     Sampling(1, 0, 1, 0, 1, None)
     Sampling(np.float32(0.7), np.int64(5), 0.5, 0.99, 1.2, np.int64(3))  # type: ignore[arg-type]
+
+
+def test_numbers_are_stored_as_the_floats_and_ints_that_the_choice_computes_with() -> None:
+    """A Fraction in the penalty would otherwise make numpy compute with Python objects."""
+    sampling = Sampling(Fraction(1, 2), np.int64(5), Fraction(1, 4), np.float64(0.5), Fraction(3, 2), np.int64(3))  # type: ignore[arg-type]
+    assert sampling == Sampling(0.5, 5, 0.25, 0.5, 1.5, 3)
+    for field in fields(Sampling):
+        assert type(getattr(sampling, field.name)) in (int, float)
+    assert Sampler(Sampling(1.0, top_k=10**400, seed=10**400)).pick(row(0), [], 0) in range(VOCAB)
+
+
+_SETTINGS = [setting.name for setting in fields(Sampling)]
+_NOT_NUMBERS = [Decimal("0.5"), 1j, np.bool_(True), np.array(0.5), np.array([0.1, 0.2]), b"1", [1], float("nan")]
+
+
+@pytest.mark.parametrize("field", _SETTINGS)
+@pytest.mark.parametrize("value", [*_NOT_NUMBERS, -(10**400), -(10**5000)], ids=lambda value: f"{type(value).__name__}")
+def test_what_is_no_number_or_too_large_is_refused_with_the_request(field: str, value: object) -> None:
+    with pytest.raises(RequestError) as error:
+        Sampling(**{field: value})  # type: ignore[arg-type]
+    assert error.value.field == field and len(str(error.value.got)) < 100
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, Fraction(10**400), 10**5000, np.longdouble("1e4000")],
+    ids=["int", "Fraction", "digits", "longdouble"],
+)
+def test_a_number_that_no_float_holds_is_refused(field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"^{field}: the sampling value is not valid"):
+        Sampling(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_number_that_rounds_to_a_forbidden_zero_is_refused() -> None:
+    for field in ("top_p", "repetition_penalty"):
+        with pytest.raises(RequestError):
+            Sampling(**{field: Fraction(1, 10**400)})  # type: ignore[arg-type]
+    assert Sampling(temperature=Fraction(1, 10**400)) == Sampling()  # type: ignore[arg-type]
+
+
+class _Broken(float):
+    def __float__(self) -> float:
+        raise KeyError("not today")
+
+
+def test_a_number_that_cannot_be_converted_is_refused() -> None:
+    with pytest.raises(RequestError):
+        Sampling(temperature=_Broken(0.5))
