@@ -46,7 +46,7 @@ class Ours(Worker):
     def step(self, ids: Sequence[int]) -> int:
         """Run one forward step and pick the next id."""
         logits = self.graph.forward(ids, self.cache, self.bound, copy=False)
-        return int(self.sampler.pick(logits[-1], self.cache.tokens))
+        return int(self.sampler.pick(logits[-1], self.cache.tokens, 0))
 
 
 if __name__ == "__main__":

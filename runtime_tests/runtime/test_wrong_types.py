@@ -126,7 +126,6 @@ class Calls:
             "Graph defaults": (lambda v: Graph(graph.folder, "cpu", defaults=v), {"None"}),
             "Graph.bind patch": (lambda v: graph.bind(v), {"None"}),
             "Graph.new_cache bound": (lambda v: graph.new_cache(v), set()),
-            "Graph.deltas bound": (lambda v: graph.deltas(v), set()),
             "Graph.content cache": (lambda v: graph.content(v), set()),
             "Graph.run tokens": (lambda v: graph.run(v, graph.base), {"tuple", "iterator"}),
             "Graph.run bound": (lambda v: graph.run(IDS, v), set()),

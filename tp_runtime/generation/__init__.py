@@ -3,9 +3,10 @@
 This room knows nothing of text, files or the names of patches.
 """
 
-from .batch import PREFILL_TOKENS, Batch, Row
+from .batch import PREFILL_TOKENS, Batch
 from .engine import check_request, generate, prefill
 from .prefix_cache import PrefixCache
+from .row import Row
 from .sampling import Sampler, Sampling
 
 __all__ = [

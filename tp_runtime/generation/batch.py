@@ -9,48 +9,18 @@ then their next token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from ..errors import ModelFormatError, RequestError, require_positive
-from ..session import BoundPatch, Graph, KVCache
+from ..errors import RequestError, require_positive
+from ..session import BoundPatch, Graph
 from .engine import check_request
 from .prefix_cache import PrefixCache
+from .row import Row
 from .rows import new_rows
 from .sampling import Sampler, Sampling, pick_rows
 
 PREFILL_TOKENS = (
     32  # with chunks of this size a CPU takes hardly longer for a prompt than with the whole prompt at once
 )
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence of a batch.
-
-    Attributes:
-        tokens: the ids of the prompt and of the completion so far; the last id has not been run yet.
-        prompt_tokens: the number of ids of the prompt.
-        bound: the patch that the sequence runs under.
-        token_limit: the number of ids, prompt included, at which the sequence ends.
-        eos_ids: the ids that end the sequence.
-        sampler: the sampler that picks the sequence's ids.
-        cache: the KV cache of the ids that have been run.
-        started: whether a part of the prompt has been run or looked up in the prefix cache.
-        finish_reason: "eos", "length", "left" or "error" after the sequence has left the batch; None before.
-        error: the exception that stopped the prompt's run or the choice of a token, if the reason is "error"; otherwise
-            None.
-    """
-
-    tokens: list[int]
-    prompt_tokens: int
-    bound: BoundPatch
-    token_limit: int
-    eos_ids: frozenset[int]
-    sampler: Sampler
-    cache: KVCache
-    started: bool = field(default=False, init=False)
-    finish_reason: str | None = field(default=None, init=False)
-    error: Exception | None = field(default=None, init=False)
 
 
 class Batch:
@@ -76,6 +46,9 @@ class Batch:
         self._joining: list[Row] = []  # the rows whose prompts have not been run to their end
         self._running: list[Row] = []  # the running rows, in the order of the graph's rows
         self._rows = new_rows(graph, rows)
+        # What a step picked for each row, and the number of the row's ids before it; None between the steps.
+        self._picked: list[tuple[Row, int, int | Exception]] | None = None
+        self._failed = False  # whether the last call failed; True while one runs
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -90,7 +63,7 @@ class Batch:
     @property
     def free(self) -> int:
         """The number of sequences that may still join."""
-        return self._limit - len(self._running) - len(self._joining)
+        return self._limit - len({*self._running, *self._joining})  # after a call that failed, a row may be in both
 
     def join(
         self,
@@ -119,6 +92,8 @@ class Batch:
         """
         token_limit = check_request(self._graph.folder, prompt, bound, max_new_tokens)
         self._graph.folder.check_ids(prompt)
+        if self._failed:
+            self._settle()
         if not self.free:
             raise RequestError(
                 "the batch is full",
@@ -128,51 +103,84 @@ class Batch:
                 fix="step until a sequence ends, make one leave, or create the batch with more rows",
             )
         cache = self._graph.new_cache(bound)
-        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache)
-        self._joining.append(row)
-        return row
+        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache, cache.hold())
+        try:
+            self._joining.append(row)
+            return row
+        except BaseException:
+            self._joining = [other for other in self._joining if other is not row]  # the caller has not got it
+            raise
 
     def step(self) -> list[tuple[Row, int]]:
         """Run one step of the batch.
 
-        A row that ends with this step leaves the batch. A row whose prompt cannot be run, or whose logits are not
-        finite, leaves with its error and gets no id. If the run of all rows fails, the rows stay as they were, and the
-        step may be tried again.
+        A row that ends with this step leaves the batch. A row whose prompt cannot be run, or whose next token cannot be
+        picked, leaves with its error and gets no id. If this raises, it may be tried again: the rows have not changed,
+        or they have their new ids and the next call returns them.
 
         Returns:
-            The new id of every running row, end-of-sequence ids included; empty if no row is running.
+            The new id of every running row, end-of-sequence ids included; empty if no row is left.
         """
-        # 0. Run prompts: one chunk while rows wait for their next id, otherwise all prompts.
-        self._run_prompts(self._prefill_tokens if self._running else None)
-        rows = list(self._running)
-        if not rows:
-            return []
-        # 1. Run the last id of every row, together.
-        logits = self._rows.step([row.tokens[-1] for row in rows])
-        # 2. Pick a token for each row, with its own sampler and its own ids.
-        picked = pick_rows([row.sampler for row in rows], logits, [row.tokens for row in rows])
-        # 3. Return the tokens; rows that have ended leave.
-        out = []
-        for row, token in zip(rows, picked, strict=True):
-            if isinstance(token, ModelFormatError):
-                row.error = token
-                self._end(row, "error")
-                continue
-            row.tokens.append(token)
-            out.append((row, token))
-            if token in row.eos_ids:
-                self._end(row, "eos")
-            elif len(row.tokens) == row.token_limit:
-                self._end(row, "length")
-        return out
+        while True:
+            if self._picked is None:
+                if self._failed:
+                    self._settle()
+                self._failed = True
+                # 0. Run prompts: one chunk while rows wait for their next id, otherwise all prompts.
+                self._run_prompts(self._prefill_tokens if self._running else None)
+                rows = self._running
+                if not rows:
+                    self._failed = False
+                    return []
+                # 1. Run the last id of every row, together.
+                logits = self._rows.step(rows)
+                # 2. Pick a token for each row, with its own sampler and its own ids.
+                histories = [row.tokens for row in rows]
+                draws = [len(row.tokens) - row.prompt_tokens for row in rows]
+                picked = pick_rows([row.sampler for row in rows], logits, histories, draws)
+                self._picked = list(zip(rows, map(len, histories), picked, strict=True))
+            # 3. Give the rows their tokens; rows that have ended leave.
+            self._settle()
+            picks = self._picked
+            out = [(row, token) for row, _length, token in picks if not isinstance(token, Exception)]
+            try:
+                self._failed, self._picked = False, None
+                if out:
+                    return out
+            except BaseException:
+                self._picked = picks  # the caller has not got them
+                raise
 
     def leave(self, row: Row) -> None:
         """Take a row out of the batch before it ends; a row that has ended already does not change."""
+        if self._failed:
+            self._settle()
+        self._failed = True
         if row in self._running:
             self._end(row, "left")
         elif row in self._joining:
-            self._joining.remove(row)
             row.finish_reason = "left"
+            self._joining.remove(row)
+        self._failed = self._picked is not None
+
+    def _settle(self) -> None:
+        """Finish what an earlier call began; if nothing failed, only give the rows the tokens that were picked."""
+        for row, length, token in self._picked or ():
+            if isinstance(token, Exception):
+                row.fail(token)
+            elif len(row.tokens) == length:
+                row.tokens.append(token)
+        for row in list(self._running):
+            if row.finish_reason is not None:
+                self._drop(row)
+            elif len(row.tokens) > row.prompt_tokens:
+                if row.tokens[-1] in row.eos_ids:
+                    self._end(row, "eos")
+                elif len(row.tokens) == row.token_limit:
+                    self._end(row, "length")
+        if self._joining:
+            running = set(self._running)
+            self._joining = [row for row in self._joining if row.finish_reason is None and row not in running]
 
     def _run_prompts(self, most: int | None) -> None:
         """Run at most `most` ids of the joining rows' prompts, in the order of the rows; None runs all ids."""
@@ -182,8 +190,8 @@ class Batch:
             try:
                 ran = self._run_prompt(row, most)
             except Exception as error:  # the error belongs to this row; the other rows continue
-                self._joining.remove(row)
-                row.error, row.finish_reason = error, "error"
+                row.fail(error)
+                self._settle()
             else:
                 most = None if most is None else most - ran
 
@@ -198,20 +206,30 @@ class Batch:
         row.started = True
         chunk = prompt[len(cache) : -1][:most]
         if chunk:
-            self._graph.forward(chunk, cache, row.bound)
+            self._graph.forward(chunk, cache, row.bound, held=row.held)
         if len(cache) == len(prompt) - 1:
             if chunk and self._prefix_cache is not None:
-                self._prefix_cache.keep(cache, lambda: self._graph.content(cache))
-            self._rows.add(cache, row.bound)
+                self._prefix_cache.offer(cache, lambda: self._graph.content(cache))
+            running = [*self._running, row]
+            self._rows.prepare(running)
+            self._running = running
             self._joining.remove(row)
-            self._running.append(row)
         return len(chunk)
 
     def _end(self, row: Row, reason: str) -> None:
-        at = self._running.index(row)
-        if self._prefix_cache is not None and reason != "error":
-            self._prefix_cache.keep(row.cache, lambda: self._rows.content(at))
-        self._rows.remove(at)
-        self._running[at] = self._running[-1]
-        del self._running[-1]
-        row.finish_reason = reason
+        """End a running row, whose keys and values go to the prefix cache."""
+        try:
+            if self._prefix_cache is not None:
+                row.follow()
+                self._prefix_cache.offer(row.cache, lambda: self._rows.content(row))
+        finally:
+            row.finish_reason = reason
+            self._drop(row)
+
+    def _drop(self, row: Row) -> None:
+        """Take a row that has ended out of the running ones; the last row takes its place."""
+        at, last = self._running.index(row), len(self._running) - 1
+        running = self._running[:last]
+        if at < last:
+            running[at] = self._running[last]
+        self._running = running

@@ -149,21 +149,24 @@ def _loop(
     eos_ids: frozenset[int],
     cache: KVCache,
 ) -> Generator[int]:
-    held = cache.hold()
+    prompt_tokens = len(tokens)
+    held = None
     try:
+        held = cache.hold()
         while True:
             # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
             #    token. Only the logits of the last position are needed.
             kept = cache.keep_prefix(tokens, held)
             logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
             # 2. Pick the next token, yield it, and stop if the completion has ended.
-            token = sampler.pick(logits[-1], tokens)
+            token = sampler.pick(logits[-1], tokens, len(tokens) - prompt_tokens)
             tokens.append(token)
             yield token
             if token in eos_ids or len(tokens) == token_limit:
                 return
     finally:
-        held.end()
+        if held is not None:
+            held.end()
 
 
 def _stored(
@@ -178,11 +181,11 @@ def _stored(
     with closing(ids):
         for token in ids:
             if fresh:
-                prefix_cache.keep(cache, lambda: graph.content(cache))
+                prefix_cache.offer(cache, lambda: graph.content(cache))
                 fresh = False
             try:
                 yield token
             except GeneratorExit:  # the caller stopped early; after a run that failed nothing is stored
-                prefix_cache.keep(cache, lambda: graph.content(cache))
+                prefix_cache.offer(cache, lambda: graph.content(cache))
                 raise
-    prefix_cache.keep(cache, lambda: graph.content(cache))
+    prefix_cache.offer(cache, lambda: graph.content(cache))

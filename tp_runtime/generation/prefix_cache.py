@@ -7,6 +7,7 @@ ids into buffers of its own. An entry is never written to. This module does not 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import require_positive
 from ..session import CacheKey, KVCache
+
+log = logging.getLogger("tp_runtime")
 
 Content = Mapping[str, NDArray[Any]]  # graph input name -> [heads, filled, head dim]
 
@@ -100,9 +103,19 @@ class PrefixCache:
             entry = entries[best]
             self._touch(entry)
         filled = cache.filled + common - len(cache)
-        # The tokens come last: a cache that is interrupted here holds no token without its keys and values.
+        # The ids come last: until then the cache holds what it held, which the entry begins with.
         cache.start = {name: array[:, :filled] for name, array in entry.content.items()}
         cache.tokens[:] = tokens[:common]
+
+    def offer(self, cache: KVCache, content: Callable[[], Content]) -> None:
+        """Store what a cache holds if that succeeds; see `keep`.
+
+        A failure, such as a lack of memory, is logged: the completion is complete without the entry.
+        """
+        try:
+            self.keep(cache, content)
+        except Exception as error:
+            log.warning("the prefix cache could not store %d tokens: %s", len(cache), error or type(error).__name__)
 
     def keep(self, cache: KVCache, content: Callable[[], Content]) -> bool:
         """Store what a cache holds; the new entry replaces the entries that it extends.

@@ -1,8 +1,9 @@
 """The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor.
 
 The rows in use are always the first ones. On the CPU, ONNX Runtime reads and writes the arrays in place, so these rows
-are a view of the array and cost nothing. On another device, each change of the rows copies the buffers back to the
-host, changes them there and sends them to the device again.
+are a view of the array and cost nothing. Unused room costs memory and no time, so the buffers shrink only if most of
+them is unused. On another device, each change of the rows copies the buffers back to the host, changes them there and
+sends them to the device again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..session import KV, grown_capacity
+
+_SHRINK = 4  # buffers shrink if the rows need at most this part of them: the next doubling is then not the next step
 
 
 class StackedKV:
@@ -28,8 +31,6 @@ class StackedKV:
         to_device: a function that returns an array as an OrtValue on the device.
         shared: whether such an OrtValue shares the array's memory, as on the CPU.
 
-    Attributes:
-        capacity: the number of positions that each row has room for; 0 before the first row.
     """
 
     def __init__(
@@ -46,19 +47,30 @@ class StackedKV:
         self._to_device, self._shared = to_device, shared
         self._arrays: dict[str, NDArray] = {}
         self._values: dict[str, Any] = {}
-        self.capacity = 0
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions in each row; the contents of the rows stay."""
-        if length <= self.capacity:
-            return
-        capacity = grown_capacity(self.capacity, length, self._window)
-        size = (self._limit, self._shape.heads, capacity, self._shape.head_dim)
-        grown = {past: np.zeros(size, self._dtype) for past, _present in self._names}
+    @property
+    def capacity(self) -> int:
+        """The number of positions that each row has room for; 0 before the first row."""
+        return next(iter(self._arrays.values())).shape[2] if self._arrays else 0
+
+    def fit(self, length: int, count: int) -> None:
+        """Make room for `length` positions in each row, and give back room that long rows have left behind.
+
+        The contents of the first `count` rows stay, up to `length` positions.
+        """
+        capacity = self.capacity
+        if length > capacity:
+            wanted = grown_capacity(capacity, length, self._window)
+        else:
+            wanted = grown_capacity(0, length, self._window)
+            if wanted * _SHRINK > capacity:
+                return
+        size, kept = (self._limit, self._shape.heads, wanted, self._shape.head_dim), min(capacity, wanted)
+        arrays = {past: np.zeros(size, self._dtype) for past, _present in self._names}
         self.pull()
         for past, array in self._arrays.items():
-            grown[past][:, :, : self.capacity] = array
-        self._arrays, self.capacity = grown, capacity  # both are set last, because memory may run out above
+            arrays[past][:count, :, :kept] = array[:count, :, :kept]
+        self._arrays = arrays  # this is the last line, because memory may run out above
 
     def pull(self) -> None:
         """Copy what the runs wrote back into the arrays. Call this before the arrays are read or changed."""

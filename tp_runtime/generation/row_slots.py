@@ -1,8 +1,9 @@
 """The patch tensors of a batch: one patch's own tensors if all rows run under it, and otherwise one row for each.
 
 The tensors of rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out].
-Ranks are padded with zeros to the largest rank of the slot, which adds exactly nothing. A stack is allocated when the
-first two rows differ, is written only for the rows that changed, and lives as long as its batch.
+Ranks are padded with zeros to the slot's largest rank among the rows, which adds exactly nothing. A stack is allocated
+when the first two rows differ, and written only for the rows that changed. When the largest rank changes, the stack is
+allocated again: a step pays for the padding of every row, and shrinking costs less than three such steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ class StackedSlots:
         slots: the graph's slots.
         limit: the largest number of rows.
         dtype: the dtype of the slots.
-        deltas: a function that returns the deltas of a patch, by (layer, site).
         to_device: a function that returns an array as an OrtValue on the device; on the CPU the value shares the
             array's memory.
     """
@@ -34,11 +34,10 @@ class StackedSlots:
         slots: Mapping[SlotKey, Slot],
         limit: int,
         dtype: np.dtype[Any],
-        deltas: Callable[[BoundPatch], Mapping[SlotKey, Delta]],
         to_device: Callable[[NDArray], Any],
     ) -> None:
         self._slots, self._limit, self._dtype = slots, limit, dtype
-        self._deltas, self._to_device = deltas, to_device
+        self._to_device = to_device
         self._arrays: dict[SlotKey, tuple[NDArray, NDArray, NDArray]] = {}
         self._written: list[CacheKey | None] = [None] * limit  # the patch whose tensors each row of the stack holds
 
@@ -46,7 +45,6 @@ class StackedSlots:
         """Bind the tensors for rows under the patches `bounds`, in order, to a fresh binding.
 
         Raises:
-            ModelFormatError: a row runs under the folder's default patch, and the patch's tensors cannot be read.
             PatchShapeError: the tensors of a patch have another number of rows.
         """
         values = dict(bounds[0].values)
@@ -61,15 +59,16 @@ class StackedSlots:
             binding.bind_ortvalue_input(name, value)
 
     def _write(self, bounds: Sequence[BoundPatch]) -> None:
+        count = len(bounds)
         changed = [i for i, bound in enumerate(bounds) if self._written[i] != bound.key]
-        deltas = {i: self._deltas(bounds[i]) for i in changed}
-        for i in changed:
+        deltas = [bound.deltas for bound in bounds]
+        for i in (*changed, *range(count, self._limit)):
             self._written[i] = None  # a row is unknown until it is complete, because memory may run out in between
         for key, slot in self._slots.items():
-            here = {i: deltas[i].get(key) or Delta() for i in changed}
-            rank = max((delta.rank for delta in here.values()), default=0)
-            a, b, bias = self._room(key, slot, rank)
-            for i, delta in here.items():
+            here = [each.get(key) or Delta() for each in deltas]
+            a, b, bias = self._stack(key, slot, max(delta.rank for delta in here), count)
+            for i in changed:
+                delta = here[i]
                 a[i, :, delta.rank :], b[i, delta.rank :] = 0, 0
                 if delta.a is not None and delta.b is not None:
                     a[i, :, : delta.rank], b[i, : delta.rank] = delta.a, delta.b
@@ -77,16 +76,17 @@ class StackedSlots:
         for i in changed:
             self._written[i] = bounds[i].key
 
-    def _room(self, key: SlotKey, slot: Slot, rank: int) -> tuple[NDArray, NDArray, NDArray]:
-        """Return the stack of one slot with room for at least `rank`; its contents stay."""
+    def _stack(self, key: SlotKey, slot: Slot, rank: int, count: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Return the stack of one slot for exactly `rank`; the first `count` rows keep their contents up to it."""
         old = self._arrays.get(key)
-        if old is not None and old[0].shape[2] >= rank:
+        if old is not None and old[0].shape[2] == rank:
             return old
         a = np.zeros((self._limit, slot.inputs, rank), self._dtype)
         b = np.zeros((self._limit, rank, slot.outputs), self._dtype)
         bias = np.zeros((self._limit, 1, slot.outputs), self._dtype)
         if old is not None:
-            narrow = old[0].shape[2]
-            a[:, :, :narrow], b[:, :narrow], bias = old[0], old[1], old[2]
+            kept = min(rank, old[0].shape[2])
+            a[:count, :, :kept], b[:count, :kept] = old[0][:count, :, :kept], old[1][:count, :kept]
+            bias[:count] = old[2][:count]
         self._arrays[key] = a, b, bias
         return a, b, bias

@@ -1,8 +1,12 @@
 """The rows of a batch: sequences that step together, with their buffers and patches, in one run of the session.
 
 This module does not handle sampling or the end of a sequence (batch.py does). Each sequence is prefilled separately, in
-a cache of its own, and `add` takes over the contents of that cache. From then on the cache only records the row's
-tokens and positions, and the batch holds the keys and values.
+a cache of its own. `prepare` copies the contents of that cache into the batch's buffers, and from the first step on
+only these hold the row's keys and values.
+
+A step takes the position that it writes from the row's `tokens`, and changes nothing that the next step reads. So a
+step that failed, at whatever line, is repeated by calling it again: it writes the same keys and values to the same
+places.
 """
 
 from __future__ import annotations
@@ -14,27 +18,26 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import BoundPatch, Graph, KVCache
+from ..session import Graph
+from .row import Row
 from .row_kv import StackedKV
 from .row_slots import StackedSlots
 
 
 class Rows(Protocol):
-    """The methods of a graph's rows that batch.py uses. Rows are numbered from 0 in the order of `add`."""
+    """The methods of a graph's rows that batch.py uses."""
 
-    def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        """Append a row that continues from `cache`, which was made under `bound`. On failure, rows do not change."""
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Get ready to step `rows`, in this order.
 
-    def remove(self, row: int) -> None:
-        """Remove a row; the last row gets its number."""
-
-    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token for every row and append it to the row's cache; return logits [rows, vocab].
-
-        A step that fails leaves every row as it was.
+        A row may stay where it is, move towards the front, or be added at the end. If this fails, the rows that stepped
+        before can still step.
         """
 
-    def content(self, row: int) -> Mapping[str, NDArray]:
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Run the last id of every row and return logits [rows, vocab]. A step that fails may be tried again."""
+
+    def content(self, row: Row) -> Mapping[str, NDArray]:
         """Return a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
 
 
@@ -46,69 +49,73 @@ class BatchedRows:
 
     def __init__(self, graph: Graph, limit: int) -> None:
         self._graph = graph
-        self._caches: list[KVCache] = []
-        self._bounds: list[BoundPatch] = []
         folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
         to_kv, shared = partial(graph.to_device, device=kv_device), kv_device == "cpu"
         self._kv = StackedKV(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
         to_slots = partial(graph.to_device, device=graph.device.kind)
-        self._slots = StackedSlots(folder.slots, limit, graph.dtype, graph.deltas, to_slots)
-        self._binding: Any = None  # None if the rows or the capacity changed since the last step
+        self._slots = StackedSlots(folder.slots, limit, graph.dtype, to_slots)
+        # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
+        self._held: list[Row | None] = []
+        self._binding: Any = None  # None if the rows or the buffers changed since the last step
 
-    def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        """Append a row; see Rows."""
-        cache.require_key(bound.key)
-        if any(other.key != bound.key for other in self._bounds):
-            for each in (bound, *self._bounds):
-                self._graph.deltas(each)  # a patch whose deltas cannot be read fails here, not in the middle of a step
-        content = self._graph.content(cache)
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Copy the rows to their places in the buffers; see Rows."""
+        if self._held == rows:
+            return
+        for row in rows:
+            row.cache.require_key(row.bound.key)
+            row.follow()
         self._change()
-        self._kv.reserve(cache.filled + 1)
-        self._kv.put(len(self._caches), content)
-        cache.hand_over()
-        self._caches.append(cache)
-        self._bounds.append(bound)
-
-    def remove(self, row: int) -> None:
-        """Take a row out; see Rows."""
-        self._change()
-        last = len(self._caches) - 1
-        if row != last:
-            self._kv.put(row, self._kv.get(last, self._caches[last].filled))
-        self._caches[row], self._bounds[row] = self._caches[last], self._bounds[last]
-        del self._caches[last], self._bounds[last]
+        if not any(row in self._held for row in rows):
+            self._held = []
+        self._kv.fit(1 + max((row.cache.filled for row in rows), default=0), len(self._held))
+        for place, row in enumerate(rows):
+            if place < len(self._held) and self._held[place] is row:
+                continue
+            # Rows only move towards the front, so whatever stands here has left or was moved further to the front.
+            content = self.content(row)
+            self._held[place : place + 1] = [None]
+            self._kv.put(place, content)
+            self._held[place] = row
+        del self._held[len(rows) :]
 
     def _change(self) -> None:
+        self._binding = None  # this comes first: without a binding nothing writes to the device's buffers
         self._kv.pull()
-        self._binding = None
 
-    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token for every row; see Rows."""
-        filled = np.array([cache.filled for cache in self._caches])
-        positions = np.array([len(cache) + cache.skipped for cache in self._caches])
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Run the last id of every row; see Rows."""
+        self.prepare(rows)
+        for row in rows:
+            row.follow()
+        filled = np.array([row.cache.filled for row in rows])
+        positions = np.array([len(row.cache) + row.cache.skipped for row in rows])
         total = int(filled.max()) + 1
         if total > self._kv.capacity:
-            self._kv.reserve(total)
-            self._binding = None
+            self._change()
+            self._kv.fit(total, len(rows))
         if self._binding is None:
-            self._binding = self._bind()
+            self._binding = self._bind(rows)
         mask = (np.arange(total) <= filled[:, None]).astype(np.int64)
-        logits = self._graph.execute(self._binding, np.array(tokens)[:, None], mask, positions[:, None])
-        for cache, token in zip(self._caches, tokens, strict=True):
-            cache.tokens.append(token)
-        return logits[:, 0]
+        last = np.array([row.tokens[-1] for row in rows])
+        return self._graph.execute(self._binding, last[:, None], mask, positions[:, None])[:, 0]
 
-    def _bind(self) -> Any:
+    def _bind(self, rows: Sequence[Row]) -> Any:
         binding = self._graph.new_binding()
-        self._slots.bind(binding, self._bounds)
+        self._slots.bind(binding, [row.bound for row in rows])
         self._kv.pull()
-        self._kv.bind(binding, len(self._caches))
+        self._kv.bind(binding, len(rows))
+        for row in rows:  # the steps write to the batch's buffers, so those of the row's own cache are out of date
+            row.cache.hand_over()
         return binding
 
-    def content(self, row: int) -> Mapping[str, NDArray]:
+    def content(self, row: Row) -> Mapping[str, NDArray]:
         """Keys and values of a row; see Rows."""
+        row.follow()
+        if row not in self._held:
+            return self._graph.content(row.cache)
         self._change()
-        return self._kv.get(row, self._caches[row].filled)
+        return self._kv.get(self._held.index(row), row.cache.filled)
 
 
 class SequentialRows:
@@ -116,33 +123,24 @@ class SequentialRows:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._rows: list[tuple[KVCache, BoundPatch]] = []
 
-    def add(self, cache: KVCache, bound: BoundPatch) -> None:
-        """Append a row; see Rows."""
-        cache.require_key(bound.key)
-        self._rows.append((cache, bound))
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Check the rows' caches; see Rows."""
+        for row in rows:
+            row.cache.require_key(row.bound.key)
 
-    def remove(self, row: int) -> None:
-        """Take a row out; see Rows."""
-        self._rows[row] = self._rows[-1]
-        del self._rows[-1]
-
-    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token for every row; see Rows."""
+    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Run the last id of every row; see Rows."""
         logits: list[NDArray[np.float32]] = []
-        try:
-            for token, (cache, bound) in zip(tokens, self._rows, strict=True):
-                logits.append(self._graph.forward([token], cache, bound))
-        except BaseException:
-            for cache, _bound in self._rows[: len(logits)]:
-                del cache.tokens[-1]  # if a step fails, no row has taken it
-            raise
+        for row in rows:
+            # A step that failed at a later row may have run this row's id.
+            kept = row.cache.keep_prefix(row.tokens, row.held)
+            logits.append(self._graph.forward(row.tokens[kept:], row.cache, row.bound, held=row.held))
         return np.concatenate(logits)
 
-    def content(self, row: int) -> Mapping[str, NDArray]:
+    def content(self, row: Row) -> Mapping[str, NDArray]:
         """Keys and values of a row; see Rows."""
-        return self._graph.content(self._rows[row][0])
+        return self._graph.content(row.cache)
 
 
 def new_rows(graph: Graph, limit: int) -> Rows:

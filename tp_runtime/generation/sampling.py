@@ -51,23 +51,42 @@ class Sampling:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            # A bool is an int in Python, but as a setting it is a mistake.
-            if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
+            # The rules are checked on the number that the choice computes with, because a fraction can round to 0.
+            number = _number(value, kind)
+            if number is None or not accepts(number):
                 raise RequestError("the sampling value is not valid", field=name, got=shown(value), wanted=wanted)
+            object.__setattr__(self, name, number)
 
 
-_RULES: tuple[tuple[str, type, Callable[[Any], bool], str], ...] = (
-    ("temperature", Real, lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
-    ("top_k", Integral, lambda x: x >= 0, "an integer, 0 or more"),
-    ("top_p", Real, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
-    ("min_p", Real, lambda x: 0 <= x < 1, "a number, 0 or more, below 1"),
-    ("repetition_penalty", Real, lambda x: 0 < x < math.inf, "a finite number above 0"),
-    ("seed", Integral, lambda x: x >= 0, "an integer, 0 or more, or None"),
+_RULES: tuple[tuple[str, type[int] | type[float], Callable[[Any], bool], str], ...] = (
+    ("temperature", float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ("top_k", int, lambda x: x >= 0, "an integer, 0 or more"),
+    ("top_p", float, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    ("min_p", float, lambda x: 0 <= x < 1, "a number, 0 or more, below 1"),
+    ("repetition_penalty", float, lambda x: 0 < x < math.inf, "a finite number above 0"),
+    ("seed", int, lambda x: x >= 0, "an integer, 0 or more, or None"),
 )
+
+
+def _number(value: object, kind: type[int] | type[float]) -> int | float | None:
+    """Return a value as an int or a float; None if it is no such number, or too large for a float."""
+    if isinstance(value, bool):  # a bool is an int in Python, but as a setting it is a mistake
+        return None
+    try:
+        if kind is int:
+            return int(value) if isinstance(value, Integral) else None
+        return float(value) if isinstance(value, Real) else None
+    except MemoryError:
+        raise
+    except Exception:  # a number of another package converts itself, and may raise anything
+        return None
 
 
 class Sampler:
     """Draws tokens for one request and holds that request's random state.
+
+    The draws are numbered, and the same number always gives the same draw. So a step that failed after its draw can be
+    tried again.
 
     Args:
         sampling: the settings of the request.
@@ -75,20 +94,24 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._bits = np.random.PCG64(sampling.seed)
+        self._random = np.random.Generator(self._bits)
+        self._start = self._bits.state
+        self._next: int | None = 0  # the number of the draw that the generator makes next; None if that is unknown
 
     @property
     def takes_largest(self) -> bool:
         """Whether the next token is always the one with the largest logit, whatever came before."""
         return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
-    def pick(self, logits: NDArray[np.floating], history: Sequence[int]) -> int:
+    def pick(self, logits: NDArray[np.floating], history: Sequence[int], draw: int) -> int:
         """Choose the next token. If several logits are the largest, greedy choice takes the lowest id.
 
         Args:
             logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
                 as -inf.
             history: the ids of the prompt and the completion so far, for the repetition penalty.
+            draw: the number of ids that were picked before this one. It selects the random number.
 
         Returns:
             The id of the token.
@@ -104,24 +127,38 @@ class Sampler:
             return best if np.isfinite(scores[best]) else int(_finite(scores).argmax())
         ids, probabilities = candidates(scores, self._sampling)
         cumulative = probabilities.cumsum()
-        at = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
+        at = cumulative.searchsorted(self._uniform(draw) * cumulative[-1], side="right")
         return int(ids[min(at, len(ids) - 1)])  # the product above can round up to the sum
+
+    def _uniform(self, draw: int) -> float:
+        """Return the random number of that draw, in [0, 1)."""
+        known, self._next = self._next, None  # an interrupt below leaves it unknown how far the generator is
+        if known != draw:
+            self._bits.state = self._start
+            self._bits.advance(draw)
+        number = self._random.random()
+        self._next = draw + 1
+        return number
 
 
 def pick_rows(
-    samplers: Sequence[Sampler], logits: NDArray[np.floating], histories: Sequence[Sequence[int]]
-) -> list[int | ModelFormatError]:
+    samplers: Sequence[Sampler],
+    logits: NDArray[np.floating],
+    histories: Sequence[Sequence[int]],
+    draws: Sequence[int],
+) -> list[int | Exception]:
     """Pick the next token of every row with the row's own sampler; the results equal those of `Sampler.pick`.
 
     Args:
         samplers: the samplers of the rows.
         logits: the logits [rows, vocab]; they are not changed.
         histories: for each row the ids of its prompt and its completion so far.
+        draws: for each row the number of ids of its completion so far.
 
     Returns:
-        For each row a token, or the error that its logits cause. One row with bad logits does not stop the others.
+        For each row a token, or the error that the choice caused. One row that fails does not stop the others.
     """
-    picked: list[int | ModelFormatError] = [-1] * len(samplers)
+    picked: list[int | Exception] = [-1] * len(samplers)
     plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
     if plain:
         best = (logits if len(plain) == len(samplers) else logits[plain]).argmax(1)
@@ -132,8 +169,8 @@ def pick_rows(
     for row, token in enumerate(picked):
         if token == -1:
             try:
-                picked[row] = samplers[row].pick(logits[row], histories[row])
-            except ModelFormatError as error:
+                picked[row] = samplers[row].pick(logits[row], histories[row], draws[row])
+            except Exception as error:  # whatever it is, it belongs to this row
                 picked[row] = error
     return picked
 

@@ -290,8 +290,8 @@ class CapturedDecode:
         for past, array in content.items():
             if array is not None and array.size:
                 self._kv.refill(self.buffers[past], array)
+        self._owner = weakref.ref(cache)  # this comes first, so that whoever holds the buffers is always known
         self._kv.hold(cache, self.buffers, patch)
-        self._owner = weakref.ref(cache)
         return True
 
     def _evict(self) -> None:
@@ -300,4 +300,5 @@ class CapturedDecode:
             return
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy
         kept = {past: from_numpy(np.array(self._kv.content(owner, past))) for past in self.buffers}
-        owner.buffers, owner.binding, owner.capacity = kept, None, 0  # the owner's next run copies them to the device
+        owner.capacity = 0  # the owner's next run copies the buffers, the kept ones or, after an interrupt, these
+        owner.buffers, owner.binding = kept, None

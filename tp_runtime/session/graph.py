@@ -233,10 +233,6 @@ class Graph:
                     values[name] = self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
         return values
 
-    def deltas(self, bound: BoundPatch) -> Mapping[SlotKey, Delta]:
-        """Return the deltas of `bound`, by (layer, site)."""
-        return bound.deltas
-
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one.
 
@@ -335,8 +331,9 @@ class Graph:
             self.require_cache(cache, bound)
         if type(tokens) is not list:
             tokens = token_list(tokens)
-        use = held if held is not None and held in cache.uses else cache.hold(held)
+        use = None
         try:
+            use = held if held is not None and held in cache.uses else cache.hold(held)
             position = len(cache) + cache.skipped
             self.folder.check_ids(tokens)
             if position + len(tokens) > self.folder.context_window:
@@ -352,7 +349,7 @@ class Graph:
                 cache.tokens.extend(tokens)
             return logits
         finally:
-            if held is None:
+            if held is None and use is not None:
                 use.end()
 
     def _after_run(self) -> None:

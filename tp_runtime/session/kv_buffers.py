@@ -22,6 +22,7 @@ from .model_folder import ModelFolder
 from .slots import check_rows
 
 _FIRST_CAPACITY = 256
+_UNKNOWN = -1
 
 
 def grown_capacity(capacity: int, length: int, window: int) -> int:
@@ -105,6 +106,8 @@ class InPlaceBuffers(_KVBuffers):
         for past, present in self.names:
             binding.bind_ortvalue_input(past, buffers[past])
             binding.bind_ortvalue_output(present, buffers[past])
+        # An interrupt between these lines leaves buffers of capacity 0, which the next run copies.
+        cache.capacity = 0
         cache.buffers, cache.binding = buffers, binding
         cache.capacity = buffers[self.names[0][0]].shape()[2]
         cache.start = None
@@ -139,6 +142,7 @@ class ConcatenatedBuffers(_KVBuffers):
     def adopt(self, cache: KVCache) -> None:
         """Store the keys and values that a run returned as the cache's buffers."""
         *presents, _logits = cache.binding.get_outputs()  # the outputs come in the order in which they were first bound
+        cache.capacity = _UNKNOWN  # an interrupt below leaves buffers of different lengths
         for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
         cache.capacity = presents[0].shape()[2]

@@ -136,10 +136,13 @@ class KVCache:
         if held is not None:
             return held
         use = self.uses.begin()
-        if self.uses.first() is not use:  # another thread was faster
+        try:
+            if self.uses.first() is not use:  # another thread was faster
+                raise _busy()
+            return use
+        except BaseException:  # an interrupt too: the caller has not got the use, and its traceback would keep it
             use.end()
-            raise _busy()
-        return use
+            raise
 
     def require_free(self, held: Use | None = None) -> None:
         """Raise BusyError if a request other than that of `held` holds the cache."""

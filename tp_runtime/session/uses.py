@@ -38,8 +38,12 @@ class Uses:
     def begin(self) -> Use:
         """Begin a use, which goes on until the caller ends it or drops it."""
         use = Use(self._marks)
-        self._marks[use.mark] = None
-        return use
+        try:
+            self._marks[use.mark] = None
+            return use
+        except BaseException:  # an interrupt: the caller has not got the use, and the traceback would keep it
+            use.end()
+            raise
 
     def __contains__(self, use: object) -> bool:
         """Return whether `use` is a use of this thing and goes on."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from types import TracebackType
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
@@ -27,34 +27,109 @@ from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import StoppingDecoder
 
 
+class _Progress(NamedTuple):
+    """How far a completion is. Each step replaces it as a whole, so a step that fails leaves none half changed.
+
+    Attributes:
+        decoder: the decoder after the ids taken so far; it is never changed, only copied.
+        ids: the number of ids taken so far.
+        text, seconds_to_first_token, seconds, finish_reason, error: see Completion.
+    """
+
+    decoder: StoppingDecoder
+    ids: int = 0
+    text: str = ""
+    seconds_to_first_token: float | None = None
+    seconds: float = 0.0
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+
 class Completion:
     """One completion of a batch; it grows with `TextBatch.step`.
 
     Attributes:
         prompt_tokens: the number of tokens of the prompt.
-        text: the text so far; it never ends within a character.
-        token_ids: the ids so far, including the end-of-sequence id.
-        seconds_to_first_token: the seconds from `add` to the first id, including the time spent waiting; None before.
-        seconds: the seconds from `add` to the last id.
-        finish_reason: "eos", "stop", "length", "closed" or "error" after the end of the completion; None before.
-        error: the exception that ended the completion, if `finish_reason` is "error"; otherwise None.
     """
 
     def __init__(self, batch: TextBatch, request: EncodedRequest, decoder: StoppingDecoder, using: ExitStack) -> None:
         self.prompt_tokens = len(request.tokens)
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.seconds_to_first_token: float | None = None
-        self.seconds = 0.0
-        self.finish_reason: str | None = None
-        self.error: Exception | None = None
-        self._batch, self._request, self._decoder, self._using = batch, request, decoder, using
+        self._batch, self._request, self._using = batch, request, using
         self._start = time.perf_counter()
         self._row: Row | None = None
+        self._failure: Exception | None = None  # the error that kept it from joining
+        self._progress = _Progress(decoder)
+
+    @property
+    def text(self) -> str:
+        """The text so far; it never ends within a character."""
+        return self._progress.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids so far, including the end-of-sequence id."""
+        return [] if self._row is None else self._row.tokens[self.prompt_tokens :][: self._progress.ids]
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        """The seconds from `add` to the first id, including the time spent waiting; None before."""
+        return self._progress.seconds_to_first_token
+
+    @property
+    def seconds(self) -> float:
+        """The seconds from `add` to the last id."""
+        return self._progress.seconds
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the completion ended: "eos", "stop", "length", "closed" or "error"; None before the end."""
+        return self._progress.finish_reason
+
+    @property
+    def error(self) -> Exception | None:
+        """The exception that ended the completion, if `finish_reason` is "error"; otherwise None."""
+        return self._progress.error
 
     def close(self) -> None:
         """Stop the completion early, free its row, and release its patch. After the end this has no effect."""
-        self._batch._end(self, "closed")
+        self._batch._close(self)
+
+    @property
+    def _waits(self) -> bool:
+        return self._row is None and self._failure is None
+
+    def _advanced(self) -> _Progress:
+        """Return the progress after the ids that the row got; the same object if it got none and has not ended.
+
+        The completion does not wait. An error of the row or of the decoder ends it.
+        """
+        row, progress = self._row, self._progress
+        if progress.finish_reason is not None:
+            return progress
+        if row is None:
+            return progress._replace(finish_reason="error", error=self._failure)
+        if row.finish_reason == "error":
+            return progress._replace(finish_reason="error", error=row.error)
+        ids = row.tokens[self.prompt_tokens + progress.ids :]
+        if not ids and row.finish_reason is None:
+            return progress
+        decoder, text, seconds = progress.decoder.copy(), progress.text, time.perf_counter() - self._start
+        taken = progress.ids
+        try:
+            for token in ids:
+                text += decoder.push(token)
+                taken += 1
+                if decoder.finish_reason:
+                    break
+            if row.finish_reason and not decoder.finish_reason:
+                text += decoder.end(row.finish_reason)
+        except Exception as error:
+            return progress._replace(finish_reason="error", error=error)
+        first = seconds if progress.seconds_to_first_token is None else progress.seconds_to_first_token
+        return _Progress(decoder, taken, text, first, seconds, decoder.finish_reason)
+
+
+_Advance = tuple[Completion, _Progress, _Progress]  # a completion, and its progress before and after a step
 
 
 class TextBatch:
@@ -86,8 +161,11 @@ class TextBatch:
     ) -> None:
         self._graph, self._codec, self._patches = graph, codec, patches
         self._batch = Batch(graph, rows, prefix_cache, prefill_tokens)
-        self._waiting: deque[Completion] = deque()
-        self._running: dict[Row, Completion] = {}
+        # All completions that have not ended, in order of arrival: first those with a row, then those that wait.
+        self._completions: list[Completion] = []
+        # What a step found: the completions that advanced, each before and after it; None between the steps.
+        self._taken: list[_Advance] | None = None
+        self._failed = False  # whether the last step failed; True while one runs
         self._lock = threading.RLock()
         self._closed = False
 
@@ -115,42 +193,50 @@ class TextBatch:
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.folder.check_ids(request.tokens)
-        with self._lock:
-            if self._closed:
-                raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
-            using = ExitStack()
-            using.enter_context(self._patches.using(request.patch.loaded))
-            completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner), using)
-            self._waiting.append(completion)
-            return completion
+        using = ExitStack()
+        completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner), using)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
+                using.enter_context(self._patches.using(request.patch.loaded))
+                self._completions.append(completion)
+                return completion
+        except BaseException:
+            self._close(completion)  # the caller has not got it
+            raise
 
     def step(self) -> list[tuple[Completion, str]]:
         """Fill free rows with waiting completions, run their prompts or a chunk of them, then one token for every row.
+
+        If this raises, it may be tried again: what was not returned is returned by the next calls.
 
         Returns:
             The completions that advanced or ended, each with its new text, which may be empty. If a completion ended,
             its `finish_reason` is set. The list is empty when no completion is left.
         """
-        with self._lock:
-            self._fill()
-            new_tokens = self._batch.step()
-            advanced = []
-            for row, completion in list(self._running.items()):
-                if row.error is not None:
-                    completion.error = row.error
-                    self._end(completion, "error")
-                    advanced.append((completion, ""))
-            for row, token in new_tokens:
-                completion = self._running[row]
-                advanced.append((completion, self._take(completion, row, token)))
-            return advanced
+        taken: list[_Advance] = []
+        try:
+            with self._lock:
+                if self._taken is None:
+                    self._taken = self._next()
+                self._settle()
+                taken = self._taken
+                out = [(completion, after.text[len(before.text) :]) for completion, before, after in taken]
+                self._failed, self._taken = False, None
+                return out
+        except BaseException:
+            with self._lock:
+                if self._taken is not taken:  # the caller has not got them
+                    self._taken = [*taken, *(self._taken or ())] or None
+            raise
 
     def close(self) -> None:
         """Stop all running and waiting completions, and accept no more."""
         with self._lock:
             self._closed = True
-            for completion in (*self._running.values(), *self._waiting):
-                self._end(completion, "closed")
+            for completion in list(self._completions):
+                self._close(completion)
 
     def __enter__(self) -> TextBatch:
         return self
@@ -164,40 +250,75 @@ class TextBatch:
 
     def _fill(self) -> None:
         """Let waiting completions join while rows are free."""
-        while self._waiting and self._batch.free:
-            completion = self._waiting.popleft()
-            request = completion._request
-            row = self._batch.join(
-                request.tokens,
-                request.patch.bound,
-                sampling=request.sampling,
-                max_new_tokens=request.max_new_tokens,
-                eos_ids=self._codec.eos_ids,
-            )
-            completion._row, self._running[row] = row, completion
-
-    def _take(self, completion: Completion, row: Row, token: int) -> str:
-        completion.seconds = time.perf_counter() - completion._start
-        if completion.seconds_to_first_token is None:
-            completion.seconds_to_first_token = completion.seconds
-        completion.token_ids.append(token)
-        decoder = completion._decoder
-        text = decoder.push(token)
-        if row.finish_reason and not decoder.finish_reason:
-            text += decoder.end(row.finish_reason)
-        completion.text += text
-        if decoder.finish_reason:
-            self._end(completion, decoder.finish_reason)
-        return text
-
-    def _end(self, completion: Completion, reason: str) -> None:
-        with self._lock:
+        if not (self._completions and self._completions[-1]._waits):
+            return
+        joined = self._joined()
+        known = {completion._row for completion in joined}
+        for row in self._batch.joining:
+            if row not in known:  # an earlier step failed before it could enter the row, which has run nothing yet
+                self._batch.leave(row)
+        place = len(joined)
+        while place < len(self._completions) and self._batch.free:
+            completion = self._completions[place]
             if completion.finish_reason is not None:
-                return
-            completion.finish_reason = reason
-            if completion._row is None:
-                self._waiting.remove(completion)
-            else:
+                self._release(completion)  # closing it failed
+                continue
+            request = completion._request
+            try:
+                completion._row = self._batch.join(
+                    request.tokens,
+                    request.patch.bound,
+                    sampling=request.sampling,
+                    max_new_tokens=request.max_new_tokens,
+                    eos_ids=self._codec.eos_ids,
+                )
+            except Exception as error:  # the error belongs to this completion; the others continue
+                completion._failure = error
+            place += 1
+
+    def _joined(self) -> list[Completion]:
+        """Return the completions that do not wait for a row."""
+        return list(takewhile(lambda completion: not completion._waits, self._completions))
+
+    def _next(self) -> list[_Advance]:
+        """Step the rows until a completion advances or none is left."""
+        taken = self._take() if self._failed else []  # the step that failed may have given its rows their ids
+        self._failed = True
+        while not taken:
+            self._fill()
+            stepped = self._batch.step()
+            taken = self._take()
+            if not stepped:
+                break
+        return taken
+
+    def _take(self) -> list[_Advance]:
+        """Return the completions whose rows advanced, each with its progress before and after. This changes nothing."""
+        found = [(completion, completion._progress, completion._advanced()) for completion in self._joined()]
+        return [(completion, before, after) for completion, before, after in found if after is not before]
+
+    def _settle(self) -> None:
+        """Finish what an earlier call began: store the progress that was found, and release what has ended."""
+        for completion, before, after in self._taken or ():
+            if completion._progress is before:
+                completion._progress = after
+        for completion in self._joined():
+            if completion.finish_reason is not None:
+                self._release(completion)
+
+    def _close(self, completion: Completion) -> None:
+        with self._lock:
+            self._settle()
+            if completion.finish_reason is None:
+                completion._progress = completion._progress._replace(finish_reason="closed")
+            self._release(completion)
+
+    def _release(self, completion: Completion) -> None:
+        """Free the row and the patch of a completion that has ended."""
+        try:
+            if completion._row is not None:
                 self._batch.leave(completion._row)
-                del self._running[completion._row]
+        finally:
             completion._using.close()
+            if completion in self._completions:
+                self._completions.remove(completion)

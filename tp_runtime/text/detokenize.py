@@ -37,6 +37,13 @@ class IncrementalDecoder:
         self._text = ""  # decode(window)
         self._sent = 0  # the number of characters of `_text` that were already returned
 
+    def copy(self) -> IncrementalDecoder:
+        """Return a decoder that continues from here, independently of this one."""
+        made = object.__new__(IncrementalDecoder)
+        made.__dict__.update(self.__dict__)
+        made._ids = list(self._ids)
+        return made
+
     def push(self, token_id: int) -> str:
         """Add one token and return the text that becomes certain with it, which may be empty.
 
@@ -113,6 +120,12 @@ class StopScanner:
         self._stops = stop_strings(stops)
         self._held = ""
         self._stopped = False
+
+    def copy(self) -> StopScanner:
+        """Return a scanner that continues from here, independently of this one."""
+        made = object.__new__(StopScanner)
+        made.__dict__.update(self.__dict__)
+        return made
 
     def push(self, chunk: str) -> tuple[str, bool]:
         """Add a chunk of text.

@@ -111,6 +111,13 @@ class StoppingDecoder:
         self._eos_ids, self._scanner = codec.eos_ids, scanner
         self._decoder = IncrementalDecoder(codec.decode)
 
+    def copy(self) -> StoppingDecoder:
+        """Return a decoder that continues from here, independently of this one."""
+        made = object.__new__(StoppingDecoder)
+        made.__dict__.update(self.__dict__)
+        made._scanner, made._decoder = self._scanner.copy(), self._decoder.copy()
+        return made
+
     def push(self, token: int) -> str:
         """Add one id and return the text that becomes certain; at the end also the text that was held back."""
         if token in self._eos_ids:

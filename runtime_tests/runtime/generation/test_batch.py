@@ -139,7 +139,7 @@ def test_only_the_row_without_finite_logits_leaves_the_batch() -> None:
     batch = Batch(graph, 3)
     rows = [join(batch, [3, last]) for last in range(3)]
     step = batch._rows.step
-    batch._rows.step = lambda tokens: step(tokens) * [[1], [np.nan], [1]]  # type: ignore[method-assign]
+    batch._rows.step = lambda rows: step(rows) * [[1], [np.nan], [1]]  # type: ignore[method-assign]
     assert [row for row, _token in batch.step()] == [rows[0], rows[2]]
     assert rows[1].finish_reason == "error" and isinstance(rows[1].error, ModelFormatError)
     batch._rows.step = step  # type: ignore[method-assign]
@@ -207,9 +207,9 @@ class RecordedBatch:
         self.logits: dict[Row, list[Any]] = {}
         step = self.batch._rows.step
 
-        def step_and_record(tokens: Sequence[int]) -> np.ndarray:
-            logits = step(tokens)
-            for row, row_logits in zip(self.batch.rows, logits, strict=True):
+        def step_and_record(rows: Sequence[Row]) -> np.ndarray:
+            logits = step(rows)
+            for row, row_logits in zip(rows, logits, strict=True):
                 self.logits.setdefault(row, []).append(row_logits.copy())
             return logits
 
@@ -360,8 +360,9 @@ def test_requests_that_do_not_fit_the_graph_or_the_patch_are_refused(graph: Grap
     with pytest.raises(RequestError, match="at least one more"):
         join(batch, LEAD, bounds["prefix"])
     assert batch.joining == (row,) and not batch.rows
+    row.cache = graph.new_cache(bounds["half"])
     with pytest.raises(StaleCacheError):
-        batch._rows.add(graph.new_cache(bounds["half"]), bounds["narrow"])
+        batch._rows.prepare([row])
 
 
 def test_slot_tensors_whose_rows_do_not_match_the_batch_are_refused(graph: Graph) -> None:
@@ -420,7 +421,7 @@ def test_a_graph_that_concatenates_steps_its_rows_one_by_one(
         patched.setattr(
             concatenating,
             "forward",
-            lambda tokens, cache, bound: forward(tokens, cache, bound) if cache is rows[0].cache else 1 / 0,
+            lambda tokens, cache, *a, **k: forward(tokens, cache, *a, **k) if cache is rows[0].cache else 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             recorded.batch.step()

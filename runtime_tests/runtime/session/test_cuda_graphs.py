@@ -172,7 +172,7 @@ def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypat
     ]
     for token in IDS[5:12]:
         capturing.forward([token], caches[bound.key], bound)
-    captured.switch(other.key, capturing.deltas(other))  # a switch also writes in place
+    captured.switch(other.key, other.deltas)  # a switch also writes in place
     assert (allocations.calls, bindings.calls) == (0, 0)
     assert [count.calls for count in rebound] == [0] * 2 * len(captured.buckets)
     assert [(value.data_ptr(), value.shape()) for value in values] == before
@@ -222,14 +222,14 @@ def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.Monk
     assert captured is not None
     small, large = (capturing.bind(patch) for patch in rank_patches(capturing, 2, 30))
     for bound in (small, large):
-        captured.switch(bound.key, capturing.deltas(bound))
+        captured.switch(bound.key, bound.deltas)
     padded = Counted(monkeypatch, captured, "_padded")
     for bound in (small, large, small, large):
-        assert captured.switch(bound.key, capturing.deltas(bound))
+        assert captured.switch(bound.key, bound.deltas)
     assert padded.calls == 0
     other = capturing.bind(rank_patches(capturing, 3)[0])
-    captured.switch(other.key, capturing.deltas(other))
-    captured.switch(small.key, capturing.deltas(small))
+    captured.switch(other.key, other.deltas)
+    captured.switch(small.key, small.deltas)
     assert padded.calls == 2
 
 

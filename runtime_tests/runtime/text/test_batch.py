@@ -209,7 +209,7 @@ def test_a_prompt_that_fails_to_run_ends_only_its_own_completion(
         monkeypatch.setattr(
             model.graph,
             "forward",
-            lambda *a, **k: (_ for _ in ()).throw(MemoryError()) if next(calls, 0) else forward(*a),
+            lambda *a, **k: (_ for _ in ()).throw(MemoryError()) if next(calls, 0) else forward(*a, **k),
         )
         assert (bad, "") in batch.step()
         assert bad.finish_reason == "error" and isinstance(bad.error, MemoryError)

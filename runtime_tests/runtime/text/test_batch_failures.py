@@ -1,0 +1,132 @@
+"""Failures within a batch of texts: no id and no text is lost, handed out twice, or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime_tests.failures import Failure
+from runtime_tests.patches import patch_for
+from tp_runtime.errors import RequestError
+from tp_runtime.model import PatchedModel
+from tp_runtime.text import Completion
+
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    ("Hi", {"patch": "p", "max_new_tokens": 4}),
+    ("Hi", {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}),
+    ("Hi there", {"patch": "p", "strength": 0.5, "max_new_tokens": 3, "temperature": 2.0, "seed": 5}),
+    ("Ho", {"max_new_tokens": 30}),
+    ("Ho", {"max_new_tokens": 30}),
+]
+
+
+@pytest.fixture(scope="module")
+def failing(tiny_llama_export: Path) -> PatchedModel:
+    model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1 << 20, threads=1)
+    model.codec.eos_ids = frozenset()
+    model.load_patch(patch_for(model.graph.folder, seed=1, scale=0.5), "p")
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(failing: PatchedModel) -> list[tuple[str, list[int]]]:
+    """The text and the ids of each request as a single stream; the second request ends at a stop string."""
+    found = []
+    for prompt, options in REQUESTS:
+        stream = failing.stream(prompt, **options)
+        text = "".join(stream)
+        found.append((text, stream.token_ids))
+    return found
+
+
+class Play:
+    """A batch whose completions wait, step, end, stop at a stop string, and are closed while running and waiting.
+
+    Attributes:
+        completions: the completions in the order of REQUESTS.
+        returned: for each completion the text that the steps have returned.
+    """
+
+    def __init__(self, model: PatchedModel, stop: str) -> None:
+        model.prefix_cache.clear()  # type: ignore[union-attr]
+        self.batch = model.batch(rows=2, prefill_tokens=16)
+        self.stop = stop
+        self.completions: list[Completion] = []
+        self.returned: dict[Completion, str] = {}
+        self._stepped = True
+
+    def add(self, number: int) -> None:
+        """Add the completion of a request, unless it was added already."""
+        if number == len(self.completions):
+            prompt, options = REQUESTS[number]
+            self.completions.append(self.batch.add(prompt, **options, stop=[self.stop] if number == 1 else []))
+            self.returned[self.completions[number]] = ""
+
+    def step(self) -> None:
+        stepped = self.batch.step()
+        for completion, text in stepped:
+            self.returned[completion] += text
+        self._stepped = bool(stepped)
+
+    def actions(self) -> Iterator[Callable[[], None]]:
+        """Return the calls of the play one by one. Each of them may be repeated if it fails."""
+        for number in range(4):
+            yield lambda number=number: self.add(number)
+        yield self.step
+        yield lambda: self.add(4)
+        yield self.completions[4].close
+        while self._stepped:
+            if self.completions[3].token_ids:
+                yield self.completions[3].close
+            yield self.step
+
+    def run(self, disturbed: int = -1, failure: Failure | None = None) -> None:
+        """Run the play; the call of that number fails and is repeated."""
+        for number, action in enumerate(self.actions()):
+            if number == disturbed and failure is not None:
+                try:
+                    failure.run(action)
+                except (MemoryError, KeyboardInterrupt, RequestError):  # a template that fails is a RequestError
+                    action()
+            else:
+                action()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("lines", MemoryError), ("lines", KeyboardInterrupt), ("calls", MemoryError), ("calls", KeyboardInterrupt)],
+)
+def test_a_call_that_fails_anywhere_loses_no_text(
+    failing: PatchedModel, alone: list[tuple[str, list[int]]], kind: str, error: type[BaseException], every: int = 53
+) -> None:
+    stop = alone[1][0][3:5]
+    for number, points in enumerate(count(failing, stop, kind)):
+        for at in range(number % every, points, every):
+            play, place = Play(failing, stop), f"call {number}, point {at}"
+            play.run(number, Failure(kind, at, error))
+            play.batch.close()
+            for i, (completion, (text, ids)) in enumerate(zip(play.completions, alone, strict=True)):
+                assert play.returned[completion] == completion.text, place
+                assert completion.token_ids == ids[: len(completion.token_ids)], place
+                if completion.finish_reason == "error":
+                    assert type(completion.error) is error is MemoryError and text.startswith(completion.text), place
+                elif i < 3:
+                    wanted = text[: text.index(stop)] if i == 1 else text
+                    reason = "stop" if i == 1 else "length"
+                    assert (completion.text, completion.finish_reason) == (wanted, reason), place
+                else:
+                    assert completion.finish_reason in ("closed", "length"), place
+                    assert text.startswith(completion.text), place
+
+
+def count(model: PatchedModel, stop: str, kind: str) -> list[int]:
+    """Return for each call of the play the number of points at which it can fail."""
+    play, points = Play(model, stop), []
+    for action in play.actions():
+        failure = Failure(kind)
+        failure.run(action)
+        points.append(failure.passed)
+    return points
