@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import takewhile
 from types import TracebackType
 from typing import NamedTuple, Unpack
 
@@ -93,10 +92,6 @@ class Completion:
     def close(self) -> None:
         """Stop the completion early, free its row, and release its patch. After the end this has no effect."""
         self._batch._close(self)
-
-    @property
-    def _waits(self) -> bool:
-        return self._row is None and self._failure is None
 
     def _advanced(self) -> _Progress:
         """Return the progress after the ids that the row got; the same object if it got none and has not ended.
@@ -250,9 +245,9 @@ class TextBatch:
 
     def _fill(self) -> None:
         """Let waiting completions join while rows are free."""
-        if not (self._completions and self._completions[-1]._waits):
-            return
         joined = self._joined()
+        if len(joined) == len(self._completions):
+            return
         known = {completion._row for completion in joined}
         for row in self._batch.joining:
             if row not in known:  # an earlier step failed before it could enter the row, which has run nothing yet
@@ -278,7 +273,12 @@ class TextBatch:
 
     def _joined(self) -> list[Completion]:
         """Return the completions that do not wait for a row."""
-        return list(takewhile(lambda completion: not completion._waits, self._completions))
+        joined = []
+        for completion in self._completions:
+            if completion._row is None and completion._failure is None:
+                break
+            joined.append(completion)
+        return joined
 
     def _next(self) -> list[_Advance]:
         """Step the rows until a completion advances or none is left."""
@@ -303,7 +303,7 @@ class TextBatch:
             if completion._progress is before:
                 completion._progress = after
         for completion in self._joined():
-            if completion.finish_reason is not None:
+            if completion._progress.finish_reason is not None:
                 self._release(completion)
 
     def _close(self, completion: Completion) -> None:
