@@ -160,7 +160,7 @@ class TextBatch:
         self._completions: list[Completion] = []
         # What a step found: the completions that advanced, each before and after it; None between the steps.
         self._taken: list[_Advance] | None = None
-        self._failed = False  # whether the last step failed; True while one runs
+        self._failed = False  # whether the last step may have failed; True while one runs, and after `close`
         self._lock = threading.RLock()
         self._closed = False
 
@@ -248,10 +248,6 @@ class TextBatch:
         joined = self._joined()
         if len(joined) == len(self._completions):
             return
-        known = {completion._row for completion in joined}
-        for row in self._batch.joining:
-            if row not in known:  # an earlier step failed before it could enter the row, which has run nothing yet
-                self._batch.leave(row)
         place = len(joined)
         while place < len(self._completions) and self._batch.free:
             completion = self._completions[place]
@@ -282,7 +278,13 @@ class TextBatch:
 
     def _next(self) -> list[_Advance]:
         """Step the rows until a completion advances or none is left."""
-        taken = self._take() if self._failed else []  # the step that failed may have given its rows their ids
+        taken = []
+        if self._failed:
+            taken = self._take()  # the step that failed may have given its rows their ids
+            known = {completion._row for completion in self._joined()}
+            for row in (*self._batch.rows, *self._batch.joining):
+                if row not in known:  # a call failed between the row and its completion
+                    self._batch.leave(row)
         self._failed = True
         while not taken:
             self._fill()
@@ -308,6 +310,7 @@ class TextBatch:
 
     def _close(self, completion: Completion) -> None:
         with self._lock:
+            self._failed = True  # this call may fail below
             self._settle()
             if completion.finish_reason is None:
                 completion._progress = completion._progress._replace(finish_reason="closed")
