@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError, library_text
+from tp_runtime.errors import CalibrationError, DeviceUnavailableError, PatchFormatError, library_text, printable
 from tp_runtime.storage import check_output_file
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def check_measurable(
 
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     if context is not None and patch.config.context_digest not in ("", context_digest(context)):
-        print(f"note: {name} was fitted on another prompt than the one given", file=sys.stderr)
+        print(f"note: {printable(name)} was fitted on another prompt than the one given", file=sys.stderr)
     check_base(patch, source.name, source.digest, "fp32" if graph is None else graph.folder.precision)
     if graph is not None:
         graph.bind(patch)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import takewhile
 from types import TracebackType
 from typing import NamedTuple, Unpack
 
@@ -94,10 +93,6 @@ class Completion:
         """Stop the completion early, free its row, and release its patch. After the end this has no effect."""
         self._batch._close(self)
 
-    @property
-    def _waits(self) -> bool:
-        return self._row is None and self._failure is None
-
     def _advanced(self) -> _Progress:
         """Return the progress after the ids that the row got; the same object if it got none and has not ended.
 
@@ -165,7 +160,7 @@ class TextBatch:
         self._completions: list[Completion] = []
         # What a step found: the completions that advanced, each before and after it; None between the steps.
         self._taken: list[_Advance] | None = None
-        self._failed = False  # whether the last step failed; True while one runs
+        self._failed = False  # whether the last step may have failed; True while one runs, and after `close`
         self._lock = threading.RLock()
         self._closed = False
 
@@ -250,13 +245,9 @@ class TextBatch:
 
     def _fill(self) -> None:
         """Let waiting completions join while rows are free."""
-        if not (self._completions and self._completions[-1]._waits):
-            return
         joined = self._joined()
-        known = {completion._row for completion in joined}
-        for row in self._batch.joining:
-            if row not in known:  # an earlier step failed before it could enter the row, which has run nothing yet
-                self._batch.leave(row)
+        if len(joined) == len(self._completions):
+            return
         place = len(joined)
         while place < len(self._completions) and self._batch.free:
             completion = self._completions[place]
@@ -278,11 +269,22 @@ class TextBatch:
 
     def _joined(self) -> list[Completion]:
         """Return the completions that do not wait for a row."""
-        return list(takewhile(lambda completion: not completion._waits, self._completions))
+        joined = []
+        for completion in self._completions:
+            if completion._row is None and completion._failure is None:
+                break
+            joined.append(completion)
+        return joined
 
     def _next(self) -> list[_Advance]:
         """Step the rows until a completion advances or none is left."""
-        taken = self._take() if self._failed else []  # the step that failed may have given its rows their ids
+        taken = []
+        if self._failed:
+            taken = self._take()  # the step that failed may have given its rows their ids
+            known = {completion._row for completion in self._joined()}
+            for row in (*self._batch.rows, *self._batch.joining):
+                if row not in known:  # a call failed between the row and its completion
+                    self._batch.leave(row)
         self._failed = True
         while not taken:
             self._fill()
@@ -303,11 +305,12 @@ class TextBatch:
             if completion._progress is before:
                 completion._progress = after
         for completion in self._joined():
-            if completion.finish_reason is not None:
+            if completion._progress.finish_reason is not None:
                 self._release(completion)
 
     def _close(self, completion: Completion) -> None:
         with self._lock:
+            self._failed = True  # this call may fail below
             self._settle()
             if completion.finish_reason is None:
                 completion._progress = completion._progress._replace(finish_reason="closed")
