@@ -4,7 +4,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
 from .bound_patch import BoundPatch
-from .description import KV, DefaultPatch, Slot, past_name, present_name
+from .description import KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
 from .graph import FIRST_LOGIT, Graph
 from .kv_buffers import grown_capacity
@@ -25,6 +25,7 @@ __all__ = [
     "BoundPatch",
     "CacheKey",
     "DefaultPatch",
+    "DigestChange",
     "Graph",
     "KVCache",
     "ModelFolder",

@@ -17,7 +17,17 @@ from pathlib import Path
 from ..errors import ModelFormatError, RequestError
 from ..patch import SlotKey
 from ..storage import REEXPORT, atomic_file, checked_file, sha256_file
-from .description import FORMAT, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
+from .description import (
+    FORMAT,
+    KV,
+    SLOTS_FILE,
+    VERSION,
+    DefaultPatch,
+    DigestChange,
+    FileRecord,
+    Slot,
+    parse_description,
+)
 
 # The folder of prepared.py belongs to this machine and not to the export, so it is not listed.
 PREPARED = "prepared"
@@ -34,6 +44,7 @@ class ModelFolder:
     """An exported model folder. `open` reads one; the exporter builds one and calls `write_slots_file`.
 
     The attributes are the keys of `patch_slots.json`, with the slots by (layer, site), and the resolved `path`.
+    `digest_change` is None, and not in the file, if earlier versions gave the base the same digest.
     """
 
     path: Path
@@ -50,6 +61,7 @@ class ModelFolder:
     slots: dict[SlotKey, Slot]
     default_patch: DefaultPatch | None
     files: dict[str, FileRecord]
+    digest_change: DigestChange | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> ModelFolder:
@@ -112,6 +124,8 @@ class ModelFolder:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
         del data["path"]
+        if self.digest_change is None:
+            del data["digest_change"]
         data["slots"] = [
             {"layer": slot.layer, "site": slot.site, "in": slot.inputs, "out": slot.outputs}
             for slot in self.slots.values()
