@@ -40,7 +40,9 @@ def convert_weights(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with _quiet(), _system_errors():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
         # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(folder, safe_serialization=True)
@@ -60,7 +62,9 @@ def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
     from transformers import AutoTokenizer
 
     with _quiet():
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        ).save_pretrained(scratch)
     # special_tokens_map.json is not kept: it repeats tokenizer_config.json and would override corrections.
     for name in _TOKENIZER_FILES:
         if (scratch / name).exists():
@@ -100,8 +104,8 @@ def check_tokenizer(manifest: Manifest, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for name in ("bos_token_id", "eos_token_id"):
         got, wanted = getattr(tokenizer, name), getattr(config, name)
         if got != wanted:
