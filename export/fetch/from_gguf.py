@@ -34,15 +34,29 @@ def convert_weights(gguf: Path, folder: Path) -> None:
         folder: the folder to write to.
 
     Raises:
+        ModelFormatError: weights are missing from the file.
         OSError: the disk is full.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     with _quiet(), _system_errors():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):  # transformers has drawn these at random
+            raise ModelFormatError(
+                "weights of the model are missing from the GGUF file",
+                field=gguf.name,
+                got=f"no {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""),
+                wanted="every weight that its metadata describes",
+            )
         # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(folder, safe_serialization=True)

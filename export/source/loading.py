@@ -52,12 +52,12 @@ def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, o
             wanted="one device",
             fix="leave out --offload, or name a device",
         )
+    tensors = source.tensors  # before transformers sees the config, so that damage of a file is reported as such
     if (source.path / "adapter_config.json").exists():
         note = f"note: the adapter in the folder of {source.name} is left out: the base is the folder's own weights"
         tqdm.write(note, file=sys.stderr)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    tensors = source.tensors  # before transformers sees the config, so that damage of a file is reported as such
     empty = _in_transformers(source, lambda: _empty_model(source))
     named = match_tensors(empty, tensors)
     files = {file: _opened(file, device if offload else "cpu") for file in {tensor.file for tensor in tensors}}
@@ -100,6 +100,7 @@ def _filled_model(source: Source, kind: Any, values: dict[str, Tensor], device: 
         raise ModelFormatError(
             "transformers does not load every weight as it is", field=str(source.path), got=shortened(differing)
         )
+    model.config.name_or_path = str(source.path)  # as for a model loaded from a path: peft looks it up there
     model = model.eval().requires_grad_(False)
     model = model if spread else model.to(device)
     check_finite(model.named_parameters())
@@ -124,8 +125,9 @@ def _in_transformers(source: Source, build: Callable[[], Any]) -> Any:
     except TPError:
         raise
     except Exception as error:  # a config can have any value anywhere, so transformers raises errors of any type
+        reason = " ".join(str(error).split())  # in one line, because transformers adds pages of advice
         raise ModelFormatError(
-            f"transformers cannot load the model: {error}",
+            f"transformers cannot load the model: {type(error).__name__}: {reason:.300}",
             field=str(source.path),
             fix="fetch or save the model again",
         ) from error

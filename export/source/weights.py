@@ -108,7 +108,7 @@ def check_tensors(folder: Path, tensors: Sequence[StoredTensor]) -> None:
         if one.name == other.name:
             raise ModelFormatError(
                 "two files hold a tensor of the same name",
-                field=one.name,
+                field=shortened([one.name]),
                 got=f"{one.file.name}, {other.file.name}",
                 wanted="every tensor in one file",
                 fix="save the model again with save_pretrained",
@@ -191,8 +191,8 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
                 continue
             start, stop = (int(offset) for offset in entry["data_offsets"])
             shape = tuple(int(length) for length in entry["shape"])
-            if not 0 <= start <= stop or min(shape, default=0) < 0:
-                raise ValueError("a negative size")
+            if not 0 <= start <= stop or min(shape, default=0) < 0 or not str(entry["dtype"]).isidentifier():
+                raise ValueError("a size or a dtype that no tensor has")
             name.encode()  # fails for half a surrogate pair, which JSON can hold
             tensors.append(StoredTensor(name, str(entry["dtype"]), shape, file, base + start, base + stop))
     except (ValueError, KeyError, TypeError, OverflowError) as error:

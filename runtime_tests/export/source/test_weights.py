@@ -117,6 +117,14 @@ def test_the_file_that_the_config_names_is_the_one_that_counts(tmp_path: Path) -
     assert [tensor.name for tensor in open_source(folder).tensors] == ["other"]
 
 
+def test_a_config_that_names_a_weights_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "../own.safetensors"}))
+    with pytest.raises(UnsafePathError, match="transformers_weights"):
+        _ = open_source(folder).digest
+
+
 def test_a_damaged_file_that_is_not_loaded_changes_nothing(tmp_path: Path) -> None:
     """Earlier versions refused such a folder, so there is no earlier digest."""
     folder = write(tmp_path / "base")
