@@ -58,7 +58,7 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
 
     from tp_export.fit import Settings, fit_lockstep
     from tp_export.rollout import Dialogue
-    from tp_export.source import load_offloaded
+    from tp_export.source import Source, load_model
     from tp_runtime.bench import memory_bytes
 
     def ids(count: int, seed: int) -> tuple[int, ...]:
@@ -80,7 +80,8 @@ def fit_once(rows: int, width: int, layers: int, rank: int, folder: str, offload
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was that of the imports or of the parent
     before = memory_bytes("VmRSS")
     if offload:
-        model = load_offloaded(path, "cpu", None)
+        config = json.loads((path / "config.json").read_text())
+        model = load_model(Source(path, path.name, config, codec=None), offload=True)  # type: ignore[arg-type] # no text
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     context = ids(PROMPT, 0)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check_output_folder(args.out, replaces, inputs)
     patch = Patch.load(args.patch)
     source = open_source(args.base)
-    check_base(patch, source.name, source.digest, "fp32")
+    check_base(patch, source.name, source.digest, "fp32", source.digest_change)
     layers = site_linears(model_without_weights(source.config))
     if args.gguf:
         _write_gguf(patch, layers, args)

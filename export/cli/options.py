@@ -150,7 +150,8 @@ def check_measurable(
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     if context is not None and patch.config.context_digest not in ("", context_digest(context)):
         print(f"note: {printable(name)} was fitted on another prompt than the one given", file=sys.stderr)
-    check_base(patch, source.name, source.digest, "fp32" if graph is None else graph.folder.precision)
+    precision = "fp32" if graph is None else graph.folder.precision
+    check_base(patch, source.name, source.digest, precision, source.digest_change)
     if graph is not None:
         graph.bind(patch)
 

@@ -44,7 +44,7 @@ def model_without_weights(config: Mapping[str, Any]) -> nn.Module:
 
     adapter_for(str(config.get("model_type", "")))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
 
 
 def site_linears(model: nn.Module) -> dict[SlotKey, SiteLinear]:

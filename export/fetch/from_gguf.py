@@ -32,13 +32,29 @@ def convert_weights(gguf: Path, folder: Path) -> None:
         folder: the folder to write to.
 
     Raises:
+        ModelFormatError: weights are missing from the file.
         OSError: the disk is full.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     with _quiet(), system_errors():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):  # transformers has drawn these at random
+            raise ModelFormatError(
+                "weights of the model are missing from the GGUF file",
+                field=gguf.name,
+                got=f"no {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""),
+                wanted="every weight that its metadata describes",
+            )
         # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.
         vars(model.config).pop("_model_name_or_path", None)
         model.save_pretrained(folder, safe_serialization=True)
@@ -58,7 +74,9 @@ def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
     from transformers import AutoTokenizer
 
     with _quiet():
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        ).save_pretrained(scratch)
     # special_tokens_map.json is not kept: it repeats tokenizer_config.json and would override corrections.
     for name in _TOKENIZER_FILES:
         if (scratch / name).exists():
@@ -98,8 +116,8 @@ def check_tokenizer(manifest: Manifest, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for name in ("bos_token_id", "eos_token_id"):
         got, wanted = getattr(tokenizer, name), getattr(config, name)
         if got != wanted:

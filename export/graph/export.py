@@ -113,7 +113,7 @@ def export_model(
     if slot_set not in SLOT_SETS:
         raise ModelFormatError("the slot set is unknown", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
     if patch is not None:
-        check_base(patch, source.name, source.digest, precision)
+        check_base(patch, source.name, source.digest, precision, source.digest_change)
         patch.require_weights_only("graph")
     if repair and (patch is not None or precision in FLOAT_PRECISIONS):
         raise ModelFormatError(
@@ -254,4 +254,5 @@ def _describe(
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=default,
         files=files,
+        digest_change=source.digest_change,
     )

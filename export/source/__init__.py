@@ -3,7 +3,8 @@
 This room knows nothing of patches or exports.
 """
 
-from .offload import load_offloaded, resident
-from .source import Source, load_model, open_source
+from .loading import load_model
+from .offload import resident
+from .source import Source, open_source
 
-__all__ = ["Source", "load_model", "load_offloaded", "open_source", "resident"]
+__all__ = ["Source", "load_model", "open_source", "resident"]

@@ -8,21 +8,16 @@ not read from disk again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 
 from ..decoder import adapter_for
+from .matching import check_finite
 
 _WEIGHTS = "_tp_weights"
 
@@ -30,16 +25,23 @@ _WEIGHTS = "_tp_weights"
 class _LayerWeights:
     """The files of one layer's weights, and the number of users for whom the weights are loaded."""
 
-    def __init__(self, layer: nn.Module, name: str, files: dict[str, Any], device: str) -> None:
+    def __init__(self, layer: nn.Module, name: str, files: dict[str, tuple[Any, str]], device: str) -> None:
         self._layer, self._name, self._files, self._device = layer, name, files, device
-        self._users = 0
+        self._users, self._checked = 0, False
 
     def load(self) -> None:
-        """Add one user, and load the weights if they are not loaded yet."""
+        """Add one user, and load the weights if they are not loaded yet.
+
+        Raises:
+            ModelFormatError: a weight holds NaN or infinity. Only the first time looks for them.
+        """
         self._users += 1
         if self._users == 1:
-            for name, file in self._files.items():
-                _load(self._layer, name, file, f"{self._name}.{name}", self._device)
+            for name, stored in self._files.items():
+                _load(self._layer, name, stored, self._device)
+            if not self._checked:
+                check_finite((f"{self._name}.{name}", self._layer.get_parameter(name)) for name in self._files)
+                self._checked = True
 
     def release(self) -> None:
         """Remove one user, and free the weights if there are no users left."""
@@ -49,57 +51,36 @@ class _LayerWeights:
                 set_module_tensor_to_device(self._layer, name, "meta")
 
 
-def load_offloaded(path: Path, device: str, attention: str | None) -> Any:
-    """Load the transformers model of a Hugging Face folder in float32 and eval mode, but leave its layers on disk.
+def offload_layers(model: Any, weights: Mapping[str, tuple[Any, str]], device: str) -> Any:
+    """Give a model its weights in float32, but leave those of its layers on disk.
 
     Args:
-        path: a folder with safetensors weights.
-        device: the device that layers are loaded to while they run, and that everything else is on.
-        attention: transformers' `attn_implementation`; with None, transformers chooses.
+        model: a transformers causal language model whose weights are on the meta device and whose buffers are not.
+        weights: for the name of each weight, the opened safetensors file that holds it and its name there. The files
+            stay open, because each header lists the weights of all layers.
+        device: the device that the files are opened for; layers are loaded to it while they run, and everything else
+            is on it.
 
     Returns:
-        The model.
+        The model in eval mode.
 
     Raises:
-        ModelFormatError: there is no adapter for the architecture, or a weight is missing from the files.
-        DeviceUnavailableError: the device is `map`.
+        ModelFormatError: a weight outside the layers holds NaN or infinity. The weights of a layer are checked when it
+            is loaded for the first time, and then the model's run raises this error.
     """
-    if device == "map":
-        raise DeviceUnavailableError(
-            "a device map and --offload cannot be combined",
-            field="--device",
-            got="map",
-            wanted="one device",
-            fix="leave out --offload, or name a device",
-        )
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    adapter = adapter_for(config.model_type)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    files = _files_of_weights(path, device)
-    model.tie_weights()
-    layers = list(model.get_submodule(adapter.layers).children())
-    offloaded: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    for name, _parameter in list(model.named_parameters()):
-        if name not in files:
-            if name in tied:
-                continue
-            raise ModelFormatError(
-                "the model's files do not hold a weight under the name the model gives it",
-                field=name,
-                got=f"{len(files)} other names",
-                wanted="a folder written by save_pretrained",
-                fix="load the model with transformers and write it with save_pretrained, or leave out --offload",
-            )
-        if name.startswith(f"{adapter.layers}."):
-            index, _, rest = name.removeprefix(f"{adapter.layers}.").partition(".")
-            offloaded[int(index)][rest] = files[name]
+    prefix = f"{adapter_for(model.config.model_type).layers}."
+    layers = list(model.get_submodule(prefix.rstrip(".")).children())
+    offloaded: dict[int, dict[str, tuple[Any, str]]] = {i: {} for i in range(len(layers))}
+    for name, _ in list(model.named_parameters()):
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            offloaded[int(index)][rest] = weights[name]
         else:
-            _load(model, name, files[name], name, device)
+            _load(model, name, weights[name], device)
+            check_finite([(name, model.get_parameter(name))])
     model.tie_weights()
     for index, layer in enumerate(layers):
-        _offload(layer, f"{adapter.layers}.{index}", offloaded[index], device)
+        _offload(layer, f"{prefix}{index}", offloaded[index], device)
     for name, buffer in model.named_buffers():
         set_module_tensor_to_device(model, name, device, buffer)
     return model.eval().requires_grad_(False)
@@ -112,14 +93,14 @@ def resident(layer: nn.Module) -> Iterator[None]:
     if weights is None:
         yield
         return
-    weights.load()
     try:
+        weights.load()
         yield
     finally:
         weights.release()
 
 
-def _offload(layer: nn.Module, name: str, files: dict[str, Any], device: str) -> None:
+def _offload(layer: nn.Module, name: str, files: dict[str, tuple[Any, str]], device: str) -> None:
     weights = _LayerWeights(layer, name, files, device)
     object.__setattr__(layer, _WEIGHTS, weights)
     layer.register_forward_pre_hook(lambda *_: weights.load())
@@ -127,14 +108,6 @@ def _offload(layer: nn.Module, name: str, files: dict[str, Any], device: str) ->
     layer.register_forward_hook(lambda *_: weights.release(), always_call=True)
 
 
-def _files_of_weights(path: Path, device: str) -> dict[str, Any]:
-    """Return the opened file of each weight. Files stay open, because each header lists the weights of all layers."""
-    files: dict[str, Any] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        opened = safe_open(file, framework="pt", device=device)
-        files |= dict.fromkeys(opened.keys(), opened)
-    return files
-
-
-def _load(module: nn.Module, name: str, file: Any, stored: str, device: str) -> None:
-    set_module_tensor_to_device(module, name, device, file.get_tensor(stored), dtype=torch.float32)
+def _load(module: nn.Module, name: str, stored: tuple[Any, str], device: str) -> None:
+    file, stored_name = stored
+    set_module_tensor_to_device(module, name, device, file.get_tensor(stored_name), dtype=torch.float32)

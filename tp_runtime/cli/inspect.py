@@ -95,6 +95,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "path": str(folder.path),
         "base_model": folder.base_model,
         "base_digest": folder.base_digest,
+        "digest_change": asdict(folder.digest_change) if folder.digest_change else None,
         "graph_digest": folder.graph_digest,
         "architecture": folder.architecture,
         "precision": folder.precision,
@@ -176,7 +177,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     files = [f"{name:<{width}}  {size(record['bytes'])}" for name, record in report["files"].items()]
     rows = [
         ("model", report["base_model"]),
-        ("base digest", report["base_digest"]),
+        ("base digest", _digest(report["base_digest"], report["digest_change"])),
         ("architecture", report["architecture"]),
         ("precision", report["precision"]),
         ("style", report["style"]),
@@ -201,6 +202,12 @@ def _prepared(report: dict[str, Any]) -> str:
         return "no; tp-runtime prepare packs the weights for this machine"
     reason = report["prepared_not_used"]
     return "yes" if reason is None else f"there, but not used: {printable(reason)}"
+
+
+def _digest(digest: str, change: dict[str, str] | None) -> str:
+    if change is None:
+        return digest
+    return f"{digest}\nbefore this version: {change['before']}, because {change['reason']}"
 
 
 def _site_lines(sites: dict[str, list[dict[str, Any]]]) -> list[str]:

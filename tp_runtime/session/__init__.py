@@ -5,7 +5,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 
 from .bound_patch import BoundPatch, not_a_patch
 from .default_patch import read_default_patch
-from .description import GRAPH_FILE, KV, DefaultPatch, Slot, past_name, present_name
+from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, require_onnxruntime
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
@@ -33,6 +33,7 @@ __all__ = [
     "BoundPatch",
     "CacheKey",
     "DefaultPatch",
+    "DigestChange",
     "Graph",
     "KVCache",
     "ModelFolder",

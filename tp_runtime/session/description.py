@@ -26,6 +26,7 @@ _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
 }
+_OPTIONAL = {"digest_change"}
 
 
 def past_name(layer: int | str, part: str) -> str:
@@ -103,6 +104,19 @@ class DefaultPatch:
 
 
 @dataclass(frozen=True)
+class DigestChange:
+    """A base digest that differs from the one that earlier versions of tp-export gave the same base.
+
+    Attributes:
+        before: the earlier digest, 64 hex digits, which patches of that time have.
+        reason: a clause with the earlier digest as its subject `it`, such as "it covered files that are not loaded".
+    """
+
+    before: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """The properties that a listed file must have.
 
@@ -148,7 +162,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
             wanted=VERSION,
             fix="update tp-runtime, or export the model again with this version of tp-export",
         )
-    _keys(data, "", _KEYS)
+    _keys(data, "", _KEYS | (_OPTIONAL & data.keys()))
     layers = _integer(data["layers"], "layers")
     kv = _keys(data["kv"], "kv", {"heads", "head_dim", "dtype"})
     return dict(
@@ -169,6 +183,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         slots=_slots(data["slots"], layers),
         default_patch=_default_patch(data["default_patch"]),
         files=_exported_files(data["files"]),
+        digest_change=_digest_change(data["digest_change"]) if "digest_change" in data else None,
     )
 
 
@@ -210,6 +225,13 @@ def _default_patch(value: Any) -> DefaultPatch | None:
         identity=identity,
         terms=tuple(terms),
         repair=value["repair"],
+    )
+
+
+def _digest_change(value: Any) -> DigestChange:
+    _keys(value, "digest_change", {"before", "reason"})
+    return DigestChange(
+        before=_digest(value["before"], "digest_change.before"), reason=_text(value["reason"], "digest_change.reason")
     )
 
 

@@ -216,12 +216,13 @@ class Graph:
         return self.repair + patch
 
     def _check(self, patch: Patch) -> None:
-        check_base(patch, self.folder.base_model, self.folder.base_digest, self.folder.precision)
+        folder = self.folder
+        check_base(patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change)
         if patch.prefix is not None:
-            folder, kv = self.folder, self.folder.kv
+            kv = folder.kv
             patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
             patch.prefix.check_dtype(self.dtype)
-        fit_slots(patch, self.folder.slots)
+        fit_slots(patch, folder.slots)
 
     def _slot_values(
         self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None

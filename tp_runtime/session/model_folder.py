@@ -31,7 +31,18 @@ from ..storage import (
     read_regular,
     sha256_file,
 )
-from .description import FORMAT, GRAPH_FILE, KV, SLOTS_FILE, VERSION, DefaultPatch, FileRecord, Slot, parse_description
+from .description import (
+    FORMAT,
+    GRAPH_FILE,
+    KV,
+    SLOTS_FILE,
+    VERSION,
+    DefaultPatch,
+    DigestChange,
+    FileRecord,
+    Slot,
+    parse_description,
+)
 
 # The folder of prepared.py belongs to this machine and not to the export, so it is not listed.
 PREPARED = "prepared"
@@ -50,6 +61,7 @@ class ModelFolder:
 
     The attributes are the keys of `patch_slots.json`, with the slots by (layer, site), the resolved `path`, and whether
     the folder was opened with its large files `verified`.
+    `digest_change` is None, and not in the file, if earlier versions gave the base the same digest.
     """
 
     path: Path
@@ -66,6 +78,7 @@ class ModelFolder:
     slots: dict[SlotKey, Slot]
     default_patch: DefaultPatch | None
     files: dict[str, FileRecord]
+    digest_change: DigestChange | None = None
     verified: bool = field(default=False, compare=False)
 
     @classmethod
@@ -152,6 +165,8 @@ class ModelFolder:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
         del data["path"], data["verified"]
+        if self.digest_change is None:
+            del data["digest_change"]
         data["slots"] = [
             {"layer": slot.layer, "site": slot.site, "in": slot.inputs, "out": slot.outputs}
             for slot in self.slots.values()

@@ -10,15 +10,34 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
 from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, slot_name
-from .description import Slot
+from .description import DigestChange, Slot
 
 
-def check_base(patch: Patch, base_model: str, base_digest: str, precision: str) -> None:
+def check_base(
+    patch: Patch, base_model: str, base_digest: str, precision: str, change: DigestChange | None = None
+) -> None:
     """Check that `patch` was fitted on this base. A patch that repairs a quantised base fits that precision only.
 
+    Args:
+        patch: the patch.
+        base_model: the name of the base, for the error.
+        base_digest: the digest of the base.
+        precision: the precision of the graph that the patch is to run on.
+        change: the digest that earlier versions gave this base, if it was another one.
+
     Raises:
-        BaseMismatchError: the patch was fitted on another base, or it repairs a base of another precision.
+        BaseMismatchError: the patch was fitted on another base, or it repairs a base of another precision, or it has
+            the digest that earlier versions gave this base.
     """
+    if change is not None and patch.config.base_digest == change.before:
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} was fitted on this base under the digest of an earlier version, "
+            f"which differs because {change.reason}",
+            field="base_digest",
+            got=f"{patch.config.base_digest[:16]} ({patch.config.base_model})",
+            wanted=f"{base_digest[:16]} ({base_model})",
+            fix="fit the patch again",
+        )
     if patch.config.base_digest != base_digest:
         raise BaseMismatchError(
             f"the patch {patch.name!r} was fitted on another base model",

@@ -14,7 +14,7 @@ from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
 from tp_export.fit import Settings, fit_lockstep
 from tp_export.rollout import Dialogue, complete
-from tp_export.source import load_model, load_offloaded, open_source, resident
+from tp_export.source import load_model, open_source, resident
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 
 IDS = token_ids(20)
@@ -77,7 +77,10 @@ def test_weights_under_other_names_are_refused(folder: Path, tmp_path: Path) -> 
         (copy / file.name).write_bytes(file.read_bytes())
     weights = load_file(copy / "model.safetensors")
     save_file({f"other.{name}": value for name, value in weights.items()}, copy / "model.safetensors")
-    with pytest.raises(ModelFormatError, match="under the name the model gives it"):
-        load_offloaded(copy, "cpu", None)
+    with pytest.raises(ModelFormatError, match="weights of the model are missing from its files"):
+        load_model(open_source(copy), offload=True)
+
+
+def test_a_device_map_and_offload_are_refused_together(folder: Path) -> None:
     with pytest.raises(DeviceUnavailableError, match="--offload"):
-        load_offloaded(folder, "map", None)
+        load_model(open_source(folder), "map", offload=True)
