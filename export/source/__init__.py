@@ -5,5 +5,16 @@ This room knows nothing of patches or exports.
 
 from .offload import load_offloaded, resident
 from .source import Source, load_model, open_source
+from .token_ids import Difference, compare_ids
+from .tokenizer import EffectiveTokenizer
 
-__all__ = ["Source", "load_model", "load_offloaded", "open_source", "resident"]
+__all__ = [
+    "Difference",
+    "EffectiveTokenizer",
+    "Source",
+    "compare_ids",
+    "load_model",
+    "load_offloaded",
+    "open_source",
+    "resident",
+]

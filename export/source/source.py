@@ -21,6 +21,8 @@ from tp_runtime.errors import ModelFormatError
 from tp_runtime.storage import parse_json_object, read_json_object
 from tp_runtime.text import Style, TextCodec
 
+from .tokenizer import EffectiveTokenizer, effective_tokenizer
+
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*", "*TERMS*"]
 # Config keys that record who wrote the file or how to run the model. They do not change what the model computes.
@@ -35,13 +37,18 @@ class Source:
         path: its local folder.
         name: the name of the base model.
         config: its parsed config.json.
-        codec: its tokenizer and chat template.
+        tokenizer: its tokenizer and chat template, as transformers resolves them.
     """
 
     path: Path
     name: str
     config: dict[str, Any]
-    codec: TextCodec
+    tokenizer: EffectiveTokenizer
+
+    @property
+    def codec(self) -> TextCodec:
+        """The codec of the model's text; its ids are those of transformers."""
+        return self.tokenizer.codec
 
     @property
     def architecture(self) -> str:
@@ -62,11 +69,7 @@ class Source:
     def digest(self) -> str:
         """The base digest, 64 hex digits; the first access reads every weight once."""
         config = {key: value for key, value in self.config.items() if key not in _VOLATILE}
-        text = {
-            "style": self.style,
-            "template": self.codec.template_source,
-            "tokenizer": _read_json(self.path / "tokenizer.json"),
-        }
+        text = self.tokenizer.digest_text
         sha = hashlib.sha256(b"tp-runtime base 1\n")
         for part in (config, text):
             sha.update(json.dumps(part, sort_keys=True, separators=(",", ":")).encode() + b"\n")
@@ -98,8 +101,8 @@ def open_source(src: str | Path) -> Source:
         )
     record = _source_record(path)
     config = _read_json(path / "config.json")
-    codec = TextCodec.from_folder(path, record.get("style"))
-    return Source(path, str(record.get("name") or path.resolve().name), config, codec)
+    tokenizer = effective_tokenizer(path, record.get("style"))
+    return Source(path, str(record.get("name") or path.resolve().name), config, tokenizer)
 
 
 def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, offload: bool = False) -> Any:

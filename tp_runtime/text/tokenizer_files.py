@@ -130,8 +130,10 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | None:
 def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
     """Return every token id that ends a completion.
 
-    This is the union of the EOS token, generation_config.json and config.json. The files of real models disagree, and a
-    completion that runs past an end does more harm than one that stops at a second end token.
+    These are the EOS token, the ids of generation_config.json, and those of config.json. The files of real models
+    disagree, and a completion that runs past an end does more harm than one that stops at a second end token. But
+    where generation_config.json names ids, an id that only config.json names counts if it is an added token, and not
+    if it is an ordinary one: an ordinary token is part of texts, and transformers does not stop at it.
 
     Args:
         folder: the model folder.
@@ -144,19 +146,24 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str
     ids: set[int] = set()
     if "eos_token" in special_tokens:
         ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = read_json(path).get("eos_token_id") if path.exists() else None
-        found = [] if value is None else value if isinstance(value, list) else [value]
-        for eos in found:
-            if type(eos) is not int or eos < 0:
-                raise _broken(path, "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
-        ids.update(found)
+    generation, config = (_read_eos_ids(folder / name) for name in ("generation_config.json", "config.json"))
+    if generation:
+        config &= tokenizer.get_added_tokens_decoder().keys()
+    ids |= generation | config
     if not ids:
         raise _broken(
             folder, "the folder names no end-of-sequence token", got="none", wanted="eos_token_id or eos_token"
         )
     return frozenset(ids)
+
+
+def _read_eos_ids(path: Path) -> set[int]:
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    for eos in found:
+        if type(eos) is not int or eos < 0:
+            raise _broken(path, "eos_token_id is malformed", got=value, wanted="an id or a list of ids")
+    return set(found)
 
 
 def _token_text(value: Any, name: str, path: Path) -> str:
