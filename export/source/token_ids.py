@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> Any:
             f"transformers cannot load the tokenizer: {type(error).__name__}: {short(str(error), 300)}",
             field=str(path),
             wanted="a fast tokenizer that needs no code of its own",
-            fix="save the model and a fast tokenizer there with save_pretrained",
+            fix="install what the message names, or save a fast tokenizer there with save_pretrained",
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelFormatError(
@@ -148,7 +148,8 @@ def first_change(before: TextCodec, after: TextCodec, tokenizer: Any) -> str | N
             return short(repr(text))
     if after.style == "chat":
         for chat, prompted in _chats(tokenizer):
-            if _rendered(before, chat, prompted) != _rendered(after, chat, prompted):
+            rendered = _rendered(before, chat, prompted)
+            if rendered != _rendered(after, chat, prompted) and rendered == _rendered(before, chat, prompted):
                 return short(repr(chat))
     return None
 
@@ -183,7 +184,8 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int] | None
     """Return the ids of each text in transformers, without those that the post-processor puts after it."""
     together = _attempt(lambda: tokenizer(texts).encodings)
     encodings = together or [_attempt(lambda t=text: tokenizer(t).encodings[0]) for text in texts]  # type: ignore[misc]
-    return {text: encoding and _before_suffix(encoding) for text, encoding in zip(texts, encodings, strict=True)}
+    pairs = zip(texts, encodings, strict=True)
+    return {text: None if encoding is None else _before_suffix(encoding) for text, encoding in pairs}
 
 
 def _before_suffix(encoding: Any) -> list[int]:
@@ -225,11 +227,14 @@ def _rendered(codec: TextCodec, chat: Sequence[Message], prompted: bool) -> list
 
 def _chat_differences(codec: TextCodec, tokenizer: Any) -> Iterator[Difference]:
     for chat, prompted in _chats(tokenizer):
+        got = _rendered(codec, chat, prompted)
         wanted = _attempt(
             lambda c=chat, p=prompted: tokenizer.apply_chat_template(c, add_generation_prompt=p)  # type: ignore[misc]
         )
         # The codec refuses a chat that renders to no tokens.
-        if difference := _ids_differ(repr(chat), _rendered(codec, chat, prompted), wanted or None):
+        difference = _ids_differ(repr(chat), got, wanted or None)
+        # The text of a template may hold the time, so that it differs from one call to the next.
+        if difference and got == _rendered(codec, chat, prompted):
             yield difference
 
 
@@ -240,8 +245,7 @@ def _decoding_differences(codec: TextCodec, tokenizer: Any, encoded: Sequence[li
         for skip in (True, False):
             wanted = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             if (got := codec.decode(ids, skip)) != wanted:
-                pairs = enumerate(zip(got, wanted, strict=False))
-                at = next((i for i, (a, b) in pairs if a != b), min(len(got), len(wanted)))
+                at = _first_unequal(got, wanted)
                 around = slice(max(0, at - 20), at + 40)
                 text = f"decoding the ids {_window(ids, 0)} {'without' if skip else 'with'} special tokens"
                 yield Difference(text, short(repr(got[around])), short(repr(wanted[around])))
@@ -250,10 +254,14 @@ def _decoding_differences(codec: TextCodec, tokenizer: Any, encoded: Sequence[li
 def _ids_differ(text: str, got: list[int] | None, wanted: list[int] | None) -> Difference | None:
     if got == wanted:
         return None
-    pairs = enumerate(zip(got or (), wanted or (), strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(got or ()), len(wanted or ())))
+    at = _first_unequal(got or (), wanted or ())
     shown = [_REFUSED if ids is None else _window(ids, at) for ids in (got, wanted)]
     return Difference(short(text), *shown)
+
+
+def _first_unequal(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return the position from which on two sequences differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _window(ids: Sequence[int], at: int) -> str:

@@ -78,12 +78,12 @@ class EffectiveTokenizer:
         return _digest_text(self.before, self._own_tokenizer)
 
 
-def effective_tokenizer(path: Path, style: Style | None = None) -> EffectiveTokenizer:
+def effective_tokenizer(path: Path, recorded_style: Style | None = None) -> EffectiveTokenizer:
     """Load a source's tokenizer with transformers and return it in files that the edge half reads.
 
     Args:
         path: the source, a Hugging Face folder with tokenizer.json and tokenizer_config.json.
-        style: the style that the source's record names; None means that the chat template decides.
+        recorded_style: the style that the source's record names; None means "chat" if there is a chat template.
 
     Raises:
         ModelFormatError: a file is damaged; transformers cannot load the tokenizer; there are chat templates but no
@@ -98,26 +98,27 @@ def effective_tokenizer(path: Path, style: Style | None = None) -> EffectiveToke
     template = _template(loaded, path)
     tokenizer = _tokenizer_json(own[_TOKENIZER], loaded, path)
     problem: ModelFormatError | None = None
+    style: Style = recorded_style or ("completion" if template is None else "chat")
     for files in _candidates(own, config, tokenizer, template, loaded):
         try:
-            codec = _codec(files | ends, path, style)
+            codec = TextCodec.from_folder(path, style) if files == own else _codec(files | ends, style)
         except ModelFormatError as error:
-            problem = error
+            problem = problem or error
             continue
         # The source's own files need not be loaded again: transformers has just loaded them.
         difference = first_difference(codec, loaded) or (None if files == own else _reloaded(files | ends, loaded))
         if difference is None:
             break
-        problem = _unmatched(difference, path)
+        problem = problem or _unmatched(difference, path)
     else:
         assert problem is not None  # there is always a candidate
         raise problem
     _check_vocabulary(codec, ends, path)
     if files == own:
         return EffectiveTokenizer(files, codec, codec, None, own[_TOKENIZER])
-    reason, before = None, _codec_of_own_files(path, style)
+    reason, before = None, _codec_of_own_files(path, recorded_style)
     if before is not None and (example := first_change(before, codec, loaded)):
-        reason = f"the token ids were those of tokenizer.json alone and not those of transformers, as for {example}"
+        reason = f"the tokenizer's files were read without transformers, which gave other token ids for {example}"
     return EffectiveTokenizer(files, codec, before, reason, own[_TOKENIZER])
 
 
@@ -241,6 +242,7 @@ def _candidates(
     # Some classes change the tokenizer when they are loaded. The last candidate names the class that does not.
     plain = {key: value for key, value in resolved.items() if key not in _REBUILD}
     plain |= {"tokenizer_class": _PLAIN_CLASS, "add_prefix_space": _adds_prefix_space(loaded)}
+    plain |= {name: getattr(loaded, name) for name in ("clean_up_tokenization_spaces", "padding_side")}
     yield {**files, _CONFIG: _json(plain)}
 
 
@@ -300,7 +302,7 @@ def _object(content: bytes, file: Path) -> dict[str, Any]:
 # -- trying them ---------------------------------------------------------------------------------------------
 
 
-def _codec(files: Mapping[str, bytes], path: Path, style: Style | None) -> TextCodec:
+def _codec(files: Mapping[str, bytes], style: Style) -> TextCodec:
     """Return the codec of a folder with these files."""
     with tempfile.TemporaryDirectory() as folder:
         _write(files, Path(folder))
