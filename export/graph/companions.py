@@ -11,9 +11,9 @@ from ..source import Source
 
 _CONFIGS = ("config.json", "generation_config.json")
 # The words in the names of files that state what a user of the model may do and whom to name, with any ending. A word
-# stands alone, or is set off by one of -_. or a space, as in "GEMMA_TERMS" and "Third-Party-Notices".
+# stands alone, or is set off by anything but a letter or digit, as in "GEMMA_TERMS" and "Third-Party-Notices".
 _WORDS = "un-?licen[cs]e|licen[cs]es?|notices?|copying|copyright|patents|terms|use[-_ ]policy|attributions?"
-_LICENCE = re.compile(rf"(.*[-_ .])?({_WORDS})([-_ .].*)?", re.IGNORECASE | re.DOTALL)
+_LICENCE = re.compile(rf"(.*[\W_])?({_WORDS})([\W_].*)?", re.IGNORECASE | re.DOTALL)
 
 
 def companion_files(source: Source) -> dict[str, bytes]:
