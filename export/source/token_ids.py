@@ -72,7 +72,7 @@ def load_tokenizer(path: Path) -> Any:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, local_files_only=True, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the tokenizers library also panics, which is no Exception
         raise ModelFormatError(
@@ -118,7 +118,6 @@ def first_difference(codec: TextCodec, tokenizer: Any) -> Difference | None:
     Returns:
         The first difference; None if there is none.
     """
-    # The id of a token that is not known is None or the id of the unknown token, which is no BOS.
     bos = tokenizer.backend_tokenizer.token_to_id(tokenizer.bos_token or "")
     if codec.bos_id != bos:
         return Difference("the BOS token", f"id {codec.bos_id}", f"id {bos}")
@@ -243,12 +242,14 @@ def _decoding_differences(codec: TextCodec, tokenizer: Any, encoded: Sequence[li
     spread = list(range(0, size, max(1, size // _DECODED)))
     for ids in (*encoded, spread, sorted(tokenizer.added_tokens_decoder)):
         for skip in (True, False):
-            wanted = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-            if (got := codec.decode(ids, skip)) != wanted:
-                at = _first_unequal(got, wanted)
+            options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+            wanted = _attempt(lambda i=ids, o=options: tokenizer.decode(i, **o))  # type: ignore[misc]
+            got = _attempt(lambda i=ids, s=skip: codec.decode(i, s))  # type: ignore[misc]
+            if got != wanted:
+                at = _first_unequal(got or "", wanted or "")
                 around = slice(max(0, at - 20), at + 40)
                 text = f"decoding the ids {_window(ids, 0)} {'without' if skip else 'with'} special tokens"
-                yield Difference(text, short(repr(got[around])), short(repr(wanted[around])))
+                yield Difference(text, *(_REFUSED if t is None else short(repr(t[around])) for t in (got, wanted)))
 
 
 def _ids_differ(text: str, got: list[int] | None, wanted: list[int] | None) -> Difference | None:

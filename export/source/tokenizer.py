@@ -87,13 +87,14 @@ def effective_tokenizer(path: Path, recorded_style: Style | None = None) -> Effe
 
     Raises:
         ModelFormatError: a file is damaged; transformers cannot load the tokenizer; there are chat templates but no
-            default; an added token has another id than tokenizer_config.json says; the ids that begin or end a text
-            are out of the vocabulary; or the edge half cannot give the ids that transformers gives.
+            default; the ids are random; an added token has another id than tokenizer_config.json says; the ids that
+            begin or end a text are out of the vocabulary; or the edge half cannot give the ids of transformers.
     """
     own = {name: (path / name).read_bytes() for name in _OWN if (path / name).is_file()}
     ends = {name: (path / name).read_bytes() for name in _ENDS if (path / name).is_file()}
     config = _object(own[_CONFIG], path / _CONFIG)
     loaded = load_tokenizer(path)
+    _check_dropout(loaded, path)
     _check_added_ids(config, loaded, path)
     template = _template(loaded, path)
     tokenizer = _tokenizer_json(own[_TOKENIZER], loaded, path)
@@ -179,6 +180,18 @@ def _tokenizer_json(own: bytes, loaded: Any, path: Path) -> bytes:
         tokenizer.no_padding()
     resolved = backend.to_str()
     return own if parsed.to_str() == resolved else resolved.encode()
+
+
+def _check_dropout(loaded: Any, path: Path) -> None:
+    """Check that equal texts get equal ids: a tokenizer made for training may leave out merges at random."""
+    if dropout := getattr(loaded.backend_tokenizer.model, "dropout", None):
+        raise ModelFormatError(
+            "the tokenizer leaves out merges at random, so that one text has several token ids",
+            field=str(path / _TOKENIZER),
+            got=f"a dropout of {dropout:g}",
+            wanted="a tokenizer without dropout",
+            fix="set model.dropout in tokenizer.json to null",
+        )
 
 
 def _check_added_ids(config: dict[str, Any], loaded: Any, path: Path) -> None:

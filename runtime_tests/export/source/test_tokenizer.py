@@ -310,6 +310,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: folder_of(p, byte_level(), split_special_tokens=True),
         r"cannot give the token ids .*; got \[.*\] for 'a<\|endoftext\|>b.*; wanted \[",
     ),
+    "ids at random": (lambda p: with_dropout(folder_of(p, byte_level())), "at random, .* got a dropout of 0.5"),
     "an added token under another id": (
         lambda p: folder_of(p, byte_level(), added_tokens_decoder={"300": {"content": "<tool>"}}),
         "'<tool>' has another id .*; got id 300; wanted id 259",
@@ -354,6 +355,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 def broken(folder: Path, name: str) -> Path:
     (folder / name).write_text("{%")
+    return folder
+
+
+def with_dropout(folder: Path) -> Path:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
 
 
