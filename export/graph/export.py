@@ -6,7 +6,6 @@ leaves nothing behind.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +42,7 @@ from ..quantise import (
     quantised,
 )
 from ..source import Source, load_model
+from .companions import companion_files
 from .genai_config import write_genai_config
 from .half import store_in_bf16, to_fp16
 from .names import name_dimensions, name_nodes, name_vectors, name_weights
@@ -53,17 +53,6 @@ from .slots import add_first_logit, make_slots_overridable, save_graph
 from .trace import context_window, trace
 
 ROUTES = ("auto", "fused", "optimum")
-# Files of the source that are copied: the ones that users of Hugging Face and ONNX expect, and the licence.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "LICENSE",
-    "GEMMA_TERMS.html",
-)
 
 
 def export_model(
@@ -105,6 +94,7 @@ def export_model(
         BaseMismatchError: `patch` was fitted on another base model or another precision.
         PatchTargetError: `patch` addresses a slot that the graph does not have, or has a KV prefix.
         PatchShapeError: `patch` has more layers than the graph, or the shape of a delta does not fit its slot.
+        UnsafePathError: a licence file has a name that a model folder cannot list.
         OSError: the operating system reports an error, for example because the disk is full.
     """
     check_precision(precision)
@@ -125,6 +115,7 @@ def export_model(
         )
     replaces = MODEL_FOLDER if overwrite else None
     check_output_folder(out, replaces, [source.path])
+    companions = companion_files(source)
     with clock("load weights"):
         model = load_model(source)
     if precision == MEASURED:
@@ -156,7 +147,9 @@ def export_model(
             if patch is not None:
                 patch.save(folder / DEFAULT_FILE, "f32")
                 written.append(DEFAULT_FILE)
-            files = describe_files(folder, written + _copy_companions(source.path, folder))
+            for name, content in companions.items():
+                (folder / name).write_bytes(content)
+            files = describe_files(folder, [*written, *companions])
             default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
             write_slots_file(_describe(source, model, folder, slots, route, precision, default, files))
         with clock("check the export against torch"):
@@ -219,13 +212,6 @@ def _reason(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return library_text(error)
-
-
-def _copy_companions(source: Path, folder: Path) -> list[str]:
-    present = [name for name in _COPIED if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, folder / name)
-    return present
 
 
 def _describe(

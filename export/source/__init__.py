@@ -3,8 +3,11 @@
 This room knows nothing of patches or exports.
 """
 
+from .files import read_file
 from .loading import load_model
 from .offload import resident
 from .source import Source, open_source
+from .token_ids import compare_ids
+from .tokenizer import EffectiveTokenizer
 
-__all__ = ["Source", "load_model", "open_source", "resident"]
+__all__ = ["EffectiveTokenizer", "Source", "compare_ids", "load_model", "open_source", "read_file", "resident"]

@@ -1,43 +1,40 @@
-"""Reading the files of a base model's folder: only regular files, and JSON only up to a size.
+"""Reading the files of a base model's folder, with errors that name the file: only regular files, and never a FIFO.
 
-Opening a FIFO waits for a writer for ever, and a device may never end. A link may lead out of the folder, because the
-snapshots of the hub's cache are links.
+A link may lead out of the folder, because the snapshots of the hub's cache are links.
 """
 
 from __future__ import annotations
 
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import read_json_object
+from tp_runtime.storage import UnreadableFileError, open_regular, read_json_object, read_regular
 
-# The largest tokenizer.json in use has 40 MB. A file at the limit takes seconds to parse.
-_MAX_JSON = 128 * 2**20
+_LARGEST = 2**28  # bytes; the largest tokenizer.json in use has 40 MB
+_FIX = "fetch the model again"
 
 
 def require_regular_file(path: Path) -> Path:
     """Return `path`.
 
     Raises:
-        ModelFormatError: there is no such file, it cannot be found, or it is a folder, a FIFO or a device.
+        ModelFormatError: there is no such file, it cannot be opened, or it is a folder, a FIFO or a device.
     """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ModelFormatError(
-            "the file cannot be opened", field=str(path), got=error.strerror, fix="fetch the model again"
-        ) from error
-    if not stat.S_ISREG(mode):
-        raise ModelFormatError(
-            "the file is not a regular file",
-            field=str(path),
-            got=stat.filemode(mode),
-            wanted="a file",
-            fix="put the file itself there",
-        )
-    return path
+    with _named(path), open_regular(path):
+        return path
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file, which may have 256 MiB.
+
+    Raises:
+        ModelFormatError: the file is missing, is not a regular file, is too large, or cannot be read.
+    """
+    with _named(path):
+        return read_regular(path, _LARGEST)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,9 +43,16 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelFormatError: the file is missing, is not a regular file, is too large, or does not hold a JSON object.
     """
-    size = require_regular_file(path).stat().st_size
-    if size > _MAX_JSON:
+    return read_json_object(path, ModelFormatError, _FIX, lenient=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableFileError as error:
         raise ModelFormatError(
-            "the file is too large", field=str(path), got=f"{size} bytes", wanted=f"at most {_MAX_JSON} bytes"
-        )
-    return read_json_object(path, ModelFormatError, "fetch the model again", lenient=True)
+            error.problem, field=str(path), got=error.got, wanted=error.wanted, fix="put the file itself there"
+        ) from error
+    except OSError as error:
+        raise ModelFormatError("the file cannot be opened", field=str(path), got=error.strerror, fix=_FIX) from error

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from tp_runtime.errors import ModelFormatError
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "LICENSE*", "*TERMS*"]
+# The licences are those that an export copies (graph/companions.py).
+_LICENCES = ["LICEN[CS]E*", "*NOTICE*", "COPYING*", "COPYRIGHT*", "*TERMS*", "*USE_POLICY*", "PATENTS*"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", *_LICENCES]
 _PREFIX = "models--"
 
 

@@ -23,6 +23,7 @@ from tp_runtime.text import Style, TextCodec
 from ..decoder import adapter_for
 from .files import read_json
 from .hub import download, hub_id
+from .tokenizer import EffectiveTokenizer, effective_tokenizer
 from .weights import StoredTensor, check_tensors, contents, shortened, stored_tensors, stray_files, weight_files
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -40,13 +41,18 @@ class Source:
         path: its local folder.
         name: the name of the base model, printable.
         config: its parsed config.json.
-        codec: its tokenizer and chat template.
+        tokenizer: its tokenizer and chat template, as transformers resolves them.
     """
 
     path: Path
     name: str
     config: dict[str, Any]
-    codec: TextCodec
+    tokenizer: EffectiveTokenizer
+
+    @property
+    def codec(self) -> TextCodec:
+        """The codec of the model's text; its ids are those of transformers."""
+        return self.tokenizer.codec
 
     @property
     def architecture(self) -> str:
@@ -80,7 +86,7 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """The base digest, 64 hex digits; the first access reads every weight once."""
-        return self._digest(self._text, self.tensors)
+        return self._digest(self.tokenizer.digest_text, self.tensors)
 
     @cached_property
     def digest_change(self) -> DigestChange | None:
@@ -89,7 +95,7 @@ class Source:
         Each reason replaces the part of the digest that it is about by what earlier versions covered. A further reason
         belongs in this method, and needs nothing elsewhere.
         """
-        text, tensors, reasons = self._text, self.tensors, []
+        text, tensors, reasons = self.tokenizer.digest_text, self.tensors, []
         stray = stray_files(self.path, (tensor.file for tensor in tensors))
         if stray:
             try:
@@ -97,18 +103,12 @@ class Source:
             except ModelFormatError:  # earlier versions refused this folder, so no patch has an earlier digest
                 return None
             reasons.append(f"it covered files that are not loaded: {shortened([file.name for file in stray])}")
+        if self.tokenizer.reason is not None and self.tokenizer.digest_text_before is not None:
+            text = self.tokenizer.digest_text_before
+            reasons.append(self.tokenizer.reason)
         if not reasons or (before := self._digest(text, tensors)) == self.digest:
             return None
         return DigestChange(before, "; ".join(reasons))
-
-    @property
-    def _text(self) -> dict[str, Any]:
-        """How text reaches the model, as the digest covers it."""
-        return {
-            "style": self.style,
-            "template": self.codec.template_source,
-            "tokenizer": read_json(self.path / "tokenizer.json"),
-        }
 
     def _digest(self, text: dict[str, Any], tensors: Iterable[StoredTensor]) -> str:
         config = {key: value for key, value in self.config.items() if key not in _VOLATILE}
@@ -148,8 +148,7 @@ def open_source(src: str | Path) -> Source:
     config = read_json(path / "config.json")
     adapter_for(str(config.get("model_type", "")))
     _require_float(path, config)
-    codec = TextCodec.from_folder(path, record.get("style"))
-    return Source(path, name, config, codec)
+    return Source(path, name, config, effective_tokenizer(path, record.get("style")))
 
 
 def _name(path: Path, record: dict[str, Any]) -> str:

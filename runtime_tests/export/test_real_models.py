@@ -22,11 +22,24 @@ pytestmark = pytest.mark.real_model
 
 PIRATE = "You are a pirate captain. Begin every answer with 'Arr, matey!' and speak only in pirate slang."
 
+DIGESTS = {
+    "smollm2": "06f09852fd9f84f09ebec7ad5eb1a628509292554869f66e1b9acbdf6bce7099",
+    "gemma3": "b6497df305a462048aaa6dda998b5a66650c1d5421b0214fb080093af76a3727",
+}
+
 
 @pytest.fixture(params=["smollm2", "gemma3"])
 def real(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A source folder and its export."""
     return request.getfixturevalue(request.param), request.getfixturevalue(f"{request.param}_export")
+
+
+@pytest.mark.parametrize(("name", "digest"), DIGESTS.items())
+def test_the_base_digest_is_that_of_earlier_versions(name: str, digest: str, request: pytest.FixtureRequest) -> None:
+    """Patches name these digests: a version that computes others would refuse every patch made before."""
+    source = open_source(request.getfixturevalue(name))
+    assert source.tokenizer.reason is None
+    assert source.digest == digest
 
 
 def test_logits_match_transformers(real: tuple[Path, Path]) -> None:

@@ -189,8 +189,10 @@ def read_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
 def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
     """Return every token id that ends a completion.
 
-    This is the union of the EOS token, generation_config.json and config.json. The files of real models disagree, and a
-    completion that runs past an end does more harm than one that stops at a second end token.
+    These are the EOS token, the ids of generation_config.json, and those of config.json. The files of real models
+    disagree, and a completion that runs past an end does more harm than one that stops at a second end token. But
+    where generation_config.json names ids, an id that only config.json names counts if it is an added token, and not
+    if it is an ordinary one: an ordinary token is part of texts, and transformers does not stop at it.
 
     Args:
         files: the tokenizer files.
@@ -203,18 +205,24 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Ma
     ids: set[int] = set()
     if "eos_token" in special_tokens:
         ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
-    for name in EOS_FILES:
-        value = files.json(name).get("eos_token_id") if name in files.content else None
-        found = [] if value is None else value if isinstance(value, list) else [value]
-        for eos in found:
-            if type(eos) is not int or not 0 <= eos < 2**31:
-                wanted = "an id or a list of ids"
-                raise _broken(files.path(name), "eos_token_id is malformed", got=shown(value), wanted=wanted)
-        ids.update(found)
+    generation, config = (_named_eos_ids(files, name) for name in EOS_FILES)
+    if generation:
+        config &= tokenizer.get_added_tokens_decoder().keys()
+    ids |= generation | config
     if not ids:
         problem, wanted = "the folder names no end-of-sequence token", "eos_token_id or eos_token"
         raise _broken(files.where, problem, got="none", wanted=wanted)
     return frozenset(ids)
+
+
+def _named_eos_ids(files: TokenizerFiles, name: str) -> set[int]:
+    value = files.json(name).get("eos_token_id") if name in files.content else None
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    for eos in found:
+        if type(eos) is not int or not 0 <= eos < 2**31:
+            wanted = "an id or a list of ids"
+            raise _broken(files.path(name), "eos_token_id is malformed", got=shown(value), wanted=wanted)
+    return set(found)
 
 
 def _token_text(value: Any, name: str, path: str) -> str:

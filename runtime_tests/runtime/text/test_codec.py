@@ -209,10 +209,30 @@ def test_a_template_that_fails_raises_an_error(tmp_path: Path, template: str, er
 
 def test_end_tokens_are_the_union_of_all_configs(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model")
-    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    (folder / "config.json").write_text('{"eos_token_id": 3}')
     codec = TextCodec.from_folder(folder)
-    assert codec.eos_ids == {0, 2, 7}
+    assert codec.eos_ids == {0, 2, 3}
     assert codec.bos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [
+        ([0], 7, {0, 2}),  # 7 is a letter, and generation_config.json says where a text ends
+        ([0], [7, 3], {0, 2, 3}),  # 3 is a special token
+        ([0, 7], 7, {0, 2, 7}),
+        (7, 0, {0, 2, 7}),
+        (None, 7, {2, 7}),  # generation_config.json names no end
+        ([], 7, {2, 7}),
+    ],
+)
+def test_an_ordinary_token_of_config_json_ends_no_text_that_generation_config_json_ends_elsewhere(
+    tmp_path: Path, generation: object, config: object, wanted: set[int]
+) -> None:
+    folder = byte_level_folder(tmp_path / "model")
+    edit(folder, "generation_config.json", eos_token_id=generation)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    assert TextCodec.from_folder(folder).eos_ids == wanted
 
 
 def test_the_template_file_has_priority_and_a_list_uses_its_default(tmp_path: Path) -> None:
