@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 from ..errors import TPError
 from .printing import note, printable, version
-from .signals import Signalled, ending_on_signals
+from .signals import Signalled, ending_on_signals, interruption
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
@@ -63,8 +63,10 @@ def run_program(
                 if sys.stdout is not None:
                     sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
                 return code
-            except BaseException:
+            except BaseException as error:
                 hold_signals()  # nothing interrupts what follows
+                if (interrupted := interruption(error)) is not None:
+                    raise interrupted from None
                 raise
         except SystemExit:
             if sys.stdout is not None:
