@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 from ..errors import TPError
 from .printing import note, printable, version
-from .signals import Signalled, ending_on_signals, interruption
+from .signals import Signalled, ending_on_signals, raise_interruption
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
@@ -65,8 +65,7 @@ def run_program(
                 return code
             except BaseException as error:
                 hold_signals()  # nothing interrupts what follows
-                if (interrupted := interruption(error)) is not None:
-                    raise interrupted from None
+                raise_interruption(error)
                 raise
         except SystemExit:
             if sys.stdout is not None:

@@ -27,8 +27,8 @@ class Signalled(BaseException):
         self.number = number
 
 
-def interruption(error: BaseException) -> BaseException | None:
-    """Return the KeyboardInterrupt or `Signalled` that an exception is or was raised from; None if there is none.
+def raise_interruption(error: BaseException) -> None:
+    """Raise the KeyboardInterrupt or `Signalled` that an exception is or was raised from, if there is one.
 
     Libraries turn interruptions into errors of their own: a native module that is interrupted while it is imported
     raises ImportError. The command was interrupted all the same.
@@ -37,10 +37,12 @@ def interruption(error: BaseException) -> BaseException | None:
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         if isinstance(found, (KeyboardInterrupt, Signalled)):
-            return found
+            try:
+                raise found from None
+            finally:
+                del error, found  # this frame must not keep alive what the exception's frames hold
         seen.add(id(found))
         found = found.__cause__ or found.__context__
-    return None
 
 
 @contextmanager
