@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 from ..errors import TPError, is_library_panic, library_text, printable
 from .printing import note, version
-from .signals import Signalled, ending_on_signals
+from .signals import Signalled, ending_on_signals, raise_interruption
 
 _INTERRUPTED = 130  # the exit code that a shell reports for a program that SIGINT ended
 _CLOSED_PIPE = 141  # the same for SIGPIPE
@@ -72,8 +72,9 @@ def run_program(
                 if sys.stdout is not None:
                     sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
                 return code
-            except BaseException:
+            except BaseException as error:
                 hold_signals()  # nothing interrupts what follows
+                raise_interruption(error)
                 raise
         except SystemExit:
             if sys.stdout is not None:

@@ -27,6 +27,24 @@ class Signalled(BaseException):
         self.number = number
 
 
+def raise_interruption(error: BaseException) -> None:
+    """Raise the KeyboardInterrupt or `Signalled` that an exception is or was raised from, if there is one.
+
+    Libraries turn interruptions into errors of their own: a native module that is interrupted while it is imported
+    raises ImportError. The command was interrupted all the same.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, (KeyboardInterrupt, Signalled)):
+            try:
+                raise found from None
+            finally:
+                del error, found  # this frame must not keep alive what the exception's frames hold
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[Callable[[], None]]:
     """Raise on SIGTERM and SIGHUP within the block, unless the process ignores or already handles them.

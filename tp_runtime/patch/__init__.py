@@ -5,7 +5,8 @@ This room knows nothing of graphs, sessions, devices or text.
 
 from .config import PatchConfig
 from .delta import Delta
-from .file import DTYPES, KV_PARTS, MAX_FILE_BYTES, PATCH_FILE, SITES, SlotKey, read_tensors, slot_name
+from .file import DTYPES, KV_PARTS, MAX_FILE_BYTES, SITES, SlotKey, read_tensors, slot_name
+from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
 from .patch import FLOAT_PRECISIONS, Patch
 

@@ -21,7 +21,8 @@ import safetensors
 from numpy.typing import NDArray
 
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError, library_errors, shown
-from ..storage import Kind, StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
+from ..storage import StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
+from .kind import FORMAT, MAX_HEADER_BYTES, PATCH_FILE
 
 SlotKey = tuple[int, str]
 """(layer, site): which slot a delta belongs to."""
@@ -35,14 +36,12 @@ EntryArrays = dict[EntryKey, NDArray[np.float32]]
 SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 DELTA_PARTS = ("a", "b", "bias", "mean")
 KV_PARTS = ("key", "value")
-FORMAT = "tp-patch"
 # Version 1 holds deltas. Version 2 also holds a KV prefix; it is written only if there is one.
 VERSIONS = ("1", "2")
 METADATA_KEYS = ("format", "version", "config")
 DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
 
 MAX_FILE_BYTES = 4 << 30
-MAX_HEADER_BYTES = 16 << 20
 MAX_LAYER = 99_999
 
 _LARGEST = {"f16": "65504", "bf16": "3.38953e38", "f32": "3.40282e38"}
@@ -403,17 +402,3 @@ def write_patch(
     with atomic_file(file, replaces=PATCH_FILE) as temporary, temporary.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.writelines(blobs)
-
-
-def _no_patch(file: Path) -> str | None:
-    """Return what a file is if its header does not say that it is a patch; its tensors are not read."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = parse_json_object(handle.read(min(length, MAX_HEADER_BYTES)))
-    metadata = header.get("__metadata__")
-    if isinstance(metadata, dict) and metadata.get("format") == FORMAT:
-        return None
-    return "a safetensors file that is not a patch"
-
-
-PATCH_FILE = Kind("a patch file", _no_patch)

@@ -22,7 +22,7 @@ from tp_export.decoder.adapters import ADAPTERS
 from tp_export.graph import export as model_export
 from tp_export.graph import export_model
 from tp_export.source import load_model, open_source
-from tp_runtime.errors import BaseMismatchError, ModelFormatError, PatchShapeError, PatchTargetError
+from tp_runtime.errors import BaseMismatchError, ModelFormatError, OutputError, PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import Graph, ModelFolder
 from tp_runtime.text import TextCodec
@@ -254,7 +254,7 @@ def test_an_existing_folder_is_refused_and_not_changed(made: Callable[[str], Mad
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     for taken in (out, out / "notes.txt"):
-        with pytest.raises(ModelFormatError):
+        with pytest.raises(OutputError):
             export_model(fitting(made)[0], taken)
     assert [path.name for path in out.iterdir()] == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -62,6 +62,20 @@ def test_system_errors_and_interruptions_are_one_line(
     assert (result.code, result.out, result.err) == (code, "", message)
 
 
+def test_an_interruption_that_a_library_turns_into_an_error_is_an_interruption(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(generate, "run", fail)
+    result = cli("generate", "x", "hi")
+    assert (result.code, result.err) == (130, "interrupted\n")
+
+
 def test_an_unexpected_error_keeps_its_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise ZeroDivisionError

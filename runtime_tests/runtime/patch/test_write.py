@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+from safetensors.numpy import save
 
 from runtime_tests.patches import random_config, random_patch
-from tp_runtime.errors import PatchFormatError, PatchValueError
+from tp_runtime.errors import OutputError, PatchFormatError, PatchValueError
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.patch import file as patch_file
 
@@ -117,3 +118,22 @@ def test_the_patch_package_needs_neither_torch_nor_onnxruntime():
         "import tp_runtime.patch, tp_runtime.storage"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_is_no_patch_is_not_replaced(tmp_path: Path) -> None:
+    patch = random_patch()
+    other = save({"weight": np.zeros(4, np.float32)})
+    for content in (other, b"notes", bytes(8), other[:12]):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(OutputError, match="is not replaced"):
+            patch.save(tmp_path / "model.safetensors")
+        assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_a_truncated_patch_file_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    random_patch().save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    random_patch().save(file)
+    assert file.read_bytes() == whole
