@@ -149,21 +149,25 @@ def _loop(
     eos_ids: frozenset[int],
     cache: KVCache,
 ) -> Generator[int]:
-    held = cache.hold()
+    held = Use(cache.uses)
     try:
-        while True:
-            # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
-            #    token. Only the logits of the last position are needed.
-            kept = cache.keep_prefix(tokens, held)
-            logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
-            # 2. Pick the next token, yield it, and stop if the completion has ended.
-            token = sampler.pick(logits[-1], tokens)
-            tokens.append(token)
-            yield token
-            if token in eos_ids or len(tokens) == token_limit:
-                return
+        try:
+            cache.take(held)
+            while True:
+                # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
+                #    token. Only the logits of the last position are needed.
+                kept = cache.keep_prefix(tokens, held)
+                logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
+                # 2. Pick the next token, yield it, and stop if the completion has ended.
+                token = sampler.pick(logits[-1], tokens)
+                tokens.append(token)
+                yield token
+                if token in eos_ids or len(tokens) == token_limit:
+                    return
+        finally:
+            held.end()
     finally:
-        held.end()
+        held.end()  # an interrupt may arrive at the first one
 
 
 def _stored(
