@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from .errors import PatchInUseError, PatchTargetError, RequestError, shown
 from .patch import Patch
-from .session import BoundPatch, Graph, Uses, not_a_patch
+from .session import BoundPatch, Graph, Use, Uses, not_a_patch
 
 _KEPT_BINDINGS = 8  # bound expressions such as 0.5 * p to keep; they are bound on first use
 
@@ -246,18 +246,20 @@ class LoadedPatches:
         if loaded is None:
             yield
             return
-        use = None
+        use = Use(loaded.uses)
         try:
-            with self.lock:
-                if self.by_name(loaded.name) is not loaded:
-                    raise PatchTargetError(
-                        "the patch was unloaded before it was used, and another patch now has its name",
-                        field="patch",
-                        got=shown(loaded.name),
-                        fix="start the request again",
-                    )
-                use = loaded.uses.begin()
-            yield
-        finally:
-            if use is not None:
+            try:
+                with self.lock:
+                    if self.by_name(loaded.name) is not loaded:
+                        raise PatchTargetError(
+                            "the patch was unloaded before it was used, and another patch now has its name",
+                            field="patch",
+                            got=shown(loaded.name),
+                            fix="start the request again",
+                        )
+                    use.begin()
+                yield
+            finally:
                 use.end()
+        finally:
+            use.end()  # an interrupt may arrive at the first one

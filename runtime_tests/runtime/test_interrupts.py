@@ -14,6 +14,7 @@ from runtime_tests.logits import token_ids
 from tp_runtime.errors import PatchTargetError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.session import Use
 
 IDS = token_ids(5)
 TAKES = ("loaded_patches.py", "session/uses.py", "session/kv_cache.py", "contextlib.py")
@@ -110,7 +111,9 @@ def test_an_interrupt_at_any_instruction_of_taking_a_cache_leaves_it_free(model:
     cache = model.new_cache()
 
     def take() -> None:
-        cache.hold().end()
+        use = Use(cache.uses)
+        cache.take(use)
+        use.end()
 
     for place in interrupted_at_every_step(take, TAKES, opcodes=True):
         assert cache.uses.first() is None, place

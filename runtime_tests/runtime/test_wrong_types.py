@@ -134,7 +134,7 @@ class Calls:
             "Graph.forward bound": (lambda v: run(IDS, cache(), v), set()),
             "Graph.forward held": (lambda v: run(IDS, cache(), graph.base, held=v), {"None"}),
             "KVCache.require_key": (lambda v: cache().require_key(v), set()),
-            "KVCache.hold": (lambda v: cache().hold(v), {"None"}),
+            "KVCache.require_free": (lambda v: cache().require_free(v), {"None"}),
             "LoadedPatches.resolve patch": (lambda v: model._patches.resolve(v, 1.0), {"None"}),
             "LoadedPatches.resolve strength": (lambda v: model._patches.resolve("p", v), STRENGTHS),
             "LoadedPatches.by_name": (lambda v: model._patches.by_name(v), set()),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import RequestError, require_positive
-from ..session import BoundPatch, Graph
+from ..session import BoundPatch, Graph, Use
 from .engine import check_request
 from .prefix_cache import PrefixCache
 from .row import Row
@@ -103,7 +103,9 @@ class Batch:
                 fix="step until a sequence ends, make one leave, or create the batch with more rows",
             )
         cache = self._graph.new_cache(bound)
-        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache, cache.hold())
+        held = Use(cache.uses)
+        cache.take(held)
+        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache, held)
         try:
             self._joining.append(row)
             return row

@@ -150,23 +150,25 @@ def _loop(
     cache: KVCache,
 ) -> Generator[int]:
     prompt_tokens = len(tokens)
-    held = None
+    held = Use(cache.uses)
     try:
-        held = cache.hold()
-        while True:
-            # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
-            #    token. Only the logits of the last position are needed.
-            kept = cache.keep_prefix(tokens, held)
-            logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
-            # 2. Pick the next token, yield it, and stop if the completion has ended.
-            token = sampler.pick(logits[-1], tokens, len(tokens) - prompt_tokens)
-            tokens.append(token)
-            yield token
-            if token in eos_ids or len(tokens) == token_limit:
-                return
-    finally:
-        if held is not None:
+        try:
+            cache.take(held)
+            while True:
+                # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
+                #    token. Only the logits of the last position are needed.
+                kept = cache.keep_prefix(tokens, held)
+                logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
+                # 2. Pick the next token, yield it, and stop if the completion has ended.
+                token = sampler.pick(logits[-1], tokens, len(tokens) - prompt_tokens)
+                tokens.append(token)
+                yield token
+                if token in eos_ids or len(tokens) == token_limit:
+                    return
+        finally:
             held.end()
+    finally:
+        held.end()  # an interrupt may arrive at the first one
 
 
 def _stored(

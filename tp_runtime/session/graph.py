@@ -316,7 +316,7 @@ class Graph:
             all_logits: whether to return the logits of every token instead of only the last token's.
             copy: whether the returned logits are the caller's own array. If not, the cache's next run may overwrite
                 them. This saves a copy, which takes longer than picking a token.
-            held: the caller's use of the cache (KVCache.hold). None takes the cache for this run only.
+            held: the caller's use of the cache (KVCache.take). None takes the cache for this run only.
 
         Returns:
             Logits [len(tokens) or 1, vocab], float32.
@@ -332,26 +332,37 @@ class Graph:
             self.require_cache(cache, bound)
         if type(tokens) is not list:
             tokens = token_list(tokens)
-        use = None
+        if held is not None:
+            if held not in cache.uses:
+                cache.require_free(held)
+            return self._append(tokens, cache, bound, all_logits, copy)
+        use = Use(cache.uses)
         try:
-            use = held if held is not None and held in cache.uses else cache.hold(held)
-            position = len(cache) + cache.skipped
-            self.folder.check_ids(tokens)
-            if position + len(tokens) > self.folder.context_window:
-                raise RequestError(
-                    "the context window cannot hold this many tokens",
-                    field="tokens",
-                    got=position + len(tokens),
-                    wanted=f"at most {self.folder.context_window}",
-                    fix="shorten the prompt or the conversation",
-                )
-            with self._exclusive():
-                logits = self._run(tokens, position, cache, bound, all_logits, copy)
-                cache.tokens.extend(tokens)
-            return logits
-        finally:
-            if held is None and use is not None:
+            try:
+                cache.take(use)
+                return self._append(tokens, cache, bound, all_logits, copy)
+            finally:
                 use.end()
+        finally:
+            use.end()  # an interrupt may arrive at the first one
+
+    def _append(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, all_logits: bool, copy: bool
+    ) -> NDArray[np.float32]:
+        position = len(cache) + cache.skipped
+        self.folder.check_ids(tokens)
+        if position + len(tokens) > self.folder.context_window:
+            raise RequestError(
+                "the context window cannot hold this many tokens",
+                field="tokens",
+                got=position + len(tokens),
+                wanted=f"at most {self.folder.context_window}",
+                fix="shorten the prompt or the conversation",
+            )
+        with self._exclusive():
+            logits = self._run(tokens, position, cache, bound, all_logits, copy)
+            cache.tokens.extend(tokens)
+        return logits
 
     def _after_run(self) -> None:
         """After the first run, move the weights to huge pages; doing it earlier would delay the first token."""

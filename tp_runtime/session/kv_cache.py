@@ -36,7 +36,7 @@ class SessionMark:
 
 @dataclass(eq=False)
 class KVCache:
-    """The keys and values of the tokens run so far. One request at a time may use a cache; see `hold`.
+    """The keys and values of the tokens run so far. One request at a time may use a cache; see `take`.
 
     A cache cannot be copied, because the copy would write into the same buffers.
 
@@ -120,29 +120,20 @@ class KVCache:
 
     # -- one request at a time -------------------------------------------------------------------------------
 
-    def hold(self, held: Use | None = None) -> Use:
-        """Take the cache for a request. Nobody else can use it until the use ends or is dropped.
+    def take(self, use: Use) -> None:
+        """Take the cache for a request, by beginning its use. Nobody else can use the cache until the use ends.
 
         Args:
-            held: the use that the caller has already. None begins one.
-
-        Returns:
-            `held`, or the new use.
+            use: a use of the cache (`Use(cache.uses)`), which the caller ends also if this raises.
 
         Raises:
             BusyError: another request holds the cache.
         """
-        self.require_free(held)
-        if held is not None:
-            return held
-        use = self.uses.begin()
-        try:
-            if self.uses.first() is not use:  # another thread was faster
-                raise _busy()
-            return use
-        except BaseException:  # an interrupt too: the caller has not got the use, and its traceback would keep it
+        self.require_free()
+        use.begin()
+        if self.uses.first() is not use:  # another thread was faster
             use.end()
-            raise
+            raise _busy()
 
     def require_free(self, held: Use | None = None) -> None:
         """Raise BusyError if a request other than that of `held` holds the cache."""

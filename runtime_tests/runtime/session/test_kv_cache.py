@@ -19,7 +19,7 @@ from runtime_tests.logits import furthest, graph_logits, token_ids
 from tp_runtime.errors import BusyError, RequestError, StaleCacheError
 from tp_runtime.generation import Batch, Sampling
 from tp_runtime.model import PatchedModel
-from tp_runtime.session import Graph, KVCache, ModelFolder
+from tp_runtime.session import Graph, KVCache, ModelFolder, Use
 
 IDS = token_ids(20)
 
@@ -138,7 +138,7 @@ def test_a_cache_in_another_thread_is_busy_at_once_and_unharmed(either: Graph, m
             lambda: either.forward([1], cache, either.base),
             lambda: either.forward([1, 2, 3], cache, either.base, all_logits=True),
             lambda: cache.keep_prefix([1, 2]),
-            lambda: cache.hold(),
+            lambda: cache.take(Use(cache.uses)),
         ):
             with pytest.raises(BusyError) as error:
                 use()  # the other run cannot end before this returns
@@ -166,7 +166,8 @@ def test_a_thread_that_dies_while_it_holds_a_cache_frees_it(graph: Graph) -> Non
     cache = graph.new_cache(graph.base)
 
     def take_and_die() -> None:
-        held = cache.hold()
+        held = Use(cache.uses)
+        cache.take(held)
         assert held in cache.uses
         raise ZeroDivisionError
 
@@ -182,7 +183,8 @@ def test_a_thread_that_dies_while_it_holds_a_cache_frees_it(graph: Graph) -> Non
 
 def test_only_the_use_that_holds_the_cache_gives_access(graph: Graph) -> None:
     cache, other = graph.new_cache(graph.base), graph.new_cache(graph.base)
-    held = cache.hold()
+    held = Use(cache.uses)
+    cache.take(held)
     graph.forward(IDS, cache, graph.base, held=held)
     assert held in cache.uses  # a run under a use does not end it
     with pytest.raises(BusyError):
@@ -203,8 +205,9 @@ def test_threads_that_fight_for_one_cache_never_get_a_wrong_answer(either: Graph
         served = refused = 0
         meet.wait(30)
         for _ in range(2000):
+            held = Use(cache.uses)
             try:
-                held = cache.hold()
+                cache.take(held)
             except BusyError:
                 refused += 1
                 continue

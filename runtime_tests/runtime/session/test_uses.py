@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import threading
 
-from tp_runtime.session import Uses
+from tp_runtime.session import Use, Uses
+
+
+def begun(uses: Uses) -> Use:
+    use = Use(uses)
+    use.begin()
+    return use
 
 
 def test_a_use_goes_on_until_it_ends_or_is_dropped() -> None:
     uses = Uses()
-    one, two = uses.begin(), uses.begin()
+    waiting, one, two = Use(uses), begun(uses), begun(uses)
+    assert waiting not in uses
     assert len(uses) == 2 and uses.first() is one and one in uses
     one.end()
     one.end()  # an end twice has no effect
@@ -20,7 +27,7 @@ def test_a_use_goes_on_until_it_ends_or_is_dropped() -> None:
 
 def test_a_use_of_one_thing_is_not_a_use_of_another() -> None:
     one, two = Uses(), Uses()
-    use = one.begin()
+    use = begun(one)
     assert use in one and use not in two
     assert 5 not in one and None not in one
 
@@ -32,7 +39,7 @@ def test_of_threads_that_begin_together_exactly_one_is_first() -> None:
 
         def begin(uses: Uses = uses, meet: threading.Barrier = meet, first: list[bool] = first) -> None:
             meet.wait(30)
-            use = uses.begin()
+            use = begun(uses)
             first.append(uses.first() is use)
             meet.wait(30)
 
