@@ -36,8 +36,9 @@ from tp_runtime.session import (
     read_default_patch,
     slot_arrays,
 )
-from tp_runtime.storage import check_name, checked_file
+from tp_runtime.storage import REEXPORT, StrictJSONError, check_name, checked_file, parse_json_object
 
+_GENAI = "genai_config.json"
 # What the exporter writes: standard ONNX, and the fused operators compiled into ONNX Runtime itself.
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
@@ -89,13 +90,35 @@ def check_description(folder: Path) -> str:
         A line that says what fits.
 
     Raises:
-        ModelFormatError: the folder or the graph cannot be read, or the two contradict each other.
+        ModelFormatError: the folder or the graph cannot be read, the two contradict each other, or the file for
+            onnxruntime-genai states another context window than the graph has.
     """
     described = ModelFolder.open(folder)
     interface = _Interface(_load(described).graph)
     check_interface(interface, described)
+    _check_window(described)
     inputs, slots = len(interface.get_inputs()), len(interface.get_overridable_initializers())
     return f"inputs and outputs: {inputs} inputs and {slots} inputs with defaults, as patch_slots.json describes them"
+
+
+def _check_window(folder: ModelFolder) -> None:
+    """Compare the context window that onnxruntime-genai would use with the one of the graph."""
+    if _GENAI not in folder.files:
+        return
+    try:
+        window = parse_json_object(folder.read(_GENAI), lenient=True)["model"]["context_length"]
+    except (StrictJSONError, KeyError, TypeError) as error:
+        raise ModelFormatError(
+            "the file states no context window", field=_GENAI, got=error, wanted="model.context_length", fix=REEXPORT
+        ) from error
+    if window != folder.context_window:
+        raise ModelFormatError(
+            "onnxruntime-genai would use another context window than the graph has",
+            field=f"{_GENAI} model.context_length",
+            got=window,
+            wanted=folder.context_window,
+            fix=REEXPORT,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,20 @@ def add_parser(subparsers: Any) -> None:
         help="check an exported model folder",
         description="Hash every file of an exported model folder and check its graph: it may use only known operators, "
         "external data only inside the folder's own files, and the inputs and outputs that the description states. If "
-        "this machine prepared the graph, the command also hashes the prepared files. It prints a line for each check. "
-        "The first check that fails ends the command with exit code 2.",
+        "this machine prepared the graph, the command also hashes the prepared files. With --tokens it compares the "
+        "folder's token ids with those of transformers. With --source it also checks that the folder is an export of "
+        "that source and predicts what the source predicts. It prints a line for each check. The first check that "
+        "fails ends the command with exit code 2.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder written by tp-export")
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="compare the token ids with those of transformers",
+    )
+    parser.add_argument(
+        "--source", metavar="SRC", help="compare with the Hugging Face folder or hub id that the folder was made from"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
     parser.set_defaults(run=run)
 
@@ -37,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         *check_graph(args.folder),
         check_description(args.folder),
     ]
+    if args.tokens or args.source is not None:
+        lines += _compare(folder, args.source)
     unused = None
     if has_prepared(folder):
         unused = check_prepared(folder)
@@ -58,3 +70,10 @@ def run(args: argparse.Namespace) -> int:
     for name in folder.unlisted:
         print(f"-- {name!a} is not listed, so nothing reads it")
     return 0
+
+
+def _compare(folder: ModelFolder, src: str | None) -> list[str]:
+    from ..graph import check_against_source, check_token_ids
+    from ..source import open_source
+
+    return [check_token_ids(folder)] if src is None else check_against_source(folder, open_source(src))

@@ -4,5 +4,6 @@ This room knows nothing of prompts or queries.
 """
 
 from .export import export_model
+from .recheck import check_against_source, check_token_ids
 
-__all__ = ["export_model"]
+__all__ = ["check_against_source", "check_token_ids", "export_model"]
