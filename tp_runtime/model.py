@@ -24,6 +24,7 @@ from .session import (
     ProbeCheck,
     SessionOptions,
     check_probe,
+    cuda_is_expected,
     not_a_patch,
 )
 from .text import (
@@ -84,8 +85,8 @@ class PatchedModel:
 
         Args:
             path: the folder.
-            device: `cuda`, `cpu` or `auto`. `auto` takes CUDA if it is available, and otherwise the CPU, with the
-                reason logged.
+            device: `cuda`, `cpu` or `auto`. `auto` takes CUDA if it is available, and otherwise the CPU. The reason is
+                logged, as a warning if this machine is set up for CUDA.
             patch: the patch for requests that name no patch. It is a Patch, the path of its file, or None for the base
                 model, and it becomes part of the session when the model is loaded. By default it is the patch that the
                 folder was exported with. A request may scale it by its `strength`.
@@ -117,7 +118,8 @@ class PatchedModel:
             raise not_a_patch(patch, "a Patch, its file, or None")
         graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
         if graph.device.requested == "auto" and graph.device.reason:
-            log.warning("running on the CPU: %s", graph.device.reason)
+            level = logging.WARNING if cuda_is_expected() else logging.INFO
+            log.log(level, "running on the CPU: %s", graph.device.reason)
         return cls(graph, codec, graph.base if patch is None else graph.default, store)
 
     # -- patches ---------------------------------------------------------------------------------------------

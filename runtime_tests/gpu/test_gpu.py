@@ -25,10 +25,12 @@ from tp_export.graph import export_model
 from tp_export.source import open_source
 from tp_runtime.bench import switch_seconds
 from tp_runtime.errors import DeviceUnavailableError
+from tp_runtime.generation import Row, Sampling
 from tp_runtime.generation.rows import new_rows
+from tp_runtime.generation.sampling import Sampler
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session import BoundPatch, Graph, ModelFolder, Use
 from tp_runtime.session.device import CUDA, select_device
 
 DEVICE = "cuda"
@@ -178,15 +180,21 @@ def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
     patches = [None, pair.patch(4), pair.patch(16), pair.patch(0)]
     logits = {}
     for graph in (pair.cpu, pair.cuda):
-        rows = new_rows(graph, 4)
+        buffers, rows = new_rows(graph, 4), []
         for length, patch in zip((9, 20, 5, 12), patches, strict=True):
             bound = graph.bind(patch)
             cache = graph.new_cache(bound)
             graph.forward(IDS[:length], cache, bound)
-            rows.add(cache, bound)
-        steps = [rows.step(IDS[at : at + 4]) for at in range(20, 30)]
-        rows.remove(1)
-        steps += [rows.step(IDS[at : at + 3]) for at in range(30, 36)]
+            held = Use(cache.uses)
+            cache.take(held)
+            rows.append(Row(IDS[:length], length, bound, 99, frozenset(), Sampler(Sampling()), cache, held))
+        steps = []
+        for at in range(20, 36):
+            if at == 30:
+                rows[1] = rows.pop()  # row 1 leaves, and the last row takes its place
+            for row, token in zip(rows, IDS[at:], strict=False):
+                row.tokens.append(token)
+            steps.append(buffers.step(rows))
         logits[graph.device.kind] = np.concatenate(steps)
     pair.require_close(logits[DEVICE], logits["cpu"])
 

@@ -17,6 +17,14 @@ from tp_runtime.patch import Patch
 from tp_runtime.session import ModelFolder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home of the tests' own, so that no test writes to the user's."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TP_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny chat model, Llama-like, with the default slots."""

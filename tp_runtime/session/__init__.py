@@ -6,7 +6,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 from .bound_patch import BoundPatch, not_a_patch
 from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
-from .device import DEVICES, require_onnxruntime
+from .device import DEVICES, cuda_is_expected, require_onnxruntime
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import FIRST_LOGIT, check_interface
@@ -48,6 +48,7 @@ __all__ = [
     "check_prepared",
     "check_probe",
     "check_rows",
+    "cuda_is_expected",
     "describe_files",
     "fit_slots",
     "grown_capacity",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
+import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -53,6 +55,9 @@ _FIX_PACKAGE = (
 _GRAPH_FAULTS = frozenset(
     {"InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoModel", "NoSuchFile", "NotImplemented"}
 )
+
+# What NVIDIA's driver makes on Linux: on PCs and servers, and on Jetson boards.
+_NVIDIA = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvmap")
 
 # ONNX Runtime's names for the memory that CPU kernels read.
 _HOST_MEMORY = frozenset({"Cpu", "CudaPinned"})
@@ -147,6 +152,12 @@ def select_device(requested: str) -> Device:
         return Device(requested, CUDA, load_failure)
     reason = load_failure or "the installed build of ONNX Runtime has no CUDA provider"
     return _without_cuda(requested, reason, _FIX_LIBRARIES if load_failure else _FIX_PACKAGE)
+
+
+def cuda_is_expected() -> bool:
+    """Return whether this machine is set up for CUDA: it has a CUDA build of ONNX Runtime, or a GPU of NVIDIA's."""
+    build = getattr(require_onnxruntime(), "cuda_version", "") or ""
+    return bool(build) or any(os.path.exists(path) for path in _NVIDIA) or shutil.which("nvidia-smi") is not None
 
 
 def check_providers(session_providers: list[str], device: Device) -> Device:

@@ -13,7 +13,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ..storage import UnreadableFileError, atomic_file, read_regular, user_folder
+from ..storage import ANY_FILE, UnreadableFileError, atomic_file, read_regular, user_folder
 
 _SUFFIX = ".json"
 
@@ -29,7 +29,8 @@ def write_record(manifest: bytes) -> None:
     """
     folder = _records()
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(_path(folder, manifest)) as temporary:
+    # A file of this name can only be an earlier record of the same bytes, or a damaged one.
+    with atomic_file(_path(folder, manifest), replaces=ANY_FILE) as temporary:
         temporary.write_bytes(manifest)
 
 

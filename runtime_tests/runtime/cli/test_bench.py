@@ -61,7 +61,7 @@ def test_time_inside_a_session_run_does_not_count_as_python_time(
             now[0] += 1
             session.run_with_iobinding(binding)
 
-    def pick(_sampler: object, _logits: object, _history: object) -> int:
+    def pick(_sampler: object, _logits: object, _history: object, _draw: int) -> int:
         now[0] += 0.25
         return 1
 

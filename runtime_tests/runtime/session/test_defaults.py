@@ -18,7 +18,7 @@ from runtime_tests.logits import furthest, graph_logits, plain_session_logits, t
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import ModelFormatError, PatchTargetError, PatchValueError, StaleCacheError
-from tp_runtime.generation.rows import new_rows
+from tp_runtime.generation import Batch, Sampling, generate
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files
@@ -123,13 +123,14 @@ def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patc
     """A session does not expose its initializers, so the default patch is read from the patch file in the folder."""
     graph = Graph(ModelFolder.open(exported), "cpu")
     bounds = [graph.default, graph.base, graph.bind(other)]
-    caches = [graph.new_cache(bound) for bound in bounds]
-    rows = new_rows(graph, 3)
-    for cache, bound in zip(caches, bounds, strict=True):
-        graph.forward(IDS[:9], cache, bound)
-        rows.add(cache, bound)
-    for place, logits in enumerate(rows.step([IDS[9]] * 3)):
-        assert furthest(logits, graph_logits(graph, IDS[:10], bounds[place])[-1]) < 1e-5
+    batch = Batch(graph, 3)
+    options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": 4, "eos_ids": frozenset()}
+    rows = [batch.join(IDS[:10], bound, **options) for bound in bounds]
+    while batch.rows or batch.joining:
+        batch.step()
+    for row, bound in zip(rows, bounds, strict=True):
+        assert row.tokens[10:] == list(generate(graph, IDS[:10], bound, **options))
+    assert len({tuple(row.tokens) for row in rows}) > 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "another"])

@@ -5,6 +5,7 @@ CUDA is simulated: a fake onnxruntime behaves as the real one was observed to be
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import types
@@ -25,6 +26,7 @@ from tp_runtime.session.device import (
     check_cuda_options,
     check_providers,
     create_session,
+    cuda_is_expected,
     input_kinds,
     select_device,
 )
@@ -165,6 +167,18 @@ def test_a_requested_cpu_has_no_reason():
 def test_cuda_on_the_cpu_build_is_refused():
     with pytest.raises(DeviceUnavailableError, match=r"has no CUDA provider.*pip uninstall onnxruntime, then"):
         select_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "tool", "expected"),
+    [("", False, False, False), ("12.8", False, False, True), ("", True, False, True), ("", False, True, True)],
+)
+def test_cuda_is_expected_with_a_cuda_build_or_a_gpu(monkeypatch, tmp_path, build, driver, tool, expected):
+    """A machine with a GPU and the CPU build has most likely the wrong package."""
+    monkeypatch.setattr(device_module, "require_onnxruntime", lambda: types.SimpleNamespace(cuda_version=build))
+    monkeypatch.setattr(device_module, "_NVIDIA", (str(tmp_path if driver else tmp_path / "none"),))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if tool else None)
+    assert cuda_is_expected() is expected
 
 
 def test_auto_on_the_cpu_build_is_the_cpu_with_a_reason():
