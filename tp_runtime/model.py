@@ -28,7 +28,6 @@ from .session import (
     not_a_patch,
 )
 from .text import (
-    TOKENIZER_FILES,
     EncodedRequest,
     Message,
     Request,
@@ -110,8 +109,7 @@ class PatchedModel:
         require_flag("verify", verify)
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         folder = ModelFolder.open(path, verify)
-        content = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
-        codec = TextCodec.from_files(content, str(folder.path), "chat" if folder.style == "chat" else "completion")
+        codec = TextCodec.from_model_folder(folder)
         if isinstance(patch, str | os.PathLike):
             patch = Patch.load(patch)
         if not isinstance(patch, Patch | Active | None):

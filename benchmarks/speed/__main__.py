@@ -27,8 +27,8 @@ from benchmarks.speed.prepare import BITS, MODELS, prepare, program
 from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
+from tp_export.source import open_source
 from tp_runtime.storage import ANY_FILE, atomic_file
-from tp_runtime.text import TextCodec
 
 _TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"
 
@@ -90,8 +90,7 @@ def in_new_process(*command: str) -> dict[str, Any]:
 
 def text_ids(source: Path, count: int) -> tuple[int, ...]:
     """Return `count` ids of ordinary text, which repeats until there are enough."""
-    codec = TextCodec.from_folder(source, "completion")
-    ids = codec.render(_TEXT.read_text(encoding="utf-8"), None, raw=True)
+    ids = open_source(source).codec.render(_TEXT.read_text(encoding="utf-8"), None, raw=True)
     return tuple((ids * (count // len(ids) + 1))[:count])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.session import Graph, ModelFolder
-from tp_runtime.text import TOKENIZER_FILES, TextCodec
+from tp_runtime.text import TextCodec
 
 from ..source import Source, compare_ids, load_model
 from .parity import measure_parity
@@ -24,7 +24,7 @@ def check_token_ids(folder: ModelFolder) -> str:
     Raises:
         ModelFormatError: the ids differ, or a tokenizer file is damaged.
     """
-    codec = _codec(folder)
+    codec = TextCodec.from_model_folder(folder)
     if (difference := compare_ids(codec, folder.path)) is not None:
         raise _other_ids(folder, str(difference))
     return "token ids: those of transformers on the sample texts"
@@ -57,7 +57,7 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
             wanted=source.digest,
             fix=_AGAIN if earlier else "give the source that the folder was exported from",
         )
-    if (difference := compare_ids(_codec(folder), source.path)) is not None:
+    if (difference := compare_ids(TextCodec.from_model_folder(folder), source.path)) is not None:
         raise _other_ids(folder, str(difference))
     parity = measure_parity(source.codec, load_model(source), Graph(folder, device="cpu"))
     if not parity.agrees:
@@ -73,11 +73,6 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
         "token ids: those of transformers on the source",
         f"predictions: {parity}",
     ]
-
-
-def _codec(folder: ModelFolder) -> TextCodec:
-    files = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
-    return TextCodec.from_files(files, str(folder.path), "chat" if folder.style == "chat" else "completion")
 
 
 def _other_ids(folder: ModelFolder, difference: str) -> ModelFormatError:

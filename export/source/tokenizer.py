@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,18 +119,12 @@ def effective_tokenizer(path: Path, recorded_style: Style | None = None) -> Effe
     _check_vocabulary(codec, ends, path)
     if files == own:
         return EffectiveTokenizer(files, codec, codec, None, own[_TOKENIZER])
-    reason, before = None, _codec_of_own_files(path, recorded_style)
+    reason, before = None, None
+    with suppress(ModelFormatError):  # if earlier versions refused the source, no patch of it exists
+        before = TextCodec.from_files(own | ends, str(path), recorded_style)
     if before is not None and (example := first_change(before, codec, loaded)):
         reason = f"the tokenizer's files were read without transformers, which gave other token ids for {example}"
     return EffectiveTokenizer(files, codec, before, reason, own[_TOKENIZER])
-
-
-def _codec_of_own_files(path: Path, style: Style | None) -> TextCodec | None:
-    """Return the codec that earlier versions made; None if they refused the source, so that no patch of it exists."""
-    try:
-        return TextCodec.from_folder(path, style)
-    except ModelFormatError:
-        return None
 
 
 def _digest_text(codec: TextCodec, tokenizer: bytes) -> dict[str, Any]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, RequestError, library_errors, shown
+from ..session import ModelFolder
 from .template import compile_template, fill_template
 from .tokenizer_files import (
     CONFIG,
+    TOKENIZER_FILES,
     TokenizerFiles,
     check_added_tokens,
     read_eos_ids,
-    read_folder,
     read_special_tokens,
     read_template,
     read_tokenizer,
@@ -66,20 +66,18 @@ class TextCodec:
         self._prefix: list[int] = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
     @classmethod
-    def from_folder(cls, path: str | Path, style: Style | None = None) -> TextCodec:
-        """Read the tokenizer and the template of a Hugging Face folder.
+    def from_model_folder(cls, folder: ModelFolder) -> TextCodec:
+        """Read the tokenizer and the template of an exported folder: its listed files, as the bytes that were hashed.
 
-        The files of an exported folder are checked; `from_files` takes their bytes from it.
-
-        Args:
-            path: the folder.
-            style: see `from_files`.
+        Only an export holds files that give the token ids of transformers without transformers. A Hugging Face folder
+        is opened on the host, with `tp_export.source.open_source`.
 
         Raises:
-            ModelFormatError: a file is not a regular file or cannot be read; or as for `from_files`.
-            RequestError: `style` is unknown.
+            ModelFormatError: a file is not the one that was exported; or as for `from_files`.
+            UnsafePathError: the path of a file leads outside the folder.
         """
-        return cls.from_files(read_folder(Path(path)), str(path), style)
+        content = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
+        return cls.from_files(content, str(folder.path), "chat" if folder.style == "chat" else "completion")
 
     @classmethod
     def from_files(cls, content: Mapping[str, bytes], where: str, style: Style | None = None) -> TextCodec:

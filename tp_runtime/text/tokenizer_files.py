@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, library_errors, shown
-from ..storage import StrictJSONError, UnreadableFileError, parse_json_object, read_regular
+from ..storage import StrictJSONError, parse_json_object
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -24,7 +24,6 @@ TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
 """The names of the files that a codec reads; the first two must exist."""
 
 _FIX = "export the model again, or copy the file from its source"
-_LARGEST = 2**28  # the largest tokenizers of today have 35 MB
 
 # The names that transformers passes to a template. A name that is not set stays undefined, here as in transformers.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,25 +65,6 @@ class TokenizerFiles:
             return parse_json_object(self.read(name), lenient=True)
         except StrictJSONError as error:
             raise _broken(self.path(name), f"the file {error.problem}", error.got, error.wanted) from error
-
-
-def read_folder(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of each of `TOKENIZER_FILES` that a folder has.
-
-    Raises:
-        ModelFormatError: a file is not a regular file, is too large, or cannot be read.
-    """
-    found = {}
-    for name in TOKENIZER_FILES:
-        try:
-            found[name] = read_regular(folder / name, _LARGEST)
-        except FileNotFoundError:
-            continue
-        except UnreadableFileError as error:
-            raise _broken(str(folder / name), error.problem, error.got, error.wanted) from None
-        except OSError as error:
-            raise _broken(str(folder / name), "the file cannot be read", error, "a file") from None
-    return found
 
 
 def read_tokenizer(files: TokenizerFiles) -> Tokenizer:

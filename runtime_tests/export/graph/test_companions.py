@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from runtime_tests.codecs import codec_of
 from tp_export.graph import export_model
 from tp_export.graph.companions import companion_files, licence_files
 from tp_export.source import compare_ids, open_source
 from tp_runtime.errors import UnsafePathError
 from tp_runtime.session import ModelFolder
-from tp_runtime.text import TextCodec
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_an_export_has_the_ids_of_transformers_where_the_source_s_tokenizer_json
     out = export_model(source, tmp_path / "out")
     wanted = AutoTokenizer.from_pretrained(copy)("Hi")["input_ids"]
     assert wanted[0] == 1
-    assert TextCodec.from_folder(copy).render("Hi") == wanted[1:]
-    codec = TextCodec.from_folder(out)
+    assert codec_of(copy).render("Hi") == wanted[1:]
+    codec = codec_of(out)
     assert codec.render("Hi") == source.codec.render("Hi") == wanted
     assert AutoTokenizer.from_pretrained(out)("Hi")["input_ids"] == wanted
     assert compare_ids(codec, out) is None

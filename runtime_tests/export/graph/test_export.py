@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from runtime_tests.codecs import codec_of
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, graph_logits, plain_session_logits, token_ids
@@ -25,7 +26,6 @@ from tp_export.source import load_model, open_source
 from tp_runtime.errors import BaseMismatchError, ModelFormatError, OutputError, PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import Graph, ModelFolder
-from tp_runtime.text import TextCodec
 
 TOLERANCE = 1e-4
 DESIGNS = [*ADAPTERS, "phi3 longrope", "gpt2 scaled by layer", "gpt_neox sequential"]
@@ -201,7 +201,7 @@ def test_the_folder_contains_the_tokenizer_and_configs_of_the_source(made: Calla
     assert set(ModelFolder.open(export, verify=True).files) == {path.name for path in export.iterdir()} - {
         "patch_slots.json"
     }
-    assert TextCodec.from_folder(export).render("Hi") == TextCodec.from_folder(source).render("Hi")
+    assert codec_of(export).render("Hi") == codec_of(source).render("Hi")
 
 
 # -- errors and interruptions --------------------------------------------------------------------------------

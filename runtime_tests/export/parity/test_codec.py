@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from runtime_tests.codecs import codec_of
 from runtime_tests.runtime.text.test_codec import byte_level_folder, sentencepiece_folder
-from tp_runtime.text import TextCodec
 
 # This template uses everything that transformers offers beyond plain Jinja.
 EVERYTHING = """{% set ns = namespace(n=0) %}
@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_chat_ids_equal_those_of_transformers(folder: Path, messages: list[Any], add_generation_prompt: bool) -> None:
     reference = AutoTokenizer.from_pretrained(str(folder))
-    codec = TextCodec.from_folder(folder)
+    codec = codec_of(folder)
     assert codec.style == "chat"
     want = reference.apply_chat_template(messages, tokenize=True, add_generation_prompt=add_generation_prompt)
     assert codec.render(messages, add_generation_prompt=add_generation_prompt) == want
@@ -60,16 +60,16 @@ def test_everything_a_template_may_use_is_supported(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "é <b>", "name": "x"}, {"role": "tool", "content": "skipped"}]
     messages.append({"role": "user", "content": "end"})
     want = reference.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
-    assert TextCodec.from_folder(folder).render(messages) == want
+    assert codec_of(folder).render(messages) == want
 
 
 @pytest.mark.parametrize("text", ["What is the token?", " two  spaces\n", "漢字 👩‍👩‍👧 e\u0301"])
 def test_raw_ids_equal_those_of_transformers(folder: Path, text: str) -> None:
     reference = AutoTokenizer.from_pretrained(str(folder))
-    codec = TextCodec.from_folder(folder)
+    codec = codec_of(folder)
     want = reference(text)["input_ids"]
     if want[-1] == reference.convert_tokens_to_ids("<eos>"):
         want = want[:-1]  # an EOS after the prompt would end the text that the model continues
     assert codec.render(text, raw=True) == want
-    assert TextCodec.from_folder(folder, "completion").render(text) == want
+    assert codec_of(folder, "completion").render(text) == want
     assert codec.decode(want) == text

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from runtime_tests.codecs import codec_of
 from tp_runtime.errors import ModelFormatError, RequestError
 from tp_runtime.text import TextCodec
 
@@ -107,12 +108,12 @@ def sentencepiece_folder(folder: Path) -> Path:
 
 @pytest.fixture
 def chat(tmp_path: Path) -> TextCodec:
-    return TextCodec.from_folder(sentencepiece_folder(tmp_path / "model"))
+    return codec_of(sentencepiece_folder(tmp_path / "model"))
 
 
 @pytest.fixture
 def completion(tmp_path: Path) -> TextCodec:
-    return TextCodec.from_folder(sentencepiece_folder(tmp_path / "model"), "completion")
+    return codec_of(sentencepiece_folder(tmp_path / "model"), "completion")
 
 
 def edit(folder: Path, name: str, **changes: object) -> None:
@@ -199,7 +200,7 @@ def test_the_error_of_a_template_contains_its_text(chat: TextCodec) -> None:
     ],
 )
 def test_a_template_that_fails_raises_an_error(tmp_path: Path, template: str, error: type[Exception]) -> None:
-    codec = TextCodec.from_folder(byte_level_folder(tmp_path / "model", template))
+    codec = codec_of(byte_level_folder(tmp_path / "model", template))
     with pytest.raises(error):
         codec.render("x")
 
@@ -210,7 +211,7 @@ def test_a_template_that_fails_raises_an_error(tmp_path: Path, template: str, er
 def test_end_tokens_are_the_union_of_all_configs(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model")
     (folder / "config.json").write_text('{"eos_token_id": 3}')
-    codec = TextCodec.from_folder(folder)
+    codec = codec_of(folder)
     assert codec.eos_ids == {0, 2, 3}
     assert codec.bos_id == 0
 
@@ -232,24 +233,24 @@ def test_an_ordinary_token_of_config_json_ends_no_text_that_generation_config_js
     folder = byte_level_folder(tmp_path / "model")
     edit(folder, "generation_config.json", eos_token_id=generation)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": config}))
-    assert TextCodec.from_folder(folder).eos_ids == wanted
+    assert codec_of(folder).eos_ids == wanted
 
 
 def test_the_template_file_has_priority_and_a_list_uses_its_default(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     folder = byte_level_folder(tmp_path / "model", named)
-    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "yes"
+    assert codec_of(folder).decode(codec_of(folder).render("x")) == "yes"
     (folder / "chat_template.jinja").write_text("from the file")
-    assert TextCodec.from_folder(folder).decode(TextCodec.from_folder(folder).render("x")) == "from the file"
+    assert codec_of(folder).decode(codec_of(folder).render("x")) == "from the file"
 
 
 def test_a_folder_without_a_template_is_completion_style(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model", None)
-    assert TextCodec.from_folder(folder).style == "completion"
+    assert codec_of(folder).style == "completion"
     with pytest.raises(ModelFormatError, match="no chat template"):
-        TextCodec.from_folder(folder, "chat")
+        codec_of(folder, "chat")
     with pytest.raises(RequestError, match="style"):
-        TextCodec.from_folder(folder, "prose")  # type: ignore[arg-type]
+        codec_of(folder, "prose")  # type: ignore[arg-type]
 
 
 CONFIG = "tokenizer_config.json"
@@ -283,7 +284,7 @@ def test_a_broken_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = byte_level_folder(tmp_path / "model")
     BREAKS[name](folder)
     with pytest.raises(ModelFormatError) as error:
-        TextCodec.from_folder(folder)
+        codec_of(folder)
     assert str(folder) in error.value.field
     assert error.value.got is not None and error.value.wanted and error.value.fix
 
@@ -293,4 +294,4 @@ def test_a_folder_without_an_end_token_is_refused(tmp_path: Path) -> None:
     edit(folder, CONFIG, eos_token=None)
     (folder / "generation_config.json").unlink()
     with pytest.raises(ModelFormatError, match="no end-of-sequence token"):
-        TextCodec.from_folder(folder)
+        codec_of(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -27,19 +26,10 @@ def folder(tmp_path: Path, files: dict[str, bytes]) -> Path:
     return tmp_path
 
 
-def test_a_folder_and_its_bytes_give_the_same_codec(files: dict[str, bytes]) -> None:
-    of_files, of_folder = TextCodec.from_files(files, "m"), TextCodec.from_folder(MODEL)
-    assert of_files.render(PROMPT) == of_folder.render(PROMPT)
-    assert (of_files.eos_ids, of_files.style, of_files.template_source) == (
-        *(of_folder.eos_ids, of_folder.style, of_folder.template_source),
-    )
-
-
 def test_files_on_the_disk_are_not_read(files: dict[str, bytes], folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ 'evil' }}")
     codec = TextCodec.from_files(files, str(folder))
     assert codec.template_source != "{{ 'evil' }}"
-    assert TextCodec.from_folder(folder).template_source == "{{ 'evil' }}"  # a raw folder lists nothing
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES[:2])
@@ -64,20 +54,3 @@ def test_a_template_with_other_ends_of_lines_is_the_same_template(files: dict[st
         for text in (template, template.replace("\n", "\r\n"))
     )
     assert unix.template_source == windows.template_source and unix.render(PROMPT) == windows.render(PROMPT)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
-@pytest.mark.parametrize("name", TOKENIZER_FILES)
-@pytest.mark.parametrize("kind", ["fifo", "folder", "huge"])
-def test_something_else_than_a_file_in_a_raw_folder_is_an_error_and_no_wait(folder: Path, name: str, kind: str) -> None:
-    (folder / name).unlink(missing_ok=True)
-    if kind == "fifo":
-        os.mkfifo(folder / name)
-    elif kind == "folder":
-        (folder / name).mkdir()
-    else:
-        (folder / name).touch()
-        os.truncate(folder / name, 2**40)
-    with pytest.raises(ModelFormatError, match=r"not a regular file|too large") as caught:
-        TextCodec.from_folder(folder)
-    assert caught.value.field == str(folder / name)
