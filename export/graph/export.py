@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
-from tp_runtime.errors import ModelFormatError, library_text
+from tp_runtime.errors import ModelFormatError, printable
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey
 from tp_runtime.session import (
     DEFAULT_FILE,
@@ -208,10 +208,10 @@ def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first error's type and message in one line: exporters wrap that error in pages of advice."""
+    """Return the first line of the first error: exporters wrap that error in others, and add pages of advice."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return library_text(error)
+    return printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}")
 
 
 def _describe(

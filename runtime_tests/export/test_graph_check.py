@@ -336,14 +336,14 @@ def test_the_command_prints_a_line_for_each_check(exported, capsys):
     assert _run(exported) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("OK files: 7, ") and lines[0].endswith("all digests match")
-    assert lines[6].startswith("OK inputs and outputs: 9 inputs and 10 inputs with defaults")
+    assert lines[7].startswith("OK inputs and outputs: 9 inputs and 10 inputs with defaults")
     assert lines[-1] == "-- 'notes.txt' is not listed, so nothing reads it"
 
 
 def test_the_command_prints_json(exported, capsys):
     assert _run(exported, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 7
+    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 8
     assert report["prepared_not_used"] is None
 
 
@@ -361,7 +361,10 @@ def test_the_command_refuses_a_slot_without_a_default(exported):
     record = describe_files(exported, ["model.onnx"])["model.onnx"]
     alter(exported, lambda data: data["files"].update({"model.onnx": asdict(record)}))
     for refuse in (_run, lambda folder: Graph(ModelFolder.open(folder), "cpu")):
-        with pytest.raises(ModelFormatError, match=r"no input with a default tp\.1\.mlp_out\.a|unknown input"):
+        with pytest.raises(
+            ModelFormatError,
+            match=r"no input with a default tp\.1\.mlp_out\.a|unknown input|lacks a slot that the description lists",
+        ):
             refuse(exported)
 
 

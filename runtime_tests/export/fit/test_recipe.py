@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runtime_tests.patches import random_patch
 from tp_export import cli
 from tp_export.fit import recipe as patching
 from tp_export.rollout import dialogues
@@ -186,7 +187,8 @@ def test_a_full_disk_keeps_the_old_file(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "p.safetensors"
-    out.write_bytes(b"an older patch")
+    random_patch().save(out)
+    before = out.read_bytes()
 
     def full(*_args: Any, **_kw: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -195,7 +197,7 @@ def test_a_full_disk_keeps_the_old_file(
     assert cli.main(patch_arguments(tiny_llama, out)) == 1
     assert "No space left" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
-    assert out.read_bytes() == b"an older patch"
+    assert out.read_bytes() == before
 
 
 def test_truncated_and_missing_sources_are_refused(

@@ -188,7 +188,7 @@ BAD: list[tuple[str, Any]] = [
     *[("use_rslora", value) for value in ("yes", 1, None)],
     *[("lora_bias", value) for value in ("yes", 1, [])],
     *[("target_modules", value) for value in (None, 5, {"a": 1}, [1], ["q_proj", None], "(", "*", "a{9999999999}")],
-    *[("exclude_modules", value) for value in (5, [1], {"a": 1}, "(", "(?P<a", "\ud800(")],
+    *[("exclude_modules", value) for value in (5, [1], {"a": 1}, "(", "(?P<a")],
     *[("layers_to_transform", value) for value in ("1", 1.0, True, [1.0], ["1"], [True], {"a": 1}, {})],
     *[("layers_pattern", value) for value in ("layers", ["layers"])],
     *[("rank_pattern", value) for value in ([2], "x", {"q_proj": 0}, {"q_proj": "2"}, {"q_proj": None}, {"(": 2})],

@@ -56,13 +56,20 @@ def test_the_name_is_not_part_of_the_digest(snapshot: Path, tmp_path: Path) -> N
     assert open_source(snapshot).digest == open_source(shutil.copytree(snapshot, tmp_path / "mine")).digest
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "\x1b[31mred", "right\u202eleft", "half\ud800", "\u2028"])
+@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "\x1b[31mred", "right\u202eleft", "\u2028"])
 def test_a_name_that_is_not_printable_is_refused_and_escaped(name: str, snapshot: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(snapshot, tmp_path / "named"))
     (folder / "source.json").write_text(json.dumps({"name": name}))
     with pytest.raises(ModelFormatError, match=r"source\.json name: the name of the model is not printable") as caught:
         open_source(folder)
     assert str(caught.value).isprintable()
+
+
+def test_half_of_a_surrogate_pair_in_a_name_is_refused_with_the_file(snapshot: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(snapshot, tmp_path / "named"))
+    (folder / "source.json").write_text(json.dumps({"name": "half\ud800"}))
+    with pytest.raises(ModelFormatError, match=r"source\.json: the file holds half of a surrogate pair"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def write(folder: Path, shards: int = 1) -> Path:
     (folder / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "added_tokens": [{**added, "normalized": False}], "model": model})
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>", "chat_template": "{{ 'ü' }}"}))
+    # Without this class, transformers takes the one of Llama, which puts a BOS in front of every text.
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<s>", "chat_template": "{{ 'ü' }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
     if shards == 1:
         save_file(weights(), folder / "model.safetensors")
     else:
