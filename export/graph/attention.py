@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
+from tp_runtime.errors import ModelFormatError
+
 ATTENTION = "tp_group_query_attention"
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes, but only when the graph runs
 
@@ -84,6 +86,14 @@ def _attention(
     past_key, past_value = recording.past[module.layer_idx]  # type: ignore[index]
     batch, heads, steps, head_dim = query.shape
     kv_heads = key.shape[1]
+    if (kv_heads, head_dim) != (past_key.shape[1], past_key.shape[3]):
+        raise ModelFormatError(
+            "the attention of the model has another shape than its config states",
+            field="config.json",
+            got=f"{past_key.shape[1]} key/value heads of {past_key.shape[3]}",
+            wanted=f"{kv_heads} of {head_dim}",
+            fix="correct num_key_value_heads and head_dim, or leave them out",
+        )
     total = past_key.shape[2] + steps
     attributes: dict[str, Any] = {
         "num_heads": heads,

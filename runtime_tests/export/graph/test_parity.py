@@ -16,7 +16,7 @@ from tp_export.graph import export_model
 from tp_export.graph.parity import check_export, measure_parity
 from tp_export.quantise import held_out_text
 from tp_export.source import Source, load_model, open_source
-from tp_runtime.errors import ModelFormatError
+from tp_runtime.errors import ModelFormatError, RequestError
 from tp_runtime.session import Graph, ModelFolder
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4-rtn")
@@ -74,6 +74,17 @@ def test_the_check_reads_prose(source: Source, folders: dict[str, Path], monkeyp
     assert held_out_text().startswith(source.codec.decode(read[0]))
 
 
+def test_a_tokenizer_without_tokens_of_the_prose_is_checked_on_its_own_ids(
+    source: Source, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise RequestError("the prompt is empty", field="messages")
+
+    monkeypatch.setattr(source.codec, "render", refuse)
+    parity = check_export(source.codec, load_model(source), folders["fp32"])
+    assert parity is not None and parity.agrees and parity.tokens == 64
+
+
 def test_logits_that_are_not_numbers_do_not_agree(
     source: Source, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,3 +134,12 @@ def test_a_long_text_before_the_trace_does_not_change_the_graph(
     monkeypatch.setattr(model_export, "load_model", lambda _source: model)
     graph = Graph(ModelFolder.open(export_model(source, tmp_path / "export", route="fused")), "cpu")
     assert furthest(graph_logits(graph, ids[:64]), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("route", ["fused", "auto"])
+def test_a_config_that_states_another_head_size_than_the_model_has_is_refused(route: str, tmp_path: Path) -> None:
+    """GPT-2 ignores `head_dim`: its heads have the width of the model divided by their number."""
+    source = open_source(tiny_model(tmp_path / "source", "gpt2", hidden_size=96, head_dim=16, num_hidden_layers=2))
+    with pytest.raises(ModelFormatError, match="another shape than its config states|contradict patch_slots"):
+        export_model(source, tmp_path / "export", route=route)
+    assert not (tmp_path / "export").exists()
