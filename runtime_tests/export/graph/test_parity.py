@@ -140,6 +140,6 @@ def test_a_long_text_before_the_trace_does_not_change_the_graph(
 def test_a_config_that_states_another_head_size_than_the_model_has_is_refused(route: str, tmp_path: Path) -> None:
     """GPT-2 ignores `head_dim`: its heads have the width of the model divided by their number."""
     source = open_source(tiny_model(tmp_path / "source", "gpt2", hidden_size=96, head_dim=16, num_hidden_layers=2))
-    with pytest.raises(ModelFormatError, match="another shape than its config states|contradict patch_slots"):
+    with pytest.raises(ModelFormatError, match=r"another shape than its config states|contradict patch_slots"):
         export_model(source, tmp_path / "export", route=route)
     assert not (tmp_path / "export").exists()
