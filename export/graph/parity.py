@@ -55,6 +55,17 @@ class Parity:
         """Whether the graph computes what the model computes, up to rounding. NaN does not agree."""
         return (self.error if self.precision == "fp32" else self.kl) <= self.limit
 
+    def require(self, fix: str) -> None:
+        """Raise ModelFormatError, with `fix` as its instruction, unless the graph computes what the model computes."""
+        if not self.agrees:
+            raise ModelFormatError(
+                "the exported graph does not compute what the model computes",
+                field="logits",
+                got=self,
+                wanted=f"{'an error' if self.precision == 'fp32' else 'a KL'} of at most {self.limit}",
+                fix=fix,
+            )
+
     def __str__(self) -> str:
         return (
             f"{self.precision} on {self.tokens} tokens of built-in text: KL {self.kl:.2g} nats per token, "
@@ -129,12 +140,5 @@ def check_export(codec: TextCodec, model: Any, folder: Path) -> Parity | None:
     except DeviceUnavailableError:
         return None
     parity = measure_parity(codec, model, graph)
-    if not parity.agrees:
-        raise ModelFormatError(
-            "the exported graph does not compute what the model computes",
-            field="logits",
-            got=parity,
-            wanted=f"{'an error' if parity.precision == 'fp32' else 'a KL'} of at most {parity.limit}",
-            fix="use --precision fp32, or report this architecture",
-        )
+    parity.require("use --precision fp32, or report this architecture")
     return parity

@@ -60,14 +60,7 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
     if (difference := compare_ids(TextCodec.from_model_folder(folder), source.path)) is not None:
         raise _other_ids(folder, str(difference))
     parity = measure_parity(source.codec, load_model(source), Graph(folder, device="cpu"))
-    if not parity.agrees:
-        raise ModelFormatError(
-            "the exported graph does not compute what the source computes",
-            field="logits",
-            got=parity,
-            wanted=f"{'an error' if parity.precision == 'fp32' else 'a KL'} of at most {parity.limit}",
-            fix=_AGAIN,
-        )
+    parity.require(_AGAIN)
     return [
         "base: the source has the folder's base digest, and all of its weights",
         "token ids: those of transformers on the source",

@@ -88,7 +88,7 @@ def test_a_folder_that_computes_something_else_than_its_source_is_found(
     other = tiny_model(tmp_path / "other", "llama", seed=1)
     alter(folder, lambda data: data.update(base_digest=open_source(other).digest))
     assert check(folder, "--source", other) == 2
-    assert "the exported graph does not compute what the source computes" in capsys.readouterr().err
+    assert "the exported graph does not compute what the model computes" in capsys.readouterr().err
 
 
 def test_a_window_that_the_graph_does_not_have_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
