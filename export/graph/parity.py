@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, library_text
 from tp_runtime.patch import FLOAT_PRECISIONS
-from tp_runtime.session import Graph, ModelFolder
+from tp_runtime.session import GRAPH_FILE, Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
 from ..decoder import patched
@@ -51,6 +51,11 @@ class Parity:
         return _LARGEST_ERROR if self.precision == "fp32" else _LARGEST_KL[self.precision.partition("-")[0]]
 
     @property
+    def wanted(self) -> str:
+        """The limit in words, for errors."""
+        return f"{'an error' if self.precision == 'fp32' else 'a KL'} of at most {self.limit}"
+
+    @property
     def agrees(self) -> bool:
         """Whether the graph computes what the model computes, up to rounding. NaN does not agree."""
         return (self.error if self.precision == "fp32" else self.kl) <= self.limit
@@ -81,11 +86,11 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph) -> Parity:
     ids = codec.render(held_out_text(), raw=True)[: min(_TOKENS, graph.folder.context_window)]
     try:
         got = torch.from_numpy(graph.run(ids, graph.base)).log_softmax(-1)
-    except RuntimeError as error:  # ONNX Runtime's exceptions have no common base class of their own
+    except RuntimeError as error:  # what a run with a binding raises
         raise ModelFormatError(
             "ONNX Runtime cannot run the exported graph",
-            field="model.onnx",
-            got=str(error).strip().partition("\n")[0],
+            field=GRAPH_FILE,
+            got=library_text(error),
             fix="use --route optimum, or report this architecture",
         ) from error
     with ExitStack() as stack:
@@ -122,7 +127,7 @@ def check_export(codec: TextCodec, model: Any, folder: Path) -> Parity | None:
             "the exported graph does not compute what the model computes",
             field="logits",
             got=parity,
-            wanted=f"{'an error' if parity.precision == 'fp32' else 'a KL'} of at most {parity.limit}",
+            wanted=parity.wanted,
             fix="use --precision fp32, or report this architecture",
         )
     return parity
