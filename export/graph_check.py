@@ -27,7 +27,7 @@ from onnx import (
     numpy_helper,
 )
 
-from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError, library_errors
+from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathError, library_errors, shown
 from tp_runtime.session import (
     GRAPH_FILE,
     LARGEST_GRAPH,
@@ -298,7 +298,7 @@ def _bounded(text: str, field: str) -> int:
         raise UnsafePathError(
             "the text is not a number of bytes",
             field=field,
-            got=f"{text!a:.60}",
+            got=shown(text),
             wanted=f"an integer from 0 to {_LARGEST}",
             fix=_UNTRUSTED,
         )

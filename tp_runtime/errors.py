@@ -145,6 +145,12 @@ def shown(value: object) -> str:
     return _line(_text(value, repr), _LONGEST_PART)
 
 
+def shortened(names: abc.Sequence[str], most: int = 4) -> str:
+    """Return the first names of a list on one line, and how many more there are, for an error."""
+    first = ", ".join(map(printable, names[:most]))
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
+
+
 def library_text(error: BaseException) -> str:
     """Return the type and the message of an exception that a library raised, on one line of bounded length."""
     text = " ".join(_text(error).split())

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import ModelFormatError
+from tp_runtime.errors import ModelFormatError, shortened
 from tp_runtime.storage import parse_json_object, system_errors
 
 from .manifest import Manifest
@@ -52,7 +52,7 @@ def convert_weights(gguf: Path, folder: Path) -> None:
             raise ModelFormatError(
                 "weights of the model are missing from the GGUF file",
                 field=gguf.name,
-                got=f"no {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""),
+                got=f"no {shortened(missing)}",
                 wanted="every weight that its metadata describes",
             )
         # This is GGUF's title for the model, which transformers would otherwise write into config.json as a path.

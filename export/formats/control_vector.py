@@ -167,7 +167,7 @@ def read_control_vector(path: Path, config: Mapping[str, Any]) -> dict[SlotKey, 
         raise PatchFormatError(
             "directions are missing from the file",
             field=str(path),
-            got=f"{len(deltas)} directions, {_ARCHITECTURE}.layer_count {count!a:.80}",
+            got=f"{len(deltas)} directions, {_ARCHITECTURE}.layer_count {shown(count)}",
             wanted=f"at least one, and as many as layer_count states, or a layer_count of {layers} like the base",
             fix="copy or export it again",
         )

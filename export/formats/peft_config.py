@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.errors import PatchFormatError, PatchVersionError
+from tp_runtime.errors import PatchFormatError, PatchVersionError, shown
 from tp_runtime.storage import read_json_object
 
 from .bounded_regex import match_all
@@ -180,7 +180,7 @@ def _unrepresentable(key: str, got: object, wanted: str) -> PatchVersionError:
     return PatchVersionError(
         "a patch cannot represent this setting of the adapter",
         field=f"adapter_config.{key}",
-        got=f"{got!a:.200}",
+        got=shown(got),
         wanted=wanted,
         fix="merge the adapter into its base and export that as a model, or train it without this setting",
     )
@@ -190,7 +190,7 @@ def _bad(key: str, got: object, wanted: str) -> PatchFormatError:
     return PatchFormatError(
         "the adapter's config has a value that is not valid",
         field=f"adapter_config.{key}",
-        got=f"{got!a:.200}",
+        got=shown(got),
         wanted=wanted,
         fix="copy the adapter again, or correct the value",
     )

@@ -7,14 +7,14 @@ b = scaling * B^T, bias = scaling * bias_B. Which layers it is added to, peft_co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tp_runtime.errors import PatchShapeError, PatchTargetError
+from tp_runtime.errors import PatchShapeError, PatchTargetError, shortened
 from tp_runtime.patch import Delta, SlotKey, read_tensors
 
 from ..decoder import SiteLinear
@@ -80,22 +80,22 @@ def read_peft(folder: Path, layers: Mapping[SlotKey, SiteLinear]) -> Adapter:
         raise PatchTargetError(
             "the adapter's config selects none of the adapter's tensors, so PEFT would apply nothing",
             field=str(folder),
-            got=_some([*found]),
+            got=shortened([*found]),
             wanted="tensors of modules that target_modules selects and exclude_modules does not",
         )
     if missing and config.random:
         raise PatchTargetError(
             "tensors are missing, and with its init_lora_weights PEFT would draw them at random",
             field=str(folder),
-            got=_some(missing),
+            got=shortened(missing),
             wanted="the tensors of every selected module",
             fix="copy the adapter again, or exclude these modules in its config",
         )
     notes = []
     if idle := [*found, *idle]:
-        notes.append(f"the adapter's config leaves out, as PEFT does, the tensors of {_some(idle)}")
+        notes.append(f"the adapter's config leaves out, as PEFT does, the tensors of {shortened(idle)}")
     if missing:
-        notes.append(f"the adapter has no tensors for {_some(missing)}, so it adds nothing there, as with PEFT")
+        notes.append(f"the adapter has no tensors for {shortened(missing)}, so it adds nothing there, as with PEFT")
     return Adapter(deltas, config.base, tuple(notes))
 
 
@@ -110,7 +110,7 @@ def _tensors(folder: Path, slots: Mapping[str, tuple[SlotKey, SiteLinear]]) -> d
         if match is None or match["module"] not in slots:
             raise PatchTargetError(
                 "a tensor of the adapter has no slot",
-                field=ascii(name)[1:-1],
+                field=name,
                 got="another module",
                 wanted="lora_A and lora_B of " + ", ".join(sorted({module.rpartition(".")[2] for module in slots})),
                 fix="train or save the adapter with only these target_modules",
@@ -147,8 +147,3 @@ def _delta(module: str, parts: Mapping[str, Array], linear: SiteLinear, scaling:
             np.float32(scaling.factor) * parts["B.weight"].T,
             None if bias is None else np.float32(scaling.factor) * bias,
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

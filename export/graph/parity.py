@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError, library_text
 from tp_runtime.patch import FLOAT_PRECISIONS
-from tp_runtime.session import Graph, ModelFolder
+from tp_runtime.session import GRAPH_FILE, Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
 from ..decoder import patched
@@ -91,11 +91,11 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph) -> Parity:
     ids = _ids(codec, graph.folder.vocab_size)[: graph.folder.context_window]
     try:
         got = torch.from_numpy(graph.run(ids, graph.base)).log_softmax(-1)
-    except RuntimeError as error:  # ONNX Runtime's exceptions have no common base class of their own
+    except RuntimeError as error:  # what a run with a binding raises
         raise ModelFormatError(
             "ONNX Runtime cannot run the exported graph",
-            field="model.onnx",
-            got=str(error).strip().partition("\n")[0],
+            field=GRAPH_FILE,
+            got=library_text(error),
             fix="use --route optimum, or report this architecture",
         ) from error
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from tp_runtime.errors import ModelFormatError
 from tp_runtime.session import Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
-from ..source import Source, compare_ids, load_model
+from ..source import Difference, Source, compare_ids, load_model
 from .parity import measure_parity
 
 _AGAIN = "export the model again from its source, and fit its patches again"
@@ -26,7 +26,7 @@ def check_token_ids(folder: ModelFolder) -> str:
     """
     codec = TextCodec.from_model_folder(folder)
     if (difference := compare_ids(codec, folder.path)) is not None:
-        raise _other_ids(folder, str(difference))
+        raise _other_ids(folder, difference)
     return "token ids: those of transformers on the sample texts"
 
 
@@ -58,7 +58,7 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
             fix=_AGAIN if earlier else "give the source that the folder was exported from",
         )
     if (difference := compare_ids(TextCodec.from_model_folder(folder), source.path)) is not None:
-        raise _other_ids(folder, str(difference))
+        raise _other_ids(folder, difference)
     parity = measure_parity(source.codec, load_model(source), Graph(folder, device="cpu"))
     parity.require(_AGAIN)
     return [
@@ -68,7 +68,7 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
     ]
 
 
-def _other_ids(folder: ModelFolder, difference: str) -> ModelFormatError:
+def _other_ids(folder: ModelFolder, difference: Difference) -> ModelFormatError:
     return ModelFormatError(
         "the folder's token ids are not those of transformers",
         field=str(folder.path),

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, shown
 from tp_runtime.storage import parse_json
 
 _SHOWN = 5
@@ -67,7 +67,7 @@ def load_answers(path: Path) -> dict[str, str]:
             raise CalibrationError(
                 "the entry is not a query with its answer",
                 field=f"{path}, line {number}",
-                got=str(entry)[:60],
+                got=shown(entry),
                 wanted='{"query": text, "answer": text}',
             )
         answers[entry["query"].strip()] = entry["answer"]

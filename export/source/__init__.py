@@ -7,7 +7,16 @@ from .files import read_file
 from .loading import load_model
 from .offload import resident
 from .source import Source, open_source
-from .token_ids import compare_ids
+from .token_ids import Difference, compare_ids
 from .tokenizer import EffectiveTokenizer
 
-__all__ = ["EffectiveTokenizer", "Source", "compare_ids", "load_model", "open_source", "read_file", "resident"]
+__all__ = [
+    "Difference",
+    "EffectiveTokenizer",
+    "Source",
+    "compare_ids",
+    "load_model",
+    "open_source",
+    "read_file",
+    "resident",
+]

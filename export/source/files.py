@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import ModelFormatError
-from tp_runtime.storage import UnreadableFileError, open_regular, read_json_object, read_regular
+from tp_runtime.storage import MAX_JSON_BYTES, UnreadableFileError, open_regular, read_json_object, read_regular
 
-_LARGEST = 2**28  # bytes; the largest tokenizer.json in use has 40 MB
 _FIX = "fetch the model again"
 
 
@@ -28,13 +27,13 @@ def require_regular_file(path: Path) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a file, which may have 256 MiB.
+    """Return the bytes of a file, which may be as large as a JSON file (MAX_JSON_BYTES).
 
     Raises:
         ModelFormatError: the file is missing, is not a regular file, is too large, or cannot be read.
     """
     with _named(path):
-        return read_regular(path, _LARGEST)
+        return read_regular(path, MAX_JSON_BYTES)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import no_init_weights
 from transformers.utils import logging
 
-from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, TPError
+from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, library_errors, shortened
 
 from .matching import check_finite, check_tied, match_tensors, tied_names
 from .offload import offload_layers
 from .source import Source
-from .weights import StoredTensor, shortened
+from .weights import StoredTensor
 
 
 def load_model(source: Source, device: str = "cpu", dtype: str = "float32", *, offload: bool = False) -> Any:
@@ -120,26 +120,20 @@ def _config(source: Source) -> tuple[PretrainedConfig, str | None]:
 
 def _in_transformers(source: Source, build: Callable[[], Any]) -> Any:
     """Return what `build` returns; what transformers raises becomes a ModelFormatError."""
-    try:
+    with library_errors(
+        ModelFormatError,
+        "transformers cannot load the model",
+        field=str(source.path),
+        fix="fetch or save the model again",
+        also=(OSError,),
+    ):
         return build()
-    except TPError:
-        raise
-    except Exception as error:  # a config can have any value anywhere, so transformers raises errors of any type
-        reason = " ".join(str(error).split())  # in one line, because transformers adds pages of advice
-        raise ModelFormatError(
-            f"transformers cannot load the model: {type(error).__name__}: {reason:.300}",
-            field=str(source.path),
-            fix="fetch or save the model again",
-        ) from error
 
 
 def _opened(file: Path, device: str) -> Any:
-    try:
+    fix = "delete it and fetch the model again"
+    with library_errors(ModelFormatError, "the file is not a safetensors file", field=str(file), fix=fix):
         return safe_open(file, framework="pt", device=device)
-    except SafetensorError as error:
-        raise ModelFormatError(
-            f"the file is not a safetensors file: {error}", field=str(file), fix="delete it and fetch the model again"
-        ) from error
 
 
 def _read(files: dict[Path, Any], tensor: StoredTensor) -> Tensor:

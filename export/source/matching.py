@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_runtime.errors import ModelFormatError
+from tp_runtime.errors import ModelFormatError, shortened
 
-from .weights import StoredTensor, shortened
+from .weights import StoredTensor
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMPLETE = "save the whole causal language model again with save_pretrained, and config.json with it"

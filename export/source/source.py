@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import ModelFormatError
+from tp_runtime.errors import ModelFormatError, shortened, shown
 from tp_runtime.session import DigestChange
 from tp_runtime.text import Style, TextCodec
 
@@ -24,7 +24,7 @@ from ..decoder import adapter_for
 from .files import read_json
 from .hub import download, hub_id
 from .tokenizer import EffectiveTokenizer, effective_tokenizer
-from .weights import StoredTensor, check_tensors, contents, shortened, stored_tensors, stray_files, weight_files
+from .weights import StoredTensor, check_tensors, contents, stored_tensors, stray_files, weight_files
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # Config keys that record who wrote the file or how to run the model. They do not change what the model computes.
@@ -102,7 +102,9 @@ class Source:
                 tensors = stored_tensors([*self.path.glob("*.safetensors")])
             except ModelFormatError:  # earlier versions refused this folder, so no patch has an earlier digest
                 return None
-            reasons.append(f"it covered files that are not loaded: {shortened([file.name for file in stray])}")
+            # The reason goes into patch_slots.json, where all text is printable.
+            names = [repr(file.name)[1:-1] for file in stray]
+            reasons.append(f"it covered files that are not loaded: {shortened(names)}")
         if self.tokenizer.reason is not None and self.tokenizer.digest_text_before is not None:
             text = self.tokenizer.digest_text_before
             reasons.append(self.tokenizer.reason)
@@ -160,7 +162,7 @@ def _name(path: Path, record: dict[str, Any]) -> str:
         raise ModelFormatError(
             "the name of the model is not printable text",
             field="source.json name" if record.get("name") else "SRC",
-            got=f"{name!a:.200}",
+            got=shown(name),
             wanted="a name without newlines and other control characters",
             fix="correct source.json" if record.get("name") else "rename the folder",
         )
@@ -174,7 +176,7 @@ def _require_float(path: Path, config: dict[str, Any]) -> None:
             raise ModelFormatError(
                 "the model is quantised, and patches are fitted and exported from float weights",
                 field=str(path / "config.json"),
-                got=f"{key} {method!a:.80}" if method else key,
+                got=f"{key} {shown(method)}" if method else key,
                 wanted=f"no {key}",
                 fix="give the float model that it was made from; --precision quantises the export",
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tp_runtime.errors import ModelFormatError, is_library_panic, library_errors, printable
+from tp_runtime.errors import ModelFormatError, TPError, library_errors, printable
 from tp_runtime.text import Message, TextCodec
 
 TEXTS = (
@@ -170,14 +170,9 @@ def _attempt(call: Callable[[], _T]) -> _T | None:
     and the tokenizers library also panics, which is no Exception.
     """
     try:
-        return call()
-    except MemoryError:
-        raise
-    except Exception:
-        return None
-    except BaseException as error:
-        if not is_library_panic(error):  # Ctrl-C and signals
-            raise
+        with library_errors(ModelFormatError, "the input is refused"):
+            return call()
+    except (TPError, OSError):
         return None
 
 

@@ -10,7 +10,6 @@ codec made of them with transformers (token_ids.py). A tokenizer that cannot be 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,19 +19,16 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tp_runtime.errors import ModelFormatError, library_errors
-from tp_runtime.storage import StrictJSONError, parse_json_object
-from tp_runtime.text import Style, TextCodec
+from tp_runtime.storage import StrictJSONError, parse_json_object, temporary_folder
+from tp_runtime.text import SPECIAL_TOKENS, TOKENIZER_FILES, Style, TextCodec
 
 from .files import read_file
 from .token_ids import Difference, first_change, first_difference, load_tokenizer, short
 
-_TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
-_TEMPLATE, _TOKENS = "chat_template.jinja", "special_tokens_map.json"
+# The codec reads the ids that end a text from the files in `_ENDS`.
+_TOKENIZER, _CONFIG, _TEMPLATE, *_ENDS = TOKENIZER_FILES
+_TOKENS = "special_tokens_map.json"
 _OWN = (_TOKENIZER, _CONFIG, _TEMPLATE, _TOKENS)
-# The files from which the codec reads the ids that end a text.
-_ENDS = ("generation_config.json", "config.json")
-# The special tokens that every tokenizer of transformers has a name for. Others are in extra_special_tokens.
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDITIONAL = "additional_special_tokens"
 # The class of transformers that takes tokenizer.json as it is, but for add_prefix_space.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -234,10 +230,10 @@ def _candidates(
     if _tokens_of(config) == tokens:
         yield files
     resolved = {key: value for key, value in config.items() if key not in ("chat_template", _ADDITIONAL)}
-    resolved |= {name: tokens.get(name) for name in _NAMES if name in tokens or name in config}
+    resolved |= {name: tokens.get(name) for name in SPECIAL_TOKENS if name in tokens or name in config}
     if _ADDITIONAL in tokens:
         resolved[_ADDITIONAL] = tokens[_ADDITIONAL]
-    if extra := {name: text for name, text in tokens.items() if name not in (*_NAMES, _ADDITIONAL)}:
+    if extra := {name: text for name, text in tokens.items() if name not in (*SPECIAL_TOKENS, _ADDITIONAL)}:
         resolved["extra_special_tokens"] = extra
     added = loaded.added_tokens_decoder
     resolved["added_tokens_decoder"] = {str(index): _flags(token) for index, token in sorted(added.items())}
@@ -265,7 +261,7 @@ def _flags(token: Any) -> dict[str, Any]:
 
 def _tokens_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the special tokens of a tokenizer_config.json as the codec reads them: texts by name."""
-    tokens = {name: _text_of(config[name]) for name in _NAMES if config.get(name)}
+    tokens = {name: _text_of(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
     if isinstance(extra := config.get("extra_special_tokens"), dict):
         tokens |= {name: _text_of(value) for name, value in extra.items()}
     if isinstance(additional := config.get(_ADDITIONAL), list) and additional:
@@ -309,10 +305,11 @@ def _object(content: bytes, file: Path) -> dict[str, Any]:
 
 def _reloaded(files: Mapping[str, bytes], loaded: Any) -> Difference | None:
     """Return how the tokenizer differs that transformers loads from these files; None if it does not."""
-    with tempfile.TemporaryDirectory() as folder:
-        _write(files, Path(folder))
+    with temporary_folder(prefix="tp-tokenizer-") as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         try:
-            again = load_tokenizer(Path(folder))
+            again = load_tokenizer(folder)
         except ModelFormatError as error:
             return Difference("loading the exported files", error.problem, "the tokenizer of the source")
     for tokenizer in (again, loaded):
@@ -324,11 +321,6 @@ def _reloaded(files: Mapping[str, bytes], loaded: Any) -> Difference | None:
     if again.backend_tokenizer.to_str() != loaded.backend_tokenizer.to_str():
         return Difference("loading the exported files", "another tokenizer", "the tokenizer of the source")
     return None
-
-
-def _write(files: Mapping[str, bytes], folder: Path) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
 
 
 def _unmatched(difference: Difference, path: Path) -> ModelFormatError:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tp_runtime.errors import ModelFormatError, UnsafePathError
+from tp_runtime.errors import ModelFormatError, UnsafePathError, shortened
 from tp_runtime.storage import check_name, parse_json_object
 
 from .files import read_json, require_regular_file
@@ -125,12 +125,6 @@ def contents(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, me
             whole[tensor.start : tensor.stop] as content,
         ):
             yield tensor, content
-
-
-def shortened(names: Sequence[str], most: int = 4) -> str:
-    """Return the first names of a list, and how many more there are, for an error."""
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _shards(folder: Path, index: str) -> list[Path]:

@@ -11,7 +11,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from ..errors import PatchTargetError, PatchValueError, RequestError
+from ..errors import PatchTargetError, PatchValueError
 from ..generation import Sampling
 from ..model import ACTIVE, PatchChoice, PatchedModel, TextStream
 from ..patch import Patch
@@ -20,7 +20,6 @@ from ..text import Request, SamplingOptions
 from .printing import note, plural
 
 NONE = "none"  # in place of a file it selects the base model, even if the folder has a default patch
-_MAX_THREADS = 1024  # ONNX Runtime starts any number of threads, until the system kills the process
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default="auto",
-        help="auto (default) takes CUDA if it is available, and otherwise the CPU with a warning",
+        help="auto (default) takes CUDA if it is available, and otherwise the CPU, with a warning if this machine is "
+        "set up for CUDA",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="the number of threads of one operator (default: one for each core)"
@@ -97,10 +97,6 @@ def open_model(args: argparse.Namespace) -> PatchedModel:
         RequestError: the number of threads is not positive, or is too large.
         ModelError: see PatchedModel.from_pretrained.
     """
-    if args.threads is not None and args.threads > _MAX_THREADS:
-        raise RequestError(
-            "the number of threads is too large", field="threads", got=args.threads, wanted=f"at most {_MAX_THREADS}"
-        )
     return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads)
 
 

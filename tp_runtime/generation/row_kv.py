@@ -30,7 +30,6 @@ class StackedKV:
         window: the largest number of positions.
         to_device: a function that returns an array as an OrtValue on the device.
         shared: whether such an OrtValue shares the array's memory, as on the CPU.
-
     """
 
     def __init__(

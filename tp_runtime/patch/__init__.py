@@ -5,9 +5,10 @@ This room knows nothing of graphs, sessions, devices or text.
 
 from .config import PatchConfig
 from .delta import Delta
-from .file import DTYPES, KV_PARTS, MAX_FILE_BYTES, SITES, SlotKey, read_tensors, slot_name
+from .file import DTYPES, MAX_FILE_BYTES, read_tensors
 from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
+from .names import KV_PARTS, SITES, SlotKey, slot_name
 from .patch import FLOAT_PRECISIONS, Patch
 
 __all__ = [

@@ -135,6 +135,27 @@ class PatchConfig:
         values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in fields(self)}
         return {key: value for key, value in values.items() if value is not None}
 
+    def check_contents(self, deltas: int, prefix: bool) -> None:
+        """Check that a patch holds what its method makes.
+
+        Args:
+            deltas: the number of its deltas.
+            prefix: whether it has a KV prefix.
+
+        Raises:
+            PatchFormatError: it holds something else.
+        """
+        wanted = ["no delta, only a KV prefix"] if self.method in WITHOUT_DELTAS else ["deltas"]
+        wanted += ["no KV prefix"] if self.method in WITHOUT_PREFIX else []
+        if bool(deltas) != (self.method not in WITHOUT_DELTAS) or (prefix and self.method in WITHOUT_PREFIX):
+            raise PatchFormatError(
+                "the patch holds something else than its method makes",
+                field="config.method",
+                got=f"{self.method!r} with {deltas} deltas and {'a' if prefix else 'no'} KV prefix",
+                wanted=" and ".join(wanted),
+                fix="export the patch again with this version of tp-export",
+            )
+
 
 def _bad(key: str, got: object, wanted: str) -> PatchFormatError:
     return PatchFormatError(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import PatchShapeError, PatchTargetError, PatchValueError, shown
 from .arrays import unchangeable
-from .file import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
+from .names import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
 
 Array = NDArray[np.float32]
 

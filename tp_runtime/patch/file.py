@@ -2,8 +2,8 @@
 
 A patch may come from anywhere. So this module checks the header field by field before the safetensors library parses
 the container. Each kind of damage has its own message, and no integer of the file is used before it is bounded. The
-file is opened once and read once. Nothing is ever unpickled. This module handles the layout (names, dtypes, metadata).
-It does not handle the meaning of a patch, the sum of patches, or the contents of the config.
+file is opened once and read once. Nothing is ever unpickled. This module handles the layout (dtypes, metadata; names.py
+the names). It does not handle the meaning of a patch, the sum of patches, or the contents of the config.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,47 +22,27 @@ from numpy.typing import NDArray
 from ..errors import PatchFormatError, PatchTargetError, PatchValueError, PatchVersionError, library_errors, shown
 from ..storage import StrictJSONError, UnreadableFileError, atomic_file, parse_json_object, read_regular
 from .kind import FORMAT, MAX_HEADER_BYTES, PATCH_FILE
+from .names import EntryKey, SlotKey, parse_entry_name, parse_slot_name
 
-SlotKey = tuple[int, str]
-"""(layer, site): which slot a delta belongs to."""
-EntryKey = tuple[int, str]
-"""(layer, "key" | "value"): one tensor of the KV prefix."""
 DeltaArrays = dict[SlotKey, dict[str, NDArray[np.float32]]]
 """The arrays of each slot's delta, by part ("a" | "b" | "bias" | "mean")."""
 EntryArrays = dict[EntryKey, NDArray[np.float32]]
 """The arrays of the KV prefix."""
 
-SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
-DELTA_PARTS = ("a", "b", "bias", "mean")
-KV_PARTS = ("key", "value")
 # Version 1 holds deltas. Version 2 also holds a KV prefix; it is written only if there is one.
 VERSIONS = ("1", "2")
 METADATA_KEYS = ("format", "version", "config")
 DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
 
 MAX_FILE_BYTES = 4 << 30
-MAX_LAYER = 99_999
 
 _LARGEST = {"f16": "65504", "bf16": "3.38953e38", "f32": "3.40282e38"}
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-_LAYER = r"(0|[1-9][0-9]{0,4})"  # 0..MAX_LAYER
-_NAME = re.compile(rf"layers\.{_LAYER}\.([a-z_]+)\.({'|'.join(DELTA_PARTS)})")
-_ENTRY = re.compile(rf"prefix\.{_LAYER}\.({'|'.join(KV_PARTS)})")
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
 # There is nothing at the path. Any other error of the system is raised unchanged.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _COPY_AGAIN = "the file is damaged or is not a patch: copy or export it again"
-
-
-def slot_name(layer: int, site: str, part: str) -> str:
-    """Return the tensor name of one part of one slot, e.g. "layers.3.mlp_out.a"."""
-    return f"layers.{layer}.{site}.{part}"
-
-
-def entry_name(layer: int, part: str) -> str:
-    """Return the tensor name of one layer's keys or values in the KV prefix, e.g. "prefix.3.key"."""
-    return f"prefix.{layer}.{part}"
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -111,11 +90,11 @@ def parse_patch(raw: bytes, file: Path) -> tuple[DeltaArrays, EntryArrays, dict[
     deltas: DeltaArrays = {}
     entries: EntryArrays = {}
     for name, values in _decoded(raw, file).items():
-        if entry := _ENTRY.fullmatch(name):
-            entries[int(entry[1]), entry[2]] = values
+        if entry := parse_entry_name(name):
+            entries[entry] = values
         else:
-            layer, site, part = _parse_name(name)
-            deltas.setdefault((layer, site), {})[part] = values
+            slot, part = parse_slot_name(name)
+            deltas.setdefault(slot, {})[part] = values
     version, wanted = header["__metadata__"]["version"], VERSIONS[bool(entries) or "prefix" in config]
     if version != wanted:
         problem = f"the version does not fit a file with {'a' if wanted == '2' else 'no'} KV prefix"
@@ -288,19 +267,6 @@ def _json_object(raw: bytes | str, file: Path, what: str) -> dict[str, Any]:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int for number in value)  # a bool is not a dimension
-
-
-def _parse_name(name: str) -> tuple[int, str, str]:
-    match = _NAME.fullmatch(name)
-    if match is None or match[2] not in SITES:
-        raise PatchTargetError(
-            "the tensor's name does not address a slot or the KV prefix",
-            field=repr(name),
-            got="an unknown name" if match is None else f"site {match[2]!r}",
-            wanted=f"layers.<i>.<site>.a|b|bias|mean with site {' | '.join(SITES)}, or prefix.<i>.key|value",
-            fix="export the patch with tp-export, or rename the tensor",
-        )
-    return int(match[1]), match[2], match[3]
 
 
 def _malformed(file: Path, problem: str, got: object, wanted: object, fix: str = _COPY_AGAIN) -> NoReturn:

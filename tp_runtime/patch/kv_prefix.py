@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
 from .arrays import unchangeable
-from .file import KV_PARTS, EntryKey, entry_name
+from .names import KV_PARTS, EntryKey, entry_name
 
 Array = NDArray[np.float32]
 

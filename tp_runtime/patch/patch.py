@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BaseMismatchError, PatchFormatError, PatchTargetError, PatchValueError, shown
-from .config import WITHOUT_DELTAS, WITHOUT_PREFIX, PatchConfig
+from ..errors import BaseMismatchError, PatchTargetError, PatchValueError, shown
+from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
-from .file import DeltaArrays, EntryArrays, entry_name, parse_patch, read_patch, slot_name, write_patch
+from .file import DeltaArrays, EntryArrays, parse_patch, read_patch, write_patch
 from .kv_prefix import KVPrefix, prefix_from
+from .names import entry_name, slot_name
 
 Terms = tuple[tuple[str, float], ...]
 Summands = tuple[tuple["Patch", float], ...]
@@ -254,7 +255,7 @@ class Patch:
                 wanted="at least one",
                 fix="save no file for strength 0; unload the patch instead",
             )
-        _check_method(self)
+        self.config.check_contents(len(self.deltas), self.prefix is not None)
         config = self.config.to_dict()
         if self.prefix is not None:
             config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
@@ -293,23 +294,8 @@ class Patch:
         prefix = prefix_from(entries, config.pop("prefix", None))
         deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
         patch = cls(deltas, PatchConfig.from_dict(config), prefix)
-        _check_method(patch)
+        patch.config.check_contents(len(deltas), prefix is not None)
         return patch
-
-
-def _check_method(patch: Patch) -> None:
-    """Raise PatchFormatError unless the patch holds what its method makes (config.py)."""
-    method = patch.config.method
-    wanted = ["no delta, only a KV prefix"] if method in WITHOUT_DELTAS else ["deltas"]
-    wanted += ["no KV prefix"] if method in WITHOUT_PREFIX else []
-    if bool(patch.deltas) != (method not in WITHOUT_DELTAS) or (patch.prefix and method in WITHOUT_PREFIX):
-        raise PatchFormatError(
-            "the patch holds something else than its method makes",
-            field="config.method",
-            got=f"{method!r} with {len(patch.deltas)} deltas and {'a' if patch.prefix else 'no'} KV prefix",
-            wanted=" and ".join(wanted),
-            fix="export the patch again with this version of tp-export",
-        )
 
 
 # -- parts of the algebra ------------------------------------------------------------------------------------

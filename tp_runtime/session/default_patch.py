@@ -10,7 +10,7 @@ from ..errors import ModelFormatError
 from ..patch import MAX_FILE_BYTES, Patch
 from ..storage import REEXPORT
 from .model_folder import DEFAULT_FILE, ModelFolder
-from .slots import check_base, fit_slots
+from .slots import check_patch
 
 
 def read_default_patch(folder: ModelFolder) -> Patch | None:
@@ -34,6 +34,5 @@ def read_default_patch(folder: ModelFolder) -> Patch | None:
             wanted=wanted,
             fix=REEXPORT,
         )
-    check_base(patch, folder.base_model, folder.base_digest, folder.precision)
-    fit_slots(patch, folder.slots)
+    check_patch(patch, folder)
     return patch

@@ -16,6 +16,7 @@ from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_
 
 SLOTS_FILE = "patch_slots.json"
 GRAPH_FILE = "model.onnx"
+LARGEST_DESCRIPTION = 16 * 2**20  # in bytes
 FORMAT = "tp-slots"
 VERSION = 1
 PRECISIONS = (
@@ -257,20 +258,20 @@ def parse_files(value: Any, file: str) -> dict[str, FileRecord]:
     files = {}
     for name, item in value.items():
         check_name(name, f"{file} files")
-        _keys(item, f"files.{name}", {"sha256", "bytes"})
+        _keys(item, f"files.{name}", {"sha256", "bytes"}, file)
         files[name] = FileRecord(
-            sha256=_digest(item["sha256"], f"files.{name}.sha256"),
-            bytes=_integer(item["bytes"], f"files.{name}.bytes", 0, 2**63 - 1),
+            sha256=_digest(item["sha256"], f"files.{name}.sha256", file),
+            bytes=_integer(item["bytes"], f"files.{name}.bytes", 0, 2**63 - 1, file),
         )
     return files
 
 
-def _keys(value: Any, field: str, wanted: set[str]) -> dict[str, Any]:
+def _keys(value: Any, field: str, wanted: set[str], file: str = SLOTS_FILE) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _bad(field, value, "an object")
+        raise _bad(field, value, "an object", file)
     if value.keys() != wanted:
         missing, unknown = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
-        raise _bad(field, f"missing {missing}, unknown {unknown}", f"the keys {sorted(wanted)}")
+        raise _bad(field, f"missing {missing}, unknown {unknown}", f"the keys {sorted(wanted)}", file)
     return value
 
 
@@ -289,15 +290,15 @@ def _text(value: Any, field: str, choices: tuple[str, ...] = ()) -> str:
     return value
 
 
-def _digest(value: Any, field: str) -> str:
+def _digest(value: Any, field: str, file: str = SLOTS_FILE) -> str:
     if not isinstance(value, str) or not SHA256.fullmatch(value):
-        raise _bad(field, value, "a SHA-256 in 64 lower-case hex digits")
+        raise _bad(field, value, "a SHA-256 in 64 lower-case hex digits", file)
     return value
 
 
-def _integer(value: Any, field: str, low: int = 1, high: int = 2**31 - 1) -> int:
+def _integer(value: Any, field: str, low: int = 1, high: int = 2**31 - 1, file: str = SLOTS_FILE) -> int:
     if type(value) is not int or not low <= value <= high:  # a bool is an int in Python, but not in this format
-        raise _bad(field, value, f"an integer from {low} to {high}")
+        raise _bad(field, value, f"an integer from {low} to {high}", file)
     return value
 
 

@@ -31,7 +31,7 @@ from .kv_cache import KVCache, SessionMark, require_cache, token_list
 from .model_folder import ModelFolder
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
-from .slots import check_base, fit_slots, slot_arrays
+from .slots import check_patch, folder_arrays
 from .step_io import StepIO
 from .threads import set_threads
 from .uses import Use
@@ -102,7 +102,7 @@ class Graph:
         if defaults is not None:
             if not isinstance(defaults, Patch):
                 raise not_a_patch(defaults, "a Patch, or None")
-            self._check(defaults)
+            check_patch(defaults, folder)
         default = own if defaults is None else defaults
         self.default_patch = None if default is None or default is self.repair or default.is_base else default
         bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
@@ -190,7 +190,8 @@ class Graph:
             return self.base
         if not isinstance(patch, Patch):
             raise not_a_patch(patch, "a Patch, or None")
-        self._check(patch)  # this comes first because the fit does not depend on the strength or on the defaults
+        # This comes first because the fit does not depend on the strength or on the defaults.
+        check_patch(patch, self.folder)
         if not patch.terms:
             return self.base
         patch = self._repaired(patch)
@@ -215,24 +216,11 @@ class Graph:
             return patch
         return self.repair + patch
 
-    def _check(self, patch: Patch) -> None:
-        folder = self.folder
-        check_base(patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change)
-        if patch.prefix is not None:
-            kv = folder.kv
-            patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
-            patch.prefix.check_dtype(self.dtype)
-        fit_slots(patch, folder.slots)
-
     def _slot_values(
         self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None
     ) -> dict[str, Any]:
-        values = {}
-        for key, slot in self.folder.slots.items():
-            if only is None or key in only:
-                for name, array in slot_arrays(deltas.get(key), slot, self.dtype).items():
-                    values[name] = self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0)
-        return values
+        arrays = folder_arrays(deltas, self.folder, only)
+        return {name: self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0) for name, array in arrays.items()}
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one.

@@ -22,6 +22,7 @@ from ..errors import ModelFormatError, RequestError, UnsafePathError, shown
 from ..patch import SlotKey
 from ..storage import (
     ANY_FILE,
+    MAX_JSON_BYTES,
     REEXPORT,
     UnreadableFileError,
     atomic_file,
@@ -35,6 +36,7 @@ from .description import (
     FORMAT,
     GRAPH_FILE,
     KV,
+    LARGEST_DESCRIPTION,
     SLOTS_FILE,
     VERSION,
     DefaultPatch,
@@ -51,8 +53,6 @@ DEFAULT_FILE = "default_patch.safetensors"  # the default patch as a file, for r
 # Larger files (the weights) are hashed only on request, because reading them twice would double the time of a cold
 # start.
 ALWAYS_HASHED = 64 * 2**20
-_SLOTS_FILE_CAP = 16 * 2**20
-_TEXT_CAP = 2**28  # the largest tokenizers of today have 35 MB
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ModelFolder:
             check_content(root, name, record, hash_large=verify)
         return folder
 
-    def read(self, name: str, limit: int = _TEXT_CAP) -> bytes:
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Return the bytes of a listed file, after a check of their size and SHA-256.
 
         Args:
@@ -277,7 +277,7 @@ def _opened(root: Path, name: str) -> Iterator[BufferedReader]:
 
 def _read_description(root: Path) -> bytes:
     try:
-        return read_regular(checked_file(root, SLOTS_FILE), _SLOTS_FILE_CAP)
+        return read_regular(checked_file(root, SLOTS_FILE), LARGEST_DESCRIPTION)
     except UnreadableFileError as error:
         raise ModelFormatError(
             error.problem, field=SLOTS_FILE, got=error.got, wanted=error.wanted, fix=REEXPORT

@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 
 from ..storage import Kind, foreign_entries, is_temporary_name, parse_json_object
-from .description import FORMAT, GRAPH_FILE, SLOTS_FILE
+from .description import FORMAT, GRAPH_FILE, LARGEST_DESCRIPTION, SLOTS_FILE
 from .model_folder import PREPARED
 
 PREPARED_FILES = (GRAPH_FILE, "weights", "prepared.json")  # the graph, its weights, and the record of both
-_LARGEST_DESCRIPTION = 16 * 2**20
 
 
 def _no_model_folder(path: Path) -> str | None:
@@ -21,7 +20,7 @@ def _no_model_folder(path: Path) -> str | None:
     if not (path / SLOTS_FILE).is_file():
         return f"a folder without {SLOTS_FILE}"
     with (path / SLOTS_FILE).open("rb") as file:
-        description = parse_json_object(file.read(_LARGEST_DESCRIPTION))
+        description = parse_json_object(file.read(LARGEST_DESCRIPTION))
     if description.get("format") != FORMAT:
         return f"a folder whose {SLOTS_FILE} has another format"
     # An interrupted `prepare` that could not clean up leaves its hidden folder.

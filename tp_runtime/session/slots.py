@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
 from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, slot_name
 from .description import DigestChange, Slot
+from .model_folder import ModelFolder
 
 
 def check_base(
@@ -54,6 +55,23 @@ def check_base(
             wanted=precision,
             fix=f"use the {patch.config.precision} export of the base, or fit the patch for {precision}",
         )
+
+
+def check_patch(patch: Patch, folder: ModelFolder) -> None:
+    """Check that `patch` can run on the graph of a folder.
+
+    Raises:
+        BaseMismatchError: as for `check_base`.
+        PatchTargetError, PatchShapeError: as for `fit_slots`, or the shape of the KV prefix does not fit the model.
+        PatchValueError: the KV prefix replaces an id that the model does not have, or holds a value that does not fit
+            the graph's dtype.
+    """
+    check_base(patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change)
+    if patch.prefix is not None:
+        kv = folder.kv
+        patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
+        patch.prefix.check_dtype(kv.numpy_dtype)
+    fit_slots(patch, folder.slots)
 
 
 def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, Delta]:
@@ -100,6 +118,26 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
                     fix="use the base model that the patch was fitted on",
                 )
     return patch.deltas
+
+
+def folder_arrays(
+    deltas: Mapping[SlotKey, Delta], folder: ModelFolder, only: set[SlotKey] | None = None
+) -> dict[str, NDArray]:
+    """Return the tensors to bind to the slots of a folder's graph, by graph input name.
+
+    Args:
+        deltas: the deltas of a patch, by (layer, site).
+        folder: the folder.
+        only: the slots to bind; None means all.
+
+    Raises:
+        PatchValueError: a value does not fit the dtype of the graph's slots.
+    """
+    arrays: dict[str, NDArray] = {}
+    for key, slot in folder.slots.items():
+        if only is None or key in only:
+            arrays |= slot_arrays(deltas.get(key), slot, folder.kv.numpy_dtype)
+    return arrays
 
 
 def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, NDArray]:

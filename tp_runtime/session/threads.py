@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import RequestError, require_positive
 from .device import require_onnxruntime
 
-_MOST_THREADS = 4096  # more than any processor has; ONNX Runtime would try to start any number
+_MOST_THREADS = 1024  # ONNX Runtime starts any number of threads, until the system kills the process
 _lock = threading.Lock()
 _shared: int | None = None  # the number of threads in the shared pool; None while each session has its own pool
 _any_session = False  # whether this process has created a session
@@ -63,14 +63,12 @@ def set_threads(options: Any, threads: int | None, spin: bool) -> None:
         spin: whether idle threads wait actively.
 
     Raises:
-        RequestError: `threads` is not a positive integer or too large, `spin` is not a boolean, or `threads` is not
-            None or `spin` is False although all sessions share a pool.
+        RequestError: `threads` is not a positive integer or too large, or `threads` is not None or `spin` is False
+            although all sessions share a pool.
     """
     global _any_session
     if threads is not None:
         require_positive("threads", threads, _MOST_THREADS)
-    if not isinstance(spin, bool):
-        raise RequestError("the value is not a boolean", field="spin", got=repr(spin), wanted="True or False")
     with _lock:
         if _shared is not None:
             if threads is not None or not spin:

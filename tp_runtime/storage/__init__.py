@@ -9,11 +9,12 @@ from .digests import SHA256, sha256_file
 from .home import user_folder
 from .regular_file import UnreadableFileError, open_regular, read_regular
 from .safe_path import REEXPORT, check_name, checked_file
-from .strict_json import StrictJSONError, parse_json, parse_json_object, read_json_object
+from .strict_json import MAX_JSON_BYTES, StrictJSONError, parse_json, parse_json_object, read_json_object
 from .write_errors import check_writable, system_errors
 
 __all__ = [
     "ANY_FILE",
+    "MAX_JSON_BYTES",
     "REEXPORT",
     "SHA256",
     "Kind",

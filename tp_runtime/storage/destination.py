@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import OutputError
+from ..errors import OutputError, library_text, shortened
 
 AnyPath = str | os.PathLike[str]
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def foreign_entries(folder: Path, files: Collection[str], folders: Collection[st
         others = sorted(e.name for e in entries if e.name not in (folders if e.is_dir() else files))
     if not others:
         return None
-    rest = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-    return f"a folder that also holds {', '.join(map(ascii, others[:_SHOWN]))}{rest}"
+    return f"a folder that also holds {shortened([repr(name) for name in others])}"
 
 
 def check_output_file(path: AnyPath, replaces: Kind | None = None, inputs: Iterable[AnyPath] = ()) -> Path:
@@ -136,7 +134,7 @@ def _mismatch(path: Path, replaces: Kind) -> str | None:
     try:
         return replaces.mismatch(path)
     except Exception as error:  # whatever is wrong with the contents, they are not of this kind
-        return f"something else ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        return f"something else ({library_text(error)})"
 
 
 def _kind_of(mode: int) -> str:
@@ -193,4 +191,4 @@ def _number(path: Path) -> tuple[int, int] | None:
 
 
 def _refuse(path: AnyPath, problem: str, got: str, wanted: str, fix: str = "choose another place") -> NoReturn:
-    raise OutputError(problem, field=ascii(os.fspath(path))[1:-1], got=got, wanted=wanted, fix=fix)
+    raise OutputError(problem, field=os.fspath(path), got=got, wanted=wanted, fix=fix)

@@ -7,9 +7,10 @@ from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .stream import TextStream
-from .tokenizer_files import TOKENIZER_FILES
+from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
 
 __all__ = [
+    "SPECIAL_TOKENS",
     "TOKENIZER_FILES",
     "Completion",
     "EncodedRequest",

@@ -25,8 +25,11 @@ TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
 
 _FIX = "export the model again, or copy the file from its source"
 
-# The names that transformers passes to a template. A name that is not set stays undefined, here as in transformers.
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that every tokenizer of transformers has a name for; others are in extra_special_tokens.
+
+They are variables of a template. A name that is not set stays undefined, here as in transformers.
+"""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str)
     Raises:
         ModelFormatError: a token is malformed, or the tokenizer does not know the BOS or the EOS token.
     """
-    named = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+    named = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, dict):
         named |= extra
