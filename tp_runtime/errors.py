@@ -1,4 +1,4 @@
-"""Every error that this project raises on bad input. Each class has a row in docs/errors.md and a test that raises it.
+"""Every error that this project raises on bad input. Each class has rows in docs/errors.md and a test that raises it.
 
 An error names the field at fault and, where it applies, the value found there, the accepted values, and what to do.
 After an error the state is the same as before the call.

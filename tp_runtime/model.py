@@ -40,7 +40,7 @@ from .text import (
 
 log = logging.getLogger("tp_runtime")
 
-MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
+_MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
 
 
 class PatchedModel:
@@ -267,7 +267,7 @@ class PatchedModel:
             RequestError, PatchError, StaleCacheError, BusyError: as for `stream`, and `rows` is not a positive integer
                 or too large. With several prompts these are raised before any prompt is run.
         """
-        require_positive("rows", rows, MOST_ROWS)
+        require_positive("rows", rows, _MOST_ROWS)
         if not _is_several(prompt):
             return "".join(self.stream(prompt, **options))
         each = _spread(options, len(prompt))
@@ -291,7 +291,7 @@ class PatchedModel:
         Raises:
             RequestError: `rows` or `prefill_tokens` is not a positive integer, or `rows` is too large.
         """
-        require_positive("rows", rows, MOST_ROWS)
+        require_positive("rows", rows, _MOST_ROWS)
         return TextBatch(self.graph, self.codec, self._patches, rows, self.prefix_cache, prefill_tokens)
 
     def prefill(

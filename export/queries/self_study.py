@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, shown
 
 from ..rollout import check_length, complete
 from ..source import Source
@@ -65,7 +65,7 @@ def write_questions(
         )
     lines = statements(document)
     if not lines:
-        raise CalibrationError("the document is empty", field="document", got=repr(document[:40]), wanted="text")
+        raise CalibrationError("the document is empty", field="document", got=shown(document), wanted="text")
     found: dict[str, str] = {}
     for number in range(rounds):
         asked = [_WORDINGS[number % len(_WORDINGS)].format(line=line) for line in lines]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, shown
 from tp_runtime.storage import parse_json_object
 
 _BEGINNING = b'{"asked": "'
@@ -47,7 +47,7 @@ class RolloutStore:
                 raise CalibrationError(
                     "the line is not a stored completion",
                     field=f"{path}, line {number}",
-                    got=ascii(line[:40]),
+                    got=shown(line),
                     wanted='{"asked": digest, "answer": [ids]}',
                     fix="pass another file to --rollouts",
                 ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,24 @@ from tp_runtime.storage import MAX_JSON_BYTES, UnreadableFileError, open_regular
 _FIX = "fetch the model again"
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a file for reading; it is closed at the end of the block.
+
+    Raises:
+        ModelFormatError: there is no such file, it cannot be opened, or it is a folder, a FIFO or a device.
+    """
+    with _named(path), open_regular(path) as handle:
+        yield handle
+
+
 def require_regular_file(path: Path) -> Path:
     """Return `path`.
 
     Raises:
         ModelFormatError: there is no such file, it cannot be opened, or it is a folder, a FIFO or a device.
     """
-    with _named(path), open_regular(path):
+    with opened(path):
         return path
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tp_runtime.errors import ModelFormatError, UnsafePathError, shortened
 from tp_runtime.storage import check_name, parse_json_object
 
-from .files import read_json, require_regular_file
+from .files import opened, read_json, require_regular_file
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "delete it and fetch the model again"
@@ -173,7 +173,7 @@ def _shards(folder: Path, index: str) -> list[Path]:
 
 
 def _tensors_of(file: Path) -> list[StoredTensor]:
-    with require_regular_file(file).open("rb") as handle:
+    with opened(file) as handle:
         length = int.from_bytes(handle.read(8), "little")
         raw = handle.read(min(length, _MAX_HEADER))
         base, size = 8 + length, os.fstat(handle.fileno()).st_size

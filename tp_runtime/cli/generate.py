@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from ..model import TextStream
 from .options import (
     add_model_options,
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     options = sampling_options(args)
     text = _read_stdin() if args.text == "-" else args.text
     if not text.strip():
-        raise RequestError("the prompt is empty", field="TEXT", got=repr(text[:40]), wanted="text that is not blank")
+        raise RequestError("the prompt is empty", field="TEXT", got=shown(text), wanted="text that is not blank")
     selection = read_patches(args.patch)
     model = open_model(args)
     stream = model.stream(text, system=args.system, raw=args.raw, patch=selection.choice, **options)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import require_positive
+from ..errors import library_text, require_positive
 from ..session import CacheKey, KVCache
 
 log = logging.getLogger("tp_runtime")
@@ -115,7 +115,7 @@ class PrefixCache:
         try:
             self.keep(cache, content)
         except Exception as error:
-            log.warning("the prefix cache could not store %d tokens: %s", len(cache), error or type(error).__name__)
+            log.warning("the prefix cache could not store %d tokens: %s", len(cache), library_text(error))
 
     def keep(self, cache: KVCache, content: Callable[[], Content]) -> bool:
         """Store what a cache holds; the new entry replaces the entries that it extends.

@@ -11,7 +11,7 @@ from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import grown_capacity
-from .kv_cache import CacheKey, KVCache, require_cache, token_list
+from .kv_cache import CacheKey, KVCache
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
 from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
@@ -59,10 +59,8 @@ __all__ = [
     "prepare",
     "present_name",
     "read_default_patch",
-    "require_cache",
     "require_onnxruntime",
     "share_threads",
     "slot_arrays",
-    "token_list",
     "write_slots_file",
 ]

@@ -37,7 +37,7 @@ log = logging.getLogger("tp_runtime")
 _NOT_USED = "the prepared graph is not used"
 _PREPARE = "run `tp-runtime prepare` again"
 _GRAPH, _WEIGHTS, _MANIFEST = PREPARED_FILES
-_MANIFEST_CAP = 2**16
+_LARGEST_MANIFEST = 2**16
 _SESSION_CONFIG = {
     "session.save_external_prepacked_constant_initializers": "1",
     "session.optimized_model_external_initializers_file_name": _WEIGHTS,
@@ -168,7 +168,7 @@ def _listed_files(folder: ModelFolder) -> dict[str, FileRecord]:
     try:
         if root.is_symlink():
             raise _UnusableError("its folder is a link")
-        manifest = read_regular(checked_file(root, _MANIFEST), _MANIFEST_CAP)
+        manifest = read_regular(checked_file(root, _MANIFEST), _LARGEST_MANIFEST)
         if (reason := why_not_made_here(manifest)) is not None:
             raise _NotMadeHereError(reason)
         found = parse_json_object(manifest)

@@ -12,7 +12,7 @@ from ..storage import Kind, foreign_entries, is_temporary_name, parse_json_objec
 from .description import FORMAT, GRAPH_FILE, LARGEST_DESCRIPTION, SLOTS_FILE
 from .model_folder import PREPARED
 
-PREPARED_FILES = (GRAPH_FILE, "weights", "prepared.json")  # the graph, its weights, and the record of both
+PREPARED_FILES = (GRAPH_FILE, "weights", "prepared.json")  # the graph, its weights, and the digests of both
 
 
 def _no_model_folder(path: Path) -> str | None:

@@ -34,6 +34,7 @@ class Use:
     Attributes:
         begin: begins the use, which goes on until it is ended or dropped.
         end: ends the use; after the end it has no effect. It is one call in C, which a signal handler cannot interrupt.
+        mark: a weak reference to the use, which stands for it among the uses.
     """
 
     __slots__ = ("__weakref__", "begin", "end", "mark")

@@ -160,7 +160,7 @@ class TextCodec:
             raise RequestError(
                 "raw text cannot have a system prompt",
                 field="system",
-                got=repr(system[:40]),
+                got=shown(system),
                 wanted="None",
                 fix="put the text in front of the prompt, or leave raw=True out",
             )
@@ -178,11 +178,11 @@ class TextCodec:
                     fix="leave raw=True out" if raw else 'pass the text itself, or load with style="chat"',
                 )
             if not messages.strip():
-                raise _empty("messages", repr(messages[:40]))
+                raise _empty("messages", shown(messages))
             ids = list(self._prefix)
             if system is not None:
                 if not system.strip():
-                    raise _empty("system", repr(system[:40]), fix="pass None if there is no context")
+                    raise _empty("system", shown(system), fix="pass None if there is no context")
                 ids += self._encode(system.rstrip("\n") + "\n", "system")
             ids += self._encode(messages, "messages")
         if not ids:
@@ -257,12 +257,12 @@ def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[
     if not chat:
         raise _empty("messages", "no messages")
     if not chat[-1]["content"].strip():
-        raise _empty("messages", f"last content {chat[-1]['content'][:40]!r}")
+        raise _empty("messages", f"last content {shown(chat[-1]['content'])}")
     if system is None:
         return chat
     if chat[0]["role"] == "system":
         problem, fix = "the messages already begin with a system message", "give the system prompt once"
-        raise RequestError(problem, field="system", got=repr(system[:40]), wanted="None", fix=fix)
+        raise RequestError(problem, field="system", got=shown(system), wanted="None", fix=fix)
     _check_unicode(system, "system")
     return [{"role": "system", "content": system}, *chat]
 

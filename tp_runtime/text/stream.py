@@ -26,6 +26,7 @@ class TextStream:
         seconds_to_first_token: the seconds from the first `next` to the first id; None before.
         seconds: the seconds from the first `next` to the last id.
         finish_reason: "eos", "stop", "length" or "closed" after the end of the completion; None before.
+        closing: whether `close` was called.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ def read_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
         named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
         template = named[-1] if named else None
     if value is not None and not isinstance(template, str):
-        got, wanted = shown(value)[:60], 'str, or a list with a template named "default"'
+        got, wanted = shown(value), 'str, or a list with a template named "default"'
         raise _broken(files.path(CONFIG), "chat_template is malformed", got, wanted)
     return template
 
