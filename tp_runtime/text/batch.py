@@ -213,17 +213,22 @@ class TextBatch:
         taken: list[_Advance] = []
         try:
             with self._lock:
-                if self._taken is None:
-                    self._taken = self._next()
-                self._settle()
-                taken = self._taken
-                out = [(completion, after.text[len(before.text) :]) for completion, before, after in taken]
-                self._failed, self._taken = False, None
-                return out
+                try:
+                    if not self._taken:
+                        self._taken = self._next()
+                    self._settle()
+                    taken = self._taken
+                    out = [(completion, after.text[len(before.text) :]) for completion, before, after in taken]
+                    self._failed, self._taken = False, None
+                    return out
+                except BaseException:
+                    if taken:  # the caller has not got them; another thread may step as soon as the lock is free
+                        self._taken, taken = taken, []
+                    raise
         except BaseException:
-            with self._lock:
-                if self._taken is not taken:  # the caller has not got them
-                    self._taken = [*taken, *(self._taken or ())] or None
+            if taken:  # an interrupt arrived while the lock was released
+                with self._lock:
+                    self._taken = [*taken, *(self._taken or ())]
             raise
 
     def close(self) -> None:

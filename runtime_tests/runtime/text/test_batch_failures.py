@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from runtime_tests.failures import Failure
 from runtime_tests.patches import patch_for
 from tp_runtime.errors import RequestError
 from tp_runtime.model import PatchedModel
-from tp_runtime.text import Completion
+from tp_runtime.text import Completion, TextBatch
 
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("Hi", {"patch": "p", "max_new_tokens": 4}),
@@ -103,7 +106,7 @@ def test_a_call_that_fails_anywhere_loses_no_text(
     failing: PatchedModel, alone: list[tuple[str, list[int]]], kind: str, error: type[BaseException], every: int = 53
 ) -> None:
     stop = alone[1][0][3:5]
-    for number, points in enumerate(count(failing, stop, kind)):
+    for number, points in enumerate(points_of(failing, stop, kind)):
         for at in range(number % every, points, every):
             play, place = Play(failing, stop), f"call {number}, point {at}"
             play.run(number, Failure(kind, at, error))
@@ -122,7 +125,7 @@ def test_a_call_that_fails_anywhere_loses_no_text(
                     assert text.startswith(completion.text), place
 
 
-def count(model: PatchedModel, stop: str, kind: str) -> list[int]:
+def points_of(model: PatchedModel, stop: str, kind: str) -> list[int]:
     """Return for each call of the play the number of points at which it can fail."""
     play, points = Play(model, stop), []
     for action in play.actions():
@@ -130,3 +133,62 @@ def count(model: PatchedModel, stop: str, kind: str) -> list[int]:
         failure.run(action)
         points.append(failure.passed)
     return points
+
+
+class _Yielding:
+    """A lock that lets another thread run as soon as a block under it has failed, before the block's caller goes on.
+
+    Args:
+        other: what the other thread runs.
+    """
+
+    def __init__(self, other: Callable[[], None]) -> None:
+        self._lock, self._other = threading.RLock(), other
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        self._lock.release()
+        if kind is not None:
+            thread = threading.Thread(target=self._other)
+            thread.start()
+            thread.join()
+
+
+def test_another_thread_that_steps_after_a_failure_gets_each_text_once_and_in_order(
+    failing: PatchedModel,
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 4}
+    text = "".join(failing.stream("Hi", **options))
+    for at in count():
+        batch, got = TextBatch(failing.graph, failing.codec, failing._patches, 1), [""]
+        completion = batch.add("Hi", **options)
+
+        def step(batch: TextBatch = batch, got: list[str] = got) -> None:
+            got[0] += "".join(new for _completion, new in batch.step())
+
+        for _ in range(3):
+            step()
+        failure = Failure("lines", at)
+        batch._lock = _Yielding(step)  # type: ignore[assignment]
+        with suppress(KeyboardInterrupt):
+            failure.run(step)
+        while completion.finish_reason is None:
+            step()
+        step()  # what a failed step held back
+        assert got[0] == completion.text == text, f"point {at}"
+        if failure.passed <= at:
+            return
+
+
+def test_a_failure_in_the_step_that_finds_nothing_left_does_not_hide_a_later_completion(failing: PatchedModel) -> None:
+    """An empty list means that no completion is left, and a loop over the steps ends there."""
+    idle = Failure("lines")
+    idle.run(failing.batch(rows=1).step)
+    for at in range(idle.passed):
+        with failing.batch(rows=1) as batch:
+            with suppress(KeyboardInterrupt):
+                Failure("lines", at).run(batch.step)
+            batch.add("Hi", max_new_tokens=1)
+            assert batch.step(), f"point {at}"
