@@ -125,12 +125,16 @@ class InPlaceBuffers(_KVBuffers):
 
 
 class ConcatenatedBuffers(_KVBuffers):
-    """A tensor of exact length for each past; the present that a run returns becomes the past of the next run."""
+    """A tensor of exact length for each past; the present that a run returns becomes the past of the next run.
+
+    The presents belong to the binding that returned them: ONNX Runtime 1.24 takes them back when an output of that
+    binding is bound again. So a run never uses the binding that made its pasts, and two bindings take turns.
+    """
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
         """Bind to `cache.binding` a past of exactly the cache's length, outputs for ORT to allocate, and `patch`."""
-        if cache.binding is None:
-            cache.binding = self._new_binding(patch)
+        if cache.binding is None or cache.binding is cache.made_by:
+            cache.binding, cache.spare = cache.spare or self._new_binding(patch), None
         for past, present in self.names:
             if past not in cache.buffers or cache.capacity != cache.filled:  # the cache is new or was rewound
                 cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
@@ -145,4 +149,5 @@ class ConcatenatedBuffers(_KVBuffers):
         cache.capacity = _UNKNOWN  # an interrupt below leaves buffers of different lengths
         for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
+        cache.spare, cache.made_by = cache.made_by, cache.binding
         cache.capacity = presents[0].shape()[2]

@@ -48,7 +48,9 @@ class KVCache:
         buffers: the buffers [1, kv heads, capacity, head dim] on the device, by graph input name; kv_buffers.py
             describes how they grow. If `capacity` is 0, they are a copy on the host, [1, kv heads, filled, head dim],
             which the next run copies to the device.
-        binding: the ONNX Runtime binding that holds the buffers; it is reused from step to step.
+        binding: the ONNX Runtime binding of the last run; it is reused from step to step.
+        made_by: the binding whose outputs the buffers are, in a graph that concatenates.
+        spare: a binding that neither `binding` nor `made_by` needs.
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
             never written.
         step: the ids and logits that are bound to `binding` since the last decode step; None after any other run.
@@ -62,6 +64,8 @@ class KVCache:
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
     binding: Any = None
+    made_by: Any = None
+    spare: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
     step: StepIO | None = None
     session: SessionMark | None = field(default=None, init=False)
@@ -117,6 +121,7 @@ class KVCache:
         """Give up the contents, which a batch has taken over. From then on every session refuses the cache."""
         self.session = None
         self.buffers, self.binding, self.capacity, self.start, self.step = {}, None, 0, None, None
+        self.made_by, self.spare = None, None
 
     # -- one request at a time -------------------------------------------------------------------------------
 
