@@ -83,7 +83,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default="auto",
-        help="auto (default) takes CUDA if it is available, and otherwise the CPU with a warning",
+        help="auto (default) takes CUDA if it is available, and otherwise the CPU, with a warning if a GPU was to be "
+        "expected",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="the number of threads of one operator (default: one for each core)"
