@@ -10,7 +10,6 @@ codec made of them with transformers (token_ids.py). A tokenizer that cannot be 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tp_runtime.errors import ModelFormatError, library_errors
-from tp_runtime.storage import StrictJSONError, check_name, parse_json_object
+from tp_runtime.storage import StrictJSONError, check_name, parse_json_object, temporary_folder
 from tp_runtime.text import Style, TextCodec
 
 from .files import read_file
@@ -330,10 +329,10 @@ def _object(content: bytes, file: Path) -> dict[str, Any]:
 
 def _reloaded(files: Mapping[str, bytes], loaded: Any) -> Difference | None:
     """Return how the tokenizer differs that transformers loads from these files; None if it does not."""
-    with tempfile.TemporaryDirectory() as folder:
-        _write(files, Path(folder))
+    with temporary_folder() as folder:
+        _write(files, folder)
         try:
-            again = load_tokenizer(Path(folder))
+            again = load_tokenizer(folder)
         except ModelFormatError as error:
             return Difference("loading the exported files", error.problem, "the tokenizer of the source")
     for tokenizer in (again, loaded):
