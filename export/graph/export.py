@@ -53,6 +53,7 @@ from .slots import add_first_logit, make_slots_overridable, save_graph
 from .trace import context_window, trace
 
 ROUTES = ("auto", "fused", "optimum")
+_FUSED_ONLY = "fp16"  # the unfused norms of the other route square activations, which overflows float16 first
 
 
 def export_model(
@@ -102,6 +103,8 @@ def export_model(
         raise ModelFormatError("the route is unknown", field="route", got=route, wanted=" | ".join(ROUTES))
     if slot_set not in SLOT_SETS:
         raise ModelFormatError("the slot set is unknown", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
+    if route == "optimum" and precision == _FUSED_ONLY:
+        raise _needs_fused("the route optimum has none")
     if patch is not None:
         check_base(patch, source.name, source.digest, precision, source.digest_change)
         patch.require_weights_only("graph")
@@ -129,7 +132,7 @@ def export_model(
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
     with atomic_folder(out, replaces, [source.path]) as folder, system_errors():
         with clock("trace the graph"):
-            graph, route = _trace(model, slots, route)
+            graph, route = _trace(model, slots, route, precision)
         with clock("write the folder"):
             if route == "fused":  # the optimum route has named its weights already
                 name_weights(graph)
@@ -138,7 +141,7 @@ def export_model(
             name_dimensions(graph)
             add_first_logit(graph)
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
-            _lower(graph, model, route, precision)
+            _lower(graph, model, precision)
             if route == "fused":
                 name_nodes(graph)
             written = save_graph(graph, folder, default_values)
@@ -158,7 +161,7 @@ def export_model(
     return out
 
 
-def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
+def _trace(model: Any, slots: list[Slot], route: str, precision: str) -> tuple[ir.Model, str]:
     """Return the graph and the route that exported it; the errors of the exporters become ModelFormatError."""
     if route != "optimum":
         try:
@@ -171,6 +174,8 @@ def _trace(model: Any, slots: list[Slot], route: str) -> tuple[ir.Model, str]:
                     got=route,
                     fix="use --route auto",
                 ) from error
+            if precision == _FUSED_ONLY:
+                raise _needs_fused(_reason(error)) from error
             tqdm.write(f"warning: fused attention failed, falling back to optimum: {_reason(error)}", file=sys.stderr)
     try:
         from . import optimum_route  # its imports take seconds, and the usual route does not need them
@@ -190,16 +195,18 @@ def _vectors(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _lower(graph: ir.Model, model: Any, route: str, precision: str) -> None:
+def _needs_fused(reason: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"a graph without fused operators cannot run in {_FUSED_ONLY}: {reason}",
+        field="precision",
+        got=_FUSED_ONLY,
+        wanted="another precision",
+    )
+
+
+def _lower(graph: ir.Model, model: Any, precision: str) -> None:
     """Convert a float32 graph to `precision`; changes it in place."""
-    if precision == "fp16":
-        if route != "fused":  # its unfused norms square activations, which overflows float16 first
-            raise ModelFormatError(
-                "a graph without fused operators cannot run in fp16",
-                field="precision",
-                got=precision,
-                wanted="another precision",
-            )
+    if precision == _FUSED_ONLY:
         to_fp16(graph)
     elif precision == "bf16":
         store_in_bf16(graph)

@@ -131,7 +131,8 @@ def open_source(src: str | Path) -> Source:
 
     Raises:
         ModelFormatError: neither the folder nor the hub id exists, a file is missing or damaged, the architecture is
-            unknown, the weights are quantised, or the model's name is not printable.
+            unknown, the weights are quantised, the model's name is not printable, or its recorded style is unknown.
+        UnsafePathError: tokenizer_config.json names a file outside the folder.
     """
     path = Path(src)
     if not path.is_dir():
@@ -150,7 +151,21 @@ def open_source(src: str | Path) -> Source:
     config = read_json(path / "config.json")
     adapter_for(str(config.get("model_type", "")))
     _require_float(path, config)
-    return Source(path, name, config, effective_tokenizer(path, record.get("style")))
+    return Source(path, name, config, effective_tokenizer(path, _style(record)))
+
+
+def _style(record: dict[str, Any]) -> Style | None:
+    """Return the style that source.json names; None if it names none."""
+    style: Style | None = record.get("style")
+    if style not in ("chat", "completion", None):
+        raise ModelFormatError(
+            "the style of the model is unknown",
+            field="source.json style",
+            got=f"{style!a:.200}",
+            wanted="chat or completion",
+            fix="correct source.json",
+        )
+    return style
 
 
 def _name(path: Path, record: dict[str, Any]) -> str:

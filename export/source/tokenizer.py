@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tp_runtime.errors import ModelFormatError, library_errors
-from tp_runtime.storage import StrictJSONError, parse_json_object, temporary_folder
+from tp_runtime.storage import StrictJSONError, check_name, parse_json_object, temporary_folder
 from tp_runtime.text import SPECIAL_TOKENS, TOKENIZER_FILES, Style, TextCodec
 
 from .files import read_file
@@ -86,11 +86,14 @@ def effective_tokenizer(path: Path, recorded_style: Style | None = None) -> Effe
     Raises:
         ModelFormatError: a file is damaged; transformers cannot load the tokenizer; there are chat templates but no
             default; the ids are random; an added token has another id than tokenizer_config.json says; the ids that
-            begin or end a text are out of the vocabulary; or the edge half cannot give the ids of transformers.
+            begin or end a text are out of the vocabulary; the config names a tokenizer in another place; or the edge
+            half cannot give the ids of transformers.
+        UnsafePathError: the config names a file for a version of transformers outside the folder.
     """
     own = {name: read_file(path / name) for name in _OWN if (path / name).is_file()}
     ends = {name: read_file(path / name) for name in _ENDS if (path / name).is_file()}
     config = _object(own[_CONFIG], path / _CONFIG)
+    _check_places(config, path)
     loaded = load_tokenizer(path)
     _check_dropout(loaded, path)
     _check_added_ids(config, loaded, path)
@@ -168,6 +171,24 @@ def _tokenizer_json(own: bytes, loaded: Any, path: Path) -> bytes:
         tokenizer.no_padding()
     resolved = backend.to_str()
     return own if parsed.to_str() == resolved else resolved.encode()
+
+
+def _check_places(config: Mapping[str, Any], path: Path) -> None:
+    """Check that transformers reads the source's own tokenizer.json: its config can name a file anywhere.
+
+    Such a path is relative to the working folder, so one source would have other ids in every place it is read from.
+    """
+    if config.get("tokenizer_file") is not None:
+        raise ModelFormatError(
+            "the config of the tokenizer names a tokenizer in another place",
+            field=f"{path / _CONFIG} tokenizer_file",
+            got=short(repr(config["tokenizer_file"])),
+            wanted=f"the folder's own {_TOKENIZER}",
+            fix=f"copy that tokenizer to {_TOKENIZER} if it is the model's, and remove tokenizer_file from {_CONFIG}",
+        )
+    versions = config.get("fast_tokenizer_files")
+    for name in versions if isinstance(versions, list) else ():
+        check_name(str(name), f"{_CONFIG} fast_tokenizer_files")
 
 
 def _check_dropout(loaded: Any, path: Path) -> None:

@@ -12,7 +12,7 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, graph_logits, token_ids
 from tp_export.graph import export as model_export
-from tp_export.graph import export_model
+from tp_export.graph import export_model, optimum_route
 from tp_export.graph.parity import check_export, measure_parity
 from tp_export.quantise import held_out_text
 from tp_export.source import Source, load_model, open_source
@@ -121,6 +121,19 @@ def test_a_head_size_that_the_operator_refuses_takes_the_other_route(
     with pytest.raises(ModelFormatError, match=rf"head size; got {head_dim}; wanted a multiple of 8"):
         export_model(source, tmp_path / "fused", route="fused")
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("route", ["auto", "optimum"])
+def test_fp16_is_refused_before_optimum_s_trace_with_the_reason(
+    route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only fused operators run in fp16, so the trace, which takes minutes for a large model, would be in vain."""
+    monkeypatch.setattr(optimum_route, "trace", lambda *_: pytest.fail("traced"))
+    source = open_source(tiny_model(tmp_path / "source", "llama", hidden_size=48, head_dim=12, num_hidden_layers=1))
+    reason = "does not take this head size" if route == "auto" else "the route optimum has none"
+    with pytest.raises(ModelFormatError, match=rf"without fused operators cannot run in fp16: .*{reason}"):
+        export_model(source, tmp_path / "out", precision="fp16", route=route)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_long_text_before_the_trace_does_not_change_the_graph(

@@ -94,3 +94,11 @@ def test_a_licence_record_of_another_form_counts_as_unknown(licence: object, sna
     folder = Path(shutil.copytree(snapshot, tmp_path / "named"))
     (folder / "source.json").write_text(json.dumps({"name": "x", "licence": licence}))
     assert open_source(folder).licence is None
+
+
+@pytest.mark.parametrize("style", ["weird", "", 5, [], ["chat"], {}])
+def test_a_style_of_another_form_is_refused_with_the_file(style: object, snapshot: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(snapshot, tmp_path / "named"))
+    (folder / "source.json").write_text(json.dumps({"name": "x", "style": style}))
+    with pytest.raises(ModelFormatError, match=r"source\.json style: the style of the model is unknown"):
+        open_source(folder)
