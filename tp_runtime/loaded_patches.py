@@ -249,17 +249,29 @@ class LoadedPatches:
         use = Use(loaded.uses)
         try:
             try:
-                with self.lock:
-                    if self.by_name(loaded.name) is not loaded:
-                        raise PatchTargetError(
-                            "the patch was unloaded before it was used, and another patch now has its name",
-                            field="patch",
-                            got=shown(loaded.name),
-                            fix="start the request again",
-                        )
-                    use.begin()
+                self.begin(use, loaded)
                 yield
             finally:
                 use.end()
         finally:
             use.end()  # an interrupt may arrive at the first one
+
+    def begin(self, use: Use, loaded: LoadedPatch) -> None:
+        """Begin a use of a loaded patch, which cannot be unloaded until the caller ends the use.
+
+        Args:
+            use: a use of the patch (`Use(loaded.uses)`).
+            loaded: the loaded patch.
+
+        Raises:
+            PatchTargetError: the patch was unloaded before.
+        """
+        with self.lock:
+            if self.by_name(loaded.name) is not loaded:
+                raise PatchTargetError(
+                    "the patch was unloaded before it was used, and another patch now has its name",
+                    field="patch",
+                    got=shown(loaded.name),
+                    fix="start the request again",
+                )
+            use.begin()

@@ -13,14 +13,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple, Unpack
 
 from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
 from ..loaded_patches import LoadedPatches
-from ..session import Graph
+from ..session import Graph, Use
 from .codec import Message, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .stream import StoppingDecoder
@@ -51,9 +50,12 @@ class Completion:
         prompt_tokens: the number of tokens of the prompt.
     """
 
-    def __init__(self, batch: TextBatch, request: EncodedRequest, decoder: StoppingDecoder, using: ExitStack) -> None:
+    def __init__(self, batch: TextBatch, request: EncodedRequest, decoder: StoppingDecoder) -> None:
         self.prompt_tokens = len(request.tokens)
-        self._batch, self._request, self._using = batch, request, using
+        self._batch, self._request = batch, request
+        loaded = request.patch.loaded
+        # A context manager would not do: an interrupt within its exit could keep the patch in use.
+        self._use = None if loaded is None else Use(loaded.uses)
         self._start = time.perf_counter()
         self._row: Row | None = None
         self._failure: Exception | None = None  # the error that kept it from joining
@@ -188,13 +190,13 @@ class TextBatch:
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.folder.check_ids(request.tokens)
-        using = ExitStack()
-        completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner), using)
+        completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner))
         try:
             with self._lock:
                 if self._closed:
                     raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
-                using.enter_context(self._patches.using(request.patch.loaded))
+                if request.patch.loaded is not None and completion._use is not None:
+                    self._patches.begin(completion._use, request.patch.loaded)
                 self._completions.append(completion)
                 return completion
         except BaseException:
@@ -327,6 +329,7 @@ class TextBatch:
             if completion._row is not None:
                 self._batch.leave(completion._row)
         finally:
-            completion._using.close()
+            if completion._use is not None:
+                completion._use.end()
             if completion in self._completions:
                 self._completions.remove(completion)

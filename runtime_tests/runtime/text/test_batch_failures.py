@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.failures import Failure
+from runtime_tests.interrupts import interrupted_at_every_step
 from runtime_tests.patches import patch_for
 from tp_runtime.errors import RequestError
 from tp_runtime.model import PatchedModel
@@ -192,3 +194,18 @@ def test_a_failure_in_the_step_that_finds_nothing_left_does_not_hide_a_later_com
                 Failure("lines", at).run(batch.step)
             batch.add("Hi", max_new_tokens=1)
             assert batch.step(), f"point {at}"
+
+
+def test_an_interrupt_anywhere_keeps_no_patch_of_a_batch_in_use(failing: PatchedModel) -> None:
+    """Also within the standard library, before a context manager's exit has had any effect."""
+    loaded, files = failing._patches.by_name("p"), ("contextlib.py", "loaded_patches.py", "text/batch.py", "uses.py")
+    batch = failing.batch(rows=1)
+    gc.collect()
+    gc.disable()  # it would end what only a cycle of an exception and its frames keeps
+    try:
+        for place in interrupted_at_every_step(lambda: batch.add("Hi", patch="p").close(), files):
+            for completion in list(batch._completions):
+                completion.close()
+            assert not len(loaded.uses), place
+    finally:
+        gc.enable()
