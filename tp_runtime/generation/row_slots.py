@@ -3,7 +3,8 @@
 The tensors of rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out].
 Ranks are padded with zeros to the slot's largest rank among the rows, which adds exactly nothing. A stack is allocated
 when the first two rows differ, and written only for the rows that changed. When the largest rank changes, the stack is
-allocated again: a step pays for the padding of every row, and shrinking costs less than three such steps.
+allocated again: a step pays for the padding of every row, and shrinking costs less than three such steps. When all rows
+run under one patch again, a stack of a higher rank is given up.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class StackedSlots:
             for key, arrays in self._arrays.items():
                 for name, array in zip(self._slots[key].tensors, arrays, strict=True):
                     values[name] = self._to_device(array[: len(bounds)])
+        elif any(arrays[0].shape[2] > _rank(bounds[0], key) for key, arrays in self._arrays.items()):
+            # Nothing reads the stack now, and it is larger than a stack for these rows would be.
+            self._written, self._arrays = [None] * self._limit, {}
         check_rows(values, len(bounds))
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -90,3 +94,8 @@ class StackedSlots:
             bias[:count] = old[2][:count]
         self._arrays[key] = a, b, bias
         return a, b, bias
+
+
+def _rank(bound: BoundPatch, key: SlotKey) -> int:
+    delta = bound.deltas.get(key)
+    return 0 if delta is None else delta.rank

@@ -66,6 +66,22 @@ def test_the_stacks_shrink_when_the_row_of_the_highest_rank_leaves(graph: Graph,
         assert_matches(graph, row)
 
 
+def test_a_stack_that_the_remaining_rows_do_not_need_is_given_up(graph: Graph, bounds: dict[int, BoundPatch]) -> None:
+    """Rows under one patch share its own tensors, so nothing would read the stack, however high its rank."""
+    batch = Batch(graph, 3)
+    low, high = join(batch, [9, 1], bounds[3]), join(batch, [9, 2], bounds[20])
+    batch.step()
+    assert ranks(batch) == {20}
+    batch.leave(high)
+    batch.step()
+    assert ranks(batch) == set()
+    again = join(batch, [9, 2], bounds[-3])
+    batch.step()
+    assert ranks(batch) == {3}
+    for row in (low, again):
+        assert_matches(graph, row)
+
+
 def test_a_rank_that_returns_to_its_place_is_written_again(graph: Graph, bounds: dict[int, BoundPatch]) -> None:
     """The stack was narrower in between, so what it held in that row is gone."""
     batch = Batch(graph, 3)
