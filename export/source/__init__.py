@@ -4,6 +4,7 @@ This room knows nothing of patches or exports.
 """
 
 from .files import read_file
+from .licences import licence_files
 from .loading import load_model
 from .offload import resident
 from .source import Source, open_source
@@ -15,6 +16,7 @@ __all__ = [
     "EffectiveTokenizer",
     "Source",
     "compare_ids",
+    "licence_files",
     "load_model",
     "open_source",
     "read_file",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tp_runtime.errors import ModelFormatError
 
-# The licences are those that an export copies (graph/companions.py).
-_LICENCES = ["LICEN[CS]E*", "*NOTICE*", "COPYING*", "COPYRIGHT*", "*TERMS*", "*USE_POLICY*", "PATENTS*"]
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", *_LICENCES]
+from .licences import licence_patterns
+
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", *licence_patterns()]
 _PREFIX = "models--"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 
 from runtime_tests.codecs import codec_of
 from tp_export.graph import export_model
-from tp_export.graph.companions import companion_files, licence_files
-from tp_export.source import compare_ids, open_source
+from tp_export.graph.companions import companion_files
+from tp_export.source import compare_ids, licence_files, open_source
+from tp_export.source.licences import licence_patterns
 from tp_runtime.errors import UnsafePathError
 from tp_runtime.session import ModelFolder
 
@@ -25,6 +27,7 @@ def copy(tiny_llama: Path, tmp_path: Path) -> Path:
 LICENCES = [
     *("LICENSE", "LICENSE.txt", "LICENCE.md", "License-2.0", "NOTICE", "NOTICE.txt", "THIRD_PARTY_NOTICES.md"),
     *("COPYING", "COPYRIGHT", "GEMMA_TERMS.html", "Llama-3-LICENSE.txt", "USE_POLICY.md", "UNLICENSE", "PATENTS"),
+    *("license.txt", "ATTRIBUTIONS"),
 ]
 OTHERS = ["README.md", "model.safetensors", "noticeable.txt", "determs.txt", "vocab.json", "merges.txt", "source.json"]
 
@@ -34,6 +37,8 @@ def test_licences_and_notices_are_found_by_their_names_and_nothing_else_is(tmp_p
         (tmp_path / name).write_text(name)
     (tmp_path / "LICENSES").mkdir()  # a folder cannot be listed in patch_slots.json
     assert licence_files(tmp_path) == sorted(LICENCES)
+    patterns = licence_patterns()  # a hub model is downloaded with them
+    assert all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in LICENCES)
 
 
 def test_an_export_contains_the_licences_and_lists_them(copy: Path, tmp_path: Path) -> None:
