@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from ..fit import verify
     from ..progress import bar
     from ..queries import load_questions
-    from ..rollout import check_length
+    from ..rollout import check_prompts
     from ..source import open_source
 
     require_at_least("--tokens", args.tokens, 1)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     queries = load_questions(args.queries) if args.queries else _QUERIES[source.style]
     prompts = [(source.codec.render(query, context), source.codec.render(query)) for query in queries]
     model = load_weights(source, args, args.dtype)
-    check_length(max(len(teacher) for teacher, _ in prompts) + args.tokens, model.config.max_position_embeddings)
+    check_prompts([ids for pair in prompts for ids in pair], args.tokens, model)
     tokens = []
     with bar("exact patches", len(queries) * args.tokens, "token") as shown:
         for teacher, student in prompts:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError, shown
 
-from ..rollout import check_length, complete
+from ..rollout import check_prompts, complete
 from ..source import Source
 from .questions import query_key
 
@@ -70,7 +70,7 @@ def write_questions(
     for number in range(rounds):
         asked = [_WORDINGS[number % len(_WORDINGS)].format(line=line) for line in lines]
         prompts = [source.codec.render(text, document) for text in asked]
-        check_length(max(map(len, prompts)) + _LONGEST_QUESTION, model.config.max_position_embeddings)
+        check_prompts(prompts, _LONGEST_QUESTION, model)
         answers = complete(
             model,
             prompts,

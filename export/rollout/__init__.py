@@ -4,7 +4,7 @@ This room knows nothing of how a patch is fitted or measured.
 """
 
 from .completions import complete
-from .dialogues import check_length, context_digest, dialogues_for
+from .dialogues import check_prompts, context_digest, dialogues_for
 from .sequences import Batch, Dialogue, batches
 from .store import RolloutStore
 
@@ -13,7 +13,7 @@ __all__ = [
     "Dialogue",
     "RolloutStore",
     "batches",
-    "check_length",
+    "check_prompts",
     "complete",
     "context_digest",
     "dialogues_for",

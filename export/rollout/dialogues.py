@@ -59,7 +59,7 @@ def dialogues_for(
         )
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
-    check_length(max(map(len, teacher)) + max_new_tokens, model.config.max_position_embeddings)
+    check_prompts([*teacher, *student], max_new_tokens, model)
     eos = source.codec.eos_ids
     completions = []
     with bar("teacher completions", samples * len(queries), "answer") as shown:
@@ -87,14 +87,22 @@ def dialogues_for(
     return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
 
 
-def check_length(longest: int, window: int) -> None:
-    """Check that `longest` tokens fit the context window.
+def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, model: Any) -> None:
+    """Check that a model can run prompts and answer them.
 
-    Past the window some models would answer with noise, and GPT-2 would crash.
+    Past the context window some models would answer with noise, and GPT-2 would crash. An id without a row in the
+    embeddings comes from a token that transformers appended to the tokenizer, such as a padding token.
+
+    Args:
+        prompts: the ids of each prompt.
+        new_tokens: the largest number of tokens of an answer.
+        model: the transformers model.
 
     Raises:
-        RequestError: `longest` is greater than `window`.
+        RequestError: a prompt and its answer do not fit the context window, or an id is outside the vocabulary.
     """
+    window = model.config.max_position_embeddings
+    longest = max(map(len, prompts)) + new_tokens
     if longest > window:
         raise RequestError(
             "the prompt, the query and the answer together do not fit the context window",
@@ -102,6 +110,15 @@ def check_length(longest: int, window: int) -> None:
             got=f"{longest} tokens",
             wanted=f"at most {window}",
             fix="shorten the prompt, or lower --max-new-tokens",
+        )
+    size = model.get_input_embeddings().num_embeddings
+    if (highest := max(max(ids) for ids in prompts)) >= size:
+        raise RequestError(
+            "a token id is outside the vocabulary of the model",
+            field="prompt",
+            got=highest,
+            wanted=f"an id below {size}",
+            fix="leave out the added token that has this id in tokenizer.json or tokenizer_config.json",
         )
 
 

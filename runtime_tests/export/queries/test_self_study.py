@@ -14,7 +14,10 @@ from tp_export.queries.self_study import question_in
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError, RequestError
 
-MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))  # the rollout is faked
+MODEL = SimpleNamespace(  # the rollout is faked
+    config=SimpleNamespace(max_position_embeddings=512),
+    get_input_embeddings=lambda: SimpleNamespace(num_embeddings=320),
+)
 DOCUMENT = """# The shop
 - We open at nine. We close at six.
 * 1st of May: closed
