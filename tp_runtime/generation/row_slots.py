@@ -3,8 +3,8 @@
 The tensors of rows under different patches are stacked: a [rows, in, rank], b [rows, rank, out], bias [rows, 1, out].
 Ranks are padded with zeros to the slot's largest rank among the rows, which adds exactly nothing. A stack is allocated
 when the first two rows differ, and written only for the rows that changed. When the largest rank changes, the stack is
-allocated again: a step pays for the padding of every row, and shrinking costs less than three such steps. When all rows
-run under one patch again, a stack of a higher rank is given up.
+allocated again, because every step pays for the padding of every row. When all rows run under one patch again, a stack
+of a higher rank is given up.
 """
 
 from __future__ import annotations
