@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ REQUESTS = (*TAKES, "tp_runtime/model.py", "text/stream.py", "text/request.py", 
 
 # An interrupt in a finaliser is reported and cannot be raised; the use ends nevertheless.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """Collections look only at what these tests make: after the host's tests the process holds all of torch."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def blocks(model: PatchedModel) -> None:

@@ -73,7 +73,7 @@ def run_program(
                     sys.stdout.flush()  # flush here, because a full disk or a closed pipe can still be reported
                 return code
             except BaseException as error:
-                hold_signals()  # nothing interrupts what follows
+                hold_signals(error)  # nothing interrupts what follows
                 raise_interruption(error)
                 raise
         except SystemExit:

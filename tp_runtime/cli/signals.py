@@ -33,37 +33,44 @@ def raise_interruption(error: BaseException) -> None:
     Libraries turn interruptions into errors of their own: a native module that is interrupted while it is imported
     raises ImportError. The command was interrupted all the same.
     """
+    found = _interruption_in(error)
+    if found is not None:
+        try:
+            raise found from None
+        finally:
+            del error, found  # this frame must not keep alive what the exception's frames hold
+
+
+def _interruption_in(error: BaseException) -> BaseException | None:
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         if isinstance(found, (KeyboardInterrupt, Signalled)):
-            try:
-                raise found from None
-            finally:
-                del error, found  # this frame must not keep alive what the exception's frames hold
+            return found
         seen.add(id(found))
         found = found.__cause__ or found.__context__
+    return None
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[Callable[[], None]]:
+def ending_on_signals() -> Iterator[Callable[[BaseException], None]]:
     """Raise on SIGTERM and SIGHUP within the block, unless the process ignores or already handles them.
 
     Yields:
-        A function that holds all signals off from its call to the end of the block. By then everything is freed that
-        the frames of a caught exception kept alive, temporary files included.
+        A function that takes a caught exception and holds all signals off from its call to the end of the block. If the
+        exception is an interruption, by then everything is freed that its frames kept alive, temporary files included.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # only the main thread may set handlers, and only there do they raise
+        yield lambda _error: None  # only the main thread may set handlers, and only there do they raise
         return
     before: dict[int, Any] = {}
-    held = False
+    interrupted = False
 
-    def hold() -> None:
-        nonlocal held
-        held = True
+    def hold(error: BaseException) -> None:
+        nonlocal interrupted
         for number in before:
             signal.signal(number, signal.SIG_IGN)
+        interrupted = _interruption_in(error) is not None
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -74,7 +81,7 @@ def ending_on_signals() -> Iterator[Callable[[], None]]:
             signal.signal(number, _end)
         yield hold
     finally:
-        if held:
+        if interrupted:
             gc.collect()  # frames that form cycles are freed only now
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -266,7 +266,7 @@ def test_a_model_with_its_own_attention_code_is_refused(tiny_llama: Path, monkey
     attention = model.model.layers[1].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(ModelFormatError, match="attention interface; got 2 calls; wanted 3"):
-        model_export._trace(model, slots_of(model, "output"), "fused")
+        model_export._trace(model, slots_of(model, "output"), "fused", "fp32")
 
 
 def test_a_model_that_no_route_can_export_raises_an_error_of_this_project(
@@ -281,7 +281,7 @@ def test_a_model_that_no_route_can_export_raises_an_error_of_this_project(
     with pytest.raises(
         ModelFormatError, match="optimum cannot export the model: RuntimeError: aten::strange is not supported;"
     ):
-        model_export._trace(model, slots_of(model, "output"), "optimum")
+        model_export._trace(model, slots_of(model, "output"), "optimum", "fp32")
     assert {name: id(module) for name, module in model.named_modules()} == modules
 
 
