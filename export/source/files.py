@@ -28,16 +28,6 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         yield handle
 
 
-def require_regular_file(path: Path) -> Path:
-    """Return `path`.
-
-    Raises:
-        ModelFormatError: there is no such file, it cannot be opened, or it is a folder, a FIFO or a device.
-    """
-    with opened(path):
-        return path
-
-
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file, which may be as large as a JSON file (MAX_JSON_BYTES).
 

@@ -24,7 +24,7 @@ from ..decoder import adapter_for
 from .files import read_json
 from .hub import download, hub_id
 from .tokenizer import EffectiveTokenizer, effective_tokenizer
-from .weights import StoredTensor, check_tensors, contents, stored_tensors, stray_files, weight_files
+from .weights import StoredTensor, contents, loaded_tensors, stored_tensors, stray_files
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # Config keys that record who wrote the file or how to run the model. They do not change what the model computes.
@@ -79,9 +79,7 @@ class Source:
             ModelFormatError: a file is missing or damaged, there is no tensor, or two files hold one of the same name.
             UnsafePathError: the index names a file outside the folder.
         """
-        tensors = stored_tensors(weight_files(self.path, self.config))
-        check_tensors(self.path, tensors)
-        return tensors
+        return loaded_tensors(self.path, self.config)
 
     @cached_property
     def digest(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from tp_runtime.errors import ModelFormatError, UnsafePathError, shortened
 from tp_runtime.storage import check_name, parse_json_object
 
-from .files import opened, read_json, require_regular_file
+from .files import opened, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "delete it and fetch the model again"
@@ -51,15 +51,16 @@ class StoredTensor:
         return f"{self.name} {self.dtype} {list(self.shape)}\n".encode()
 
 
-def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """Return the files that hold the weights, sorted by name.
+def loaded_tensors(folder: Path, config: Mapping[str, Any]) -> list[StoredTensor]:
+    """Return the tensors that transformers loads, in order of name.
 
     Args:
         folder: the model's folder.
         config: the parsed config.json.
 
     Raises:
-        ModelFormatError: a file is missing, or is not a regular file, or the index is damaged.
+        ModelFormatError: a file is missing, is not a regular file or is damaged, the index contradicts its files, there
+            is no tensor, or two files hold one of the same name.
         UnsafePathError: the index or config.json names a file outside the folder.
     """
     named = config.get("transformers_weights")
@@ -75,7 +76,9 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
             wanted=f"{_SINGLE}, or {_INDEX} and its shards",
             fix="load the model with transformers and save it with save_pretrained: pickled weights are not read",
         )
-    return _shards(folder, name) if name.endswith(".json") else [require_regular_file(folder / name)]
+    tensors = _in_shards(folder, name) if name.endswith(".json") else stored_tensors([folder / name])
+    _check_tensors(folder, tensors)
+    return tensors
 
 
 def stray_files(folder: Path, used: Iterable[Path]) -> list[Path]:
@@ -92,7 +95,7 @@ def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
     return sorted((tensor for file in sorted(files) for tensor in _tensors_of(file)), key=lambda tensor: tensor.name)
 
 
-def check_tensors(folder: Path, tensors: Sequence[StoredTensor]) -> None:
+def _check_tensors(folder: Path, tensors: Sequence[StoredTensor]) -> None:
     """Check that there are tensors, and each once: of two with one name it depends on the reader which one counts.
 
     Args:
@@ -127,8 +130,8 @@ def contents(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, me
             yield tensor, content
 
 
-def _shards(folder: Path, index: str) -> list[Path]:
-    """Return the shards that an index lists, after checking that they hold the tensors that it places in them."""
+def _in_shards(folder: Path, index: str) -> list[StoredTensor]:
+    """Return the tensors of the shards that an index lists, after checking that each is where the index places it."""
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelFormatError(
@@ -158,8 +161,8 @@ def _shards(folder: Path, index: str) -> list[Path]:
             wanted=f"{len(names)} files",
             fix="fetch the model again, completely",
         )
-    files = {name: require_regular_file(folder / name) for name in names}
-    held = {(tensor.name, tensor.file.name) for file in files.values() for tensor in _tensors_of(file)}
+    tensors = stored_tensors([folder / name for name in names])
+    held = {(tensor.name, tensor.file.name) for tensor in tensors}
     absent = sorted(name for name, file in weight_map.items() if (name, file) not in held)
     if absent:
         raise ModelFormatError(
@@ -169,7 +172,7 @@ def _shards(folder: Path, index: str) -> list[Path]:
             wanted="every tensor in the file that the index names",
             fix=_AGAIN,
         )
-    return list(files.values())
+    return tensors
 
 
 def _tensors_of(file: Path) -> list[StoredTensor]:
