@@ -140,7 +140,7 @@ def _template(loaded: Any, path: Path) -> str | None:
     if found is None or found == {}:
         return None
     template = found.get("default") if isinstance(found, dict) else found
-    if not isinstance(template, str) or not _is_unicode(template):
+    if not isinstance(template, str):
         named = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ModelFormatError(
             "chat_template is malformed, or there are chat templates and none of them is the default",
@@ -150,11 +150,6 @@ def _template(loaded: Any, path: Path) -> str | None:
             fix="write the template for ordinary chats to chat_template.jinja",
         )
     return template
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which JSON can express and UTF-8 cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _tokenizer_json(own: bytes, loaded: Any, path: Path) -> bytes:
