@@ -6,7 +6,7 @@ A test counts the points that a call passes, and repeats the call once for each 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,3 +73,23 @@ class Failure:
         self.passed += 1
         if self.passed == self._at + 1:
             raise self._error("injected")
+
+
+def run_and_repeat(
+    actions: Iterable[Callable[[], None]],
+    disturbed: int,
+    failure: Failure | None,
+    caught: tuple[type[BaseException], ...] = (MemoryError, KeyboardInterrupt),
+) -> None:
+    """Run actions one after the other. The one with the number `disturbed` runs under `failure`.
+
+    If it raises one of `caught`, it is repeated at once, while its exception and the frames of it are still alive.
+    """
+    for number, action in enumerate(actions):
+        if number == disturbed and failure is not None:
+            try:
+                failure.run(action)
+            except caught:
+                action()
+        else:
+            action()

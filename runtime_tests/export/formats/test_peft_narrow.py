@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from runtime_tests.export.formats.test_peft import trained
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import random_config
@@ -42,16 +43,8 @@ def unpatched(model: nn.Module) -> np.ndarray:
 @pytest.fixture(scope="module")
 def wide(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter with random tensors for q, v and down of all three layers."""
-    folder = tmp_path_factory.mktemp("wide")
     settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 2, "lora_alpha": 3}
-    wrapped = get_peft_model(load_model(open_source(tiny_llama)), LoraConfig(**settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in wrapped.named_parameters():
-            if "lora_" in name:
-                weight.copy_(torch.randn_like(weight) * (0.3 if "lora_A" in name else 0.05))
-    wrapped.save_pretrained(folder)
-    return folder
+    return trained(tiny_llama, tmp_path_factory.mktemp("wide"), **settings)
 
 
 def narrowed(wide: Path, out: Path, keep: Callable[[str], bool] = lambda name: True, **changes: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.committed import private_copy
-from runtime_tests.failures import Failure
+from runtime_tests.failures import Failure, run_and_repeat
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from tp_runtime.generation import Batch, PrefixCache, Row, Sampling, generate
@@ -59,14 +59,7 @@ class Play:
 
     def run(self, disturbed: int = -1, failure: Failure | None = None) -> None:
         """Run the play; the call of that number fails and is repeated."""
-        for number, action in enumerate(self.actions()):
-            if number == disturbed and failure is not None:
-                try:
-                    failure.run(action)
-                except (MemoryError, KeyboardInterrupt):
-                    action()
-            else:
-                action()
+        run_and_repeat(self.actions(), disturbed, failure)
 
 
 def some_patches(graph: Graph) -> list[BoundPatch]:

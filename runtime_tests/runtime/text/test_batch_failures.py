@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runtime_tests.failures import Failure
+from runtime_tests.failures import Failure, run_and_repeat
 from runtime_tests.interrupts import interrupted_at_every_step
 from runtime_tests.patches import patch_for
 from tp_runtime.errors import RequestError
@@ -90,14 +90,8 @@ class Play:
 
     def run(self, disturbed: int = -1, failure: Failure | None = None) -> None:
         """Run the play; the call of that number fails and is repeated."""
-        for number, action in enumerate(self.actions()):
-            if number == disturbed and failure is not None:
-                try:
-                    failure.run(action)
-                except (MemoryError, KeyboardInterrupt, RequestError):  # a template that fails is a RequestError
-                    action()
-            else:
-                action()
+        # A template that fails is a RequestError.
+        run_and_repeat(self.actions(), disturbed, failure, (MemoryError, KeyboardInterrupt, RequestError))
 
 
 @pytest.mark.parametrize(
