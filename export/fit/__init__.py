@@ -7,15 +7,15 @@ from .baselines import fit_steering, steering_candidates
 from .exact import verify
 from .forms import Settings
 from .lockstep import fit_lockstep
-from .prefix_entries import choose_entries
-from .recipe import Recipe, make_patch, to_half
+from .recipe import ALL, Recipe, fit_patch, make_patch, to_half
 from .repair import repair_patch
 
 __all__ = [
+    "ALL",
     "Recipe",
     "Settings",
-    "choose_entries",
     "fit_lockstep",
+    "fit_patch",
     "fit_steering",
     "make_patch",
     "repair_patch",

@@ -13,17 +13,21 @@ import torch
 from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey
 
-from ..decoder import TorchDelta, TorchPrefix, blocks_of
+from ..compaction import Ridges, split_budget
+from ..decoder import Entry, TorchDelta, TorchPrefix, blocks_of, layer_windows
 from ..measure import TorchStudent, measure_fidelity, torch_probe
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
-from ..rollout import Dialogue, RolloutStore, context_digest, dialogues_for
+from ..rollout import Dialogue, RolloutStore, context_digest
 from ..source import Source
+from .calibration import Calibration, Context, check_beginning, dialogues_with, restate
+from .entries import Compaction
 from .forms import Settings, check_method
-from .lockstep import fit_lockstep
-from .prefix_entries import check_prefix, choose_entries
+from .lockstep import Behind, fit_lockstep
 from .refine import refine_deltas
+
+ALL = 2**31  # more entries than any context has
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,12 @@ class Recipe:
         method: the form `vector`, `output`, `matrix`, `lora` or `isotropic`; or `prefix`, for key/value entries without
             deltas.
         settings: the settings of the form: rank, ridge, first layer and bias.
-        prefix: the number of key/value entries of the context to store for each head.
+        prefix: the number of key/value entries for each head of a layer, on average over the layers; 0 for a patch of
+            weights alone, and `ALL` for every entry of the context.
+        ridges: the ridges of the entries' fit.
+        answer_weight: the weight of rows that predict an answer in the entries' fit; other rows have 1.
+        restate: whether dialogues that restate a long context are fitted too.
+        stop: the texts that end an answer.
         samples: the number of answers to fit on for each query. The first is greedy and the rest are sampled.
         max_new_tokens: the length of the teacher's completions.
         refine_steps: the number of gradient descent steps from the closed form; 0 leaves it as it is.
@@ -45,6 +54,10 @@ class Recipe:
     method: str = "output"
     settings: Settings = field(default_factory=Settings)
     prefix: int = 0
+    ridges: Ridges = field(default_factory=Ridges)
+    answer_weight: float = 5.0
+    restate: bool = True
+    stop: tuple[str, ...] = ()
     samples: int = 2
     max_new_tokens: int = 48
     refine_steps: int = 0
@@ -82,7 +95,7 @@ def make_patch(
         also contain what the closed form reached on its own (`gap_closed_closed_form`).
 
     Raises:
-        CalibrationError: `dialogues_for`, `choose_entries` or `measure_fidelity` raises it, a held-out query is also
+        CalibrationError: `dialogues_for`, `check_beginning` or `measure_fidelity` raises it, a held-out query is also
             fitted, the form does not apply to the model, or the recipe does not fit the model or the context.
         PatchValueError: a tensor does not fit half precision.
     """
@@ -112,11 +125,17 @@ def make_patch(
             raise CalibrationError(
                 "there is no prompt to take key/value entries from", field="prefix", got=recipe.prefix, wanted="0"
             )
-        pairs = [(source.codec.render(query, context), source.codec.render(query)) for query in [*fitted, *held_out]]
-        check_prefix(pairs, recipe.prefix, source.codec.template_source, model.config, recipe.max_new_tokens)
-    new_tokens, samples = recipe.max_new_tokens, recipe.samples
-    calibration = dialogues_for(source, model, context, fitted, new_tokens, samples=samples, store=store)
-    evaluation = dialogues_for(source, model, context, held_out, new_tokens, store=store) if held_out else []
+        check_entries(recipe.prefix, len(check_beginning(source, context, [*fitted, *held_out]).teacher))
+    if context is not None:
+        check_text(context)
+    prepared = None if context is None else Context.of(source, model, context, [*fitted, *held_out])
+    new_tokens, samples, stop = recipe.max_new_tokens, recipe.samples, recipe.stop
+    dialogues = dialogues_with(source, model, prepared, fitted, new_tokens, samples=samples, stop=stop, store=store)
+    evaluation = (
+        dialogues_with(source, model, prepared, held_out, new_tokens, stop=stop, store=store) if held_out else []
+    )
+    again = restate(source, prepared) if prepared is not None and recipe.restate else []
+    calibration = Calibration(prepared, dialogues, again)
     config = PatchConfig(
         name=name,
         method=recipe.method,
@@ -130,7 +149,7 @@ def make_patch(
         calibration={
             "queries": len(fitted),
             "samples": samples,
-            "rows": sum(len(dialogue.completion) for dialogue in calibration),
+            "rows": sum(len(dialogue.completion) for dialogue in [*dialogues, *again]),
             "max_new_tokens": new_tokens,
             "holdout": len(evaluation),
             "query_digests": sorted(query_digest(query) for query in fitted),
@@ -138,18 +157,15 @@ def make_patch(
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    prefix = None
-    if recipe.prefix:
-        with bar("attention to the context", len(calibration), "query") as shown:
-            prefix = choose_entries(model, calibration, recipe.prefix, shown.update)
-    deltas = _closed_form(model, calibration, recipe, prefix, student)
+    deltas, prefix = fit_patch(model, calibration, recipe, student)
     patch = Patch(to_half(deltas), config, None if prefix is None else prefix.numpy())
-    figures = _held_out_figures(model, patch, evaluation, student) if evaluation else {}
+    cached = None if prepared is None else prepared.cached
+    figures = _held_out_figures(model, patch, evaluation, student, cached) if evaluation else {}
     if recipe.refine_steps and deltas:
         with bar("refine", recipe.refine_steps, "step") as shown:
             deltas = refine_deltas(
                 model,
-                calibration,
+                dialogues,
                 deltas,
                 recipe.refine_steps,
                 prefix=prefix,
@@ -160,41 +176,105 @@ def make_patch(
         if evaluation:
             figures = {
                 "gap_closed_closed_form": figures["gap_closed"],
-                **_held_out_figures(model, patch, evaluation, student),
+                **_held_out_figures(model, patch, evaluation, student, cached),
             }
     with as_student(student):
-        probe = torch_probe(model, patch, (evaluation or calibration)[0].student())
+        probe = torch_probe(model, patch, (evaluation or dialogues)[0].student())
     return Patch(patch.deltas, replace(config, fidelity=figures or None, probe=probe), patch.prefix)
 
 
-def _closed_form(
-    model: Any,
-    calibration: Sequence[Dialogue],
-    recipe: Recipe,
-    prefix: TorchPrefix | None,
-    student: QuantisedStudent | None,
-) -> Mapping[int, Mapping[str, TorchDelta]]:
-    if recipe.method == "prefix":
-        return {}
+def fit_patch(
+    model: Any, calibration: Calibration, recipe: Recipe, student: QuantisedStudent | None = None
+) -> tuple[dict[int, dict[str, TorchDelta]], TorchPrefix | None]:
+    """Fit the entries and the weights of a patch in closed form.
+
+    Args:
+        model: the loaded model.
+        calibration: the rows to fit on.
+        recipe: the settings of the fit.
+        student: the weights that the student will have, if they are not the teacher's.
+
+    Returns:
+        The deltas, layer -> site -> delta, and the entries; no deltas with the method `prefix`, and None without
+        entries.
+
+    Raises:
+        CalibrationError: entries cannot replace the beginning of these prompts.
+    """
+    context = calibration.context
+    behind = Behind(None if context is None else context.cached)
+    if recipe.prefix and context is not None:
+        behind = _behind(model, context, recipe)
+    method = None if recipe.method == "prefix" else recipe.method
+    if method is None and behind.compaction is None:
+        return {}, behind.student
     with bar(f"fit {recipe.method}", model.config.num_hidden_layers, "layer") as shown:
         return fit_lockstep(
             model,
-            calibration,
-            recipe.method,
+            [*calibration.dialogues, *calibration.restated],
+            method,
             recipe.settings,
-            prefix=prefix,
+            behind=behind,
             student=student,
             progress=lambda _done, _all: shown.update(),
         )
 
 
+def _behind(model: Any, context: Context, recipe: Recipe) -> Behind:
+    entries = context.entries()
+    windows = layer_windows(model)
+    counts = split_budget(recipe.prefix, windows, entries.position)
+    exact = [_last(entry, window) for entry, window in zip(entries.entries, windows, strict=True)]
+    student = replace(entries, entries=exact)
+    if counts == student.counts:
+        return Behind(context.cached, student)
+    kept = [
+        own if count == len(own[0][0]) else whole
+        for own, whole, count in zip(exact, entries.entries, counts, strict=True)
+    ]
+    return Behind(
+        context.cached, replace(entries, entries=kept), Compaction(counts, recipe.ridges, recipe.answer_weight)
+    )
+
+
+def _last(entry: Entry, window: int | None) -> Entry:
+    """Return the entries that a window ever sees: the text's first token sees window - 1 places in front of it."""
+    return entry if window is None else (entry[0][:, 1 - window :], entry[1][:, 1 - window :])
+
+
+def check_entries(entries: int, context: int) -> None:
+    """Check a number of entries against the context's.
+
+    Raises:
+        CalibrationError: there are more entries than the context has.
+    """
+    if entries != ALL and entries > context:
+        raise CalibrationError(
+            "the context has fewer entries",
+            field="--prefix",
+            got=entries,
+            wanted=f"at most {context}, the tokens of the context, or `all`",
+            fix="use --prefix all, which keeps them all and is exact",
+        )
+
+
+def check_text(context: str) -> None:
+    """Raise CalibrationError if the context is empty."""
+    if not context.strip():
+        raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
+
+
 def _held_out_figures(
-    model: Any, patch: Patch, evaluation: Sequence[Dialogue], student: QuantisedStudent | None
+    model: Any,
+    patch: Patch,
+    evaluation: Sequence[Dialogue],
+    student: QuantisedStudent | None,
+    cached: TorchPrefix | None,
 ) -> dict[str, float]:
     with bar("held-out fidelity", len(evaluation), "query") as shown:
         measured = measure_fidelity(
             evaluation,
-            TorchStudent(model),
+            TorchStudent(model, cached=cached),
             TorchStudent(model, weights=student),
             TorchStudent(model, patch, student),
             progress=shown.update,

@@ -12,7 +12,7 @@ from tp_runtime.session import Graph
 
 from ..decoder import patched, torch_prefix
 from ..progress import bar
-from ..rollout import complete
+from ..rollout import Ending, complete
 from ..source import Source
 
 Prompts = Sequence[Sequence[int]]
@@ -27,7 +27,8 @@ def torch_answers(source: Source, model: Any, patch: Patch | None, max_new_token
     def run(prompts: Prompts, label: str) -> list[Completion]:
         prefix = None if patch is None else torch_prefix(patch, model)
         with bar(label, len(prompts), "query") as shown, patched(model, patch) if patch else nullcontext():
-            return complete(model, prompts, max_new_tokens, source.codec.eos_ids, prefix=prefix, progress=shown.update)
+            ending = Ending.of(source.codec)
+            return complete(model, prompts, max_new_tokens, ending, prefix=prefix, progress=shown.update)
 
     return run
 

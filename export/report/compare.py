@@ -136,7 +136,7 @@ def _candidates(
     for ridge in ridges:
         one = replace(settings, ridge=ridge)
         with bar(f"fit {method}", layers, "layer") as shown:
-            deltas = fit_lockstep(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
+            deltas, _ = fit_lockstep(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
         yield deltas, "" if method == "vector" else f"rank {one.rank}, ridge {ridge:g}"
 
 
