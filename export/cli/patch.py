@@ -67,9 +67,10 @@ def add_parser(subparsers: Any) -> None:
         "--method",
         choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
         default="output",
-        help="the form of the patch (default: output); a lora patch is added to the output of the MLP's last linear "
-        "layer, for the LoRA export of Gemma-like models; a prefix patch has no weights, see --prefix; isotropic is a "
-        "baseline for comparison",
+        help="the form of the patch (default: output); output gives weights alone unless --prefix adds entries: such a "
+        "patch has any strength, adds to every other patch and travels to other formats; a lora patch is added to the "
+        "output of the MLP's last linear layer, for the LoRA export of Gemma-like models; a prefix patch has no "
+        "weights, see --prefix; isotropic is a baseline for comparison",
     )
     parser.add_argument(
         "--no-bias",

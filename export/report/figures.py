@@ -219,7 +219,7 @@ class Baseline:
         setting: the setting that was used, in words.
         kl: the KL on the held-out queries; None if no setting gives finite tensors.
         gap_closed: the gap closed on the held-out queries; None if no setting gives finite tensors.
-        bytes: the bytes of the tensors in half precision.
+        bytes: the bytes of its patch file.
         seconds: the duration of the fit.
     """
 
@@ -256,7 +256,7 @@ class Point:
 
     Attributes:
         entries: the number of KV entries per head.
-        bytes: the bytes of the tensors in the mixture's patch file.
+        bytes: the bytes of the mixture's patch file.
         weights: whether the mixture has fitted weights.
         gap_closed: the gap closed on the held-out queries.
     """

@@ -52,7 +52,7 @@ def measure_frontier(
             patch = _patch(model, calibration, like, settings, prefix, fitted)
             name = f"{count} {fitted}"
             arms[name] = without_prompt(TorchStudent(model, patch))
-            sizes[name] = (0 if prefix is None else len(prefix), patch.nbytes // 2, fitted)
+            sizes[name] = (0 if prefix is None else len(prefix), patch.nbytes, fitted)
     with bar("fidelity against bytes", len(held), "query") as shown:
         found = diverge(held, with_prompt(TorchStudent(model)), arms, shown.update)
     base = found["none"].mean

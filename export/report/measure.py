@@ -305,7 +305,7 @@ def _fits(
             methods.append(Baseline(method, "no setting gives finite tensors", None, None, 0, 0.0))
         else:
             kl = found[method].mean
-            gap, size = gap_closed(unpatched, kl), fit.patch.nbytes // 2
+            gap, size = gap_closed(unpatched, kl), fit.patch.nbytes
             methods.append(Baseline(method, fit.setting, kl, gap, size, fit.seconds))
     same = fits.get(patch.config.method)
     exact = same is not None and compare.same_tensors(same.patch, patch)

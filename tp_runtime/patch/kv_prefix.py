@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
+from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError, shown
 from .arrays import unchangeable
 from .names import KV_PARTS, EntryKey, entry_name
 
@@ -180,16 +180,20 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
 
     Raises:
         PatchFormatError: there are tensors without a description or the reverse, or the description is not of the form
-            {"replaces": [ids], "position": n}.
-        PatchShapeError, PatchValueError: see `KVPrefix`.
+            {"replaces": [ids], "position": n}, in files of version 3 with "counts": [n of each layer] too.
+        PatchShapeError: `counts` are not those of the tensors; also see `KVPrefix`.
+        PatchValueError: see `KVPrefix`.
     """
     if not entries and description is None:
         return None
     well_formed = (
         isinstance(description, Mapping)
-        and set(description) == {"replaces", "position"}
-        and isinstance(description["replaces"], list)
-        and all(type(number) is int and number >= 0 for number in [*description["replaces"], description["position"]])
+        and set(description) - {"counts"} == {"replaces", "position"}
+        and all(isinstance(description.get(numbers, []), list) for numbers in ("replaces", "counts"))
+        and all(
+            type(number) is int and number >= 0
+            for number in [*description["replaces"], description["position"], *description.get("counts", [])]
+        )
     )
     if not well_formed or not entries:
         raise PatchFormatError(
@@ -199,4 +203,14 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
             wanted='tensors prefix.<layer>.key|value, and {"replaces": [ids], "position": whole number}',
             fix="export the patch again with this version of tp-export",
         )
-    return KVPrefix(entries, tuple(description["replaces"]), description["position"])
+    prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"])
+    counts = [len(prefix.entries[layer, "key"]) for layer in range(prefix.layers)]
+    if description.get("counts", counts) != counts:
+        raise PatchShapeError(
+            "the tensors do not have the described number of entries",
+            field="config.prefix.counts",
+            got=shown(description["counts"]),
+            wanted=shown(counts),
+            fix="export the patch again with this version of tp-export",
+        )
+    return prefix

@@ -29,6 +29,7 @@ from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import KVCache, SessionMark, require_cache, token_list
 from .model_folder import ModelFolder
+from .precision_note import PrecisionNotes
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
 from .slots import check_patch, folder_arrays
@@ -97,12 +98,14 @@ class Graph:
         self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
+        self._notes = PrecisionNotes(folder.precision)
         own = read_default_patch(folder)
         self.repair = own if folder.default_patch and folder.default_patch.repair else None
         if defaults is not None:
             if not isinstance(defaults, Patch):
                 raise not_a_patch(defaults, "a Patch, or None")
             check_patch(defaults, folder)
+            self._notes.note(defaults)
         default = own if defaults is None else defaults
         self.default_patch = None if default is None or default is self.repair or default.is_base else default
         bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
@@ -192,6 +195,7 @@ class Graph:
             raise not_a_patch(patch, "a Patch, or None")
         # This comes first because the fit does not depend on the strength or on the defaults.
         check_patch(patch, self.folder)
+        self._notes.note(patch)
         if not patch.terms:
             return self.base
         patch = self._repaired(patch)

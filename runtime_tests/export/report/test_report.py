@@ -171,7 +171,8 @@ def test_fidelity_against_bytes_runs_from_the_patch_to_the_cached_prompt(whole: 
         prompt = max(entries for entries, _ in points)
         assert set(points) == {(0, True), (2, False), (2, True), (8, False), (8, True), (prompt, False)}
         assert points[prompt, False]["gap_closed"] > 0.99 > points[2, False]["gap_closed"]
-        assert points[0, True]["bytes"] + points[8, False]["bytes"] == points[8, True]["bytes"]
+        sizes = [points[point]["bytes"] for point in ((2, False), (8, False), (8, True))]
+        assert sizes == sorted(sizes) and points[0, True]["bytes"] < sizes[-1]
     assert "Fidelity against bytes" in whole[1]
 
 
