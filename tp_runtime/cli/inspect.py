@@ -71,7 +71,8 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
         "prefix": None
         if patch.prefix is None
         else {
-            "entries": len(patch.prefix),
+            "entries": patch.prefix.longest,
+            "counts": list(patch.prefix.counts),
             "replaced_ids": len(patch.prefix.replaces),
             "position": patch.prefix.position,
         },
@@ -230,11 +231,18 @@ def _context(report: dict[str, Any]) -> str:
     return f"{held}; SHA-256 {digest}" if digest else f"{held}; no digest"
 
 
-def _prefix(prefix: dict[str, int] | None) -> str:
+def _prefix(prefix: dict[str, Any] | None) -> str:
     if prefix is None:
         return "none"
+    layers: dict[int, list[int]] = {}
+    for layer, count in enumerate(prefix["counts"]):
+        layers.setdefault(count, []).append(layer)
+    counts = [
+        plural(count, "position") + (f" in layers {_spans(where)}" if len(layers) > 1 else "")
+        for count, where in layers.items()
+    ]
     return (
-        f"for each head {plural(prefix['entries'], 'position')} of the context, in place of the prompt's first "
+        f"for each head {' and '.join(counts)} of the context, in place of the prompt's first "
         f"{plural(prefix['replaced_ids'], 'id')}; the text continues at position {prefix['position']}"
     )
 

@@ -148,7 +148,7 @@ class Patch:
             raise PatchTargetError(
                 f"a {form} has no place for a KV prefix, and without the prefix the weights of this patch are wrong",
                 field="prefix",
-                got=f"{len(self.prefix)} entries a head",
+                got=f"{self.prefix.amount} entries a head",
                 wanted="a patch without a KV prefix",
                 fix="fit the patch without --prefix",
             )
@@ -157,7 +157,7 @@ class Patch:
         kib = self.nbytes / 1024
         size = f"{len(self.deltas)} slots, rank {self.rank}, {kib:.0f} KiB"
         if self.prefix is not None:
-            size = f"{len(self.prefix)} KV entries, {size}"
+            size = f"{self.prefix.amount} KV entries, {size}"
         return f"<Patch {self.name!r}: {self.config.method}, {size}>"
 
     # -- algebra ---------------------------------------------------------------------------------------------
