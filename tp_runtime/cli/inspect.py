@@ -106,6 +106,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "vocab_size": folder.vocab_size,
         "context_window": folder.context_window,
         "kv": asdict(folder.kv),
+        "windowed": asdict(folder.windowed) if folder.windowed else None,
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
@@ -186,7 +187,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", str(report["layers"])),
         ("vocabulary", str(report["vocab_size"])),
         ("context window", plural(report["context_window"], "token")),
-        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}"),
+        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}{_windowed(report['windowed'])}"),
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
@@ -196,6 +197,10 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         names = ", ".join(ascii(name) for name in report["unlisted"])
         rows.append(("unlisted", f"{names}: nothing reads them"))
     return rows
+
+
+def _windowed(windowed: dict[str, Any] | None) -> str:
+    return "" if windowed is None else f"; a window of {windowed['window']} in layers {_spans(windowed['layers'])}"
 
 
 def _prepared(report: dict[str, Any]) -> str:

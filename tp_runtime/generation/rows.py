@@ -99,7 +99,7 @@ class BatchedRows:
             self._binding = self._bind(rows)
         shifts = [windowed - full for full, windowed in held]
         if any(shifts):
-            bind_shifts(self._binding, shifts, lengths.windowed - lengths.full)
+            bind_shifts(self._graph.ort, self._binding, shifts, lengths.windowed - lengths.full)
         filled = np.array([full for full, _windowed in held])
         mask = (np.arange(lengths.full) <= filled[:, None]).astype(np.int64)
         last = np.array([row.tokens[-1] for row in rows])

@@ -41,16 +41,18 @@ def grown_capacity(capacity: int, length: int, window: int) -> int:
     return min(capacity, window)
 
 
-def bind_shifts(binding: Any, shifts: Sequence[int], total: int) -> None:
+def bind_shifts(ort: Any, binding: Any, shifts: Sequence[int], total: int) -> None:
     """Bind the lengths of windowed layers; without this they are those of full layers.
 
     Args:
+        ort: the onnxruntime module.
         binding: a binding of a graph that has layers of both kinds.
         shifts: for each row the number of positions that its windowed layers hold more than its full ones.
         total: the same difference between the longest lengths among the rows.
     """
-    binding.bind_cpu_input(WINDOWED_SHIFT, np.array(shifts, np.int32))
-    binding.bind_cpu_input(WINDOWED_TOTAL, np.array([total], np.int32))
+    from_numpy = ort.OrtValue.ortvalue_from_numpy
+    binding.bind_ortvalue_input(WINDOWED_SHIFT, from_numpy(np.array(shifts, np.int32)))
+    binding.bind_ortvalue_input(WINDOWED_TOTAL, from_numpy(np.array([total], np.int32)))
 
 
 class _KVBuffers:
@@ -73,7 +75,7 @@ class _KVBuffers:
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
         self._kv, self._window = folder.kv, folder.context_window
         self._session, self.device, self._dtype = session, device, dtype
-        self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        self._ort, self._from_numpy = ort, ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in KV_PARTS]
         self.names = [(past_name(*part), present_name(*part)) for part in parts]
         self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
@@ -119,7 +121,7 @@ class _KVBuffers:
         for name, value in patch.items():
             binding.bind_ortvalue_input(name, value)
         if cache.shift:
-            bind_shifts(binding, [cache.shift], cache.shift)
+            bind_shifts(self._ort, binding, [cache.shift], cache.shift)
         return binding
 
 
