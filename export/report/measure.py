@@ -196,7 +196,8 @@ def _variants(setup: Setup, subject: Subject, held: list[Dialogue]) -> tuple[lis
     per_token = costs.kv_token_bytes(graph, model)
     session = {PROMPT: (len(held[0].teacher_prompt) - len(held[0].student_prompt)) * per_token}
     if patch.prefix is not None:  # every session holds the entries instead of the ids that they replace
-        session[PATCH] = (len(patch.prefix) - len(patch.prefix.replaces)) * per_token
+        entries = sum(patch.prefix.counts) / patch.prefix.layers
+        session[PATCH] = round((entries - len(patch.prefix.replaces)) * per_token)
     variants = []
     for name in VARIANTS:
         kind = name.partition(",")[0]

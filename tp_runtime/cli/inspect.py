@@ -72,7 +72,8 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
         "prefix": None
         if patch.prefix is None
         else {
-            "entries": len(patch.prefix),
+            "entries": patch.prefix.longest,
+            "counts": list(patch.prefix.counts),
             "replaced_ids": len(patch.prefix.replaces),
             "position": patch.prefix.position,
         },
@@ -108,6 +109,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "vocab_size": folder.vocab_size,
         "context_window": folder.context_window,
         "kv": asdict(folder.kv),
+        "windowed": asdict(folder.windowed) if folder.windowed else None,
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
@@ -195,7 +197,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", str(report["layers"])),
         ("vocabulary", str(report["vocab_size"])),
         ("context window", plural(report["context_window"], "token")),
-        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}"),
+        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}{_windowed(report['windowed'])}"),
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
@@ -205,6 +207,10 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         names = ", ".join(ascii(name) for name in report["unlisted"])
         rows.append(("unlisted", f"{names}: nothing reads them"))
     return rows
+
+
+def _windowed(windowed: dict[str, Any] | None) -> str:
+    return "" if windowed is None else f"; a window of {windowed['window']} in layers {_spans(windowed['layers'])}"
 
 
 def _prepared(report: dict[str, Any]) -> str:
@@ -240,11 +246,18 @@ def _context(report: dict[str, Any]) -> str:
     return f"{held}; SHA-256 {digest}" if digest else f"{held}; no digest"
 
 
-def _prefix(prefix: dict[str, int] | None) -> str:
+def _prefix(prefix: dict[str, Any] | None) -> str:
     if prefix is None:
         return "none"
+    layers: dict[int, list[int]] = {}
+    for layer, count in enumerate(prefix["counts"]):
+        layers.setdefault(count, []).append(layer)
+    counts = [
+        plural(count, "position") + (f" in layers {_spans(where)}" if len(layers) > 1 else "")
+        for count, where in layers.items()
+    ]
     return (
-        f"for each head {plural(prefix['entries'], 'position')} of the context, in place of the prompt's first "
+        f"for each head {' and '.join(counts)} of the context, in place of the prompt's first "
         f"{plural(prefix['replaced_ids'], 'id')}; the text continues at position {prefix['position']}"
     )
 

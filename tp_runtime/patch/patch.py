@@ -183,7 +183,7 @@ class Patch:
     def __repr__(self) -> str:
         size = f"{len(self.deltas)} slots, rank {self.rank}, {self.nbytes} bytes in {self.dtype}"
         if self.prefix is not None:
-            size = f"{len(self.prefix)} KV entries, {size}"
+            size = f"{self.prefix.amount} KV entries, {size}"
         return f"<Patch {self.name!r}: {self.config.method}, {size}>"
 
     # -- algebra ---------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_the_entries_of_a_cached_prompt_replace_it(model: PatchedModel) -> None:
 
 def test_a_prefix_gives_the_same_logits_on_a_growing_and_on_a_rewound_cache(model: PatchedModel) -> None:
     patch = prefixed(model, 5, patch_for(model.graph.folder, seed=2, scale=0.2))
-    assert patch.prefix is not None and len(patch.prefix) == 5
+    assert patch.prefix is not None and patch.prefix.longest == 5
     ids, lead = model.codec.render(QUERIES[0]), len(patch.prefix.replaces)
     wanted = model.logits(ids, patch=patch)
     bound = model.graph.bind(patch)
@@ -157,12 +157,25 @@ def test_prefixes_that_do_not_fit_are_refused(model: PatchedModel) -> None:
         model.logits([1, 2], patch=Patch({}, patch_for(model.graph.folder).config, KVPrefix(arrays(), (1,), 5)))
     with pytest.raises(PatchShapeError, match="lacks a layer"):
         KVPrefix({key: value for key, value in arrays().items() if key != (0, "value")}, (1,), 5)
-    with pytest.raises(PatchShapeError, match=r"prefix\.1\.key"):
+    for shape in ((3, 4, 2), (3, 2), (3, 2, 4, 1), (), (0, 2, 4)):
+        with pytest.raises(PatchShapeError, match=r"prefix\.1\.key.*at least one entry"):
+            KVPrefix({**arrays(), (1, "key"): np.zeros(shape), (1, "value"): np.zeros(shape)}, (1,), 5)
+    with pytest.raises(PatchShapeError, match=r"prefix\.1\.value.*\[2, 2, 4\], as the keys"):
         KVPrefix({**arrays(), (1, "key"): np.zeros((2, 2, 4))}, (1,), 5)
     with pytest.raises(PatchValueError, match="NaN"):
         KVPrefix({**arrays(), (1, "key"): np.full((3, 2, 4), np.nan)}, (1,), 5)
     with pytest.raises(PatchValueError, match="position"):
         KVPrefix(arrays(), (1,), 2)
+    longer = {**arrays(), **{(1, part): np.zeros((6, 2, 4)) for part in KV_PARTS}}
+    with pytest.raises(PatchValueError, match="at least 6, the largest number of entries"):
+        KVPrefix(longer, (1,), 5)
+
+
+def test_each_layer_may_have_its_own_number_of_entries() -> None:
+    prefix = KVPrefix({**arrays(), **{(1, part): np.zeros((6, 2, 4)) for part in KV_PARTS}}, (1,), 6)
+    assert (prefix.counts, prefix.longest, prefix.amount) == ((3, 6), 6, "3 to 6")
+    same = KVPrefix(arrays(), (1,), 6)
+    assert (same.counts, same.longest, same.amount) == ((3, 3), 3, "3")
 
 
 def test_prefixes_of_another_model_are_refused_when_bound(model: PatchedModel) -> None:
