@@ -85,12 +85,15 @@ def version_patches() -> dict[str, tuple[Patch, str]]:
 
     delta = Delta(fixed(6, 2), fixed(2, 4), fixed(4), fixed(6))
     names = [(layer, part) for layer in range(2) for part in KV_PARTS]
-    prefix = KVPrefix({(layer, part): fixed(3 + layer, 2, 4)[layer:] for layer, part in names}, (1, 5), 9)
+    prefix, ragged = (
+        KVPrefix({(layer, part): fixed(3, 2, 4)[: 3 - step * layer] for layer, part in names}, (1, 5), 9)
+        for step in (0, 1)
+    )
     config, stopping = random_config(), random_config(stop=("\n", "Q:"))
     return {
         "1": (Patch({(0, "mlp_out"): delta, (1, "gate"): Delta(bias=fixed(4))}, config), "f16"),
         "2": (Patch({(0, "mlp_out"): delta}, config, prefix), "f32"),
-        "3": (Patch({(0, "mlp_out"): delta}, stopping, prefix), "i8"),
+        "3": (Patch({(0, "mlp_out"): delta}, stopping, ragged), "i8"),
     }
 
 

@@ -219,7 +219,7 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
             fix="export the patch again with this version of tp-export",
         )
     prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"])
-    counts = [len(prefix.entries[layer, "key"]) for layer in range(prefix.layers)]
+    counts = list(prefix.counts)
     if description.get("counts", counts) != counts:
         raise PatchShapeError(
             "the tensors do not have the described number of entries",

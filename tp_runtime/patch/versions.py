@@ -45,6 +45,7 @@ def check_version(where: str, version: str, config: Mapping[str, Any], tensors: 
             raise _misfit("config.prefix", problem, ", ".join(prefix) or "no keys", "replaces, position, counts")
         return
     newer = [f"int8 values in {name!r}" for name, tensor in sorted(tensors.items()) if tensor.dtype == "I8"][:1]
+    newer += ["a number of entries that differs between layers"] * (len(set(_counts(tensors))) > 1)
     newer += ["the key `stop`"] * ("stop" in config) + ["the key `counts` of `prefix`"] * counts
     if newer:
         problem = f"the version does not fit a file with {newer[0]}"
@@ -74,7 +75,8 @@ def versioned(config: Mapping[str, Any], tensors: StoredTensors) -> tuple[str, d
 def _counts(tensors: StoredTensors) -> list[int]:
     """Return the number of entries of each layer, from layer 0 on."""
     entries = {entry: tensor for name, tensor in tensors.items() if (entry := parse_entry_name(name))}
-    return [len(entries[entry].values) for entry in sorted(entries) if entry[1] == "key"]
+    # A damaged file may have a tensor without dimensions; KVPrefix refuses it.
+    return [sum(entries[entry].values.shape[:1]) for entry in sorted(entries) if entry[1] == "key"]
 
 
 def _misfit(field: str, problem: str, got: str, wanted: str) -> PatchFormatError:

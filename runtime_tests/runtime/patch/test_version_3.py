@@ -178,6 +178,23 @@ def test_a_file_with_int8_tensors_beside_others_is_saved_again_without_a_loss(tm
     assert Patch.load(tmp_path / "p.safetensors").identity == loaded.identity
 
 
+def ragged(**config: Any) -> Patch:
+    """Return a patch of entries with another number of them in each layer."""
+    entries = {key: values[: 1 + key[0]] for key, values in arrays(layers=3).items()}
+    return Patch({}, random_config(method="prefix", **config), KVPrefix(entries, (1, 2), 5))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "i8"])
+def test_layers_with_different_numbers_of_entries_need_version_3(tmp_path: Path, dtype: str) -> None:
+    content = saved(tmp_path, ragged(), dtype)
+    metadata, parts = unpacked(content)
+    assert metadata["version"] == "3" and metadata["config"]["prefix"]["counts"] == [1, 2, 3]
+    assert [parts[f"prefix.{layer}.key"][1] for layer in range(3)] == [[1, 2, 4], [2, 2, 4], [3, 2, 4]]
+    loaded = Patch.load(tmp_path / "p.safetensors")
+    assert loaded.identity == ragged().rounded(dtype).identity and loaded.nbytes == len(content)
+    assert saved(tmp_path, loaded, None) == content
+
+
 # -- what is refused: int8 tensors and scales ----------------------------------------------------------------
 
 
@@ -262,6 +279,17 @@ def test_a_product_beyond_float32_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, content, PatchValueError, "layers.0.mlp_out.a: the tensor holds NaN or infinity")
 
 
+@pytest.mark.parametrize("dtype", ["F16", "I8"])
+@pytest.mark.parametrize("number", ["2", "3"])
+def test_entries_without_dimensions_are_refused(tmp_path: Path, dtype: str, number: str) -> None:
+    metadata, parts = unpacked(saved(tmp_path))
+    metadata["version"] = number
+    parts[KEY] = (dtype, [], bytes(2 if dtype == "F16" else 1))
+    (tmp_path / "p.safetensors").write_bytes(packed(metadata, parts))
+    with pytest.raises(PatchError):
+        Patch.load(tmp_path / "p.safetensors")
+
+
 def test_int8_in_a_file_of_another_tool_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(PatchFormatError, match=r"unsupported dtype; got 'I8'; wanted F16 \| BF16 \| F32"):
@@ -317,6 +345,11 @@ def test_version_3_without_counts_is_refused(tmp_path: Path, dtype: str) -> None
 def test_counts_that_are_not_those_of_the_tensors_are_refused(tmp_path: Path, counts: list[int]) -> None:
     content = with_config(saved(tmp_path), prefix={"replaces": [1, 2], "position": 5, "counts": counts})
     refused(tmp_path, content, PatchShapeError, r"config\.prefix\.counts: .*; wanted \[3, 3\]")
+
+
+def test_different_numbers_of_entries_in_an_older_version_are_refused(tmp_path: Path) -> None:
+    content = with_config(saved(tmp_path, ragged(), "f16"), "2", stop=None, prefix={"replaces": [1], "position": 5})
+    refused(tmp_path, content, PatchFormatError, "does not fit a file with a number of entries that differs.*got '2'")
 
 
 @pytest.mark.parametrize("counts", [None, 3, "33", [3.0, 3], [True, 3], [-3, 3], [[3], 3], {"0": 3}])

@@ -14,8 +14,8 @@ from tp_runtime.patch import Patch
 # Caches and signatures are keyed by the identity, so a change of one of these breaks compatibility.
 IDENTITIES = {
     "1": "c5ef01753af26afe60a33045983e424fb13d4ccc505360e7cf67258c3ed2f0e9",
-    "2": "4b12eaf39b5a843dea334a1d608d4a19b88cd754888845fa2d935609fc995dde",
-    "3": "7925c622c64d8659c60b64a693bcf527233712d2dfb45f48f1986570c71a6973",
+    "2": "307ec282876af674cfeced306ba20778390d2527514fb686e768e3e262bce29d",
+    "3": "3846a7055470d7f76bff9eef7c1ff1853eca694feba62f0ed9e372b12da16155",
 }
 
 
