@@ -119,7 +119,7 @@ def measure_frontier(
         found = diverge(held, with_prompt(base), arms, shown.update)
     points = []
     for i, one in enumerate(candidates):
-        label = f"known answers, {' '.join(one.point[:3])}"
+        label = f"known answers, {' '.join(filter(None, one.point[:3]))}"
         figures = known.compare(found["none"], found[str(i)], one.answers, label, one.prompts)
         points.append(Point(*one.point, held_out=figures))
     return Frontier(points, missing)

@@ -20,7 +20,7 @@ from tp_export.fit import Recipe, make_patch
 from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prompt, without_prompt
 from tp_export.queries import load_questions
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
-from tp_export.report.figures import Fits, Report, Turns
+from tp_export.report.figures import Fits, PatchReport, Report, Turns
 from tp_export.report.page import render_page
 from tp_export.rollout import Dialogue, dialogues_for
 from tp_export.source import load_model, open_source
@@ -332,6 +332,34 @@ def test_missing_measurements_are_explained(report: Report) -> None:
     for message in ("--runtime)", "--baselines none", "it has no chat turns", "The energy kept is not known"):
         assert message in text
     assert "Long answers" not in text and "Their sum" not in text
+
+
+def without_plots(patch: PatchReport, **more: Any) -> PatchReport:
+    """Return a report with changed figures and few plots, so that the page is quickly drawn."""
+    nothing = Turns(0, 64, [], {}, "left out"), Fits(0, 0, False, [], "left out")
+    left_out: dict[str, Any] = {"turns": nothing[0], "fits": nothing[1], "layers": [], "sweep": None, "long": None}
+    return replace(patch, **left_out, frontier=None, **more)
+
+
+def test_the_page_states_the_answers_kept_and_the_stop(report: Report) -> None:
+    one = report.patches[0]
+    variants = [replace(v, held_out=replace(v.held_out, right=0.5, kept=0.8125, kept_se=0.0421)) for v in one.variants]
+    text = render_page(replace(report, patches=[without_plots(one, variants=variants, known_answers=3, stop=["\n<"])]))
+    assert "of the prompted model's right answers are kept, ± 4.2" in " ".join(text.split())
+    assert "81.2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}4.2" in text and "equals the expected one up to the stop" in text
+    assert '<code>"\\n\\u003c"</code>' in text
+    nothing = [replace(v, held_out=replace(v.held_out, right=0.0, kept=None, kept_se=None)) for v in one.variants]
+    text = render_page(replace(report, patches=[without_plots(one, variants=nothing, known_answers=3)]))
+    assert "gives no right answer that could be" in text and "contains the expected text" in text
+
+
+def test_the_page_states_that_the_prompt_has_no_effect_on_the_first_token(report: Report) -> None:
+    one = report.patches[0]
+    variants = [
+        replace(v, held_out=replace(v.held_out, gap_closed_first=None, gap_closed_first_se=None)) for v in one.variants
+    ]
+    text = " ".join(render_page(replace(report, patches=[without_plots(one, variants=variants)])).split())
+    assert "the prompt has no effect on the first token of the answers" in text
 
 
 def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
