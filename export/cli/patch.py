@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import FLOAT_PRECISIONS
 
     from ..fit import Recipe, Settings, make_patch
+    from ..measure import fidelity_line
     from ..quantise import check_precision
     from ..queries import load_questions, split_holdout
     from ..rollout import RolloutStore
@@ -178,13 +179,8 @@ def run(args: argparse.Namespace) -> int:
     )
     patch.save(args.out)
     if patch.config.fidelity:
-        figures = patch.config.fidelity
-        print(
-            f"held out: {figures['gap_closed']:.1%} of {'the quantisation loss' if context is None else 'the prompt'} "
-            f"(KL {figures['kl_unpatched']:.3f} -> {figures['kl_patched']:.3f} nats per token, "
-            f"{figures['completion_tokens']} tokens of {figures['queries']} queries)",
-            file=sys.stderr,
-        )
+        of = "the quantisation loss" if context is None else "the prompt"
+        print(fidelity_line(patch.config.fidelity, of), file=sys.stderr)
     print(args.out)
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError, shown
 
-from ..rollout import check_prompts, complete
+from ..rollout import Ending, check_prompts, complete
 from ..source import Source
 from .questions import query_key
 
@@ -75,7 +75,7 @@ def write_questions(
             model,
             prompts,
             _LONGEST_QUESTION,
-            source.codec.eos_ids,
+            Ending.of(source.codec),
             temperature=0.0 if number < len(_WORDINGS) else _TEMPERATURE,
             seed=seed + number,
             progress=progress,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..measure import Student
 from ..queries import load_questions
-from ..rollout import Dialogue, complete
+from ..rollout import Dialogue, Ending, complete
 from ..source import Source
 
 
@@ -69,5 +69,5 @@ def base_answers(
     """Return dialogues of unrelated questions, answered by the base model without the prompt."""
     student = [tuple(source.codec.render(question)) for question in questions]
     teacher = [tuple(source.codec.render(question, context)) for question in questions]
-    found = complete(model, student, max_new_tokens, source.codec.eos_ids)
+    found = complete(model, student, max_new_tokens, Ending.of(source.codec))
     return [Dialogue(*parts) for parts in zip(teacher, student, found, strict=True)]

@@ -5,12 +5,14 @@ This room knows nothing of how a patch is fitted or measured.
 
 from .completions import complete
 from .dialogues import check_prompts, context_digest, dialogues_for
+from .ending import Ending
 from .sequences import Batch, Dialogue, batches
 from .store import RolloutStore
 
 __all__ = [
     "Batch",
     "Dialogue",
+    "Ending",
     "RolloutStore",
     "batches",
     "check_prompts",

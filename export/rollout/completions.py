@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..decoder import TorchPrefix
+from .ending import Ending
 from .store import RolloutStore
 
 
@@ -16,7 +17,7 @@ def complete(
     model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_ids: frozenset[int],
+    ending: Ending,
     *,
     temperature: float = 0.0,
     seed: int = 0,
@@ -25,13 +26,13 @@ def complete(
     prefix: TorchPrefix | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
-    """Return one completion for each prompt, up to and including its end-of-sequence token.
+    """Return one completion for each prompt, up to and including the token that ends it.
 
     Args:
         model: a transformers causal language model.
         prompts: the token ids of each prompt; prompts of similar length share a batch and are padded on the left.
         max_new_tokens: the largest number of tokens of a completion.
-        eos_ids: the ids that end a completion.
+        ending: what ends a completion.
         temperature: the sampling temperature; ids are sampled from the whole distribution, and 0.0 is greedy.
         seed: the seed of the samples; the caller's random state stays unchanged.
         batch_size: the number of prompts in a batch.
@@ -44,22 +45,27 @@ def complete(
     if prefix is not None:
         found = []
         for prompt in prompts:
-            found.append(_after_prefix(model, prefix, prompt, max_new_tokens, eos_ids))
+            found.append(_after_prefix(model, prefix, prompt, max_new_tokens, ending))
             progress(1)
         return found
     completions: list[tuple[int, ...]] = [()] * len(prompts)
     keys: list[str] = []
     if store is not None:
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        settings |= {"stop": list(ending.stop)} if ending.stop else {}
         keys = [store.key(prompt, settings) for prompt in prompts]
         completions = [store.get(key) or () for key in keys]
         progress(sum(map(bool, completions)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    pad = min(eos_ids)
+    pad = min(ending.eos_ids)
     # The model's own configuration may set a repetition penalty or a sampler, which must not affect the completions.
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad, bos_token_id=None, **sampling
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ending.eos_ids),
+        pad_token_id=pad,
+        bos_token_id=None,
+        **sampling,
     )
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -82,28 +88,21 @@ def complete(
                 use_model_defaults=False,
             )
         for row, i in enumerate(part):
-            completions[i] = _until_eos(out[row, longest:].tolist(), eos_ids)
+            completions[i] = ending.cut(out[row, longest:].tolist())
         if store is not None:
             store.put({keys[i]: completions[i] for i in part})
         progress(len(part) - known)
     return completions
 
 
-def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> tuple[int, ...]:
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return tuple(tokens[: i + 1])
-    return tuple(tokens)
-
-
 def _after_prefix(
-    model: Any, prefix: TorchPrefix, prompt: Sequence[int], max_new_tokens: int, eos_ids: frozenset[int]
+    model: Any, prefix: TorchPrefix, prompt: Sequence[int], max_new_tokens: int, ending: Ending
 ) -> tuple[int, ...]:
     cache = prefix.cache()
     ids = torch.tensor([list(prompt[len(prefix.replaces) :])], device=model.device)
     answer: list[int] = []
     position = prefix.position
-    while len(answer) < max_new_tokens and not (answer and answer[-1] in eos_ids):
+    while len(answer) < max_new_tokens and not ending.reached(answer):
         offsets = torch.arange(ids.shape[1], device=model.device)
         with torch.no_grad():
             out = model(

@@ -11,6 +11,7 @@ from tp_runtime.errors import CalibrationError, RequestError
 from ..progress import bar
 from ..source import Source
 from .completions import complete
+from .ending import Ending
 from .sequences import Dialogue
 from .store import RolloutStore
 
@@ -25,6 +26,7 @@ def dialogues_for(
     max_new_tokens: int,
     *,
     samples: int = 1,
+    stop: Sequence[str] = (),
     store: RolloutStore | None = None,
 ) -> list[Dialogue]:
     """Let the teacher answer `queries` with the context in front.
@@ -41,6 +43,7 @@ def dialogues_for(
         queries: the queries.
         max_new_tokens: the largest number of tokens of an answer.
         samples: the number of answers to each query; the first is greedy, the others are sampled.
+        stop: the texts that end an answer.
         store: a store of completions; answers that it has are not generated again.
 
     Returns:
@@ -48,7 +51,8 @@ def dialogues_for(
         order of the queries.
 
     Raises:
-        CalibrationError: there are no queries, the context is empty, or every completion is empty.
+        CalibrationError: there are no queries, the context is empty, every completion is empty, or no completion holds
+            a stop string.
         RequestError: a query cannot be rendered or does not fit the context window.
     """
     if context is not None and not context.strip():
@@ -60,7 +64,7 @@ def dialogues_for(
     teacher = [source.codec.render(query, context) for query in queries]
     student = [source.codec.render(query) for query in queries]
     check_prompts([*teacher, *student], max_new_tokens, model)
-    eos = source.codec.eos_ids
+    ending = Ending.of(source.codec, stop)
     completions = []
     with bar("teacher completions", samples * len(queries), "answer") as shown:
         for sample in range(samples):
@@ -69,19 +73,27 @@ def dialogues_for(
                 model,
                 teacher,
                 max_new_tokens,
-                eos,
+                ending,
                 temperature=temperature,
                 seed=sample,
                 store=store,
                 progress=shown.update,
             )
-    if all(set(completion) <= eos for completion in completions):
+    if all(set(completion) <= ending.eos_ids for completion in completions):
         raise CalibrationError(
             "every completion is empty",
             field="queries",
             got=f"{len(queries)} queries, no answer",
             wanted="queries that the prompted model answers",
             fix="change the prompt: the model ends its answer at once",
+        )
+    if stop and not any(ending.stopped(completion) for completion in completions):
+        raise CalibrationError(
+            "no answer of the prompted model holds a stop string",
+            field="--stop",
+            got=", ".join(map(repr, stop)),
+            wanted=f"a text that ends the answers, within {max_new_tokens} tokens",
+            fix="pass the text that ends an answer, raise --max-new-tokens, or leave --stop out",
         )
     prompts = [(tuple(t), tuple(s)) for t, s in zip(teacher, student, strict=True)]
     return [Dialogue(*pair, answer) for pair, answer in zip(prompts * samples, completions, strict=True)]
