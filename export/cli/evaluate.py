@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from .options import (
     add_context_options,
     add_device_options,
     add_source,
+    add_stop,
     check_measurable,
     load_weights,
     open_graph,
     read_any_context,
     read_context,
     require_at_least,
+    stop_strings,
 )
 
 
@@ -27,7 +30,8 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="measure a patch on held-out queries",
         description="Measure the KL divergence of the patched model from the prompted one, in nats per completion "
-        "token. The command refuses queries that the patch was fitted on.",
+        "token, over all tokens and at the first token of the answers. Shares come with their bootstrap standard error "
+        "over the queries (_se). The command refuses queries that the patch was fitted on.",
     )
     add_source(parser)
     parser.add_argument("patch", metavar="PATCH", type=Path, help="the patch file")
@@ -39,9 +43,11 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         metavar="HELDOUT",
         help="a file of queries that the patch was not fitted on; for a .jsonl file of {query, answer} the command "
-        "also measures accuracy",
+        "also measures accuracy: with stop strings the share of answers that equal the expected one, without them the "
+        "share that contain it",
     )
     add_answer_length(parser)
+    add_stop(parser, "the stop strings in the patch file")
     parser.add_argument(
         "--runtime",
         type=Path,
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         TorchStudent,
         measure_accuracy,
         measure_fidelity,
+        recorded_answers,
         runtime_answers,
         torch_answers,
     )
@@ -74,33 +81,48 @@ def run(args: argparse.Namespace) -> int:
 
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     patch = Patch.load(args.patch)
+    stop = stop_strings(args.stop, patch)
     # A patch that only repairs a quantised base has no prompt, so it is compared with the float32 base.
     context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)
-    queries, answers = load_questions(args.queries), load_answers(args.queries)
+    queries, known = load_questions(args.queries), load_answers(args.queries)
+    answers = {query: known[query] for query in queries if query in known}
     source = open_source(args.src)
     graph = open_graph(args.runtime)
     check_measurable(patch, "the patch", context, queries, source, graph)
     model = load_weights(source, args)
     limit = args.max_new_tokens
-    dialogues = dialogues_for(source, model, context, queries, limit)
+    dialogues = dialogues_for(source, model, context, queries, limit, stop=stop)
 
     def student(under: Patch | None) -> Student:
         return TorchStudent(model, under) if graph is None else RuntimeStudent(graph, under)
 
     def answerer(under: Patch | None) -> Answers:
         if graph is None:
-            return torch_answers(source, model, under, limit)
-        return runtime_answers(source, graph, under, limit)
+            return torch_answers(source, model, under, limit, stop)
+        return runtime_answers(source, graph, under, limit, stop)
 
     with bar("held-out fidelity", len(dialogues), "query") as shown:
         fidelity = measure_fidelity(dialogues, TorchStudent(model), student(None), student(patch), shown.update)
     figures = fidelity.to_dict()
+    if fidelity.gap_closed_first is None:
+        _note(
+            f"the prompt has no effect on the first token of the answers (KL {fidelity.kl_unpatched_first:.1e}), so "
+            "there is no gap_closed_first"
+        )
     if answers and context is not None:
-        prompted = torch_answers(source, model, None, limit)
-        figures |= measure_accuracy(source, context, answers, prompted, answerer(None), answerer(patch)).to_dict()
+        accuracy = measure_accuracy(
+            source, context, answers, recorded_answers(dialogues), answerer(None), answerer(patch), stop
+        )
+        figures |= accuracy.to_dict()
+        if accuracy.kept is None:
+            _note("the prompted model answers no question correctly, so there is no share of answers kept")
     if args.json:
         print(json.dumps({"patch": patch.name, "identity": patch.identity, **figures}))
     else:
         for key, value in figures.items():
-            print(f"{key:24} {value:g}")
+            print(f"{key:26} {value:g}")
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

@@ -52,6 +52,16 @@ def add_answer_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_stop(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --stop; `default` says what counts without it."""
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help=f"end every answer at the first TEXT; may be repeated (default: {default})",
+    )
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
@@ -154,6 +164,19 @@ def check_measurable(
     check_base(patch, source.name, source.digest, precision, source.digest_change)
     if graph is not None:
         graph.bind(patch)
+
+
+def stop_strings(given: Sequence[str] | None, patch: Patch | None = None) -> tuple[str, ...]:
+    """Return the stop strings of --stop; without the option those that the patch was fitted with.
+
+    Raises:
+        CalibrationError: a stop string is empty or not valid Unicode.
+    """
+    if given is None:
+        return () if patch is None else tuple(getattr(patch.config, "stop", ()))
+    if "" in given:
+        raise CalibrationError("the stop string is empty", field="--stop", got="''", wanted="text")
+    return tuple(valid_text("--stop", text) for text in given)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

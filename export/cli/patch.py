@@ -67,9 +67,10 @@ def add_parser(subparsers: Any) -> None:
         "--method",
         choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
         default="output",
-        help="the form of the patch (default: output); a lora patch is added to the output of the MLP's last linear "
-        "layer, for the LoRA export of Gemma-like models; a prefix patch has no weights, see --prefix; isotropic is a "
-        "baseline for comparison",
+        help="the form of the patch (default: output); output gives weights alone unless --prefix adds entries: such a "
+        "patch has any strength, adds to every other patch and travels to other formats; a lora patch is added to the "
+        "output of the MLP's last linear layer, for the LoRA export of Gemma-like models; a prefix patch has no "
+        "weights, see --prefix; isotropic is a baseline for comparison",
     )
     parser.add_argument(
         "--no-bias",
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from tp_runtime.patch import FLOAT_PRECISIONS
 
     from ..fit import Recipe, Settings, make_patch
+    from ..measure import fidelity_line
     from ..quantise import check_precision
     from ..queries import load_questions, split_holdout
     from ..rollout import RolloutStore
@@ -177,13 +179,8 @@ def run(args: argparse.Namespace) -> int:
     )
     patch.save(args.out)
     if patch.config.fidelity:
-        figures = patch.config.fidelity
-        print(
-            f"held out: {figures['gap_closed']:.1%} of {'the quantisation loss' if context is None else 'the prompt'} "
-            f"(KL {figures['kl_unpatched']:.3f} -> {figures['kl_patched']:.3f} nats per token, "
-            f"{figures['completion_tokens']} tokens of {figures['queries']} queries)",
-            file=sys.stderr,
-        )
+        of = "the quantisation loss" if context is None else "the prompt"
+        print(fidelity_line(patch.config.fidelity, of), file=sys.stderr)
     print(args.out)
     return 0
 

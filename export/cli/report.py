@@ -13,12 +13,14 @@ from .options import (
     add_answer_length,
     add_device_option,
     add_source,
+    add_stop,
     check_measurable,
     load_weights,
     open_graph,
     read_prompt_file,
     require_at_least,
     require_folder_of,
+    stop_strings,
     valid_text,
 )
 
@@ -48,7 +50,8 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         required=True,
         metavar="HELDOUT",
-        help="a file of queries that the patch was not fitted on",
+        help="a file of queries that the patch was not fitted on; for a .jsonl file of {query, answer} the page also "
+        "shows how many right answers are kept",
     )
     parser.add_argument(
         "--calibration",
@@ -74,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object instead of the path")
     parser.add_argument("--store", action="store_true", help="store a summary in the descriptions of the patch files")
     add_answer_length(parser)
+    add_stop(parser, "the stop strings in each patch file")
     parser.add_argument(
         "--long",
         type=int,
@@ -91,8 +95,14 @@ def add_parser(subparsers: Any) -> None:
         "--frontier",
         default="",
         metavar="N,N,...",
-        help="draw fidelity against bytes for these numbers of KV entries per head, each with and without weights; "
-        "this takes several fits",
+        help="draw fidelity against bytes for these numbers of KV entries per head, each with and without weights, and "
+        "against shorter prompts; this takes several fits",
+    )
+    parser.add_argument(
+        "--frontier-ranks",
+        default="",
+        metavar="N,N,...",
+        help="the ranks of the weights without entries in that plot (default: the rank of the patch)",
     )
     add_device_option(parser)
     parser.set_defaults(run=run)
@@ -102,10 +112,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure the patches, write the page and print its path."""
     import matplotlib  # noqa: F401 - if it is missing, the error comes before the minutes of work
 
-    from tp_runtime.patch import PATCH_FILE, Patch
+    from tp_runtime.patch import ADDS_TO_WEIGHTS, PATCH_FILE, Patch
     from tp_runtime.storage import check_output_file
 
-    from ..queries import load_questions
+    from ..queries import load_answers, load_questions
     from ..report import (
         METHODS,
         PAGE,
@@ -121,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
     )
     from ..source import open_source
 
-    methods, frontier = _methods(args.baselines, METHODS), _entries(args.frontier)
+    methods, frontier = _methods(args.baselines, METHODS), _numbers("--frontier", args.frontier)
+    ranks = _numbers("--frontier-ranks", args.frontier_ranks)
+    stop_strings(args.stop)  # an empty one is refused before anything is read
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     require_at_least("--long", args.long, 0)
     require_folder_of("-o", args.output)
@@ -144,19 +156,20 @@ def run(args: argparse.Namespace) -> int:
         held = load_questions(held_out)
         check_measurable(patch, file.name, context, held, source, graph)
         known = fitted_queries(patch, load_questions(fitted))
-        subjects.append(Subject(patch, file, context, held, known))
+        stop = stop_strings(args.stop, patch)
+        subjects.append(Subject(patch, file, context, held, known, load_answers(held_out), stop))
     if len({subject.patch.identity for subject in subjects}) < count:
         raise PatchFormatError("the same patch is given twice", field="PATCH", got=", ".join(map(str, args.patches)))
     if sum(subject.patch.prefix is not None for subject in subjects) > 1:
         raise CalibrationError(
-            "patches with KV prefixes cannot be added, and this page shows their sum",
+            f"this page shows the sum of its patches, and a patch with entries adds {ADDS_TO_WEIGHTS}",
             field="PATCH",
             got=", ".join(map(str, args.patches)),
-            wanted="at most one patch with a KV prefix",
+            wanted="at most one patch with entries",
             fix="make a page for each patch",
         )
     model = load_weights(source, args)
-    setup = Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier)
+    setup = Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier, ranks)
     for subject in subjects:
         check_long(setup, subject)
     reports = [measure_patch(setup, subject) for subject in subjects]
@@ -188,11 +201,11 @@ def _methods(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _entries(text: str) -> tuple[int, ...]:
+def _numbers(field: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise CalibrationError(
-            "the value is not a list of positive integers", field="--frontier", got=repr(text), wanted="such as 4,16,64"
+            "the value is not a list of positive integers", field=field, got=repr(text), wanted="such as 4,16,64"
         )
     return tuple(sorted({int(part) for part in parts}))
 

@@ -3,10 +3,12 @@
 This room knows nothing of how a patch was made.
 """
 
-from .accuracy import Accuracy, measure_accuracy
-from .answers import Answers, Completion, runtime_answers, torch_answers
-from .divergence import Arm, Divergence, diverge, gap_closed, require_effect, with_prompt, without_prompt
-from .fidelity import Fidelity, measure_fidelity
+from .accuracy import Accuracy, Right, measure_accuracy, right_answers, share_kept
+from .answers import Answers, Completion, Prompts, recorded_answers, runtime_answers, torch_answers, within_stop
+from .bootstrap import ratio_error
+from .closeness import Closeness, measure_closeness, require_effect
+from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
+from .fidelity import Fidelity, fidelity_line, measure_fidelity
 from .probe import torch_probe
 from .students import RuntimeStudent, Student, TorchStudent
 
@@ -14,20 +16,29 @@ __all__ = [
     "Accuracy",
     "Answers",
     "Arm",
+    "Closeness",
     "Completion",
     "Divergence",
     "Fidelity",
+    "Prompts",
+    "Right",
     "RuntimeStudent",
     "Student",
     "TorchStudent",
     "diverge",
-    "gap_closed",
+    "fidelity_line",
     "measure_accuracy",
+    "measure_closeness",
     "measure_fidelity",
+    "ratio_error",
+    "recorded_answers",
     "require_effect",
+    "right_answers",
     "runtime_answers",
+    "share_kept",
     "torch_answers",
     "torch_probe",
     "with_prompt",
+    "within_stop",
     "without_prompt",
 ]

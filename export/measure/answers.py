@@ -9,10 +9,11 @@ from typing import Any
 from tp_runtime.generation import Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph
+from tp_runtime.text import StopScanner
 
 from ..decoder import patched, torch_prefix
 from ..progress import bar
-from ..rollout import Ending, complete
+from ..rollout import Dialogue, Ending, complete
 from ..source import Source
 
 Prompts = Sequence[Sequence[int]]
@@ -21,39 +22,65 @@ Completion = tuple[int, ...]
 Answers = Callable[[Prompts, str], list[Completion]]
 
 
-def torch_answers(source: Source, model: Any, patch: Patch | None, max_new_tokens: int) -> Answers:
-    """Return a function that generates answers with transformers, under `patch` or without a patch if it is None."""
+def torch_answers(
+    source: Source, model: Any, patch: Patch | None, max_new_tokens: int, stop: Sequence[str] = ()
+) -> Answers:
+    """Return a function that generates answers with transformers, under `patch` or without a patch if it is None.
+
+    An answer ends with the token that completes a stop string.
+    """
 
     def run(prompts: Prompts, label: str) -> list[Completion]:
         prefix = None if patch is None else torch_prefix(patch, model)
         with bar(label, len(prompts), "query") as shown, patched(model, patch) if patch else nullcontext():
-            ending = Ending.of(source.codec)
+            ending = Ending.of(source.codec, stop)
             return complete(model, prompts, max_new_tokens, ending, prefix=prefix, progress=shown.update)
 
     return run
 
 
-def runtime_answers(source: Source, graph: Graph, patch: Patch | None, max_new_tokens: int) -> Answers:
+def runtime_answers(
+    source: Source, graph: Graph, patch: Patch | None, max_new_tokens: int, stop: Sequence[str] = ()
+) -> Answers:
     """Return a function that generates answers with tp_runtime.
 
-    The measured figure then includes the effect of the exported graph, its precision and its slots.
+    The measured figure then includes the effect of the exported graph, its precision and its slots. An answer ends with
+    the token that completes a stop string.
     """
-    bound = graph.bind(patch)
+    bound, ending = graph.bind(patch), Ending.of(source.codec, stop)
+
+    def answer(prompt: Sequence[int]) -> Completion:
+        ids: list[int] = []
+        for token in generate(
+            graph, prompt, bound, sampling=Sampling(), max_new_tokens=max_new_tokens, eos_ids=ending.eos_ids
+        ):
+            ids.append(token)
+            if ending.reached(ids):
+                break
+        return tuple(ids)
 
     def run(prompts: Prompts, label: str) -> list[Completion]:
         found = []
         with bar(label, len(prompts), "query") as shown:
             for prompt in prompts:
-                ids = generate(
-                    graph,
-                    prompt,
-                    bound,
-                    sampling=Sampling(),
-                    max_new_tokens=max_new_tokens,
-                    eos_ids=source.codec.eos_ids,
-                )
-                found.append(tuple(ids))
+                found.append(answer(prompt))
                 shown.update()
         return found
 
     return run
+
+
+def recorded_answers(dialogues: Sequence[Dialogue]) -> Answers:
+    """Return a function that gives the prompted model's answers of `dialogues`, so that they are not generated again.
+
+    It knows the answers to the teacher's prompts of the dialogues, and raises KeyError for other prompts.
+    """
+    known = {dialogue.teacher_prompt: dialogue.completion for dialogue in reversed(dialogues)}
+    return lambda prompts, _label: [known[tuple(prompt)] for prompt in prompts]
+
+
+def within_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text before its first stop string, which is what a request with these stop strings returns."""
+    scanner = StopScanner(stop)
+    before, stopped = scanner.push(text)
+    return before if stopped else before + scanner.flush()

@@ -1,8 +1,6 @@
 """KL(reference || arm) at every token, for many arms against one reference.
 
 An arm is one of the models under comparison. Only the logits of one dialogue are in memory at a time.
-
-gap_closed = 1 - KL(patched) / KL(unpatched). It is 0 without a patch and 1 for the prompt itself.
 """
 
 from __future__ import annotations
@@ -16,12 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tp_runtime.errors import CalibrationError
-
 from ..rollout import Dialogue
 from .students import Student
-
-_NO_EFFECT = 1e-7  # nats per token: the rounding of float32 makes two equal models differ by about this much
 
 
 class Arm(Protocol):
@@ -85,6 +79,11 @@ class Divergence:
         """The share of tokens at which the argmax equals that of the reference."""
         return float(np.concatenate(self.agree).mean())
 
+    @property
+    def first(self) -> Divergence:
+        """The divergence at the first completion token of each dialogue alone."""
+        return Divergence(tuple(kl[:1] for kl in self.kl), tuple(agree[:1] for agree in self.agree))
+
     def by_dialogue(self) -> list[float]:
         """Return the mean KL of each dialogue in nats per token; NaN for a dialogue without tokens."""
         return [float(kl.mean()) if len(kl) else float("nan") for kl in self.kl]
@@ -134,27 +133,3 @@ def diverge(
                 agree[name].append((wanted.argmax(-1) == got.argmax(-1)).cpu().numpy())
             progress()
     return {name: Divergence(tuple(kl[name]), tuple(agree[name])) for name in arms}
-
-
-def gap_closed(unpatched: float, patched: float) -> float:
-    """Return 1 - KL(patched) / KL(unpatched); both arguments are in nats per token."""
-    return 1 - patched / unpatched
-
-
-def require_effect(unpatched: float) -> None:
-    """Check that the prompt changes the answers, so that there is a gap to close.
-
-    Args:
-        unpatched: the KL of the unpatched student, in nats per token.
-
-    Raises:
-        CalibrationError: the prompt has no effect, that is, the KL is no larger than the rounding of float32.
-    """
-    if unpatched < _NO_EFFECT:
-        raise CalibrationError(
-            "the prompt has no effect on these queries",
-            field="prompt",
-            got=f"KL {unpatched:.2g} without a patch",
-            wanted="a difference to close",
-            fix="use the prompt that the patch was made from, or other queries",
-        )

@@ -5,9 +5,10 @@ This room knows nothing of how the patch was made; it makes fits of its own only
 
 from .about import describe_report
 from .compare import METHODS, fitted_queries
-from .measure import Setup, Subject, check_long, measure_composition, measure_patch
+from .measure import measure_composition, measure_patch
 from .page import PAGE, write_page
 from .plots import STYLE
+from .setup import Setup, Subject, check_long
 from .store import store_summary
 
 __all__ = [

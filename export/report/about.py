@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .figures import Composed, PatchReport, Report
-from .measure import Setup
+from .setup import Setup
 
 
 def describe_report(setup: Setup, patches: Sequence[PatchReport], composition: Sequence[Composed]) -> Report:

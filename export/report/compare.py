@@ -20,12 +20,15 @@ from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
 from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
-from ..measure import TorchStudent, diverge, with_prompt, without_prompt
+from ..measure import Divergence, TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
-from ..rollout import Dialogue
+from ..rollout import Dialogue, RolloutStore, dialogues_for
+from .figures import Baseline, Fits
+from .setup import Setup, Subject
 
 METHODS = ("steering", "isotropic", "vector", "output", "matrix")
+NOT_FOUND = "the queries that this patch was fitted on are not among those given (--calibration FILE)"
 _ISOTROPIC_RIDGES = (1.0, 10.0, 100.0)
 _TUNED_ON = 4  # the number of fitted queries on which a heuristic's setting is chosen
 # The largest relative difference at which tensors count as the same. It covers two differences: the rounding to half
@@ -58,6 +61,55 @@ def fitted_queries(patch: Patch, queries: Sequence[str]) -> list[str]:
     digests = set((patch.config.calibration or {}).get("query_digests", ()))
     found = [query for query in queries if query_digest(query) in digests]
     return found if len(found) == len(digests) else []
+
+
+def measure_fits(
+    setup: Setup, subject: Subject, held: Sequence[Dialogue], unpatched: Divergence, store: RolloutStore
+) -> tuple[Fits, dict[int, dict[str, float]]]:
+    """Fit the methods of `setup` on the rows of the patch, and measure them on the held-out dialogues.
+
+    Args:
+        setup: the models and the methods.
+        subject: the patch to compare with.
+        held: the held-out dialogues.
+        unpatched: the divergence of the model without a prompt and without a patch.
+        store: the store of the answers to the calibration queries.
+
+    Returns:
+        The compared methods, and layer -> site -> the share of energy that the patch's own fit keeps.
+    """
+    if not setup.methods:
+        return Fits(0, 0, False, [], "left out with --baselines none"), {}
+    if not subject.fitted:
+        return Fits(0, 0, False, [], NOT_FOUND), {}
+    model, patch = setup.model, subject.patch
+    calibration = _calibration(setup, subject, store)
+    fits = {method: fit_method(model, calibration, method, patch) for method in setup.methods}
+    arms = {m: without_prompt(TorchStudent(model, fit.patch)) for m, fit in fits.items() if fit is not None}
+    with bar("methods on held-out queries", len(held), "query") as progress:
+        found = diverge(held, with_prompt(TorchStudent(model)), arms, progress.update)
+    methods = []
+    for method, fit in fits.items():
+        if fit is None:
+            methods.append(Baseline(method, "no setting gives finite tensors", None, 0, 0.0))
+        else:
+            close = measure_closeness(unpatched, found[method])
+            methods.append(Baseline(method, fit.setting, close, fit.patch.nbytes, fit.seconds))
+    same = fits.get(patch.config.method)
+    exact = same is not None and same_tensors(same.patch, patch)
+    rows = sum(len(d.completion) for d in calibration)
+    return Fits(len(subject.fitted), rows, exact, methods), same.retained if same is not None and exact else {}
+
+
+def _calibration(setup: Setup, subject: Subject, store: RolloutStore) -> list[Dialogue]:
+    """Generate again the dialogues that the patch was fitted on."""
+    config = subject.patch.config
+    made = config.calibration or {}
+    limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
+    stop = tuple(getattr(config, "stop", ()))
+    return dialogues_for(
+        setup.source, setup.model, subject.context, subject.fitted, limit, samples=samples, store=store, stop=stop
+    )
 
 
 def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tp_runtime.generation import Sampling, generate
-from tp_runtime.patch import Patch
+from tp_runtime.patch import KVPrefix, Patch
 from tp_runtime.session import Graph, KVCache
 
 from ..progress import bar
@@ -57,6 +57,16 @@ def kv_token_bytes(graph: Graph | None, model: Any) -> int:
         ids = torch.tensor([[1]], device=model.device)
         cache = model(ids, use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def entry_tokens(prefix: KVPrefix) -> float:
+    """Return what a session holds beyond one without the patch's entries, in tokens of keys and values.
+
+    An entry in every layer counts as one token, and so does each of the ids that the entries replace. If the layers
+    have different counts, the mean over the layers counts.
+    """
+    counts = [keys.shape[0] for (_, part), keys in prefix.entries.items() if part == "key"]
+    return sum(counts) / len(counts) - len(prefix.replaces)
 
 
 class CachedPrefixArm:

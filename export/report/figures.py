@@ -8,8 +8,36 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..measure import Closeness
+
 # The variants that a report compares. The first does not have the prompt's behaviour; the other three do.
 NO_PROMPT, PROMPT, CACHED_PREFIX, PATCH = VARIANTS = ("no prompt", "prompt", "prompt, cached prefix", "patch")
+
+
+# The series of the plot of fidelity against cost. The first four are fitted in the same run; the exact cache is the
+# prompt's own keys and values in a file. A shorter prompt costs no bytes in a file but context in every session.
+WEIGHTS, ENTRIES, BOTH, EXACT, SHORTER, THIS = SERIES = (
+    *("weights", "entries", "entries and weights", "exact cache", "shorter prompt", "this patch"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(Closeness):
+    """The figures of one model on the held-out queries.
+
+    The names of `Closeness` are for the prompted model's answers, teacher-forced. The others are for the model's own
+    free-running answers; they are None if no answer is known.
+
+    Attributes:
+        right: the share of the questions with a known answer that the model answers correctly.
+        kept: among those that the prompted model answers correctly, the share that this model answers correctly too.
+            None also if there are none.
+        kept_se: the bootstrap standard error of `kept`; None also for fewer than two such questions.
+    """
+
+    right: float | None
+    kept: float | None
+    kept_se: float | None
 
 
 @dataclass(frozen=True)
@@ -18,9 +46,7 @@ class Variant:
 
     Attributes:
         name: one of VARIANTS.
-        kl: the KL from the prompted model on the held-out queries.
-        gap_closed: the gap closed on the held-out queries.
-        top1: the share of tokens at which the argmax equals that of the prompted model.
+        held_out: the figures on the held-out queries.
         text_kl: KL(base || this variant) on unrelated plain text.
         question_kl: the same KL on the base's answers to unrelated questions.
         first_token_ms: the median time to the first token under tp_runtime; None if it was not measured.
@@ -30,9 +56,7 @@ class Variant:
     """
 
     name: str
-    kl: float
-    gap_closed: float
-    top1: float
+    held_out: HeldOut
     text_kl: float
     question_kl: float
     first_token_ms: float | None
@@ -134,7 +158,7 @@ class Ending:
 
     Attributes:
         name: the variant.
-        ended: the share of completions that reach an end-of-sequence token.
+        ended: the share of completions that reach an end-of-sequence token or a stop string.
         silent: the share of completions without text.
         tokens: the mean number of tokens.
     """
@@ -173,21 +197,17 @@ class Turn:
     Attributes:
         turn: the number of the turn, from 1.
         forced_kl_unpatched: the KL of the unpatched model along the prompted model's text.
-        forced_kl: the KL of the patched model along the prompted model's text.
-        forced_gap: the gap closed along the prompted model's text.
+        forced: the figures of the patched model along the prompted model's text.
         own_kl_unpatched: the KL of the unpatched model along the patched model's text.
-        own_kl: the KL of the patched model along its own text.
-        own_gap: the gap closed along the patched model's text.
+        own: the figures of the patched model along its own text.
         endings: how the answers without a prompt, with the prompt and with the patch end, in this order.
     """
 
     turn: int
     forced_kl_unpatched: float
-    forced_kl: float
-    forced_gap: float
+    forced: Closeness
     own_kl_unpatched: float
-    own_kl: float
-    own_gap: float
+    own: Closeness
     endings: list[Ending]
 
 
@@ -217,16 +237,14 @@ class Baseline:
     Attributes:
         method: the method.
         setting: the setting that was used, in words.
-        kl: the KL on the held-out queries; None if no setting gives finite tensors.
-        gap_closed: the gap closed on the held-out queries; None if no setting gives finite tensors.
-        bytes: the bytes of the tensors in half precision.
+        closeness: the figures on the held-out queries; None if no setting gives finite tensors.
+        bytes: the bytes of its patch file.
         seconds: the duration of the fit.
     """
 
     method: str
     setting: str
-    kl: float | None
-    gap_closed: float | None
+    closeness: Closeness | None
     bytes: int
     seconds: float
 
@@ -252,19 +270,37 @@ class Fits:
 
 @dataclass(frozen=True)
 class Point:
-    """One mixture of KV entries and weights.
+    """One way to have the prompt's effect, with its cost and its figures.
 
     Attributes:
-        entries: the number of KV entries per head.
-        bytes: the bytes of the tensors in the mixture's patch file.
-        weights: whether the mixture has fitted weights.
-        gap_closed: the gap closed on the held-out queries.
+        series: one of SERIES.
+        label: what distinguishes the point in its series, such as "r16", "48" (entries per head) or "2 of 8 lines".
+        dtype: the dtype of the tensors in the file, "f16" or "i8"; "" for a shorter prompt.
+        bytes: the bytes of the patch file; None for a shorter prompt, which needs none.
+        context_tokens: the keys and values that each session holds beyond a session with no prompt, in tokens: an
+            entry in every layer counts as one.
+        held_out: the figures on the held-out queries.
     """
 
-    entries: int
-    bytes: int
-    weights: bool
-    gap_closed: float
+    series: str
+    label: str
+    dtype: str
+    bytes: int | None
+    context_tokens: float
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The prompt's effect against what it costs, all measured in torch on the same held-out queries.
+
+    Attributes:
+        points: the points, series by series.
+        missing: the points that could not be made, each with the reason.
+    """
+
+    points: list[Point]
+    missing: list[str]
 
 
 @dataclass(frozen=True)
@@ -273,7 +309,8 @@ class PatchReport:
 
     `prompt_tokens` is the number of tokens of the prompt's text. `added_tokens` is the number of tokens by which a
     session with the prompt is longer than one without. It is smaller than `prompt_tokens` if the chat template has a
-    default system text that the prompt replaces.
+    default system text that the prompt replaces. `known_answers` is the number of held-out queries whose answers are
+    known.
     """
 
     name: str
@@ -281,6 +318,7 @@ class PatchReport:
     method: str
     rank: int
     sites: list[str]
+    stop: list[str]
     file: str
     file_bytes: int
     created: str | None
@@ -289,11 +327,12 @@ class PatchReport:
     added_tokens: int
     queries: int
     completion_tokens: int
+    known_answers: int
     variants: list[Variant]
     positions: Curve
     layers: list[Layer]
     sweep: Sweep | None
-    frontier: list[Point]
+    frontier: Frontier | None
     long: Long | None
     turns: Turns
     fits: Fits
@@ -311,18 +350,18 @@ class Composed:
 
     Attributes:
         name: the name of that patch.
-        alone: the gap closed by that patch only.
-        others: the gap closed by the sum of the other patches.
-        together: the gap closed by the sum of all patches.
+        alone: the figures of that patch only.
+        others: the figures of the sum of the other patches.
+        together: the figures of the sum of all patches.
         query: the query that both answers are answers to.
         answer_alone: the answer under that patch only.
         answer_together: the answer under the sum of all patches.
     """
 
     name: str
-    alone: float
-    others: float
-    together: float
+    alone: Closeness
+    others: Closeness
+    together: Closeness
     query: str
     answer_alone: str
     answer_together: str
@@ -345,24 +384,3 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as nested dictionaries for JSON."""
         return asdict(self)
-
-
-def summary(report: PatchReport) -> dict[str, float]:
-    """Return the few numbers, by name, that are stored in the description of the patch file."""
-    patch, prompt = report.variant(PATCH), report.variant(PROMPT)
-    figures: dict[str, float | None] = {
-        "gap_closed": patch.gap_closed,
-        "kl": patch.kl,
-        "kl_no_prompt": report.variant(NO_PROMPT).kl,
-        "queries": report.queries,
-        "unrelated_text_kl": patch.text_kl,
-        "unrelated_text_kl_prompt": prompt.text_kl,
-        "session_bytes_saved": prompt.session_bytes - patch.session_bytes,
-        "first_token_ms": patch.first_token_ms,
-        "token_ms": patch.token_ms,
-    }
-    if report.long is not None:
-        ended = {ending.name: ending.ended for ending in report.long.endings}
-        figures |= {"ends_turn": ended[PATCH], "ends_turn_prompt": ended[PROMPT]}
-    figures |= {f"gap_closed_turn_{turn.turn}": turn.own_gap for turn in report.turns.turns}
-    return {name: round(value, 6) for name, value in figures.items() if value is not None}

@@ -1,75 +1,170 @@
-"""Fidelity against bytes: from a patch of weights only, over patches with a KV prefix, to the cached prompt.
+"""The prompt's effect against what it costs: bytes in a file, or tokens of context in every session.
 
-Every point is fitted in the same run on the same rows and measured on the same held-out queries. There is one point
-with weights only, and for each growing number of entries one point with entries only and one with both. The last
-point has all entries. It is the cached prompt, which is exact.
+The points are planned as data first: which patches are to be fitted, with which recipe, and which shorter prompts stand
+beside them. Every patch is fitted in the same run on the same queries as the patch of the report, saved in each dtype,
+and measured as it is read back, so the bytes are those on disk and the figures include the rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from tp_runtime.patch import Patch
+from tp_runtime.errors import CalibrationError, PatchError
+from tp_runtime.patch import DTYPES, Patch
 
-from ..decoder import TorchPrefix
-from ..fit import Settings, choose_entries, fit_lockstep, to_half
-from ..measure import Arm, TorchStudent, diverge, gap_closed, with_prompt, without_prompt
+from ..fit import ALL, Recipe, Settings, make_patch
+from ..measure import Answers, Arm, Prompts, TorchStudent, diverge, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import Dialogue
-from .figures import Point
+from ..rollout import Dialogue, RolloutStore
+from .compare import NOT_FOUND
+from .costs import entry_tokens
+from .figures import BOTH, ENTRIES, EXACT, SHORTER, THIS, WEIGHTS, Frontier, Point
+from .known import Known
+from .setup import Setup, Subject
+from .shorter import ShorterPromptArm, shorter_prompts
 
-_ALL = 1 << 20
+_FILE_DTYPES = tuple(dtype for dtype in ("f16", "i8") if dtype in DTYPES)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One patch to fit for the plot.
+
+    Attributes:
+        series: the series of its points.
+        label: what distinguishes it in its series.
+        recipe: the recipe of its fit.
+    """
+
+    series: str
+    label: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One point before it is measured.
+
+    Attributes:
+        point: the series, label, dtype, bytes and context tokens of the point.
+        arm: the model of the point, for the prompted model's answers.
+        answers: the same model's free-running answers.
+        prompts: the ids of the known questions as this model sees them; None for the questions without the context.
+    """
+
+    point: tuple[str, str, str, int | None, float]
+    arm: Arm
+    answers: Answers
+    prompts: Prompts | None = None
+
+
+def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new_tokens: int) -> list[Planned]:
+    """Return the patches to fit: weights alone, entries alone, both, and the exact cache.
+
+    Args:
+        like: the patch of the report. The fits have its ridge and its number of answers to each query, and both has its
+            rank; the form of the weights is `output`.
+        ranks: the ranks of weights alone; without any, the rank of `like`.
+        entries: the numbers of entries per head.
+        max_new_tokens: the length of the answers, if `like` does not state it.
+    """
+    settings, made = Settings.of(like), like.config.calibration or {}
+    weights = Recipe(
+        method="output",
+        settings=settings,
+        samples=int(made.get("samples", 1)),
+        max_new_tokens=int(made.get("max_new_tokens", max_new_tokens)),
+    )
+    alone = replace(weights, method="prefix")
+    return [
+        *(
+            Planned(WEIGHTS, f"r{rank}", replace(weights, settings=replace(settings, rank=rank)))
+            for rank in ranks or (settings.rank,)
+        ),
+        *(Planned(ENTRIES, f"{count}", replace(alone, prefix=count)) for count in entries),
+        *(Planned(BOTH, f"{count} + r{settings.rank}", replace(weights, prefix=count)) for count in entries),
+        Planned(EXACT, "all", replace(alone, prefix=ALL)),
+    ]
 
 
 def measure_frontier(
-    model: Any, calibration: Sequence[Dialogue], held: Sequence[Dialogue], like: Patch, entries: Sequence[int]
-) -> list[Point]:
-    """Measure a patch of weights only, patches with each number of `entries`, and all entries of the prompt.
-
-    Each number of entries is measured twice: alone, and with weights fitted after the entries are in place.
+    setup: Setup, subject: Subject, held: Sequence[Dialogue], known: Known, store: RolloutStore
+) -> Frontier:
+    """Fit the planned patches, and measure them, the patch itself and shorter prompts on the held-out dialogues.
 
     Args:
-        model: a transformers causal language model whose architecture has an adapter.
-        calibration: the dialogues to fit on.
-        held: the held-out dialogues to measure on.
-        like: the patch whose rank and ridge the weights get; their form is `output`.
-        entries: numbers of key/value entries per head, ascending.
-
-    Returns:
-        One point for each mixture.
+        setup: the models, and the ranks and numbers of entries of the plot.
+        subject: the patch of the report.
+        held: the held-out dialogues.
+        known: the held-out questions whose answers are known.
+        store: the store of the answers to the calibration queries.
     """
-    settings = Settings.of(like)
-    arms: dict[str, Arm] = {"none": without_prompt(TorchStudent(model))}
-    sizes: dict[str, tuple[int, int, bool]] = {}  # name -> (entries, bytes, whether it has weights)
-    for count in (0, *entries, _ALL):
-        prefix = None
-        if count:
-            with bar(f"{'all' if count == _ALL else count} entries", len(calibration), "query") as shown:
-                prefix = choose_entries(model, calibration, count, shown.update)
-        weights = (False, True) if prefix is not None and count != _ALL else (prefix is None,)
-        for fitted in weights:
-            patch = _patch(model, calibration, like, settings, prefix, fitted)
-            name = f"{count} {fitted}"
-            arms[name] = without_prompt(TorchStudent(model, patch))
-            sizes[name] = (0 if prefix is None else len(prefix), patch.nbytes // 2, fitted)
-    with bar("fidelity against bytes", len(held), "query") as shown:
-        found = diverge(held, with_prompt(TorchStudent(model)), arms, shown.update)
-    base = found["none"].mean
-    return [Point(*sizes[name], gap_closed=gap_closed(base, found[name].mean)) for name in sizes]
+    missing: list[str] = []
+    with TemporaryDirectory() as folder:
+        candidates = [
+            _patch_candidate(setup, subject, THIS, "", "", subject.patch, subject.file.stat().st_size),
+            *_fitted(setup, subject, store, Path(folder), missing),
+            *_shorter(setup, subject, held, known),
+        ]
+    base = TorchStudent(setup.model)
+    arms: Mapping[str, Arm] = {
+        "none": without_prompt(base),
+        **{str(i): candidate.arm for i, candidate in enumerate(candidates)},
+    }
+    with bar("fidelity against cost", len(held), "query") as shown:
+        found = diverge(held, with_prompt(base), arms, shown.update)
+    points = []
+    for i, one in enumerate(candidates):
+        label = f"known answers, {' '.join(filter(None, one.point[:3]))}"
+        figures = known.compare(found["none"], found[str(i)], one.answers, label, one.prompts)
+        points.append(Point(*one.point, held_out=figures))
+    return Frontier(points, missing)
 
 
-def _patch(
-    model: Any,
-    calibration: Sequence[Dialogue],
-    like: Patch,
-    settings: Settings,
-    prefix: TorchPrefix | None,
-    weights: bool,
-) -> Patch:
-    kept = None if prefix is None else prefix.numpy()
-    if not weights:
-        return Patch({}, like.config, kept)
-    with bar("fit output", model.config.num_hidden_layers, "layer") as shown:
-        deltas = fit_lockstep(model, calibration, "output", settings, prefix=prefix, progress=lambda *_: shown.update())
-    return Patch(to_half(deltas), like.config, kept)
+def _fitted(
+    setup: Setup, subject: Subject, store: RolloutStore, folder: Path, missing: list[str]
+) -> Iterator[_Candidate]:
+    """Yield a candidate for each planned patch and dtype; a patch that cannot be made is added to `missing`."""
+    if not subject.fitted:
+        missing.append(f"the fits: {NOT_FOUND}")
+        return
+    for plan in plan_fits(subject.patch, setup.ranks, setup.frontier, setup.max_new_tokens):
+        name = f"{plan.series}, {plan.label}"
+        try:
+            patch = make_patch(
+                *(setup.source, setup.model, subject.context, subject.fitted, [], plan.recipe), name=name, store=store
+            )
+        except (CalibrationError, PatchError) as error:  # the model or the context may not allow this form
+            missing.append(f"{name}: {error}")
+            continue
+        for dtype in _FILE_DTYPES:
+            file = folder / "point.safetensors"
+            patch.save(file, dtype)
+            yield _patch_candidate(
+                setup, subject, plan.series, plan.label, dtype, Patch.load(file), file.stat().st_size
+            )
+
+
+def _patch_candidate(
+    setup: Setup, subject: Subject, series: str, label: str, dtype: str, patch: Patch, size: int
+) -> _Candidate:
+    tokens = 0.0 if patch.prefix is None else entry_tokens(patch.prefix)
+    arm = without_prompt(TorchStudent(setup.model, patch))
+    return _Candidate((series, label, dtype, size, tokens), arm, setup.in_torch(subject, patch))
+
+
+def _shorter(setup: Setup, subject: Subject, held: Sequence[Dialogue], known: Known) -> Iterator[_Candidate]:
+    """Yield a candidate for each shorter prompt."""
+    render, base = setup.source.codec.render, TorchStudent(setup.model)
+    for label, context in shorter_prompts(subject.context).items():
+        prompts = {
+            dialogue.student_prompt: tuple(render(query, context))
+            for dialogue, query in zip(held, subject.queries, strict=True)
+        }
+        tokens = len(prompts[held[0].student_prompt]) - len(held[0].student_prompt)
+        asked = [render(query, context) for query in known.queries]
+        arm = ShorterPromptArm(base, prompts)
+        yield _Candidate((SHORTER, label, "", None, tokens), arm, setup.in_torch(subject, None), asked)

@@ -13,6 +13,7 @@ from tp_runtime.storage import Kind, atomic_file
 
 from . import plots
 from .figures import PATCH, PatchReport, Report
+from .frontier_plot import frontier
 
 _TEMPLATE = "page.html.j2"
 _TITLE_ENDS = ": patch report</title>"  # the end of the title in the template
@@ -46,7 +47,7 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "size": _size, "ms": _ms, "kl": _kl}
+    environment.filters |= {"percent": _percent, "share": _share, "size": _size, "ms": _ms, "kl": _kl}
     template = environment.from_string((files(__package__) / _TEMPLATE).read_text(encoding="utf-8"))
     drawn = [(patch, _plots(patch)) for patch in report.patches]
     return template.render(report=report, patches=drawn)
@@ -57,17 +58,24 @@ def _plots(patch: PatchReport) -> dict[str, Any]:
     svg: dict[str, str | None] = {
         "positions": plots.positions(patch.positions),
         "layers": plots.layers(patch.layers) if patch.layers else "",
-        "frontier": plots.frontier(patch.frontier) if patch.frontier else "",
+        "frontier": frontier(patch.frontier.points) if patch.frontier else "",
         "strengths": "" if patch.sweep is None else plots.strengths(patch.sweep),
         "long": plots.long_answers(patch.long.forced, patch.long.own) if patch.long else None,
         "turns": plots.turns(patch.turns.turns) if patch.turns.turns else None,
-        "methods": plots.methods(patch.fits.methods, patch.variant(PATCH).gap_closed) if patch.fits.methods else None,
+        "methods": plots.methods(patch.fits.methods, patch.variant(PATCH).held_out) if patch.fits.methods else None,
     }
     return {name: None if text is None else Markup(text) for name, text in svg.items()}
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}{_SPACE}%"
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}{_SPACE}%"
+
+
+def _share(value: float | None, error: float | None) -> str:
+    """Return a share with its standard error, both in percent."""
+    if value is None or error is None:
+        return _percent(value)
+    return f"{100 * value:.1f}{_SPACE}±{_SPACE}{100 * error:.1f}{_SPACE}%"
 
 
 def _kl(value: float | None) -> str:
@@ -81,7 +89,9 @@ def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}{_SPACE}ms"
 
 
-def _size(value: int) -> str:
+def _size(value: int | None) -> str:
+    if value is None:
+        return "–"
     if value == 0:
         return "0"
     return f"{value / 1e6:.2f}{_SPACE}MB" if value >= 1e5 else f"{value / 1e3:.1f}{_SPACE}kB"

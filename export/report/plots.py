@@ -11,9 +11,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import Baseline, Curve, Layer, Point, Sweep, Turn
+from ..measure import Closeness
+from .figures import Baseline, Curve, Layer, Sweep, Turn
 
 BASE, PROMPT, PATCH, PALE = "#868e96", "#1c6ba0", "#c4512d", "#e6b8a8"
+# How standard errors are drawn.
+ERROR: dict[str, Any] = {"ecolor": "#495057", "elinewidth": 0.8, "capsize": 2, "capthick": 0.8}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,7 +36,7 @@ STYLE: dict[Any, Any] = {
 
 def positions(curve: Curve) -> str:
     """Draw KL by completion position, unpatched and patched, and the number of tokens in each bin."""
-    with _drawn("positions", (7.6, 2.7)) as (figure, svg):
+    with drawn("positions", (7.6, 2.7)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [(i + 0.5) * curve.width - 0.5 for i in range(len(curve.patched))]
         axes.plot(at, curve.unpatched, color=BASE, marker="o", markersize=3, label="no prompt")
@@ -47,7 +50,7 @@ def positions(curve: Curve) -> str:
 
 def long_answers(forced: Curve, own: Curve) -> str:
     """Draw by position the KL along the patched model's own text, and the gap closed along each model's text."""
-    with _drawn("long", (7.6, 2.7)) as (figure, svg):
+    with drawn("long", (7.6, 2.7)) as (figure, svg):
         left, right = figure.subplots(1, 2)
         at = [(i + 0.5) * own.width - 0.5 for i in range(len(own.patched))]
         left.plot(at, own.unpatched, color=BASE, marker="o", markersize=3, label="no prompt")
@@ -67,13 +70,16 @@ def long_answers(forced: Curve, own: Curve) -> str:
 
 def turns(measured: Sequence[Turn]) -> str:
     """Draw the gap closed in each turn, along the prompted model's dialogue and along the patched model's own."""
-    with _drawn("turns", (3.6, 2.5)) as (figure, svg):
+    with drawn("turns", (3.6, 2.5)) as (figure, svg):
         axes: Axes = figure.subplots()
         at = [turn.turn for turn in measured]
-        axes.bar(
-            [x - 0.19 for x in at], [t.forced_gap for t in measured], 0.36, color=PROMPT, label="prompt's dialogue"
-        )
-        axes.bar([x + 0.19 for x in at], [t.own_gap for t in measured], 0.36, color=PATCH, label="patch's own")
+        for shift, close, colour, label in (
+            (-0.19, [t.forced for t in measured], PROMPT, "prompt's dialogue"),
+            (0.19, [t.own for t in measured], PATCH, "patch's own"),
+        ):
+            gaps, errors = [number(c.gap_closed) for c in close], [number(c.gap_closed_se) for c in close]
+            places = [x + shift for x in at]
+            axes.bar(places, gaps, 0.36, yerr=errors, error_kw=ERROR, color=colour, label=label)
         axes.axhline(0, color=BASE, linewidth=0.8)
         axes.set(xlabel="turn", ylabel="gap closed", xticks=at)
         axes.set_ylim(top=1.35)  # room for the legend above the bars
@@ -88,7 +94,7 @@ def layers(measured: Sequence[Layer]) -> str:
     """
     sites = sorted({site for layer in measured for site in layer.retained})
     rows = 2 if sites else 1
-    with _drawn("layers", (7.6, 1.9 * rows + 0.5)) as (figure, svg):
+    with drawn("layers", (7.6, 1.9 * rows + 0.5)) as (figure, svg):
         grid = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         at = [layer.layer for layer in measured]
         if sites:
@@ -107,7 +113,7 @@ def layers(measured: Sequence[Layer]) -> str:
 
 def strengths(sweep: Sweep) -> str:
     """Draw KL against strength, and the distinct 3-grams, which are few if the text falls into loops."""
-    with _drawn("strengths", (7.6, 2.7)) as (figure, svg):
+    with drawn("strengths", (7.6, 2.7)) as (figure, svg):
         left, right = figure.subplots(1, 2)
         at = [s.strength for s in sweep.strengths]
         left.plot(at, [s.kl for s in sweep.strengths], color=PATCH, marker="o", markersize=3)
@@ -122,42 +128,29 @@ def strengths(sweep: Sweep) -> str:
     return svg[0]
 
 
-def methods(measured: Sequence[Baseline], patch_gap: float) -> str:
+def methods(measured: Sequence[Baseline], patch: Closeness) -> str:
     """Draw the gap closed by each method.
 
     The bar of a method whose gap lies below -0.35 stops there, and its label has an arrow.
     """
-    known = [(m.method, m.gap_closed) for m in measured if m.gap_closed is not None]
-    with _drawn("methods", (7.6, 0.36 * (len(known) + 1) + 0.7)) as (figure, svg):
+    known = [(m.method, m.closeness) for m in measured if m.closeness is not None]
+    with drawn("methods", (7.6, 0.36 * (len(known) + 1) + 0.7)) as (figure, svg):
         axes: Axes = figure.subplots()
         names = [*(name for name, _ in known), "this patch"]
-        gaps = [*(gap for _, gap in known), patch_gap]
+        close = [*(one for _, one in known), patch]
+        gaps, errors = [number(one.gap_closed) for one in close], [number(one.gap_closed_se, 0.0) for one in close]
         colours = [*(BASE if n in ("steering", "isotropic") else PALE for n in names[:-1]), PATCH]
         floor = -0.35
-        axes.barh(names, [max(gap, floor) for gap in gaps], color=colours, height=0.7)
-        for row, gap in enumerate(gaps):
+        inside = [error if gap >= floor else 0.0 for gap, error in zip(gaps, errors, strict=True)]
+        axes.barh(names, [max(gap, floor) for gap in gaps], xerr=inside, error_kw=ERROR, color=colours, height=0.7)
+        for row, (gap, error) in enumerate(zip(gaps, inside, strict=True)):
             text = f"{gap:.3f}" if gap >= floor else f"← {gap:.3g}"
-            axes.text(max(gap, 0) + 0.01, row, text, va="center", fontsize=8.5)
+            axes.text(max(gap + error, 0) + 0.01, row, text, va="center", fontsize=8.5)
         axes.axvline(0, color=BASE, linewidth=0.8)
         axes.set(xlabel="share of the prompt's effect, held out", xlim=(min(0, *gaps, 0) and floor, 1.12))
         axes.grid(axis="x")
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
-    return svg[0]
-
-
-def frontier(points: Sequence[Point]) -> str:
-    """Draw the gap closed against bytes, for entries only and for entries with weights."""
-    with _drawn("frontier", (7.6, 2.9)) as (figure, svg):
-        axes: Axes = figure.subplots()
-        for weights, colour, label in ((False, PROMPT, "entries only"), (True, PATCH, "entries and weights")):
-            chosen = sorted((p.bytes / 1e6, p.gap_closed, p.entries) for p in points if p.weights == weights)
-            axes.plot([x for x, _, _ in chosen], [y for _, y, _ in chosen], color=colour, marker="o", label=label)
-            for x, y, entries in chosen:
-                axes.annotate(str(entries), (x, y), xytext=(4, -11), textcoords="offset points", color=colour)
-        low = min(point.gap_closed for point in points)
-        axes.set(xlabel="MB", ylabel="gap closed", xlim=(0, None), ylim=(max(min(low - 0.1, 0.5), -0.1), 1.03))
-        axes.legend(loc="lower right")
     return svg[0]
 
 
@@ -173,8 +166,13 @@ def _tokens(axes: Axes, at: Sequence[float], curve: Curve) -> None:
     axes.patch.set_visible(False)
 
 
+def number(value: float | None, otherwise: float = float("nan")) -> float:
+    """Return a figure for a plot; one that does not exist is not drawn."""
+    return otherwise if value is None else value
+
+
 @contextmanager
-def _drawn(name: str, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[str]]]:
+def drawn(name: str, inches: tuple[float, float]) -> Iterator[tuple[Figure, list[str]]]:
     """Yield a figure and a list; on exit the list receives the figure's SVG, without XML prologue and metadata."""
     svg: list[str] = []
     # With this salt the ids of one plot differ from those of the other plots on the page and are the same in every run.

@@ -18,13 +18,15 @@ from ..measure import (
     Divergence,
     TorchStudent,
     diverge,
-    gap_closed,
+    measure_closeness,
     torch_answers,
     with_prompt,
+    within_stop,
     without_prompt,
 )
 from ..progress import bar
 from ..rollout import Dialogue
+from ..rollout import Ending as End
 from ..source import Source
 from .figures import NO_PROMPT, PATCH, PROMPT, Curve, Ending, Long, Turn, Turns
 
@@ -32,14 +34,14 @@ _SPEAKERS = (NO_PROMPT, PROMPT, PATCH)  # with a cached prefix the model writes 
 _BINS = 8
 
 
-def endings(source: Source, completions: dict[str, list[Completion]]) -> list[Ending]:
-    """Return how the completions of each variant end."""
-    eos = source.codec.eos_ids
+def endings(source: Source, completions: dict[str, list[Completion]], stop: Sequence[str] = ()) -> list[Ending]:
+    """Return how the completions of each variant end; one that reaches a stop string has ended."""
+    codec, end = source.codec, End.of(source.codec, stop)
     return [
         Ending(
             name,
-            ended=float(np.mean([bool(c) and c[-1] in eos for c in found])),
-            silent=float(np.mean([not source.codec.decode(c).strip() for c in found])),
+            ended=float(np.mean([end.reached(c) for c in found])),
+            silent=float(np.mean([not within_stop(codec.decode(c), stop).strip() for c in found])),
             tokens=float(np.mean([len(c) for c in found])),
         )
         for name, found in completions.items()
@@ -62,15 +64,20 @@ def curve(unpatched: Divergence, patched: Divergence, width: int) -> Curve:
     return Curve(width, unpatched.by_position(width)[0], means, tokens)
 
 
-def measure_long(source: Source, model: Any, patch: Patch, dialogues: Sequence[Dialogue], limit: int) -> Long:
-    """Measure completions of up to `limit` tokens that each model generates for the prompts of `dialogues`."""
+def measure_long(
+    source: Source, model: Any, patch: Patch, dialogues: Sequence[Dialogue], limit: int, stop: Sequence[str] = ()
+) -> Long:
+    """Measure completions of up to `limit` tokens that each model generates for the prompts of `dialogues`.
+
+    A completion ends with the token that completes a string of `stop`.
+    """
     prompts = {
         NO_PROMPT: (None, [d.student_prompt for d in dialogues]),
         PROMPT: (None, [d.teacher_prompt for d in dialogues]),
         PATCH: (patch, [d.student_prompt for d in dialogues]),
     }
     found = {
-        variant: torch_answers(source, model, under, limit)(asked, f"{limit} tokens, {variant}")
+        variant: torch_answers(source, model, under, limit, stop)(asked, f"{limit} tokens, {variant}")
         for variant, (under, asked) in prompts.items()
     }
     width = max(1, -(-limit // _BINS))
@@ -80,7 +87,7 @@ def measure_long(source: Source, model: Any, patch: Patch, dialogues: Sequence[D
             Dialogue(d.teacher_prompt, d.student_prompt, c) for d, c in zip(dialogues, found[variant], strict=True)
         ]
         curves[variant] = curve(*_both(model, patch, texts, f"fidelity along the text of {variant}"), width)
-    return Long(limit, len(dialogues), curves[PROMPT], curves[PATCH], endings(source, found))
+    return Long(limit, len(dialogues), curves[PROMPT], curves[PATCH], endings(source, found, stop))
 
 
 def measure_turns(
@@ -92,6 +99,7 @@ def measure_turns(
     follow_ups: Sequence[str],
     limit: int,
     turns: int = 3,
+    stop: Sequence[str] = (),
 ) -> Turns:
     """Measure dialogues that open with a query and continue with scripted follow-ups.
 
@@ -106,6 +114,7 @@ def measure_turns(
         follow_ups: the later user messages; dialogue i begins with the i-th of them.
         limit: the largest number of tokens of one answer.
         turns: the number of user messages in a dialogue.
+        stop: the strings that end an answer.
 
     Returns:
         The figures of each turn. There are none for a completion-style model, and the turns that no longer fit the
@@ -127,7 +136,7 @@ def measure_turns(
             why_not = f"turn {turn + 1} does not fit the context window"
             break
         found = {
-            variant: torch_answers(source, model, patch if variant == PATCH else None, limit)(
+            variant: torch_answers(source, model, patch if variant == PATCH else None, limit, stop)(
                 (teacher if variant == PROMPT else student)[variant], f"turn {turn + 1}, {variant}"
             )
             for variant in _SPEAKERS
@@ -141,17 +150,16 @@ def measure_turns(
             Turn(
                 turn + 1,
                 forced_base.mean,
-                forced.mean,
-                gap_closed(forced_base.mean, forced.mean),
+                measure_closeness(forced_base, forced),
                 own_base.mean,
-                own.mean,
-                gap_closed(own_base.mean, own.mean),
-                endings(source, found),
+                measure_closeness(own_base, own),
+                endings(source, found, stop),
             )
         )
         for variant, of_variant in messages.items():
             for dialogue, completion in zip(of_variant, found[variant], strict=True):
-                dialogue.append({"role": "assistant", "content": source.codec.decode(completion).strip()})
+                text = within_stop(source.codec.decode(completion), stop).strip()
+                dialogue.append({"role": "assistant", "content": text})
     shown = {variant: [(m["role"], m["content"]) for m in messages[variant][0]] for variant in _SPEAKERS}
     return Turns(len(openings), limit, measured, shown, why_not)
 

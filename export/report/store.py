@@ -1,6 +1,6 @@
 """The summary of a report, stored in the patch file's description.
 
-The tensors and their dtype stay unchanged.
+The tensors and their dtype stay unchanged, int8 with its scales included.
 """
 
 from __future__ import annotations
@@ -8,14 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import safe_open
+from tp_runtime.patch import Patch
 
-from tp_runtime.errors import PatchFormatError, library_errors
-from tp_runtime.patch import DTYPES, Patch
-
-from .figures import PatchReport, summary
-
-_NAMES = {stored: name for name, stored in DTYPES.items()}
+from .figures import NO_PROMPT, PATCH, PROMPT, PatchReport
 
 
 def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
@@ -29,14 +24,40 @@ def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
         report: the figures measured on the patch.
 
     Raises:
-        PatchFormatError: the file changed since it was loaded, and is no patch file any more.
-        OSError: the file cannot be read or written; the old file is still there.
+        OutputError: the file changed since it was loaded, and is no patch file any more.
+        OSError: the file cannot be written; the old file is still there.
     """
-    with (
-        library_errors(PatchFormatError, "the file changed since it was loaded", field=str(file)),
-        safe_open(file, framework="np") as opened,
-    ):
-        found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
-    # If the file has several dtypes, float32 represents every value of the others exactly.
-    dtype = _NAMES[found.pop()] if len(found) == 1 else "f32"
-    replace(patch, config=replace(patch.config, report=summary(report))).save(file, dtype)
+    replace(patch, config=replace(patch.config, report=summary(report))).save(file)
+
+
+def summary(report: PatchReport) -> dict[str, float]:
+    """Return the few numbers, by name, that are stored in the description of the patch file."""
+    patch, prompt = report.variant(PATCH), report.variant(PROMPT)
+    held, kept = patch.held_out, "accuracy_exact_kept" if report.stop else "accuracy_kept"  # as in `evaluate`
+    figures: dict[str, float | None] = {
+        "gap_closed": held.gap_closed,
+        "gap_closed_se": held.gap_closed_se,
+        "gap_closed_first": held.gap_closed_first,
+        "gap_closed_first_se": held.gap_closed_first_se,
+        "top1_agreement": held.top1_agreement,
+        "top1_agreement_first": held.top1_agreement_first,
+        kept: held.kept,
+        f"{kept}_se": held.kept_se,
+        "kl": held.kl,
+        "kl_no_prompt": report.variant(NO_PROMPT).held_out.kl,
+        "queries": report.queries,
+        "unrelated_text_kl": patch.text_kl,
+        "unrelated_text_kl_prompt": prompt.text_kl,
+        "session_bytes_saved": prompt.session_bytes - patch.session_bytes,
+        "first_token_ms": patch.first_token_ms,
+        "token_ms": patch.token_ms,
+    }
+    if report.long is not None:
+        ended = {ending.name: ending.ended for ending in report.long.endings}
+        figures |= {"ends_turn": ended[PATCH], "ends_turn_prompt": ended[PROMPT]}
+    for turn in report.turns.turns:
+        figures |= {
+            f"gap_closed_turn_{turn.turn}": turn.own.gap_closed,
+            f"gap_closed_turn_{turn.turn}_se": turn.own.gap_closed_se,
+        }
+    return {name: round(value, 6) for name, value in figures.items() if value is not None}

@@ -44,9 +44,8 @@ class Ending:
 
     def cut(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return a completion up to the id that ends it, that id included."""
-        for end in range(1, len(ids) + 1):
-            if ids[end - 1] in self.eos_ids:
-                return tuple(ids[:end])
+        ends = range(1, len(ids) + 1)
+        ids = ids[: next((end for end in ends if ids[end - 1] in self.eos_ids), len(ids))]
         if self.stop and self.stopped(ids):
-            return tuple(ids[: next(end for end in range(1, len(ids) + 1) if self.stopped(ids[:end]))])
+            ids = ids[: next(end for end in ends if self.stopped(ids[:end]))]
         return tuple(ids)

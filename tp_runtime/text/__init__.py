@@ -5,6 +5,7 @@ This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it han
 
 from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
+from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .stream import TextStream
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
@@ -18,6 +19,7 @@ __all__ = [
     "Request",
     "RequestOptions",
     "SamplingOptions",
+    "StopScanner",
     "Style",
     "TextBatch",
     "TextCodec",

@@ -10,7 +10,14 @@ import pytest
 
 from runtime_tests.patches import patch_for
 from tp_export.fit import choose_entries
-from tp_export.measure import measure_accuracy, runtime_answers, torch_answers
+from tp_export.measure import (
+    measure_accuracy,
+    ratio_error,
+    recorded_answers,
+    runtime_answers,
+    torch_answers,
+    within_stop,
+)
 from tp_export.measure.accuracy import Answers
 from tp_export.queries import load_answers, load_questions
 from tp_export.rollout import Dialogue
@@ -68,10 +75,43 @@ def test_answers_that_contain_the_expected_words_count_as_correct(tiny_llama: Pa
     found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched)
     assert (found.prompted, found.unpatched, found.patched) == (3 / 4, 1 / 4, 2 / 4)
     assert found.kept == pytest.approx(2 / 3) and found.questions == 4
-    assert found.to_dict()["accuracy_kept"] == 0.6667
+    assert found.kept_se == ratio_error([1, 0, 1, 0], [1, 1, 1, 0])
+    assert found.to_dict()["accuracy_kept"] == 0.6667 and found.to_dict()["accuracy_questions"] == 4
     assert ["Context" in text for text in prompts_run] == [True, False, False]
     with pytest.raises(CalibrationError, match="no question has an expected answer"):
         measure_accuracy(source, "Context", {}, prompted, unpatched, patched)
+
+
+def test_with_a_stop_string_only_an_equal_answer_counts(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+    answers = {"a?": "bug", "b?": "login", "c?": "{}", "d?": "sales"}
+
+    def answering(*texts: str) -> Answers:
+        return lambda _prompts, _label: [tuple(source.codec.render(text, raw=True)) for text in texts]
+
+    prompted = answering(" bug\nlogin", " login\n", "{}\n", "praise\nsales\n")  # what follows does not count
+    unpatched = answering("a bug\n", "Login\n", "{ }\n", "sale\n")
+    patched = answering("bug", "sales\nlogin\n", "{}\n\n", "sales\n")
+    found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched, ["\n"])
+    assert (found.exact, found.prompted, found.unpatched, found.patched) == (True, 3 / 4, 0, 3 / 4)
+    assert found.to_dict() == {
+        "accuracy_exact_prompted": 0.75,
+        "accuracy_exact_patched": 0.75,
+        "accuracy_exact_unpatched": 0.0,
+        "accuracy_exact_kept": 0.6667,
+        "accuracy_exact_kept_se": round(ratio_error([1, 0, 1, 0], [1, 1, 1, 0]) or 0, 4),
+        "accuracy_exact_questions": 4,
+    }
+
+
+def test_a_prompted_model_that_answers_nothing_correctly_leaves_nothing_to_keep(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+
+    def no(_prompts: Any, _label: str) -> list[tuple[int, ...]]:
+        return [tuple(source.codec.render("no", raw=True))]
+
+    found = measure_accuracy(source, "Context", {"a?": "yes"}, no, no, no)
+    assert found.kept is None and not {"accuracy_kept", "accuracy_kept_se"} & set(found.to_dict())
 
 
 @pytest.mark.parametrize("entries", [0, 5])
@@ -85,3 +125,20 @@ def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llam
     for choice in (None, patch):
         by_torch = torch_answers(source, model, choice, 6)(prompts, "")
         assert runtime_answers(source, graph, choice, 6)(prompts, "") == by_torch
+        stop = [source.codec.decode(by_torch[0])[2]]
+        cut = torch_answers(source, model, choice, 6, stop)(prompts, "")
+        assert runtime_answers(source, graph, choice, 6, stop)(prompts, "") == cut
+        assert source.codec.decode(cut[0]) == source.codec.decode(by_torch[0]).partition(stop[0])[0] + stop[0]
+
+
+def test_recorded_answers_are_those_of_the_dialogues() -> None:
+    dialogues = [Dialogue((1, 2), (2,), (5, 6)), Dialogue((1, 3), (3,), (7,)), Dialogue((1, 2), (2,), (8,))]
+    assert recorded_answers(dialogues)([[1, 3], [1, 2]], "") == [(7,), (5, 6)]
+    with pytest.raises(KeyError):
+        recorded_answers(dialogues)([[4]], "")
+
+
+def test_the_text_within_the_stop_is_the_text_that_a_request_returns() -> None:
+    assert within_stop("six -> seven\n", ["\n", "->"]) == "six "
+    assert within_stop("six -", ["->"]) == "six -"
+    assert within_stop("six\n", []) == "six\n"

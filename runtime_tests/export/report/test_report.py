@@ -20,7 +20,7 @@ from tp_export.fit import Recipe, make_patch
 from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prompt, without_prompt
 from tp_export.queries import load_questions
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
-from tp_export.report.figures import Fits, Report, Turns
+from tp_export.report.figures import Fits, PatchReport, Report, Turns
 from tp_export.report.page import render_page
 from tp_export.rollout import Dialogue, dialogues_for
 from tp_export.source import load_model, open_source
@@ -119,15 +119,19 @@ def test_the_variants_have_consistent_figures(whole: tuple[dict[str, Any], str],
     report = whole[0]["patches"][0]
     variants = {variant["name"]: variant for variant in report["variants"]}
     assert list(variants) == ["no prompt", "prompt", "prompt, cached prefix", "patch"]
-    assert variants["no prompt"]["gap_closed"] == 0 and variants["no prompt"]["text_kl"] == 0
+    held = {name: variant["held_out"] for name, variant in variants.items()}
+    assert held["no prompt"]["gap_closed"] == held["no prompt"]["gap_closed_se"] == 0
+    assert held["no prompt"]["gap_closed_first"] == 0 and variants["no prompt"]["text_kl"] == 0
     for exact in ("prompt", "prompt, cached prefix"):  # measured through the graph and compared with torch
-        assert variants[exact]["kl"] < 1e-4 * variants["no prompt"]["kl"]
+        assert held[exact]["kl"] < 1e-4 * held["no prompt"]["kl"]
+        assert held[exact]["gap_closed_first"] > 0.999 and held[exact]["top1_agreement_first"] == 1
+    assert held["patch"]["gap_closed_se"] > 0 and held["patch"]["right"] is None  # no answer is known
     assert variants["patch"]["shared_bytes"] == files[0].stat().st_size
     assert variants["prompt"]["session_bytes"] > 0 == variants["patch"]["session_bytes"]
     assert all(variant["first_token_ms"] > 0 and variant["token_ms"] > 0 for variant in variants.values())
     assert all(variants[name]["text_kl"] > 0 for name in ("prompt", "patch"))
     curve = report["positions"]
-    assert np.average(curve["patched"], weights=curve["tokens"]) == pytest.approx(variants["patch"]["kl"])
+    assert np.average(curve["patched"], weights=curve["tokens"]) == pytest.approx(held["patch"]["kl"])
 
 
 def test_strength_zero_gives_the_base_and_one_gives_the_patch(
@@ -165,16 +169,6 @@ def test_switching_a_layer_off_equals_a_patch_without_that_layer(
     assert measured[1].share == pytest.approx(lost, rel=1e-4)
 
 
-def test_fidelity_against_bytes_runs_from_the_patch_to_the_cached_prompt(whole: tuple[dict[str, Any], str]) -> None:
-    for report in whole[0]["patches"]:
-        points = {(p["entries"], p["weights"]): p for p in report["frontier"]}
-        prompt = max(entries for entries, _ in points)
-        assert set(points) == {(0, True), (2, False), (2, True), (8, False), (8, True), (prompt, False)}
-        assert points[prompt, False]["gap_closed"] > 0.99 > points[2, False]["gap_closed"]
-        assert points[0, True]["bytes"] + points[8, False]["bytes"] == points[8, True]["bytes"]
-    assert "Fidelity against bytes" in whole[1]
-
-
 def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, model: Any, tmp_path: Path) -> None:
     """The report of such a patch has no strengths, and its answers are those of the prompt."""
     source = open_source(tiny_llama)
@@ -184,7 +178,7 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     patch.save(file)
     setup = measure.Setup(source, model, None, 6, 8, ())
     found = measure.measure_patch(setup, measure.Subject(patch, file, PIRATE, QUERIES, []))
-    assert found.sweep is None and found.frontier == [] and found.layers == []
+    assert found.sweep is None and found.frontier is None and found.layers == []
     assert [answer.patch for answer in found.answers] == [answer.prompt for answer in found.answers]
     assert "has no strengths" in render_page(describe_report(setup, [found], []))
     store_summary(file, Patch.load(file), found)
@@ -199,7 +193,7 @@ def test_the_repeated_fit_reports_the_energy_that_its_rank_keeps(whole: tuple[di
         methods = {m["method"]: m for m in fits["methods"]}
         assert set(methods) == set(compare.METHODS)
         variants = {variant["name"]: variant for variant in report["variants"]}
-        assert methods["output"]["kl"] == pytest.approx(variants["patch"]["kl"], rel=2e-2)
+        assert methods["output"]["closeness"]["kl"] == pytest.approx(variants["patch"]["held_out"]["kl"], rel=2e-2)
         assert all(0 < layer["retained"]["mlp_out"] <= 1 for layer in report["layers"])
         assert methods["steering"]["bytes"] < methods["output"]["bytes"]
 
@@ -256,9 +250,10 @@ def test_a_composition_is_measured_on_the_sum_of_patches(
     arms = {name: without_prompt(TorchStudent(model, x)) for name, x in {"q": q, "p+q": p + q}.items()}
     found = diverge(dialogues, with_prompt(plain), {"none": without_prompt(plain), **arms})
     row = whole[0]["composition"][0]
+    row = {name: row[name]["gap_closed"] for name in ("alone", "others", "together")}
     assert row["others"] == pytest.approx(1 - found["q"].mean / found["none"].mean, rel=1e-3)
     assert row["together"] == pytest.approx(1 - found["p+q"].mean / found["none"].mean, rel=1e-3)
-    assert row["alone"] == pytest.approx(whole[0]["patches"][0]["variants"][3]["gap_closed"], rel=1e-3)
+    assert row["alone"] == pytest.approx(whole[0]["patches"][0]["variants"][3]["held_out"]["gap_closed"], rel=1e-3)
 
 
 @torch.no_grad()
@@ -339,6 +334,34 @@ def test_missing_measurements_are_explained(report: Report) -> None:
     assert "Long answers" not in text and "Their sum" not in text
 
 
+def without_plots(patch: PatchReport, **more: Any) -> PatchReport:
+    """Return a report with changed figures and few plots, so that the page is quickly drawn."""
+    nothing = Turns(0, 64, [], {}, "left out"), Fits(0, 0, False, [], "left out")
+    left_out: dict[str, Any] = {"turns": nothing[0], "fits": nothing[1], "layers": [], "sweep": None, "long": None}
+    return replace(patch, **left_out, frontier=None, **more)
+
+
+def test_the_page_states_the_answers_kept_and_the_stop(report: Report) -> None:
+    one = report.patches[0]
+    variants = [replace(v, held_out=replace(v.held_out, right=0.5, kept=0.8125, kept_se=0.0421)) for v in one.variants]
+    text = render_page(replace(report, patches=[without_plots(one, variants=variants, known_answers=3, stop=["\n<"])]))
+    assert "of the prompted model's right answers are kept, ± 4.2" in " ".join(text.split())
+    assert "81.2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}4.2" in text and "equals the expected one up to the stop" in text
+    assert '<code>"\\n\\u003c"</code>' in text
+    nothing = [replace(v, held_out=replace(v.held_out, right=0.0, kept=None, kept_se=None)) for v in one.variants]
+    text = render_page(replace(report, patches=[without_plots(one, variants=nothing, known_answers=3)]))
+    assert "gives no right answer that could be" in text and "contains the expected text" in text
+
+
+def test_the_page_states_that_the_prompt_has_no_effect_on_the_first_token(report: Report) -> None:
+    one = report.patches[0]
+    variants = [
+        replace(v, held_out=replace(v.held_out, gap_closed_first=None, gap_closed_first_se=None)) for v in one.variants
+    ]
+    text = " ".join(render_page(replace(report, patches=[without_plots(one, variants=variants)])).split())
+    assert "the prompt has no effect on the first token of the answers" in text
+
+
 def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
     found = running.measure_turns(open_source(tiny_gemma), model, PIRATE, Patch.load(files[0]), QUERIES, ["Why?"], 8)
     assert found.turns == [] and "it has no chat turns" in found.why_not
@@ -360,6 +383,8 @@ def test_the_summary_is_stored_and_nothing_else_changes(
     assert file.stat().st_size - size < 2000
     assert after.config.report is not None and after.config.report["queries"] == len(QUERIES)
     assert {"gap_closed", "unrelated_text_kl", "ends_turn", "gap_closed_turn_3"} <= set(after.config.report)
+    beside = {"gap_closed_se", "gap_closed_first", "gap_closed_first_se", "top1_agreement", "top1_agreement_first"}
+    assert beside <= set(after.config.report)
     assert (0.5 * after).config.report is None and after.truncate(2).config.report is None
     assert f"gap_closed {after.config.report['gap_closed']:.4g}" in cli("inspect", file).out
     assert cli("inspect", file, "--json").json["report"] == after.config.report
@@ -376,7 +401,7 @@ def test_the_command_writes_prints_and_stores(
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == figures["patches"][0]["identity"]
     assert stored.config.report["gap_closed"] == pytest.approx(
-        figures["patches"][0]["variants"][3]["gap_closed"], abs=1e-5
+        figures["patches"][0]["variants"][3]["held_out"]["gap_closed"], abs=1e-5
     )
     assert "ends_turn" not in stored.config.report and "first_token_ms" not in stored.config.report
 
@@ -398,6 +423,8 @@ def test_a_fit_with_other_tensors_is_recognised_as_another(files: list[Path]) ->
         (["--baselines", "output,magic"], "--baselines"),
         (["--long", "-1"], "--long"),
         (["--frontier", "4,x"], "--frontier"),
+        (["--frontier-ranks", "0"], "--frontier-ranks"),
+        (["--stop", ""], "--stop"),
         (["--long", "100000"], "--long"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["-o", "nowhere/r.html"], "-o"),

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from runtime_tests.logits import token_ids
-from tp_export.rollout import RolloutStore, complete
+from tp_export.rollout import Ending, RolloutStore, complete
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError
 
 PROMPTS = [token_ids(4 + i, seed=i) for i in range(7)]
-EOS = frozenset({2})
+EOS = Ending(frozenset({2}))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Dialogues: prompts that the model cannot run are refused before anything runs."""
+"""Dialogues: prompts that the model cannot run are refused before anything runs, and answers end at a stop string."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from runtime_tests.export.tiny import tiny_model
 from tp_export import cli
-from tp_export.rollout import dialogues_for
+from tp_export.rollout import Ending, dialogues_for
 from tp_export.source import Source, load_model, open_source
-from tp_runtime.errors import RequestError
+from tp_runtime.errors import CalibrationError, RequestError
 
 
 @pytest.fixture
@@ -44,3 +44,30 @@ def test_the_commands_refuse_an_id_that_the_model_has_no_row_for(
 ) -> None:
     assert cli.main(["verify", str(source.path), "--prompt", "[PAD] hello", "--device", "cpu"]) == 2
     assert "a token id is outside the vocabulary of the model" in capsys.readouterr().err
+
+
+# -- stop strings --------------------------------------------------------------------------------------------
+
+
+def test_a_completion_ends_with_the_token_that_completes_the_first_stop_string(tiny_llama: Path) -> None:
+    codec = open_source(tiny_llama).codec
+    ending = Ending.of(codec, ["->", "\n"])
+    texts = {"six\nseven\n": "six\n", "six -> sev": "six ->", "six ->": "six ->", "six": "six"}
+    for text, cut in texts.items():  # the tokenizer has one token for each byte
+        ids = codec.render(text, raw=True)
+        assert codec.decode(ending.cut(ids)) == cut
+        assert ending.cut([*ids, 2, 5]) == (*ending.cut(ids), *((2,) if text == "six" else ()))  # 2 ends a text
+    assert ending.cut([]) == ()
+
+
+def test_the_answers_of_dialogues_end_at_the_stop(tiny_llama: Path) -> None:
+    source = open_source(tiny_llama)
+    model = load_model(source)
+    whole = dialogues_for(source, model, "Count.", ["a?", "b?"], 8)[0].completion
+    stop = source.codec.decode(whole)[3]
+    cut = dialogues_for(source, model, "Count.", ["a?", "b?"], 8, stop=[stop])[0].completion
+    assert cut == Ending.of(source.codec, [stop]).cut(whole) and len(cut) < len(whole)
+    with pytest.raises(
+        CalibrationError, match=r"^--stop: no answer of the prompted model holds.*got '##'; wanted .* 8"
+    ):
+        dialogues_for(source, model, "Count.", ["a?", "b?"], 8, stop=["##"])

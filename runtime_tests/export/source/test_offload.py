@@ -13,7 +13,7 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
 from tp_export.fit import Settings, fit_lockstep
-from tp_export.rollout import Dialogue, complete
+from tp_export.rollout import Dialogue, Ending, complete
 from tp_export.source import load_model, open_source, resident
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
 
@@ -41,7 +41,7 @@ def test_logits_and_completions_equal_those_in_memory(both: tuple[Any, Any]) -> 
     memory, disk = both
     assert loaded(disk) == set() and len(loaded(memory)) == 3
     assert furthest(torch_logits(disk, IDS), torch_logits(memory, IDS)) == 0
-    assert complete(disk, [IDS], 5, frozenset({2})) == complete(memory, [IDS], 5, frozenset({2}))
+    assert complete(disk, [IDS], 5, Ending(frozenset({2}))) == complete(memory, [IDS], 5, Ending(frozenset({2})))
     assert loaded(disk) == set()
 
 
