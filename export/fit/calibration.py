@@ -107,6 +107,14 @@ def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beg
     return beginning
 
 
+def context_length(source: Source, context: str, queries: Sequence[str]) -> int | None:
+    """Return the number of ids in front of every query with the context; None if entries cannot replace them."""
+    try:
+        return len(check_beginning(source, context, queries).teacher)
+    except CalibrationError:
+        return None
+
+
 def no_beginning(got: str) -> CalibrationError:
     """Return the error for prompts whose beginning entries cannot replace."""
     return CalibrationError(

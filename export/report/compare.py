@@ -19,7 +19,7 @@ from tp_runtime.errors import PatchValueError
 from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
-from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
+from ..fit import Settings, assemble, fit_lockstep, fit_steering, steering_candidates
 from ..measure import Divergence, TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
@@ -199,4 +199,4 @@ def _scaled(vector: TorchDelta, strength: float) -> TorchDelta:
 
 def _patch(deltas: dict[int, dict[str, TorchDelta]], method: str, like: Patch) -> Patch:
     config = replace(like.config, name=method, method=method, probe=None, fidelity=None, report=None)
-    return Patch(to_half(deltas), config)
+    return assemble(deltas, None, config, "f16")
