@@ -4,6 +4,7 @@ This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates
+from .calibration import LONG_CONTEXT, Calibration, restate
 from .choice import Target, default_entries
 from .closed_form import fit_patch
 from .exact import verify
@@ -15,6 +16,8 @@ from .repair import repair_patch
 
 __all__ = [
     "ALL",
+    "LONG_CONTEXT",
+    "Calibration",
     "Recipe",
     "Settings",
     "Target",
@@ -25,6 +28,7 @@ __all__ = [
     "fit_steering",
     "make_patch",
     "repair_patch",
+    "restate",
     "steering_candidates",
     "verify",
 ]
