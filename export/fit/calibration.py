@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..queries import statements
-from ..rollout import Context, Dialogue, restated
+from ..rollout import Context, Dialogue, restated_dialogues
 from ..source import Source
 
 LONG_CONTEXT = 100  # tokens; a longer context is restated, because queries look at a part of it only
@@ -36,4 +36,4 @@ def restate(source: Source, context: Context) -> list[Dialogue]:
     long = context.beginning is not None and len(context.beginning.teacher) > LONG_CONTEXT
     if not long or source.codec.style != "chat":
         return []
-    return restated(source, context.text, statements(context.text))
+    return restated_dialogues(source, context.text, statements(context.text))

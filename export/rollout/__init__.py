@@ -8,7 +8,7 @@ from .completions import complete
 from .context import Context, check_beginning, context_length
 from .dialogues import check_prompts, context_digest, dialogues_for
 from .ending import Ending
-from .restated import restated
+from .restated import restated_dialogues
 from .sequences import Batch, Dialogue, batches
 from .store import RolloutStore
 
@@ -28,5 +28,5 @@ __all__ = [
     "context_digest",
     "context_length",
     "dialogues_for",
-    "restated",
+    "restated_dialogues",
 ]
