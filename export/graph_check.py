@@ -8,7 +8,7 @@ of the slots, and no other weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,11 @@ from tp_runtime.errors import ModelFormatError, UnsafeGraphError, UnsafePathErro
 from tp_runtime.session import (
     GRAPH_FILE,
     LARGEST_GRAPH,
+    WINDOWED_SHIFT,
+    WINDOWED_TOTAL,
     ModelFolder,
     check_interface,
+    past_name,
     read_default_patch,
     slot_arrays,
 )
@@ -94,11 +97,35 @@ def check_description(folder: Path) -> str:
             onnxruntime-genai states another context window than the graph has.
     """
     described = ModelFolder.open(folder)
-    interface = _Interface(_load(described).graph)
+    graph = _load(described).graph
+    interface = _Interface(graph)
     check_interface(interface, described)
+    _check_windowed_layers(graph, described)
     _check_window(described)
     inputs, slots = len(interface.get_inputs()), len(interface.get_overridable_initializers())
     return f"inputs and outputs: {inputs} inputs and {slots} inputs with defaults, as patch_slots.json describes them"
+
+
+def _check_windowed_layers(graph: GraphProto, folder: ModelFolder) -> None:
+    """Compare the windowed layers of a description with the windows of the attention operators and what they read."""
+    if folder.windowed is None:
+        return
+    shifted = {node.output[0] for node in graph.node if WINDOWED_SHIFT in node.input}
+    found = {}
+    for node in graph.node:
+        windows = [attribute.i for attribute in node.attribute if attribute.name == "local_window_size"]
+        if node.op_type == "GroupQueryAttention" and (windows or shifted & set(node.input)):
+            found[node.input[3]] = windows if shifted & set(node.input) else "a length that is not its own"
+    wanted = {past_name(layer, "key"): [folder.windowed.window] for layer in folder.windowed.layers}
+    if found != wanted:
+        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ModelFormatError(
+            "the graph's windowed layers are not those of patch_slots.json",
+            field=differing[0],
+            got=found.get(differing[0], "no window"),
+            wanted=wanted.get(differing[0], "no window"),
+            fix=REEXPORT,
+        )
 
 
 def _check_window(folder: ModelFolder) -> None:
@@ -251,11 +278,13 @@ def _check_external(tensor: TensorProto, folder: ModelFolder) -> str:
 def _check_defaults(model: onnx.ModelProto, folder: ModelFolder) -> str:
     """Compare the slots' initializers with the file of the default patch, or with the base; return the line on it.
 
-    The runtime gives the session the values of that file. Other programs run the graph's own values.
+    The runtime gives the session the values of that file. Other programs run the graph's own values. What the lengths
+    of windowed layers differ by must be zero, because nobody binds these inputs for a patch without entries.
     """
     patch = read_default_patch(folder)
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = {value.name for value in model.graph.input}
+    _check_lengths(found, inputs, folder)
     stated = "the base" if patch is None else f"the patch {patch.name!r}, identity {patch.identity[:16]}"
     for key, slot in folder.slots.items():
         delta = None if patch is None else patch.deltas.get(key)
@@ -278,6 +307,19 @@ def _check_defaults(model: onnx.ModelProto, folder: ModelFolder) -> str:
                     fix=_UNTRUSTED,
                 )
     return f"defaults: {stated}"
+
+
+def _check_lengths(found: Mapping[str, TensorProto], inputs: Set[str], folder: ModelFolder) -> None:
+    for name in () if folder.windowed is None else (WINDOWED_SHIFT, WINDOWED_TOTAL):
+        values = _values(found[name], folder).tolist() if name in found and name in inputs else "no default"
+        if values != [0]:
+            raise ModelFormatError(
+                "the graph gives windowed layers another cache length than full ones, with nothing bound",
+                field=name,
+                got=values,
+                wanted=[0],
+                fix=_UNTRUSTED,
+            )
 
 
 def _values(tensor: TensorProto, folder: ModelFolder) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +47,21 @@ def refused(tmp_path: Path, content: bytes, error: type[PatchError], match: str,
 def malformed(tmp_path, content, match):
     """Assert that loading the content raises PatchFormatError."""
     refused(tmp_path, content, PatchFormatError, match)
+
+
+def unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], bytes]]]:
+    """Return the metadata of a valid patch file with its config parsed, and each tensor's dtype, shape and bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    metadata = header.pop("__metadata__")
+    parts = {name: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for name, e in header.items()}
+    return {**metadata, "config": json.loads(metadata["config"])}, parts
+
+
+def packed(metadata: dict[str, Any], parts: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+    """Return the file that `unpacked` takes apart."""
+    header: dict[str, Any] = {"__metadata__": {**metadata, "config": json.dumps(metadata["config"])}}
+    position = 0
+    for name, (dtype, shape, raw) in parts.items():
+        header[name] = entry(position, position := position + len(raw), dtype, shape)
+    return container(header, b"".join(raw for _, _, raw in parts.values()))

@@ -16,12 +16,13 @@ from tp_runtime.session import ModelFolder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GRAPHS = FIXTURES / "graphs"
+VERSIONS = FIXTURES / "versions"  # a patch file of each version
 DIGESTS = FIXTURES / "digests.json"
 FIGURES = FIXTURES / "torch.json"
 
 
 def digests() -> dict[str, str]:
-    """Return the SHA-256 of each small graph and of each folder's patch_slots.json, by path.
+    """Return the SHA-256 of each small graph, of each version's patch file and of each patch_slots.json, by path.
 
     A folder's patch_slots.json lists the digests of every other file in the folder.
     """

@@ -8,7 +8,7 @@ import pytest
 
 from runtime_tests.cli import Cli
 
-# The tests never ask a hub: their models are committed, made by a test, or fetched through pip and npm. This is set
+# The tests never ask a hub: their models are committed, made by a test, or fetched through pip. This is set
 # before any conftest below this one imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.patch import Delta, Patch, PatchConfig
+from tp_runtime.patch import KV_PARTS, Delta, KVPrefix, Patch, PatchConfig
 from tp_runtime.session import ModelFolder
 
 DIGEST = "0123456789abcdef" * 4
@@ -71,6 +71,30 @@ def random_patch(
                 a, b, mean = normal(inputs, rank) / rank**0.5, scale * normal(rank, outputs), normal(inputs)
                 deltas[layer, site] = Delta(a, b, bias, mean)
     return Patch(deltas, config or random_config())
+
+
+def version_patches() -> dict[str, tuple[Patch, str]]:
+    """Return a patch for each version of the file, with the dtype to save it in.
+
+    The values are fractions that do not depend on the processor, so the files are the same everywhere.
+    """
+
+    def fixed(*shape: int) -> Any:
+        size = int(np.prod(shape))
+        return ((np.arange(size) * 37 % 201 - 100) / 64).astype(np.float32).reshape(shape)
+
+    delta = Delta(fixed(6, 2), fixed(2, 4), fixed(4), fixed(6))
+    names = [(layer, part) for layer in range(2) for part in KV_PARTS]
+    prefix, ragged = (
+        KVPrefix({(layer, part): fixed(3, 2, 4)[: 3 - step * layer] for layer, part in names}, (1, 5), 9)
+        for step in (0, 1)
+    )
+    config, stopping = random_config(), random_config(stop=("\n", "Q:"))
+    return {
+        "1": (Patch({(0, "mlp_out"): delta, (1, "gate"): Delta(bias=fixed(4))}, config), "f16"),
+        "2": (Patch({(0, "mlp_out"): delta}, config, prefix), "f32"),
+        "3": (Patch({(0, "mlp_out"): delta}, stopping, ragged), "i8"),
+    }
 
 
 def apply_patch(patch: Patch, x: Any) -> Any:

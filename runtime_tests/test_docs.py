@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from tp_runtime import errors
+from tp_runtime.patch import Capabilities
 
 ROOT = Path(__file__).parent.parent
 BASES = {"TPError", "PatchError", "ModelError"}
@@ -40,6 +41,14 @@ def test_every_test_that_the_documentation_names_exists() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "models" / "README.md"]
     named = {path for file in documents for path in re.findall(r"runtime_tests/[\w/]+(?:\.\w+)?", file.read_text())}
     assert named and not [path for path in sorted(named) if not (ROOT / path).exists()]
+
+
+def test_the_documentation_says_what_a_patch_can_do_in_the_words_of_the_code() -> None:
+    table = (ROOT / "docs" / "travel.md").read_text().split("## What a patch can do")[1]
+    weights, entries = (Capabilities.of(True, entries, "fp32") for entries in (False, True))
+    for name in ("strength", "sums", "system", "exports", "precision"):
+        cells = f"| {getattr(weights, name)} | {getattr(entries, name)} |\n"
+        assert re.search(rf"^\| {name}[^|]*{re.escape(cells)}", table, re.MULTILINE), name
 
 
 # These are files of other projects, and a placeholder.

@@ -329,8 +329,8 @@ def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> li
 
     Returns:
         A row for each count in ascending order, with `patches` (the count), `rank`, `patch_bytes` (the size of one
-        patch), `switch_ms`, and `anonymous_bytes`: the growth of the process's own memory, or None if the system does
-        not report it.
+        patch in float32), `switch_ms`, and `anonymous_bytes`: the growth of the process's own memory, or None if the
+        system does not report it.
     """
     names: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -344,7 +344,7 @@ def resident(model: PatchedModel, counts: Sequence[int], rank: int = RANK) -> li
                 names.append(model.load_patch(made, f"bench-{len(names)}"))
             now = memory_bytes("RssAnon")
             grown = None if before is None or now is None else now - before
-            rows.append({"patches": count, "rank": rank, "patch_bytes": made.nbytes, "anonymous_bytes": grown})
+            rows.append({"patches": count, "rank": rank, "patch_bytes": made.memory_bytes, "anonymous_bytes": grown})
         # The switches come after all memory readings, because measuring them needs memory too. With a count of 1 the
         # patch is switched to itself.
         for row in rows:

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure the patches, write the page and print its path."""
     import matplotlib  # noqa: F401 - if it is missing, the error comes before the minutes of work
 
-    from tp_runtime.patch import PATCH_FILE, Patch
+    from tp_runtime.patch import ADDS_TO_WEIGHTS, PATCH_FILE, Patch
     from tp_runtime.storage import check_output_file
 
     from ..queries import load_answers, load_questions
@@ -162,10 +162,10 @@ def run(args: argparse.Namespace) -> int:
         raise PatchFormatError("the same patch is given twice", field="PATCH", got=", ".join(map(str, args.patches)))
     if sum(subject.patch.prefix is not None for subject in subjects) > 1:
         raise CalibrationError(
-            "patches with KV prefixes cannot be added, and this page shows their sum",
+            f"this page shows the sum of its patches, and a patch with entries adds {ADDS_TO_WEIGHTS}",
             field="PATCH",
             got=", ".join(map(str, args.patches)),
-            wanted="at most one patch with a KV prefix",
+            wanted="at most one patch with entries",
             fix="make a page for each patch",
         )
     model = load_weights(source, args)

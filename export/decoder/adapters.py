@@ -39,6 +39,7 @@ class Adapter:
         post_norm: the norm of the MLP branch's output, relative to a decoder layer; None if there is no such norm.
         mlp: the MLP, or the mixture of experts, relative to a decoder layer.
         attention: the attention module, relative to a decoder layer.
+        attention_norm: the norm of the attention branch's output, relative to a decoder layer; None if there is none.
         reads_z: site -> the linear layer that reads z, relative to the MLP or to one expert.
         down: the linear layer that reads h, relative to the MLP or to one expert.
         router: the router of a mixture of experts, relative to `mlp`; None if the architecture has no mixture.
@@ -53,6 +54,7 @@ class Adapter:
     post_norm: str | None = None
     mlp: str = "mlp"
     attention: str = "self_attn"
+    attention_norm: str | None = None
     reads_z: Mapping[str, str] = field(default_factory=lambda: {"gate": "gate_proj", "up": "up_proj"})
     down: str = "down_proj"
     router: str | None = None
@@ -66,7 +68,12 @@ class Adapter:
 
 
 LLAMA = Adapter(mlp_norm="post_attention_layernorm")
-GEMMA = Adapter(mlp_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm", returns_tuple=True)
+GEMMA = Adapter(
+    mlp_norm="pre_feedforward_layernorm",
+    post_norm="post_feedforward_layernorm",
+    attention_norm="post_attention_layernorm",
+    returns_tuple=True,
+)
 
 ADAPTERS: Mapping[str, Adapter] = {
     "llama": LLAMA,
@@ -135,6 +142,22 @@ class Mlp(NamedTuple):
     down: nn.Module
 
 
+class AttentionOutput(NamedTuple):
+    """The way from a block's heads to the residual stream: gain * (W_O heads + bias) / rms(W_O heads + bias).
+
+    Attributes:
+        weight: the output projection W_O, [d, heads * head dim].
+        bias: its bias, [d]; None if it has none.
+        gain: the gain of the post-norm, [d]; None if there is no post-norm, and then nothing is divided.
+        eps: what the post-norm adds to the mean square.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    eps: float
+
+
 class _Stopped(Exception):
     """Stops a layer at its split point, and holds the tensor there."""
 
@@ -189,6 +212,16 @@ class Block:
             )
             for member in members
         ]
+
+    def attention_output(self) -> AttentionOutput:
+        """Return how the block's heads reach the residual stream; the weights are those that it has now."""
+        linear: Any = self.layer.get_submodule(self.linears["o"])
+        weight = weight_of(linear)
+        if self.adapter.attention_norm is None:
+            return AttentionOutput(weight, linear.bias, None, 0.0)
+        norm: Any = self.layer.get_submodule(self.adapter.attention_norm)
+        gain = norm(weight.new_ones(1, weight.shape[0]))[0]  # the norm divides by a root mean square, which is 1 here
+        return AttentionOutput(weight, linear.bias, gain, float(norm.eps))
 
     def attention_half(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Run the layer itself up to its split point.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 from tp_runtime.patch import KVPrefix, Patch
 
 from .adapters import kv_shape
+from .attention import Entry, Heads, attending
 
 
 @dataclass(frozen=True)
@@ -20,69 +22,66 @@ class TorchPrefix:
     """A `KVPrefix` as tensors on the model's device.
 
     Attributes:
-        keys: the keys of every layer, [1, kv heads, n, head dim].
-        values: the values of every layer, [1, kv heads, n, head dim].
+        entries: the keys and values of every layer, each [kv heads, n, head dim]; n may differ from layer to layer.
         replaces: the token ids at the start of a prompt that the entries replace.
-        position: the position of the first token after the entries, at least n.
+        position: the position of the first token after the entries, at least the largest n.
     """
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    entries: Sequence[Entry]
     replaces: tuple[int, ...]
     position: int
-    _frozen: dict[int, _Frozen] = field(default_factory=dict, compare=False, repr=False)  # by the number of rows
 
-    def __len__(self) -> int:
-        return int(self.keys[0].shape[2])
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of entries of each layer."""
+        return tuple(int(key.shape[1]) for key, _value in self.entries)
 
-    def model_inputs(self, attention_mask: Tensor) -> dict[str, Any]:
-        """Return the model's arguments other than the ids, for ids with `attention_mask` [b, T] after the prefix."""
-        rows, steps = attention_mask.shape
-        kept = attention_mask.new_ones(rows, len(self))
-        where = torch.arange(steps, device=attention_mask.device)
-        return {
-            "attention_mask": torch.cat([kept, attention_mask], 1),
-            "position_ids": (self.position + where)[None].expand(rows, -1),
-            "cache_position": len(self) + where,
-            "past_key_values": self._frozen_cache(rows),
-            "use_cache": True,
-        }
+    @contextmanager
+    def before(
+        self,
+        model: Any,
+        *,
+        valid: Tensor | None = None,
+        observer: Callable[[int, Heads], None] | None = None,
+    ) -> Iterator[None]:
+        """Within the context, the entries precede the text that `model` runs; see `attending`."""
+        with attending(model, self.entries, valid=valid, before=observer):
+            yield
 
-    def _frozen_cache(self, rows: int) -> _Frozen:
-        """Return the cache of this many batch rows. A run leaves it as it was, so one serves every run."""
-        if rows not in self._frozen:
-            self._frozen[rows] = _Frozen(self, rows)
-        return self._frozen[rows]
-
-    def cache(self) -> DynamicCache:
-        """Return a growing cache of one batch row that starts with the entries."""
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(key, value, layer)
-        return cache
+    def model_inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Return the model's arguments other than the ids, for text [b, T] that follows the entries."""
+        return {"position_ids": positions(ids, self.position), "use_cache": False}
 
     def numpy(self) -> KVPrefix:
-        """Return the prefix for a patch file, rounded to the half precision that the file stores."""
-        entries = {}
-        for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
+        """Return the prefix as numpy arrays, for a patch file."""
+        arrays = {}
+        for layer, pair in enumerate(self.entries):
             for part, kept in zip(("key", "value"), pair, strict=True):
-                entries[layer, part] = kept[0].transpose(0, 1).to(torch.float16).float().cpu().numpy()
-        return KVPrefix(entries, self.replaces, self.position)
+                arrays[layer, part] = kept.transpose(0, 1).float().cpu().numpy()
+        return KVPrefix(arrays, self.replaces, self.position)
 
 
-class _Frozen(DynamicCache):
-    """A cache that never grows: layers run more than once, and each run sees only the prefix and its own tokens."""
+def positions(ids: Tensor, first: int) -> Tensor:
+    """Return the positions [b, T] of text [b, T] whose first token has the position `first`."""
+    return (first + torch.arange(ids.shape[1], device=ids.device))[None].expand(ids.shape[0], -1)
 
-    def __init__(self, prefix: TorchPrefix, rows: int) -> None:
-        super().__init__()
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            super().update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
-        """Return the prefix and the new keys and values, concatenated."""
-        kept: Any = self.layers[layer_idx]
-        past = kept.keys.to(key_states.device), kept.values.to(key_states.device)  # a device map may move layers
-        return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+def cached_prompt(model: Any, ids: Sequence[int], replaces: Sequence[int]) -> TorchPrefix:
+    """Run the beginning of a prompt once and return its keys and values, the exact entries.
+
+    Args:
+        model: a transformers causal language model.
+        ids: the token ids of the beginning.
+        replaces: the ids that stand in its place in a prompt without the context.
+
+    Returns:
+        All entries of every layer. In a windowed layer the text sees only those that its window reaches.
+    """
+    cache = DynamicCache()  # without the config, so that windowed layers keep everything
+    with torch.no_grad():
+        model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers: list[Any] = cache.layers
+    return TorchPrefix([(layer.keys[0], layer.values[0]) for layer in layers], tuple(replaces), len(ids))
 
 
 def torch_prefix(patch: Patch, model: Any) -> TorchPrefix | None:
@@ -98,8 +97,8 @@ def torch_prefix(patch: Patch, model: Any) -> TorchPrefix | None:
     config, device, dtype = model.config, model.device, model.dtype
     prefix.check(config.num_hidden_layers, *kv_shape(config), config.vocab_size, config.max_position_embeddings)
 
-    def part(name: str) -> list[Tensor]:
-        arrays = [prefix.entries[layer, name] for layer in range(prefix.layers)]
-        return [torch.tensor(array, device=device, dtype=dtype).transpose(0, 1)[None] for array in arrays]
+    def tensor(layer: int, part: str) -> Tensor:
+        return torch.tensor(prefix.entries[layer, part], device=device, dtype=dtype).transpose(0, 1)
 
-    return TorchPrefix(part("key"), part("value"), prefix.replaces, prefix.position)
+    entries = [(tensor(layer, "key"), tensor(layer, "value")) for layer in range(prefix.layers)]
+    return TorchPrefix(entries, prefix.replaces, prefix.position)

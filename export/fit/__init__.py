@@ -4,22 +4,27 @@ This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates
+from .choice import Target, default_entries
+from .closed_form import fit_patch
 from .exact import verify
 from .forms import Settings
 from .lockstep import fit_lockstep
-from .prefix_entries import choose_entries
-from .recipe import Recipe, make_patch, to_half
+from .make import assemble, make_patch
+from .recipe import ALL, Recipe
 from .repair import repair_patch
 
 __all__ = [
+    "ALL",
     "Recipe",
     "Settings",
-    "choose_entries",
+    "Target",
+    "assemble",
+    "default_entries",
     "fit_lockstep",
+    "fit_patch",
     "fit_steering",
     "make_patch",
     "repair_patch",
     "steering_candidates",
-    "to_half",
     "verify",
 ]

@@ -9,7 +9,7 @@ and at what cost. The base's weights and a KV prefix stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def refine_deltas(
     ]
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    pairs = batches(dialogues, _BATCH, model.device, 0 if prefix is None else len(prefix.replaces))
+    pairs = batches(dialogues, _BATCH, model.device, replaced=0 if prefix is None else len(prefix.replaces))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     blocks = blocks_of(model)
@@ -88,12 +88,13 @@ def refine_deltas(
 
 def _row_logits(model: Any, batch: Any, prefix: TorchPrefix | None) -> Tensor:
     """Return the logits [N, vocab] of the completion rows. The output head runs only on those rows."""
-    inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if prefix is not None:
-        inputs = prefix.model_inputs(batch.attention_mask)
+        inputs = prefix.model_inputs(batch.input_ids)
     # The `base_model` of Gemma 3's text model is the model itself.
     inner = model.model if model.base_model is model else model.base_model
-    hidden = inner(input_ids=batch.input_ids, **inputs).last_hidden_state
+    with nullcontext() if prefix is None else prefix.before(model):
+        hidden = inner(input_ids=batch.input_ids, **inputs).last_hidden_state
     logits = model.get_output_embeddings()(batch.rows(hidden))
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()

@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from tp_runtime.errors import ModelFormatError
 
+from ..decoder import own_scale
+
 ATTENTION = "tp_group_query_attention"
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes, but only when the graph runs
 
@@ -98,7 +100,7 @@ def _attention(
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
-        "scale": float(_own_scale(module, head_dim) if scaling is None else scaling),
+        "scale": float(own_scale(module, head_dim) if scaling is None else scaling),
         "do_rotary": 0 if recording.rotary is None else 1,
     }
     rotary_inputs: list[Tensor] = []
@@ -126,12 +128,6 @@ def _attention(
 def current_recording() -> Recording:
     """Return the recording in progress."""
     return _recording[-1]
-
-
-def _own_scale(module: Any, head_dim: int) -> float:
-    """Return the scale of GPT-2's attention, which does not pass its scale to the attention function."""
-    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
-    return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

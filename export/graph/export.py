@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from .quantise import quantise
 from .simplify import simplify
 from .slots import add_first_logit, make_slots_overridable, save_graph
 from .trace import context_window, trace
+from .windowed import separate_windowed
 
 ROUTES = ("auto", "fused", "optimum")
 _FUSED_ONLY = "fp16"  # the unfused norms of the other route square activations, which overflows float16 first
@@ -140,6 +142,7 @@ def export_model(
                 simplify(graph)
             name_dimensions(graph)
             add_first_logit(graph)
+            windowed = separate_windowed(graph) if route == "fused" else None
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, precision)
             if route == "fused":
@@ -154,7 +157,8 @@ def export_model(
                 (folder / name).write_bytes(content)
             files = describe_files(folder, [*written, *companions])
             default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
-            write_slots_file(_describe(source, model, folder, slots, route, precision, default, files))
+            described = _describe(source, model, folder, slots, route, precision, default, files)
+            write_slots_file(replace(described, windowed=windowed))
         with clock("check the export against torch"):
             parity = check_export(source.codec, model, folder)
         tqdm.write("not checked: no ONNX Runtime" if parity is None else f"checked {parity}", file=sys.stderr)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph
 
-from ..decoder import PatchHooks, torch_prefix
+from ..decoder import PatchHooks, TorchPrefix, torch_prefix
 from ..quantise import QuantisedStudent, as_student
 
 
@@ -33,20 +33,29 @@ class Student(Protocol):
 class TorchStudent:
     """A student run by transformers and patched by forward hooks.
 
-    If the patch has a KV prefix, the tokens attend to its key/value entries too.
+    If the patch has a KV prefix, the tokens attend to its key/value entries too. The teacher can stand behind the
+    context's cached keys and values, so that the context is not run again for every query.
 
     Args:
         model: a transformers causal language model whose architecture has an adapter.
         patch: the patch that the student runs under; None for the base.
         weights: the quantised weights that the student runs with; None for the model's own weights.
+        cached: the cached keys and values of the ids that every sequence begins with; None to run whole sequences.
+            They are exact if `weights` is None and the patch changes no weights.
 
     Raises:
         PatchShapeError, PatchValueError: the patch's KV prefix does not fit the model.
     """
 
-    def __init__(self, model: Any, patch: Patch | None = None, weights: QuantisedStudent | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        patch: Patch | None = None,
+        weights: QuantisedStudent | None = None,
+        cached: TorchPrefix | None = None,
+    ) -> None:
         self._model, self._patch, self._weights = model, patch, weights
-        self._prefix = None if patch is None else torch_prefix(patch, model)
+        self._prefix = cached if patch is None else torch_prefix(patch, model)
         self._hooks: PatchHooks | None = None
 
     @contextmanager
@@ -71,13 +80,15 @@ class TorchStudent:
         if self._patch is not None and self._patch.prefix is not None:
             self._patch.prefix.require_start(tokens)
         ids = torch.tensor([list(tokens[replaced:])], device=self._model.device)
-        inputs = {"use_cache": False} if self._prefix is None else self._prefix.model_inputs(torch.ones_like(ids))
+        inputs = {"use_cache": False} if self._prefix is None else self._prefix.model_inputs(ids)
         with ExitStack() as stack:
             stack.enter_context(self.attached())
             stack.enter_context(torch.no_grad())
             stack.enter_context(as_student(self._weights))
             if self._hooks is not None:
                 stack.enter_context(self._hooks.on(without_layer))
+            if self._prefix is not None:
+                stack.enter_context(self._prefix.before(self._model))
             return self._model(ids, **inputs, logits_to_keep=len(tokens) - first).logits[0]
 
     def without_layer(self, layer: int) -> Student:

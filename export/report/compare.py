@@ -19,7 +19,7 @@ from tp_runtime.errors import PatchValueError
 from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
-from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
+from ..fit import Settings, assemble, fit_lockstep, fit_steering, steering_candidates
 from ..measure import Divergence, TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
@@ -94,7 +94,7 @@ def measure_fits(
             methods.append(Baseline(method, "no setting gives finite tensors", None, 0, 0.0))
         else:
             close = measure_closeness(unpatched, found[method])
-            methods.append(Baseline(method, fit.setting, close, fit.patch.nbytes // 2, fit.seconds))
+            methods.append(Baseline(method, fit.setting, close, fit.patch.nbytes, fit.seconds))
     same = fits.get(patch.config.method)
     exact = same is not None and same_tensors(same.patch, patch)
     rows = sum(len(d.completion) for d in calibration)
@@ -188,7 +188,7 @@ def _candidates(
     for ridge in ridges:
         one = replace(settings, ridge=ridge)
         with bar(f"fit {method}", layers, "layer") as shown:
-            deltas = fit_lockstep(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
+            deltas, _ = fit_lockstep(model, calibration, method, one, progress=lambda *_, s=shown: s.update())
         yield deltas, "" if method == "vector" else f"rank {one.rank}, ridge {ridge:g}"
 
 
@@ -199,4 +199,4 @@ def _scaled(vector: TorchDelta, strength: float) -> TorchDelta:
 
 def _patch(deltas: dict[int, dict[str, TorchDelta]], method: str, like: Patch) -> Patch:
     config = replace(like.config, name=method, method=method, probe=None, fidelity=None, report=None)
-    return Patch(to_half(deltas), config)
+    return assemble(deltas, None, config, "f16")

@@ -238,7 +238,7 @@ class Baseline:
         method: the method.
         setting: the setting that was used, in words.
         closeness: the figures on the held-out queries; None if no setting gives finite tensors.
-        bytes: the bytes of the tensors in half precision.
+        bytes: the bytes of its patch file.
         seconds: the duration of the fit.
     """
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from tp_runtime.errors import CalibrationError, PatchError
 from tp_runtime.patch import DTYPES, Patch
 
-from ..fit import Recipe, Settings, make_patch
+from ..fit import ALL, Recipe, Settings, make_patch
 from ..measure import Answers, Arm, Prompts, TorchStudent, diverge, with_prompt, without_prompt
 from ..progress import bar
 from ..rollout import Dialogue, RolloutStore
@@ -26,7 +26,6 @@ from .known import Known
 from .setup import Setup, Subject
 from .shorter import ShorterPromptArm, shorter_prompts
 
-_ALL = 1 << 20  # more entries than any context has
 _FILE_DTYPES = tuple(dtype for dtype in ("f16", "i8") if dtype in DTYPES)
 
 
@@ -87,7 +86,7 @@ def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new
         ),
         *(Planned(ENTRIES, f"{count}", replace(alone, prefix=count)) for count in entries),
         *(Planned(BOTH, f"{count} + r{settings.rank}", replace(weights, prefix=count)) for count in entries),
-        Planned(EXACT, "all", replace(alone, prefix=_ALL)),
+        Planned(EXACT, "all", replace(alone, prefix=ALL)),
     ]
 
 

@@ -1,6 +1,6 @@
 """The summary of a report, stored in the patch file's description.
 
-The tensors and their dtype stay unchanged.
+The tensors and their dtype stay unchanged, int8 with its scales included.
 """
 
 from __future__ import annotations
@@ -8,14 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import safe_open
-
-from tp_runtime.errors import PatchFormatError, library_errors
-from tp_runtime.patch import DTYPES, Patch
+from tp_runtime.patch import Patch
 
 from .figures import NO_PROMPT, PATCH, PROMPT, PatchReport
-
-_NAMES = {stored: name for name, stored in DTYPES.items()}
 
 
 def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
@@ -29,18 +24,10 @@ def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
         report: the figures measured on the patch.
 
     Raises:
-        PatchFormatError: the file changed since it was loaded, and is no patch file any more.
-        OSError: the file cannot be read or written; the old file is still there.
+        OutputError: the file changed since it was loaded, and is no patch file any more.
+        OSError: the file cannot be written; the old file is still there.
     """
-    with (
-        library_errors(PatchFormatError, "the file changed since it was loaded", field=str(file)),
-        safe_open(file, framework="np") as opened,
-    ):
-        found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
-    # A file with int8 tensors has scales in another dtype, and its values round to the same bytes again. If a file has
-    # several other dtypes, float32 represents every value of the others exactly.
-    dtype = "i8" if "I8" in found else _NAMES[found.pop()] if len(found) == 1 else "f32"
-    replace(patch, config=replace(patch.config, report=summary(report))).save(file, dtype)
+    replace(patch, config=replace(patch.config, report=summary(report))).save(file)
 
 
 def summary(report: PatchReport) -> dict[str, float]:

@@ -3,20 +3,26 @@
 This room knows nothing of how a patch is fitted or measured.
 """
 
+from .beginning import Beginning, beginning_of, beginnings_of
 from .completions import complete
 from .dialogues import check_prompts, context_digest, dialogues_for
 from .ending import Ending
+from .restated import restated
 from .sequences import Batch, Dialogue, batches
 from .store import RolloutStore
 
 __all__ = [
     "Batch",
+    "Beginning",
     "Dialogue",
     "Ending",
     "RolloutStore",
     "batches",
+    "beginning_of",
+    "beginnings_of",
     "check_prompts",
     "complete",
     "context_digest",
     "dialogues_for",
+    "restated",
 ]

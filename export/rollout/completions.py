@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..decoder import TorchPrefix
+from .behind import complete_behind
 from .ending import Ending
 from .store import RolloutStore
 
@@ -38,16 +39,9 @@ def complete(
         batch_size: the number of prompts in a batch.
         store: a store of completions; those that it has are not generated again, and new ones are added to it batch by
             batch.
-        prefix: key/value entries that replace the first ids of every prompt. With them completions are greedy and
-            generated one prompt at a time, since transformers' generate cannot place text at a given position.
+        prefix: key/value entries that replace the first ids of every prompt.
         progress: a function that is called with the number of prompts just finished.
     """
-    if prefix is not None:
-        found = []
-        for prompt in prompts:
-            found.append(_after_prefix(model, prefix, prompt, max_new_tokens, ending))
-            progress(1)
-        return found
     completions: list[tuple[int, ...]] = [()] * len(prompts)
     keys: list[str] = []
     if store is not None:
@@ -57,6 +51,30 @@ def complete(
         completions = [store.get(key) or () for key in keys]
         progress(sum(map(bool, completions)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        # The batches are the same in every run, so that a sampled answer does not depend on which answers were stored.
+        if all(completions[i] for i in part):
+            continue
+        known = sum(bool(completions[i]) for i in part)
+        batch = [prompts[i] for i in part]
+        if prefix is None:
+            found = _generate(model, batch, max_new_tokens, ending, temperature, seed + start)
+        else:
+            tails = [prompt[len(prefix.replaces) :] for prompt in batch]
+            found = complete_behind(model, prefix, tails, max_new_tokens, ending, temperature, seed + start)
+        for i, completion in zip(part, found, strict=True):
+            completions[i] = completion
+        if store is not None:
+            store.put({keys[i]: completions[i] for i in part})
+        progress(len(part) - known)
+    return completions
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ending: Ending, temperature: float, seed: int
+) -> list[tuple[int, ...]]:
+    """Let transformers' generate complete one batch of whole prompts."""
     pad = min(ending.eos_ids)
     # The model's own configuration may set a repetition penalty or a sampler, which must not affect the completions.
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -67,53 +85,18 @@ def complete(
         bos_token_id=None,
         **sampling,
     )
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        # The batches are the same in every run, so that a sampled answer does not depend on which answers were stored.
-        if all(completions[i] for i in part):
-            continue
-        known = sum(bool(completions[i]) for i in part)
-        longest = max(len(prompts[i]) for i in part)
-        ids = torch.full((len(part), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(part):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed + start)
-            out = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=generation,
-                use_model_defaults=False,
-            )
-        for row, i in enumerate(part):
-            completions[i] = ending.cut(out[row, longest:].tolist())
-        if store is not None:
-            store.put({keys[i]: completions[i] for i in part})
-        progress(len(part) - known)
-    return completions
-
-
-def _after_prefix(
-    model: Any, prefix: TorchPrefix, prompt: Sequence[int], max_new_tokens: int, ending: Ending
-) -> tuple[int, ...]:
-    cache = prefix.cache()
-    ids = torch.tensor([list(prompt[len(prefix.replaces) :])], device=model.device)
-    answer: list[int] = []
-    position = prefix.position
-    while len(answer) < max_new_tokens and not ending.reached(answer):
-        offsets = torch.arange(ids.shape[1], device=model.device)
-        with torch.no_grad():
-            out = model(
-                ids,
-                position_ids=position + offsets[None],
-                cache_position=cache.get_seq_length() + offsets,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        position += ids.shape[1]
-        answer.append(int(out.logits[0, -1].argmax()))
-        ids = torch.tensor([answer[-1:]], device=model.device)
-    return tuple(answer)
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=generation,
+            use_model_defaults=False,
+        )
+    return [ending.cut(out[row, longest:].tolist()) for row in range(len(prompts))]

@@ -8,6 +8,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError, RequestError
 
+from ..decoder import TorchPrefix
 from ..progress import bar
 from ..source import Source
 from .completions import complete
@@ -27,6 +28,7 @@ def dialogues_for(
     *,
     samples: int = 1,
     stop: Sequence[str] = (),
+    cached: TorchPrefix | None = None,
     store: RolloutStore | None = None,
 ) -> list[Dialogue]:
     """Let the teacher answer `queries` with the context in front.
@@ -44,6 +46,7 @@ def dialogues_for(
         max_new_tokens: the largest number of tokens of an answer.
         samples: the number of answers to each query; the first is greedy, the others are sampled.
         stop: the texts that end an answer.
+        cached: the keys and values of the beginning of the teacher's prompts, so that it is not run for every query.
         store: a store of completions; answers that it has are not generated again.
 
     Returns:
@@ -77,6 +80,7 @@ def dialogues_for(
                 temperature=temperature,
                 seed=sample,
                 store=store,
+                prefix=cached,
                 progress=shown.update,
             )
     if all(set(completion) <= ending.eos_ids for completion in completions):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_MOST_LOGITS = 2**21  # the attention logits of a batch and head: dialogues * longest^2
+
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -79,22 +81,31 @@ class Batch:
 
 
 def batches(
-    dialogues: Sequence[Dialogue], size: int, device: torch.device | str, replaced: int = 0
+    dialogues: Sequence[Dialogue], size: int, device: torch.device | str, cached: int = 0, replaced: int = 0
 ) -> list[tuple[Batch, Batch]]:
-    """Return (teacher, student) batches of at most `size` dialogues of similar length, with aligned rows.
+    """Return (teacher, student) batches of dialogues of similar length, with aligned rows.
 
     Args:
         dialogues: the dialogues.
-        size: the largest number of dialogues in a batch.
+        size: the largest number of dialogues in a batch; batches of long dialogues are smaller.
         device: the device of the batches' tensors.
+        cached: the number of ids that the context's cached keys and values replace; the teachers' sequences go without
+            these first ids.
         replaced: the number of ids that a KV prefix replaces; the students' sequences go without these first ids.
     """
     ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
-    pairs = []
-    for i in range(0, len(ordered), size):
-        part = ordered[i : i + size]
-        teacher = Batch.of([d.teacher() for d in part], [len(d.teacher_prompt) - 1 for d in part], device)
-        starts = [len(d.student_prompt) - 1 - replaced for d in part]
-        student = Batch.of([d.student()[replaced:] for d in part], starts, device)
-        pairs.append((teacher, student))
-    return pairs
+    pairs, part = [], list[Dialogue]()
+    for dialogue in ordered:
+        longest = max(len(dialogue.teacher()) - cached, len(dialogue.student()) - replaced)
+        if part and (len(part) == size or (len(part) + 1) * longest**2 > _MOST_LOGITS):
+            pairs.append(_pair(part, device, cached, replaced))
+            part = []
+        part.append(dialogue)
+    return [*pairs, _pair(part, device, cached, replaced)] if part else pairs
+
+
+def _pair(part: Sequence[Dialogue], device: torch.device | str, cached: int, replaced: int) -> tuple[Batch, Batch]:
+    starts = [len(d.teacher_prompt) - 1 - cached for d in part]
+    teacher = Batch.of([d.teacher()[cached:] for d in part], starts, device)
+    starts = [len(d.student_prompt) - 1 - replaced for d in part]
+    return teacher, Batch.of([d.student()[replaced:] for d in part], starts, device)

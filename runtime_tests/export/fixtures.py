@@ -17,11 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime_tests.committed import DIGESTS, FIGURES, FIXTURES, GRAPHS, figure_patch
+from runtime_tests.committed import DIGESTS, FIGURES, FIXTURES, GRAPHS, VERSIONS, figure_patch
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import token_ids
-from runtime_tests.patches import random_config, random_patch
+from runtime_tests.patches import random_config, random_patch, version_patches
 from tp_export.graph import export_model
 from tp_export.quantise import QuantisedStudent, quantised
 from tp_export.source import Source, load_model, open_source
@@ -150,6 +150,17 @@ def _breaking_graph() -> onnx.GraphProto:
     return helper.make_graph([node], "tiny", inputs, [output])
 
 
+# -- patch files -----------------------------------------------------------------------------------------------
+
+
+def make_versions(out: Path) -> Path:
+    """Write a patch file of each version to the new folder `out`."""
+    out.mkdir()
+    for version, (patch, dtype) in version_patches().items():
+        patch.save(out / f"{version}.safetensors", dtype)
+    return out
+
+
 # -- all fixtures --------------------------------------------------------------------------------------------
 
 
@@ -165,7 +176,9 @@ def main() -> None:
             folder = make_folder(name, sources[source], written / name)
             figures[name] = torch_figures(sources[source], folder)
         make_graphs(written / GRAPHS.name)
-        listed = sorted([*written.glob(f"*/{SLOTS_FILE}"), *written.glob(f"{GRAPHS.name}/*")])
+        make_versions(written / VERSIONS.name)
+        others = (*written.glob(f"{GRAPHS.name}/*"), *written.glob(f"{VERSIONS.name}/*"))
+        listed = sorted([*written.glob(f"*/{SLOTS_FILE}"), *others])
         digests = {file.relative_to(written).as_posix(): sha256_file(file) for file in listed}
         (written / DIGESTS.name).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
         (written / FIGURES.name).write_text(json.dumps(figures) + "\n", encoding="utf-8")

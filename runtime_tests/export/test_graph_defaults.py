@@ -17,10 +17,10 @@ from runtime_tests.committed import FIXTURES
 from runtime_tests.folders import alter
 from runtime_tests.patches import patch_for
 from tp_export import cli
-from tp_export.graph_check import check_graph
+from tp_export.graph_check import check_description, check_graph
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch import Patch
-from tp_runtime.session import DEFAULT_FILE, ModelFolder
+from tp_runtime.session import DEFAULT_FILE, WINDOWED_SHIFT, WINDOWED_TOTAL, ModelFolder
 
 BIAS = "tp.2.mlp_out.bias"
 
@@ -127,3 +127,55 @@ def test_a_slot_of_another_dtype_is_found(copy: Path) -> None:
     change_graph(copy, change)
     with pytest.raises(ModelFormatError, match="float16"):
         check_graph(copy)
+
+
+# -- windowed layers -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> Path:
+    return shutil.copytree(FIXTURES / "tiny-gemma", tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", [WINDOWED_SHIFT, WINDOWED_TOTAL])
+def test_a_cache_length_of_windowed_layers_that_is_not_the_default_is_found(gemma: Path, name: str) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        initializer(model, name).CopyFrom(numpy_helper.from_array(np.array([-1], np.int32), name))
+
+    change_graph(gemma, change)
+    with pytest.raises(
+        ModelFormatError, match=rf"{name}: the graph gives windowed layers another cache length.*\[-1\]"
+    ):
+        check_graph(gemma)
+
+
+def test_a_cache_length_of_windowed_layers_without_a_default_is_found(gemma: Path) -> None:
+    change_graph(gemma, lambda model: model.graph.initializer.remove(initializer(model, WINDOWED_SHIFT)))
+    with pytest.raises(ModelFormatError, match="got no default"):
+        check_graph(gemma)
+
+
+@pytest.mark.parametrize(
+    ("windowed", "field"),
+    [
+        ({"layers": [0], "window": 8}, "2.key"),
+        ({"layers": [0, 2], "window": 9}, "0.key"),
+        ({"layers": [0, 1], "window": 8}, "1.key"),
+    ],
+    ids=["a layer less", "another window", "another layer"],
+)
+def test_windowed_layers_that_are_not_those_of_the_graph_are_found(gemma: Path, windowed: Any, field: str) -> None:
+    check_description(gemma)
+    alter(gemma, lambda data: data.update(windowed=windowed))
+    with pytest.raises(ModelFormatError, match=rf"past_key_values\.{field}: the graph's windowed layers are not those"):
+        check_description(gemma)
+
+
+def test_a_windowed_layer_that_reads_the_length_of_full_layers_is_found(gemma: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+        attention[0].input[5] = attention[1].input[5]
+
+    change_graph(gemma, change)
+    with pytest.raises(ModelFormatError, match=r"past_key_values\.0\.key.*a length that is not its own"):
+        check_description(gemma)

@@ -21,7 +21,7 @@ from tp_export.graph.export import _reason
 from tp_export.queries import load_questions
 from tp_export.report import store_summary
 from tp_export.rollout import RolloutStore
-from tp_runtime.errors import CalibrationError, ModelFormatError, PatchError, PatchFormatError
+from tp_runtime.errors import CalibrationError, ModelFormatError, OutputError, PatchError
 from tp_runtime.patch import Patch
 
 
@@ -84,13 +84,16 @@ def test_a_prompt_on_the_command_line_that_is_not_utf_8_is_refused() -> None:
         read_context(argparse.Namespace(prompt="hi \udcff", prompt_file=None))
 
 
-def test_a_patch_file_that_changed_while_a_report_was_made_is_refused(tmp_path: Path) -> None:
+def test_a_patch_file_that_changed_while_a_report_was_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "p.safetensors"
     random_patch().save(file)
     patch = Patch.load(file)
     file.write_bytes(b"something else")
-    with pytest.raises(PatchFormatError, match="the file changed since it was loaded; got "):
-        store_summary(file, patch, None)  # type: ignore[arg-type]  # it fails before it reads the figures
+    monkeypatch.setattr("tp_export.report.store.summary", lambda _report: {"gap_closed": 0.9})
+    with pytest.raises(OutputError, match="is not replaced"):
+        store_summary(file, patch, None)  # type: ignore[arg-type]
     assert file.read_bytes() == b"something else"
 
 

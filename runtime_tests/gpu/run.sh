@@ -2,9 +2,9 @@
 # Runs the GPU tests and the benchmark on any CUDA machine, from a fresh checkout:
 #     runtime_tests/gpu/run.sh [RESULTS]      (default: build/gpu)
 # The script makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, and then runs `tp-runtime bench` on
-# the fp32, fp16 and int4 exports of SmolLM2-135M and of Gemma 3 270M (whose tokenizer comes through npm). It writes the
-# GPU, the driver, the versions, the test results and every figure to RESULTS/report.json. It exits with 1 if a test or
-# a benchmark failed. It has not been run on a GPU yet.
+# the fp32, fp16 and int4 exports of SmolLM2-135M and of Gemma 3 270M. It writes the GPU, the driver, the versions, the
+# test results and every figure to RESULTS/report.json. It exits with 1 if a test or a benchmark failed. It has not been
+# run on a GPU yet.
 set -euo pipefail
 
 start=$PWD

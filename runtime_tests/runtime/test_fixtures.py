@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime_tests.committed import FIXTURES, GRAPHS, digests, figure_patch, torch_figures
+from runtime_tests.committed import FIXTURES, GRAPHS, VERSIONS, digests, figure_patch, torch_figures
 from tp_runtime.session import Graph, ModelFolder
 from tp_runtime.session.description import SLOTS_FILE
 from tp_runtime.storage import sha256_file
@@ -18,9 +18,9 @@ CLOSE = {"fp32": 1e-4, "int8": 0.1, "int4-rtn": 0.1}
 
 
 def test_the_digests_list_exactly_the_fixtures() -> None:
-    found = [FIXTURES / name / SLOTS_FILE for name in FOLDERS] + list(GRAPHS.iterdir())
+    found = [FIXTURES / name / SLOTS_FILE for name in FOLDERS] + list(GRAPHS.iterdir()) + list(VERSIONS.iterdir())
     assert digests() == {file.relative_to(FIXTURES).as_posix(): sha256_file(file) for file in found}
-    assert {path.name for path in FIXTURES.iterdir() if path.is_dir()} == {*FOLDERS, GRAPHS.name}
+    assert {path.name for path in FIXTURES.iterdir() if path.is_dir()} == {*FOLDERS, GRAPHS.name, VERSIONS.name}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -56,7 +56,8 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
     return {
         "kind": "patch",
         "file": str(file),
-        "bytes": file.stat().st_size,
+        "bytes": patch.nbytes,
+        "dtype": patch.dtype,
         "name": config.name,
         "identity": patch.identity,
         "method": config.method,
@@ -71,10 +72,13 @@ def describe_patch(patch: Patch, file: Path) -> dict[str, Any]:
         "prefix": None
         if patch.prefix is None
         else {
-            "entries": len(patch.prefix),
+            "entries": patch.prefix.longest,
+            "counts": list(patch.prefix.counts),
             "replaced_ids": len(patch.prefix.replaces),
             "position": patch.prefix.position,
         },
+        "capabilities": asdict(patch.capabilities),
+        "stop": list(config.stop),
         "context_digest": config.context_digest or None,
         "holds_context": config.context is not None,
         "ridge": config.ridge,
@@ -105,6 +109,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "vocab_size": folder.vocab_size,
         "context_window": folder.context_window,
         "kv": asdict(folder.kv),
+        "windowed": asdict(folder.windowed) if folder.windowed else None,
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
@@ -153,8 +158,15 @@ def _patch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("sites", ", ".join(report["sites"]) or "none"),
         ("layers", f"{_spans(report['layers']) or 'none'} ({plural(report['slots'], 'slot')})"),
         ("KV prefix", _prefix(report["prefix"])),
-        ("file", size(report["bytes"])),
+        ("file", f"{size(report['bytes'])}, {report['dtype']}"),
         ("identity", report["identity"]),
+        ("form", report["capabilities"]["form"]),
+        ("strength", report["capabilities"]["strength"]),
+        ("sums", report["capabilities"]["sums"]),
+        ("system", report["capabilities"]["system"]),
+        ("exports", report["capabilities"]["exports"]),
+        ("precisions", report["capabilities"]["precision"]),
+        ("stop", ", ".join(map(ascii, report["stop"])) or "none: only requests name stop strings"),
         ("ridge", _or_unknown(report["ridge"])),
         ("calibration", _pairs(report["calibration"])),
         ("held out", _pairs(report["fidelity"])),
@@ -185,7 +197,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", str(report["layers"])),
         ("vocabulary", str(report["vocab_size"])),
         ("context window", plural(report["context_window"], "token")),
-        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}"),
+        ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}{_windowed(report['windowed'])}"),
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
@@ -195,6 +207,10 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         names = ", ".join(ascii(name) for name in report["unlisted"])
         rows.append(("unlisted", f"{names}: nothing reads them"))
     return rows
+
+
+def _windowed(windowed: dict[str, Any] | None) -> str:
+    return "" if windowed is None else f"; a window of {windowed['window']} in layers {_spans(windowed['layers'])}"
 
 
 def _prepared(report: dict[str, Any]) -> str:
@@ -230,11 +246,18 @@ def _context(report: dict[str, Any]) -> str:
     return f"{held}; SHA-256 {digest}" if digest else f"{held}; no digest"
 
 
-def _prefix(prefix: dict[str, int] | None) -> str:
+def _prefix(prefix: dict[str, Any] | None) -> str:
     if prefix is None:
         return "none"
+    layers: dict[int, list[int]] = {}
+    for layer, count in enumerate(prefix["counts"]):
+        layers.setdefault(count, []).append(layer)
+    counts = [
+        plural(count, "position") + (f" in layers {_spans(where)}" if len(layers) > 1 else "")
+        for count, where in layers.items()
+    ]
     return (
-        f"for each head {plural(prefix['entries'], 'position')} of the context, in place of the prompt's first "
+        f"for each head {' and '.join(counts)} of the context, in place of the prompt's first "
         f"{plural(prefix['replaced_ids'], 'id')}; the text continues at position {prefix['position']}"
     )
 

@@ -231,7 +231,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, metavar="N", help="make the random draws repeatable")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the completion before TEXT; may be repeated"
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the completion before TEXT; may be repeated (default: the stop strings of the patch, if it has any)",
+    )
+    group.add_argument(
+        "--no-stop",
+        action="store_const",
+        const=[],
+        dest="stop",
+        help="end the completion at no stop string, also if the patch has some",
     )
 
 

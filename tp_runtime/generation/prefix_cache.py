@@ -21,7 +21,7 @@ from ..session import CacheKey, KVCache
 
 log = logging.getLogger("tp_runtime")
 
-Content = Mapping[str, NDArray[Any]]  # graph input name -> [heads, filled, head dim]
+Content = Mapping[str, NDArray[Any]]  # graph input name -> [heads, filled, head dim], `filled` by kind of layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +102,10 @@ class PrefixCache:
             self.hits += 1
             entry = entries[best]
             self._touch(entry)
-        filled = cache.filled + common - len(cache)
+        # Layers of different kinds may hold different numbers of positions, and each drops those of the other ids.
+        dropped = len(entry.tokens) - common
         # The ids come last: until then the cache holds what it held, which the entry begins with.
-        cache.start = {name: array[:, :filled] for name, array in entry.content.items()}
+        cache.start = {name: array[:, : array.shape[1] - dropped] for name, array in entry.content.items()}
         cache.tokens[:] = tokens[:common]
 
     def offer(self, cache: KVCache, content: Callable[[], Content]) -> None:

@@ -1,5 +1,7 @@
 """The keys and values of a batch: one buffer [rows, heads, capacity, head dim] for each tensor.
 
+The capacity of windowed layers differs from that of full layers if their lengths do (session/layer_kinds.py).
+
 The rows in use are always the first ones. On the CPU, ONNX Runtime reads and writes the arrays in place, so these rows
 are a view of the array and cost nothing. Unused room costs memory and no time, so the buffers shrink only if most of
 them is unused. On another device, each change of the rows copies the buffers back to the host, changes them there and
@@ -8,13 +10,13 @@ sends them to the device again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import KV, grown_capacity
+from ..session import KV, Lengths, grown_capacity
 
 _SHRINK = 4  # buffers shrink if the rows need at most this part of them: the next doubling is then not the next step
 
@@ -24,6 +26,7 @@ class StackedKV:
 
     Args:
         names: the names (graph input, graph output) of every key and value tensor.
+        windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
         shape: the number of heads and the head dimension of keys and values.
         dtype: the dtype of keys and values.
         limit: the largest number of rows.
@@ -35,6 +38,7 @@ class StackedKV:
     def __init__(
         self,
         names: Sequence[tuple[str, str]],
+        windowed: Set[str],
         shape: KV,
         dtype: np.dtype[Any],
         limit: int,
@@ -44,32 +48,53 @@ class StackedKV:
     ) -> None:
         self._names, self._shape, self._dtype, self._limit, self._window = names, shape, dtype, limit, window
         self._to_device, self._shared = to_device, shared
+        self._windowed = windowed
+        full = next(past for past, _present in names if past not in windowed)
+        self._of_each_kind = full, next(iter(windowed), full)
         self._arrays: dict[str, NDArray] = {}
         self._values: dict[str, Any] = {}
 
     @property
-    def capacity(self) -> int:
-        """The number of positions that each row has room for; 0 before the first row."""
-        return next(iter(self._arrays.values())).shape[2] if self._arrays else 0
+    def capacities(self) -> Lengths:
+        """The numbers of positions that each row has room for; 0 before the first row."""
+        if not self._arrays:
+            return Lengths(0, 0)
+        return Lengths(*(self._arrays[past].shape[2] for past in self._of_each_kind))
 
-    def fit(self, length: int, count: int) -> None:
-        """Make room for `length` positions in each row, and give back room that long rows have left behind.
+    def has_room(self, lengths: Lengths) -> bool:
+        """Whether each row has room for `lengths` positions."""
+        return all(length <= capacity for length, capacity in zip(lengths, self.capacities, strict=True))
 
-        The contents of the first `count` rows stay, up to `length` positions.
+    def fit(self, lengths: Lengths, count: int) -> None:
+        """Make room for `lengths` positions in each row, and give back room that long rows have left behind.
+
+        The contents of the first `count` rows stay, up to `lengths` positions.
         """
-        capacity = self.capacity
-        if length > capacity:
-            wanted = grown_capacity(capacity, length, self._window)
-        else:
-            wanted = grown_capacity(0, length, self._window)
-            if wanted * _SHRINK > capacity:
-                return
-        size, kept = (self._limit, self._shape.heads, wanted, self._shape.head_dim), min(capacity, wanted)
-        arrays = {past: np.zeros(size, self._dtype) for past, _present in self._names}
+        before = self.capacities
+        wanted = Lengths(*(self._fitting(*pair) for pair in zip(before, lengths, strict=True)))
+        if wanted == before:
+            return
+        arrays = {}
+        for past, _present in self._names:
+            if self._of(past, wanted) != self._of(past, before):
+                size = self._limit, self._shape.heads, self._of(past, wanted), self._shape.head_dim
+                arrays[past] = np.zeros(size, self._dtype)
         self.pull()
-        for past, array in self._arrays.items():
-            arrays[past][:count, :, :kept] = array[:count, :, :kept]
-        self._arrays = arrays  # this is the last line, because memory may run out above
+        for past, array in arrays.items():
+            kept = min(self._of(past, before), self._of(past, wanted))
+            if kept:
+                array[:count, :, :kept] = self._arrays[past][:count, :, :kept]
+        self._arrays = {**self._arrays, **arrays}  # this is the last line, because memory may run out above
+
+    def _fitting(self, capacity: int, length: int) -> int:
+        """Return the capacity for `length` positions; it is `capacity` if that suffices and is not far too large."""
+        if length > capacity:
+            return grown_capacity(capacity, length, self._window)
+        smallest = grown_capacity(0, length, self._window)
+        return smallest if smallest * _SHRINK <= capacity else capacity
+
+    def _of(self, past: str, lengths: Lengths) -> int:
+        return lengths.windowed if past in self._windowed else lengths.full
 
     def pull(self) -> None:
         """Copy what the runs wrote back into the arrays. Call this before the arrays are read or changed."""
@@ -84,9 +109,9 @@ class StackedKV:
         for past, array in content.items():
             self._arrays[past][row, :, : array.shape[1]] = array
 
-    def get(self, row: int, filled: int) -> dict[str, NDArray]:
+    def get(self, row: int, filled: Lengths) -> dict[str, NDArray]:
         """Return views [heads, filled, head dim] of the first positions of a row, by graph input name."""
-        return {past: array[row, :, :filled] for past, array in self._arrays.items()}
+        return {past: array[row, :, : self._of(past, filled)] for past, array in self._arrays.items()}
 
     def bind(self, binding: Any, count: int) -> None:
         """Bind the first `count` rows as past and as present."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import Graph
+from ..session import Graph, Lengths, bind_shifts
 from .row import Row
 from .row_kv import StackedKV
 from .row_slots import StackedSlots
@@ -51,7 +51,8 @@ class BatchedRows:
         self._graph = graph
         folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
         to_kv, shared = partial(graph.to_device, device=kv_device), kv_device == "cpu"
-        self._kv = StackedKV(graph.kv.names, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
+        names, windowed = graph.kv.names, graph.kv.windowed
+        self._kv = StackedKV(names, windowed, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
         to_slots = partial(graph.to_device, device=graph.device.kind)
         self._slots = StackedSlots(folder.slots, limit, graph.dtype, to_slots)
         # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
@@ -68,7 +69,7 @@ class BatchedRows:
         self._change()
         if not any(row in self._held for row in rows):
             self._held = []
-        self._kv.fit(1 + max((row.cache.filled for row in rows), default=0), len(self._held))
+        self._kv.fit(_after_a_step([row.cache.lengths for row in rows]), len(self._held))
         for place, row in enumerate(rows):
             if place < len(self._held) and self._held[place] is row:
                 continue
@@ -88,15 +89,19 @@ class BatchedRows:
         self.prepare(rows)
         for row in rows:
             row.follow()
-        filled = np.array([row.cache.filled for row in rows])
+        held = [row.cache.lengths for row in rows]
         positions = np.array([len(row.cache) + row.cache.skipped for row in rows])
-        total = int(filled.max()) + 1
-        if total > self._kv.capacity:
+        lengths = _after_a_step(held)
+        if not self._kv.has_room(lengths):
             self._change()
-            self._kv.fit(total, len(rows))
+            self._kv.fit(lengths, len(rows))
         if self._binding is None:
             self._binding = self._bind(rows)
-        mask = (np.arange(total) <= filled[:, None]).astype(np.int64)
+        shifts = [windowed - full for full, windowed in held]
+        if any(shifts):
+            bind_shifts(self._graph.ort, self._binding, shifts, lengths.windowed - lengths.full)
+        filled = np.array([full for full, _windowed in held])
+        mask = (np.arange(lengths.full) <= filled[:, None]).astype(np.int64)
         last = np.array([row.tokens[-1] for row in rows])
         return self._graph.execute(self._binding, last[:, None], mask, positions[:, None])[:, 0]
 
@@ -115,7 +120,12 @@ class BatchedRows:
         if row not in self._held:
             return self._graph.content(row.cache)
         self._change()
-        return self._kv.get(self._held.index(row), row.cache.filled)
+        return self._kv.get(self._held.index(row), row.cache.lengths)
+
+
+def _after_a_step(held: Sequence[Lengths]) -> Lengths:
+    """Return the positions that the longest row needs for a step, by kind of layer, if the rows hold `held` before."""
+    return Lengths(*(1 + max((lengths[kind] for lengths in held), default=0) for kind in range(2)))
 
 
 class SequentialRows:

@@ -3,26 +3,34 @@
 This room knows nothing of graphs, sessions, devices or text.
 """
 
+from .capabilities import ADDS_TO_WEIGHTS, AT_A_COST, ENTRIES_STAND, FLOAT_PRECISIONS, Capabilities
 from .config import PatchConfig
+from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
-from .file import DTYPES, MAX_FILE_BYTES, read_tensors
+from .dtypes import DTYPES
+from .int8 import round_to_int8
 from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
 from .names import KV_PARTS, SITES, SlotKey, slot_name
-from .patch import FLOAT_PRECISIONS, Patch
+from .patch import Patch
 
 __all__ = [
+    "ADDS_TO_WEIGHTS",
+    "AT_A_COST",
     "DTYPES",
+    "ENTRIES_STAND",
     "FLOAT_PRECISIONS",
     "KV_PARTS",
     "MAX_FILE_BYTES",
     "PATCH_FILE",
     "SITES",
+    "Capabilities",
     "Delta",
     "KVPrefix",
     "Patch",
     "PatchConfig",
     "SlotKey",
     "read_tensors",
+    "round_to_int8",
     "slot_name",
 ]

@@ -25,6 +25,7 @@ WITHOUT_DELTAS = ("prefix",)
 WITHOUT_PREFIX = ("steering", "imported")
 CALIBRATION_KEYS = ("queries", "rows", "max_new_tokens", "holdout")
 MAX_REPORT = 64
+MAX_STOP = 16
 PROBE_KEYS = ("token_ids", "top1", "top1_logits", "logsumexp")
 
 _SHORT_DIGEST = re.compile(r"[0-9a-f]{8}")
@@ -54,6 +55,8 @@ class PatchConfig:
         probe: `token_ids`, and three lists with a value for each of the last positions of `token_ids`, under the patch
             at strength 1: `top1` (token id), `top1_logits` and `logsumexp` of the logits (nats).
         report: a summary of the last report on the patch, name to number, with at most `MAX_REPORT` entries.
+        stop: the strings before which completions under the patch end, unless a request names its own; at most
+            `MAX_STOP`. A list becomes a tuple.
     """
 
     name: str
@@ -71,6 +74,7 @@ class PatchConfig:
     created: str | None = None
     probe: dict[str, list[Any]] | None = None
     report: dict[str, float] | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("name", "base_model", "architecture", "precision"):
@@ -110,6 +114,7 @@ class PatchConfig:
             raise _bad("report", f"{len(self.report)} figures", f"at most {MAX_REPORT}")
         if self.probe is not None:
             _check_probe(self.probe)
+        object.__setattr__(self, "stop", _stop(self.stop))
         # These are copies, because the caller may change its own objects later.
         for key in ("calibration", "fidelity", "probe", "report"):
             object.__setattr__(self, key, copy.deepcopy(getattr(self, key)))
@@ -131,8 +136,9 @@ class PatchConfig:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object for the file: the keys whose values are not None, in declaration order."""
+        """Return the JSON object for the file: the keys whose values are not None or (), in declaration order."""
         values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in fields(self)}
+        values["stop"] = list(self.stop) or None
         return {key: value for key, value in values.items() if value is not None}
 
     def check_contents(self, deltas: int, prefix: bool) -> None:
@@ -223,6 +229,17 @@ def _utc(key: str, value: Any) -> None:
         offset = None
     if offset != datetime.timedelta(0):
         raise _bad(key, shown(value), "an ISO 8601 time in UTC, such as 2025-01-31T12:00:00+00:00")
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise _bad("stop", type(value).__name__, "a list of strings that are not empty")
+    if len(value) > MAX_STOP:
+        raise _bad("stop", f"{len(value)} strings", f"at most {MAX_STOP}")
+    for number, text in enumerate(value):
+        if not _text(f"stop[{number}]", text):
+            raise _bad(f"stop[{number}]", "an empty string", "a string that is not empty")
+    return tuple(value)
 
 
 def _check_query_digests(digests: Any) -> None:

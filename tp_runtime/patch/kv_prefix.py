@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError
+from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError, shown
 from .arrays import unchangeable
 from .names import KV_PARTS, EntryKey, entry_name
 
@@ -33,14 +33,15 @@ class KVPrefix:
 
     Attributes:
         entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
-            arrays become unchangeable float32 copies. The keys are rotated for their positions in the context. Each
-            head may hold entries of other positions.
+            arrays become unchangeable float32 copies. The number n of entries may differ from layer to layer. The keys
+            are rotated for their positions in the context. Each head may hold entries of other positions.
         replaces: the ids at the start of a prompt that the entries replace.
-        position: the position of the first token after them, at least n.
+        position: the position of the first token after them, at least the largest n.
 
     Raises:
-        PatchShapeError: a layer or a part is missing, or the shapes differ.
-        PatchValueError: a value is NaN or infinity, or `position` is below the number of entries.
+        PatchShapeError: a layer or a part is missing, a layer has no entries or other numbers of keys and values, or
+            the heads or their sizes differ.
+        PatchValueError: a value is NaN or infinity, or `position` is below the largest number of entries.
     """
 
     entries: Mapping[EntryKey, Array]
@@ -56,16 +57,19 @@ class KVPrefix:
                 got=f"{len(self.entries)} tensors",
                 wanted="keys and values of every layer, from 0 on",
             )
-        shape = self.entries[0, "key"].shape
+        heads = self.entries[0, KV_PARTS[0]].shape[1:]
         frozen = {}
         for (layer, part), values in sorted(self.entries.items()):
             field = entry_name(layer, part)
-            if values.ndim != 3 or values.shape != shape or 0 in shape:
+            # A layer's keys come before its values, and say how many entries the layer has.
+            keys = self.entries[layer, KV_PARTS[0]]
+            if values.ndim != 3 or values.shape != (len(keys), *heads) or 0 in values.shape:
+                expected = f"[entries, {', '.join(map(str, heads))}], at least one entry" if values is keys else ""
                 raise PatchShapeError(
                     "a tensor of the KV prefix has a wrong shape",
                     field=field,
                     got=list(values.shape),
-                    wanted=f"[entries, kv heads, head dim], all {list(shape)}",
+                    wanted=expected or f"{list(keys.shape)}, as the keys of this layer",
                 )
             frozen[layer, part] = unchangeable(values)
             if not np.isfinite(frozen[layer, part]).all():
@@ -78,18 +82,29 @@ class KVPrefix:
         # The identity covers the ids and the position, so these are plain numbers that the caller cannot change.
         object.__setattr__(self, "replaces", tuple(int(token) for token in self.replaces))
         object.__setattr__(self, "position", int(self.position))
-        if self.position < len(self):
+        object.__setattr__(self, "entries", MappingProxyType(frozen))
+        if self.position < self.longest:
             raise PatchValueError(
                 "the text would begin before the end of the entries",
                 field="config.prefix.position",
                 got=self.position,
-                wanted=f"at least {len(self)}, the number of entries",
+                wanted=f"at least {self.longest}, the largest number of entries",
             )
-        object.__setattr__(self, "entries", MappingProxyType(frozen))
 
-    def __len__(self) -> int:
-        """The number of entries n of each head."""
-        return int(self.entries[0, "key"].shape[0])
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of entries of each head, layer by layer."""
+        return tuple(self.entries[layer, KV_PARTS[0]].shape[0] for layer in range(self.layers))
+
+    @property
+    def longest(self) -> int:
+        """The largest number of entries that a layer has."""
+        return max(self.counts)
+
+    @property
+    def amount(self) -> str:
+        """The number of entries of a head for people: "5", or "3 to 9" if the layers differ."""
+        return f"{min(self.counts)} to {self.longest}" if min(self.counts) < self.longest else str(self.longest)
 
     @property
     def layers(self) -> int:
@@ -180,16 +195,20 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
 
     Raises:
         PatchFormatError: there are tensors without a description or the reverse, or the description is not of the form
-            {"replaces": [ids], "position": n}.
-        PatchShapeError, PatchValueError: see `KVPrefix`.
+            {"replaces": [ids], "position": n}, in files of version 3 with "counts": [n of each layer] too.
+        PatchShapeError: `counts` are not those of the tensors; also see `KVPrefix`.
+        PatchValueError: see `KVPrefix`.
     """
     if not entries and description is None:
         return None
     well_formed = (
         isinstance(description, Mapping)
-        and set(description) == {"replaces", "position"}
-        and isinstance(description["replaces"], list)
-        and all(type(number) is int and number >= 0 for number in [*description["replaces"], description["position"]])
+        and set(description) - {"counts"} == {"replaces", "position"}
+        and all(isinstance(description.get(numbers, []), list) for numbers in ("replaces", "counts"))
+        and all(
+            type(number) is int and number >= 0
+            for number in [*description["replaces"], description["position"], *description.get("counts", [])]
+        )
     )
     if not well_formed or not entries:
         raise PatchFormatError(
@@ -199,4 +218,14 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
             wanted='tensors prefix.<layer>.key|value, and {"replaces": [ids], "position": whole number}',
             fix="export the patch again with this version of tp-export",
         )
-    return KVPrefix(entries, tuple(description["replaces"]), description["position"])
+    prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"])
+    counts = list(prefix.counts)
+    if description.get("counts", counts) != counts:
+        raise PatchShapeError(
+            "the tensors do not have the described number of entries",
+            field="config.prefix.counts",
+            got=shown(description["counts"]),
+            wanted=shown(counts),
+            fix="export the patch again with this version of tp-export",
+        )
+    return prefix

@@ -14,11 +14,14 @@ EntryKey = tuple[int, str]
 SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 DELTA_PARTS = ("a", "b", "bias", "mean")
 KV_PARTS = ("key", "value")
+SCALED_PARTS = ("a", "b", "key", "value")
+"""The parts that a file may store as int8, each with a tensor of scales beside it."""
 MAX_LAYER = 99_999
 
 _LAYER = r"(0|[1-9][0-9]{0,4})"  # 0..MAX_LAYER
 _NAME = re.compile(rf"layers\.{_LAYER}\.([a-z_]+)\.({'|'.join(DELTA_PARTS)})")
 _ENTRY = re.compile(rf"prefix\.{_LAYER}\.({'|'.join(KV_PARTS)})")
+_SCALE = re.compile(rf"(.*\.({'|'.join(SCALED_PARTS)}))_scale", re.DOTALL)
 
 
 def slot_name(layer: int, site: str, part: str) -> str:
@@ -29,6 +32,22 @@ def slot_name(layer: int, site: str, part: str) -> str:
 def entry_name(layer: int, part: str) -> str:
     """Return the tensor name of one layer's keys or values in the KV prefix, e.g. "prefix.3.key"."""
     return f"prefix.{layer}.{part}"
+
+
+def scale_name(name: str) -> str:
+    """Return the name of the tensor with the scales of an int8 tensor, e.g. "prefix.3.key_scale"."""
+    return f"{name}_scale"
+
+
+def parse_scale_name(name: str) -> str | None:
+    """Return the name of the tensor whose scales a name addresses; None if it addresses no scales."""
+    match = _SCALE.fullmatch(name)
+    return None if match is None else match[1]
+
+
+def part_of(name: str) -> str:
+    """Return the part at the end of a tensor's name, e.g. "a" of "layers.3.mlp_out.a"."""
+    return name.rpartition(".")[2]
 
 
 def parse_entry_name(name: str) -> EntryKey | None:

@@ -22,18 +22,27 @@ from typing import Any
 import numpy as np
 
 from ..errors import BaseMismatchError, PatchTargetError, PatchValueError, shown
+from .algebra import sum_config, valid_strength
+from .capabilities import ADDS_TO_WEIGHTS, NO_STRENGTH, ONLY_WEIGHTS_TRAVEL, Capabilities
 from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
-from .file import DeltaArrays, EntryArrays, parse_patch, read_patch, write_patch
+from .file import (
+    PatchFile,
+    check_dtype,
+    parse_patch,
+    patch_bytes,
+    read_patch,
+    rounded_tensors,
+    split_tensors,
+    write_patch,
+)
 from .kv_prefix import KVPrefix, prefix_from
 from .names import entry_name, slot_name
 
 Terms = tuple[tuple[str, float], ...]
 Summands = tuple[tuple["Patch", float], ...]
 
-# A patch fitted on one of these precisions acts on every precision of its base. A patch fitted on a quantised base acts
-# only on that precision.
-FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
+_WEIGHTS_ALONE = "fit a patch of weights alone: tp-export patch --method output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +53,11 @@ class Patch:
         deltas: for each (layer, site) a `Delta`, read-only, in order of layer and then of site name.
         config: the description.
         prefix: the key/value entries of the context that are put in front of the text, or None.
+        dtype: the dtype that the patch is stored in: that of the file it was loaded from, or else "f16", which the
+            result of a sum or a strength has too. The values in memory are float32.
 
     Raises:
+        PatchFormatError: `dtype` is unknown.
         PatchTargetError: a site is unknown, a delta has only one of a and b, a delta has a mean without the pair, or a
             delta is empty.
         PatchShapeError: the arrays of a slot do not fit each other.
@@ -55,11 +67,13 @@ class Patch:
     deltas: Mapping[SlotKey, Delta]
     config: PatchConfig
     prefix: KVPrefix | None = None
+    dtype: str = "f16"
 
     # Without this, numpy would treat `np.float32(2) * patch` as an array operation.
     __array_ufunc__ = None
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         for slot, delta in self.deltas.items():
             check_slot(slot)
             delta.check(slot)
@@ -83,10 +97,23 @@ class Patch:
         """The largest rank of any slot."""
         return max(self.ranks.values(), default=0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
+        """The number of bytes of the patch file: the one that it was loaded from, or the one that `save` would write.
+
+        A patch of strength 0 has no file and 0 bytes.
+        """
+        return 0 if self.is_base else patch_bytes(self._tensors(), self._description(), self.dtype)
+
+    @property
+    def memory_bytes(self) -> int:
         """The number of bytes of the float32 arrays in memory."""
         return sum(values.nbytes for values in self._tensors().values())
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the patch can do, which differs between weights and entries."""
+        return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         """Return every array by its tensor name in the file."""
@@ -136,48 +163,48 @@ class Patch:
         return not self.deltas and self.prefix is None
 
     def require_weights_only(self, form: str) -> None:
-        """Check that the patch can be written to a file of another tool, which cannot hold a KV prefix.
+        """Check that the patch can be written in another form than a patch file, which can hold no entries.
 
         Args:
-            form: the name of that file format, for the error.
+            form: the name of that form, for the error.
 
         Raises:
-            PatchTargetError: the patch has a KV prefix.
+            PatchTargetError: the patch has entries.
         """
         if self.prefix is not None:
             raise PatchTargetError(
-                f"a {form} has no place for a KV prefix, and without the prefix the weights of this patch are wrong",
-                field="prefix",
-                got=f"{len(self.prefix)} entries a head",
-                wanted="a patch without a KV prefix",
-                fix="fit the patch without --prefix",
+                f"{ONLY_WEIGHTS_TRAVEL}, and without its entries the weights of this patch are wrong",
+                field=self.name,
+                got=f"{self.capabilities.form}, to be written as a {form}",
+                wanted="weights",
+                fix=_WEIGHTS_ALONE,
             )
 
     def __repr__(self) -> str:
-        kib = self.nbytes / 1024
-        size = f"{len(self.deltas)} slots, rank {self.rank}, {kib:.0f} KiB"
+        size = f"{len(self.deltas)} slots, rank {self.rank}, {self.nbytes} bytes in {self.dtype}"
         if self.prefix is not None:
-            size = f"{len(self.prefix)} KV entries, {size}"
+            size = f"{self.prefix.amount} KV entries, {size}"
         return f"<Patch {self.name!r}: {self.config.method}, {size}>"
 
     # -- algebra ---------------------------------------------------------------------------------------------
 
     def __mul__(self, strength: Any) -> Patch:
-        strength = _strength(strength)
+        strength = valid_strength(strength)
         if strength == 1.0:
             return self
-        products = ((patch, _strength(strength * old)) for patch, old in self._summands)
+        products = ((patch, valid_strength(strength * old)) for patch, old in self._summands)
         summands = tuple((patch, product) for patch, product in products if product != 0.0)
         if summands and self.prefix is not None:
             raise PatchValueError(
-                "a patch with a KV prefix can only have strength 1 or 0, because cache entries cannot be scaled",
+                f"a patch with entries has strength {NO_STRENGTH}, because keys and values cannot be scaled",
                 field=self.name,
                 got=f"strength {strength:g}",
-                wanted="1 or 0",
-                fix="scale a patch fitted without --prefix",
+                wanted=NO_STRENGTH,
+                fix=_WEIGHTS_ALONE,
             )
         # The result has no probe and no figures, because these were measured at strength 1.
-        return _combination(summands, replace(self.config, probe=None, fidelity=None, report=None))
+        config = replace(self.config, probe=None, fidelity=None, report=None)
+        return _combination(summands, config if summands else replace(config, stop=()))
 
     __rmul__ = __mul__
 
@@ -226,17 +253,35 @@ class Patch:
         if rank >= self.rank:
             return self
         deltas = {slot: delta.truncated(int(rank), slot) for slot, delta in self.deltas.items()}
-        return Patch(deltas, replace(self.config, probe=None, fidelity=None, report=None), self.prefix)
+        return Patch(deltas, replace(self.config, probe=None, fidelity=None, report=None), self.prefix, self.dtype)
 
     # -- files -----------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], dtype: str = "f16") -> None:
+    def rounded(self, dtype: str) -> Patch:
+        """Return the patch that is loaded from the file that `save(path, dtype)` writes.
+
+        Measure this patch, so that the figures are those of the file.
+
+        Args:
+            dtype: as for `save`.
+
+        Raises:
+            PatchFormatError: the dtype is unknown.
+            PatchValueError: a value does not fit the dtype.
+        """
+        arrays, entries = split_tensors(rounded_tensors(self._tensors(), dtype))
+        prefix = None if self.prefix is None else replace(self.prefix, entries=entries)
+        return Patch({slot: Delta(**parts) for slot, parts in arrays.items()}, self.config, prefix, dtype)
+
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write the patch file, whole or not at all. An existing file is replaced if it is a patch file.
 
         Args:
             path: the file to write, which ends in .safetensors.
-            dtype: the dtype of the tensors. "f16" and "bf16" halve the file and round the values, so the patch that is
-                loaded from it has another identity. "f32" keeps the values.
+            dtype: the dtype of the tensors; None takes the patch's own (`Patch.dtype`). "f16" and "bf16" halve the file
+                and round the values, so the patch that is loaded from it has another identity. "i8" stores factors and
+                entries in a quarter of the bytes of float32, and the other tensors as "f16" does. "f32" keeps the
+                values.
 
         Raises:
             PatchTargetError: the patch holds no delta and no KV prefix.
@@ -256,10 +301,14 @@ class Patch:
                 fix="save no file for strength 0; unload the patch instead",
             )
         self.config.check_contents(len(self.deltas), self.prefix is not None)
+        write_patch(path, self._tensors(), self._description(), self.dtype if dtype is None else dtype)
+
+    def _description(self) -> dict[str, Any]:
+        """Return the JSON object for the file, without the keys that only its version requires."""
         config = self.config.to_dict()
         if self.prefix is not None:
             config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
-        write_patch(path, self._tensors(), config, dtype)
+        return config
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
@@ -274,7 +323,7 @@ class Patch:
             PatchValueError: a value is NaN or infinity.
             OSError: the file cannot be read.
         """
-        return cls._of(*read_patch(path))
+        return cls._of(read_patch(path))
 
     @classmethod
     def parse(cls, raw: bytes, where: str | os.PathLike[str]) -> Patch:
@@ -287,14 +336,17 @@ class Patch:
         Raises:
             PatchFormatError, PatchVersionError, PatchTargetError, PatchShapeError, PatchValueError: as for `load`.
         """
-        return cls._of(*parse_patch(raw, Path(where)))
+        return cls._of(parse_patch(raw, Path(where)))
 
     @classmethod
-    def _of(cls, arrays: DeltaArrays, entries: EntryArrays, config: dict[str, Any]) -> Patch:
+    def _of(cls, file: PatchFile) -> Patch:
+        config = dict(file.config)
+        arrays, entries = split_tensors(file.tensors)
         prefix = prefix_from(entries, config.pop("prefix", None))
         deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
-        patch = cls(deltas, PatchConfig.from_dict(config), prefix)
+        patch = cls(deltas, PatchConfig.from_dict(config), prefix, file.dtype)
         patch.config.check_contents(len(deltas), prefix is not None)
+        patch.__dict__["nbytes"] = file.nbytes  # another program may have written more or fewer bytes than `save` would
         return patch
 
 
@@ -315,25 +367,6 @@ def _combination(summands: Summands, config: PatchConfig) -> Patch:
     return combined
 
 
-def _strength(value: Any) -> float:
-    got = type(value).__name__
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            got = str(strength := float(value))
-            # Beyond these bounds float32 deltas become zero or infinite, which the terms would not show.
-            if strength == 0.0 or 1e-30 <= abs(strength) <= 1e30:
-                return strength
-        except OverflowError:
-            got = "an integer too large for a float"
-    raise PatchValueError(
-        "the value is not a valid strength",
-        field="strength",
-        got=got,
-        wanted="a finite number: 0, or of magnitude 1e-30 to 1e30",
-        fix="use a moderate factor, such as 0.5 or -1",
-    )
-
-
 def _sum(p: Patch, q: Patch, sign: str) -> Patch:
     """Return p + q; `sign` is used only in the name."""
     if p.config.base_digest != q.config.base_digest:
@@ -344,44 +377,17 @@ def _sum(p: Patch, q: Patch, sign: str) -> Patch:
             wanted=f"{p.config.base_digest} ({p.config.base_model}, patch {p.name!r})",
             fix="add patches of one base model",
         )
-    config = _sum_config(p.config, q.config, sign)
+    config = sum_config(p.config, q.config, sign)
     if q.is_base:  # adding the base makes no sum, so p can still be truncated and checked
         return p
     if p.is_base:
         return q
     if p.prefix is not None and q.prefix is not None:
         raise PatchValueError(
-            "both patches have a KV prefix, but a cache can start with only one",
+            f"both patches have entries, and a patch with entries adds {ADDS_TO_WEIGHTS}",
             field=q.name,
-            got="a KV prefix",
-            wanted=f"only the KV prefix of {p.name!r}",
-            fix="fit one of them without --prefix",
+            got=q.capabilities.form,
+            wanted=f"weights only, because {p.name!r} has entries",
+            fix=_WEIGHTS_ALONE,
         )
     return _combination(p._summands + q._summands, config)
-
-
-def _sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
-    """Return the description of a sum, without everything that belongs to a single fit."""
-    quantised = {c.precision for c in (p, q)} - set(FLOAT_PRECISIONS)
-    if len(quantised) > 1:
-        raise BaseMismatchError(
-            "the patches repair different quantised bases",
-            field="precision",
-            got=repr(q.precision),
-            wanted=repr(p.precision),
-            fix="add patches fitted on one precision",
-        )
-    if p.licence is None or q.licence is None:
-        licence = None  # if the licence of one patch is unknown, that of the sum is unknown too
-    else:
-        licence = p.licence if p.licence == q.licence else f"({p.licence}) AND ({q.licence})"
-    return PatchConfig(
-        name=f"{p.name}{sign}{q.name}",
-        method="composed",
-        base_model=p.base_model,
-        base_digest=p.base_digest,
-        architecture=p.architecture,
-        precision=quantised.pop() if quantised else p.precision,
-        context_digest=p.context_digest if p.context_digest == q.context_digest else "",
-        licence=licence,
-    )

@@ -9,9 +9,10 @@ from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_
 from .device import DEVICES, cuda_is_expected, require_onnxruntime
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
-from .interface import FIRST_LOGIT, check_interface
-from .kv_buffers import grown_capacity
+from .interface import FIRST_LOGIT, WINDOWED_SHIFT, WINDOWED_TOTAL, check_interface
+from .kv_buffers import bind_shifts, grown_capacity
 from .kv_cache import CacheKey, KVCache
+from .layer_kinds import Lengths, Windowed
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
 from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
@@ -30,12 +31,15 @@ __all__ = [
     "LARGEST_GRAPH",
     "MODEL_FOLDER",
     "PREPARED",
+    "WINDOWED_SHIFT",
+    "WINDOWED_TOTAL",
     "BoundPatch",
     "CacheKey",
     "DefaultPatch",
     "DigestChange",
     "Graph",
     "KVCache",
+    "Lengths",
     "ModelFolder",
     "ProbeCheck",
     "SessionOptions",
@@ -43,6 +47,8 @@ __all__ = [
     "Slot",
     "Use",
     "Uses",
+    "Windowed",
+    "bind_shifts",
     "check_base",
     "check_interface",
     "check_prepared",

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import PatchTargetError
 from ..patch import Delta, KVPrefix, SlotKey
 from .kv_cache import CacheKey
+from .layer_kinds import NO_ENTRIES, Lengths
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class BoundPatch:
         key: the key of every cache that is made under this patch.
         prefix: the entries at the front of every cache that is made under this patch.
         deltas: the patch's deltas, by (layer, site); a batch whose rows run under different patches needs them.
+        entries: the number of entries of `prefix` in the layers of each kind.
     """
 
     values: dict[str, Any]
     key: CacheKey
     prefix: KVPrefix | None = None
     deltas: Mapping[SlotKey, Delta] = field(default_factory=dict)
+    entries: Lengths = NO_ENTRIES
 
 
 def require_bound(bound: object) -> None:

@@ -4,7 +4,9 @@ The captured decode buffers hold everything that a decode step reads or writes: 
 mask [1, capacity] that is 1 on the filled part, keys and values of fixed capacity, the slots' tensors padded with zeros
 to the rank of a bucket (this is exact, because the added rows of b are 0), and the last logits. The exported graph
 takes a row's length from the sum of its mask and the total length from the mask's width, so a mask of full width fixes
-every shape. Nothing is bound again between two steps: contents are written in place, and only the id, the position, the
+every shape. Windowed layers have buffers of the same capacity as full ones, whatever numbers of entries a patch has for
+them, because the total length of both is fixed at capture; the shift of their lengths is one more input that is written
+in place. Nothing is bound again between two steps: contents are written in place, and only the id, the position, the
 mask and the logits cross the bus. One CUDA graph is captured for each bucket. On the CPU the same steps run without
 capture, which is how they are tested.
 
@@ -48,6 +50,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import DeviceUnavailableError, RequestError
 from ..patch import Delta, SlotKey
+from .interface import WINDOWED_SHIFT
 from .kv_buffers import InPlaceBuffers
 from .kv_cache import CacheKey, KVCache
 from .model_folder import ModelFolder
@@ -144,6 +147,9 @@ class CapturedDecode:
         self._mask = np.zeros((1, self.capacity), np.int64)
         shapes = {"input_ids": (1, 1), "position_ids": (1, 1), "attention_mask": (1, self.capacity)}
         self._inputs = {name: self._value(np.zeros(shape, np.int64)) for name, shape in shapes.items()}
+        self._shift: int | None = 0  # what the input `tp.windowed_shift` holds; None while that is unknown
+        if kv.windowed:
+            self._inputs[WINDOWED_SHIFT] = self._value(np.zeros(1, np.int32))
         self._logits = self._value(np.zeros((1, 1, folder.vocab_size), dtypes[1]))
         self._not_captured = self._options(_NOT_CAPTURED)
         self.buckets = [self._bucket(rank, number, first_logit) for number, rank in enumerate(BUCKETS, start=1)]
@@ -210,15 +216,16 @@ class CapturedDecode:
         """
         for bucket in self.buckets:
             self._current = bucket
-            self.step(0, 0, 1)
+            self.step(0, 0, 1, 0)
 
-    def step(self, token: int, position: int, length: int) -> NDArray[np.float32]:
+    def step(self, token: int, position: int, length: int, shift: int) -> NDArray[np.float32]:
         """Run one more token of the sequence that owns the buffers, under the patch that `switch` selected.
 
         Args:
             token: the token's id.
             position: the token's position.
-            length: the number of filled positions of the buffers, this token included.
+            length: the number of filled positions of full layers, this token included.
+            shift: the number of positions by which windowed layers hold more; 0 in a graph with layers of one kind.
 
         Returns:
             Logits [1, vocab], float32.
@@ -227,6 +234,10 @@ class CapturedDecode:
         self._inputs["input_ids"].update_inplace(np.array([[token]], np.int64))
         self._inputs["position_ids"].update_inplace(np.array([[position]], np.int64))
         self._inputs["attention_mask"].update_inplace(self._mask)
+        if shift != self._shift:
+            self._shift = None
+            self._inputs[WINDOWED_SHIFT].update_inplace(np.array([shift], np.int32))
+            self._shift = shift
         self.run(self._current.binding, self._current.options)
         return np.array(self._logits.numpy()[0], np.float32)
 
@@ -274,14 +285,14 @@ class CapturedDecode:
 
         Args:
             cache: the sequence's cache.
-            length: the number of filled positions after the run that follows. A sequence longer than `capacity` does
-                not become the owner.
+            length: the number of filled positions of full layers after the run that follows. A sequence of which any
+                layer holds more than `capacity` does not become the owner.
             patch: the patch's OrtValues by graph input name, which ordinary runs bind.
 
         Returns:
             Whether the sequence owns the buffers now.
         """
-        if length > self.capacity:
+        if length + max(0, cache.shift) > self.capacity:
             return False
         if self.holds(cache) or (cache.buffers and length == cache.filled + 1):
             return self.holds(cache)

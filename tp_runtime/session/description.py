@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import ModelFormatError, shown
 from ..patch import SITES, SlotKey
 from ..storage import REEXPORT, SHA256, StrictJSONError, check_name, parse_json_object
+from .layer_kinds import Windowed
 
 SLOTS_FILE = "patch_slots.json"
 GRAPH_FILE = "model.onnx"
@@ -27,7 +28,7 @@ _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
 }
-_OPTIONAL = {"digest_change"}
+_OPTIONAL = {"digest_change", "windowed"}
 
 
 def past_name(layer: int | str, part: str) -> str:
@@ -165,6 +166,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         )
     _keys(data, "", _KEYS | (_OPTIONAL & data.keys()))
     layers = _integer(data["layers"], "layers")
+    route = _text(data["route"], "route", ("fused", "optimum"))
     kv = _keys(data["kv"], "kv", {"heads", "head_dim", "dtype"})
     return dict(
         architecture=_text(data["architecture"], "architecture"),
@@ -172,7 +174,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         base_digest=_digest(data["base_digest"], "base_digest"),
         precision=_text(data["precision"], "precision", PRECISIONS),
         style=_text(data["style"], "style", ("chat", "completion")),
-        route=_text(data["route"], "route", ("fused", "optimum")),
+        route=route,
         layers=layers,
         vocab_size=_integer(data["vocab_size"], "vocab_size"),
         context_window=_integer(data["context_window"], "context_window"),
@@ -185,6 +187,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         default_patch=_default_patch(data["default_patch"]),
         files=_exported_files(data["files"]),
         digest_change=_digest_change(data["digest_change"]) if "digest_change" in data else None,
+        windowed=_windowed(data["windowed"], layers, route) if "windowed" in data else None,
     )
 
 
@@ -234,6 +237,17 @@ def _digest_change(value: Any) -> DigestChange:
     return DigestChange(
         before=_digest(value["before"], "digest_change.before"), reason=_text(value["reason"], "digest_change.reason")
     )
+
+
+def _windowed(value: Any, layers: int, route: str) -> Windowed:
+    _keys(value, "windowed", {"layers", "window"})
+    field = "windowed.layers"
+    if route != "fused":
+        raise _bad("windowed", f"an object, on the route {route}", "nothing: only graphs of the route fused have it")
+    found = tuple(_integer(layer, field, 0, layers - 1) for layer in _list(value["layers"], field))
+    if list(found) != sorted(set(found)) or not 0 < len(found) < layers:
+        raise _bad(field, list(found), "ascending numbers of some of the layers, and not of all")
+    return Windowed(found, _integer(value["window"], "windowed.window"))
 
 
 def _exported_files(value: Any) -> dict[str, FileRecord]:

@@ -27,8 +27,10 @@ from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
-from .kv_cache import KVCache, SessionMark, require_cache, token_list
+from .kv_cache import CacheKey, KVCache, SessionMark, require_cache, token_list
+from .layer_kinds import entry_counts
 from .model_folder import ModelFolder
+from .precision_note import PrecisionNotes
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
 from .slots import check_patch, folder_arrays
@@ -97,12 +99,14 @@ class Graph:
         self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
+        self._notes = PrecisionNotes(folder.precision)
         own = read_default_patch(folder)
         self.repair = own if folder.default_patch and folder.default_patch.repair else None
         if defaults is not None:
             if not isinstance(defaults, Patch):
                 raise not_a_patch(defaults, "a Patch, or None")
             check_patch(defaults, folder)
+            self._notes.note(defaults)
         default = own if defaults is None else defaults
         self.default_patch = None if default is None or default is self.repair or default.is_base else default
         bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
@@ -127,7 +131,7 @@ class Graph:
         key = folder.graph_digest, () if bound is None else bound.terms
         bind_all = not replaced and (self._has_defaults or bool(deltas))
         values = self._slot_values(deltas, self.device.kind) if bind_all else {}
-        self.default = BoundPatch(values, key, None if bound is None else bound.prefix, deltas)
+        self.default = self._bound(values, key, deltas, bound)
         self._default_identity = None if bound is None else bound.identity
         self.base = self._bind_base()
 
@@ -192,6 +196,7 @@ class Graph:
             raise not_a_patch(patch, "a Patch, or None")
         # This comes first because the fit does not depend on the strength or on the defaults.
         check_patch(patch, self.folder)
+        self._notes.note(patch)
         if not patch.terms:
             return self.base
         patch = self._repaired(patch)
@@ -201,7 +206,7 @@ class Graph:
         # If the defaults are rank 0, the slots without a delta need no binding.
         only = None if self._has_defaults else set(patch.deltas)
         values = self._slot_values(patch.deltas, self.device.kind, only)
-        return BoundPatch(values, (self.folder.graph_digest, patch.terms), patch.prefix, patch.deltas)
+        return self._bound(values, (self.folder.graph_digest, patch.terms), patch.deltas, patch)
 
     def _bind_base(self) -> BoundPatch:
         terms, deltas = (self.repair.terms, self.repair.deltas) if self.repair else ((), {})
@@ -209,6 +214,14 @@ class Graph:
         if key == self.default.key:
             return self.default
         return BoundPatch(self._slot_values(deltas, self.device.kind), key, deltas=deltas)
+
+    def _bound(
+        self, values: dict[str, Any], key: CacheKey, deltas: Mapping[SlotKey, Delta], patch: Patch | None
+    ) -> BoundPatch:
+        if patch is None or patch.prefix is None:
+            return BoundPatch(values, key, deltas=deltas)
+        entries = entry_counts(patch.prefix, self.folder.windowed, self.folder.route)
+        return BoundPatch(values, key, patch.prefix, deltas, entries)
 
     def _repaired(self, patch: Patch) -> Patch:
         """Return `patch`, which has at least one term, with the repair added if it needs one; see `bind`."""
@@ -229,7 +242,7 @@ class Graph:
             PatchTargetError: `bound` is not a bound patch.
         """
         require_bound(bound)
-        cache = KVCache(bound.key, bound.prefix)
+        cache = KVCache(bound.key, bound.prefix, bound.entries)
         cache.session = self.mark
         return cache
 
@@ -366,7 +379,7 @@ class Graph:
         if captured is not None:
             owned = captured.take(cache, length, bound.values)
             if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
-                return captured.step(tokens[0], position, length)
+                return captured.step(tokens[0], position, length, cache.shift)
         self.kv.prepare(cache, length, bound.values)
         mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
@@ -400,7 +413,8 @@ class Graph:
         Args:
             binding: a binding of this session.
             ids: token ids [B, T].
-            mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right.
+            mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right. It
+                counts the positions of full layers; `bind_shifts` gives the binding those of windowed layers.
             positions: the ids' positions [B, T].
             all_logits: whether to return the logits of every position instead of only the last position's.
 

@@ -16,8 +16,12 @@ from .description import GRAPH_FILE, past_name, present_name
 from .model_folder import ModelFolder
 
 FIRST_LOGIT = "tp.first_logit"
+# What is added to the lengths that attention_mask gives, in windowed layers of a graph that has full layers too: to the
+# length of each row, [rows or 1] int32, and to the longest of these lengths, [1] int32. The second one is an input of
+# its own because the operator reads it on the host, and a value that is computed on a device cannot be captured there.
+WINDOWED_SHIFT, WINDOWED_TOTAL = "tp.windowed_shift", "tp.windowed_total"
 
-_INTEGERS = ("tensor(int64)",)
+_INTEGERS, _LENGTHS = ("tensor(int64)",), ("tensor(int32)",)
 _FLOATS = {"f32": ("tensor(float)",), "f16": ("tensor(float16)",)}
 _SHOWN = 3  # differences in the message
 
@@ -42,6 +46,8 @@ def check_interface(session: Any, folder: ModelFolder) -> None:
     # The logits of a float32 graph are float32; those of a float16 graph may be either.
     outputs["logits"] = (("tensor(float)", "tensor(float16)"), (None, None, folder.vocab_size))
     defaults: dict[str, _Wanted] = {FIRST_LOGIT: (_INTEGERS, (1,))}
+    if folder.windowed is not None:
+        defaults |= {WINDOWED_SHIFT: (_LENGTHS, (None,)), WINDOWED_TOTAL: (_LENGTHS, (1,))}
     for slot in folder.slots.values():
         shapes = (None, slot.inputs, None), (None, None, slot.outputs), (None, 1, slot.outputs)
         defaults |= {name: (_FLOATS[kv.dtype], shape) for name, shape in zip(slot.tensors, shapes, strict=True)}

@@ -4,12 +4,16 @@ fused    The attention operator appends in place. One buffer with room to grow i
 optimum  The graph concatenates. The past is exactly as long as the tokens run so far, and every step returns a new,
          longer tensor.
 
+The buffers of windowed layers have lengths of their own, where a patch stores another number of entries for them than
+for full layers (layer_kinds.py). The cache's `shift` says by how much; it is bound once, together with the buffers.
+
 In both variants a failed run leaves the tokens of the cache as they were, and a cache that was rewound
 (KVCache.keep_prefix) continues from the tokens it kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..patch import KV_PARTS
 from .description import past_name, present_name
+from .interface import WINDOWED_SHIFT, WINDOWED_TOTAL
 from .kv_cache import KVCache
 from .model_folder import ModelFolder
 from .slots import check_rows
@@ -36,6 +41,20 @@ def grown_capacity(capacity: int, length: int, window: int) -> int:
     return min(capacity, window)
 
 
+def bind_shifts(ort: Any, binding: Any, shifts: Sequence[int], total: int) -> None:
+    """Bind the lengths of windowed layers; without this they are those of full layers.
+
+    Args:
+        ort: the onnxruntime module.
+        binding: a binding of a graph that has layers of both kinds.
+        shifts: for each row the number of positions that its windowed layers hold more than its full ones.
+        total: the same difference between the longest lengths among the rows.
+    """
+    from_numpy = ort.OrtValue.ortvalue_from_numpy
+    binding.bind_ortvalue_input(WINDOWED_SHIFT, from_numpy(np.array(shifts, np.int32)))
+    binding.bind_ortvalue_input(WINDOWED_TOTAL, from_numpy(np.array([total], np.int32)))
+
+
 class _KVBuffers:
     """The parts that both variants share.
 
@@ -48,6 +67,7 @@ class _KVBuffers:
 
     Attributes:
         device: the device that the buffers are on, which is the attention operator's.
+        windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
         names: the names (graph input, graph output) of every key and value tensor, in the order in which they are
             bound.
     """
@@ -55,10 +75,14 @@ class _KVBuffers:
     def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
         self._kv, self._window = folder.kv, folder.context_window
         self._session, self.device, self._dtype = session, device, dtype
-        self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        self._ort, self._from_numpy = ort, ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in KV_PARTS]
         self.names = [(past_name(*part), present_name(*part)) for part in parts]
         self._entry = {past: part for part, (past, _present) in zip(parts, self.names, strict=True)}
+        windowed = () if folder.windowed is None else folder.windowed.layers
+        self.windowed = frozenset(past for past, (layer, _part) in self._entry.items() if layer in windowed)
+        of_each_kind = {past in self.windowed: past for past in self._entry}
+        self._of_each_kind = tuple(of_each_kind.values())
 
     def _value(self, length: int, content: Any = None) -> Any:
         """Return a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
@@ -77,16 +101,27 @@ class _KVBuffers:
         prefix.
         """
         if past in cache.buffers:
-            return cache.buffers[past].numpy()[:, :, : cache.filled]
+            return cache.buffers[past].numpy()[:, :, : self._filled(cache, past)]
         if cache.start is not None:
-            return cache.start[past][None, :, : cache.filled]
+            return cache.start[past][None, :, : self._filled(cache, past)]
         return None if cache.prefix is None else cache.prefix.entries[self._entry[past]].transpose(1, 0, 2)[None]
 
-    def _new_binding(self, patch: dict[str, Any]) -> Any:
+    def _filled(self, cache: KVCache, past: str) -> int:
+        """Return the number of filled positions of one tensor."""
+        return cache.filled + (cache.shift if past in self.windowed else 0)
+
+    def _room(self, cache: KVCache, buffers: dict[str, Any]) -> int:
+        """Return the number of positions of full layers up to which all buffers have room."""
+        lengths = {past: buffers[past].shape()[2] for past in self._of_each_kind}
+        return min(length - (cache.shift if past in self.windowed else 0) for past, length in lengths.items())
+
+    def _new_binding(self, cache: KVCache, patch: dict[str, Any]) -> Any:
         check_rows(patch, 1)
         binding = self._session.io_binding()
         for name, value in patch.items():
             binding.bind_ortvalue_input(name, value)
+        if cache.shift:
+            bind_shifts(self._ort, binding, [cache.shift], cache.shift)
         return binding
 
 
@@ -94,22 +129,27 @@ class InPlaceBuffers(_KVBuffers):
     """One buffer for each tensor, which a run reads as past and writes as present; it doubles when it is full."""
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
-        """Bind buffers with room for `length` positions, and `patch`, to `cache.binding`."""
+        """Bind buffers with room for `length` positions of full layers, and `patch`, to `cache.binding`."""
         if length <= cache.capacity:
             return
-        capacity = grown_capacity(cache.capacity, length, self._window)
-        self.hold(cache, {past: self._value(capacity, self.content(cache, past)) for past, _ in self.names}, patch)
+        buffers = {}
+        for past, _present in self.names:
+            before = cache.buffers[past].shape()[2] if cache.capacity else 0
+            wanted = length + (cache.shift if past in self.windowed else 0)
+            capacity = grown_capacity(before, wanted, self._window)
+            buffers[past] = self._value(capacity, self.content(cache, past))
+        self.hold(cache, buffers, patch)
 
     def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
         """Make `cache` run in `buffers`, which hold its contents: bind them and `patch` to a new binding of its own."""
-        binding = self._new_binding(patch)
+        binding = self._new_binding(cache, patch)
         for past, present in self.names:
             binding.bind_ortvalue_input(past, buffers[past])
             binding.bind_ortvalue_output(present, buffers[past])
         # An interrupt between these lines leaves buffers of capacity 0, which the next run copies.
         cache.capacity = 0
         cache.buffers, cache.binding = buffers, binding
-        cache.capacity = buffers[self.names[0][0]].shape()[2]
+        cache.capacity = self._room(cache, buffers)
         cache.start = None
 
     def fixed_buffers(self, capacity: int) -> dict[str, Any]:
@@ -134,10 +174,10 @@ class ConcatenatedBuffers(_KVBuffers):
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
         """Bind to `cache.binding` a past of exactly the cache's length, outputs for ORT to allocate, and `patch`."""
         if cache.binding is None or cache.binding is cache.made_by:
-            cache.binding, cache.spare = cache.spare or self._new_binding(patch), None
+            cache.binding, cache.spare = cache.spare or self._new_binding(cache, patch), None
         for past, present in self.names:
             if past not in cache.buffers or cache.capacity != cache.filled:  # the cache is new or was rewound
-                cache.buffers[past] = self._value(cache.filled, self.content(cache, past))
+                cache.buffers[past] = self._value(self._filled(cache, past), self.content(cache, past))
             cache.binding.bind_ortvalue_input(past, cache.buffers[past])
             cache.binding.bind_output(present, self.device, 0)  # the output of the last run has the last run's length
         cache.capacity = cache.filled
@@ -150,4 +190,4 @@ class ConcatenatedBuffers(_KVBuffers):
         for (past, _present), value in zip(self.names, presents, strict=True):
             cache.buffers[past] = value
         cache.spare, cache.made_by = cache.made_by, cache.binding
-        cache.capacity = presents[0].shape()[2]
+        cache.capacity = self._room(cache, cache.buffers)

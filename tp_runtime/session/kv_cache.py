@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BusyError, RequestError, StaleCacheError, shown
 from ..patch import KVPrefix
+from .layer_kinds import NO_ENTRIES, Lengths
 from .step_io import StepIO
 from .uses import Use, Uses
 
@@ -43,9 +44,10 @@ class KVCache:
     Attributes:
         key: the graph and the patch that the cache was made under.
         prefix: the entries that the patch puts at the front, which stand in for the first ids of every prompt.
+        entries: the number of entries of `prefix` in the layers of each kind.
         tokens: the ids that the cache holds, in order, including those that `prefix` stands in for.
-        capacity: the length of the buffers, in positions.
-        buffers: the buffers [1, kv heads, capacity, head dim] on the device, by graph input name; kv_buffers.py
+        capacity: the number of positions of full layers up to which the buffers of all layers have room.
+        buffers: the buffers [1, kv heads, length, head dim] on the device, by graph input name; kv_buffers.py
             describes how they grow. If `capacity` is 0, they are a copy on the host, [1, kv heads, filled, head dim],
             which the next run copies to the device.
         binding: the ONNX Runtime binding of the last run; it is reused from step to step.
@@ -60,6 +62,7 @@ class KVCache:
 
     key: CacheKey
     prefix: KVPrefix | None = None
+    entries: Lengths = NO_ENTRIES
     capacity: int = 0
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
@@ -80,10 +83,24 @@ class KVCache:
 
     @property
     def filled(self) -> int:
-        """The number of filled positions. A prefix counts by its own entries, not by the ids that it replaces."""
+        """The number of filled positions of full layers.
+
+        A prefix counts by its own entries, not by the ids that it replaces.
+        """
         if self.prefix is None:
             return len(self.tokens)
-        return len(self.prefix) + len(self.tokens) - len(self.prefix.replaces)
+        return self.entries.full + len(self.tokens) - len(self.prefix.replaces)
+
+    @property
+    def shift(self) -> int:
+        """The number of positions by which windowed layers hold more than full ones; negative if they hold fewer."""
+        return self.entries.windowed - self.entries.full
+
+    @property
+    def lengths(self) -> Lengths:
+        """The number of filled positions of the layers of each kind."""
+        filled = self.filled
+        return Lengths(filled, filled + self.shift)
 
     @property
     def skipped(self) -> int:

@@ -45,6 +45,7 @@ from .description import (
     Slot,
     parse_description,
 )
+from .layer_kinds import Windowed
 
 # The folder of prepared.py belongs to this machine and not to the export, so it is not listed.
 PREPARED = "prepared"
@@ -61,7 +62,9 @@ class ModelFolder:
 
     The attributes are the keys of `patch_slots.json`, with the slots by (layer, site), the resolved `path`, and whether
     the folder was opened with its large files `verified`.
-    `digest_change` is None, and not in the file, if earlier versions gave the base the same digest.
+    `digest_change` is None, and not in the file, if earlier versions gave the base the same digest. `windowed` is None,
+    and not in the file, if the graph has one cache length for all layers: its layers are of one kind, or the route is
+    `optimum`, or an earlier version exported it.
     """
 
     path: Path
@@ -79,6 +82,7 @@ class ModelFolder:
     default_patch: DefaultPatch | None
     files: dict[str, FileRecord]
     digest_change: DigestChange | None = None
+    windowed: Windowed | None = None
     verified: bool = field(default=False, compare=False)
 
     @classmethod
@@ -165,8 +169,9 @@ class ModelFolder:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
         del data["path"], data["verified"]
-        if self.digest_change is None:
-            del data["digest_change"]
+        for optional in ("digest_change", "windowed"):
+            if data[optional] is None:
+                del data[optional]
         data["slots"] = [
             {"layer": slot.layer, "site": slot.site, "in": slot.inputs, "out": slot.outputs}
             for slot in self.slots.values()

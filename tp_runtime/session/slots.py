@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
 from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, slot_name
 from .description import DigestChange, Slot
+from .layer_kinds import entry_counts
 from .model_folder import ModelFolder
 
 
@@ -62,7 +63,8 @@ def check_patch(patch: Patch, folder: ModelFolder) -> None:
 
     Raises:
         BaseMismatchError: as for `check_base`.
-        PatchTargetError, PatchShapeError: as for `fit_slots`, or the shape of the KV prefix does not fit the model.
+        PatchTargetError, PatchShapeError: as for `fit_slots`, or the shape of the KV prefix does not fit the model, or
+            layers that share a cache length have different numbers of entries.
         PatchValueError: the KV prefix replaces an id that the model does not have, or holds a value that does not fit
             the graph's dtype.
     """
@@ -70,6 +72,7 @@ def check_patch(patch: Patch, folder: ModelFolder) -> None:
     if patch.prefix is not None:
         kv = folder.kv
         patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)
+        entry_counts(patch.prefix, folder.windowed, folder.route)
         patch.prefix.check_dtype(kv.numpy_dtype)
     fit_slots(patch, folder.slots)
 

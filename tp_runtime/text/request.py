@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Unpack
 from ..errors import RequestError, require_flag, require_positive, shown
 from ..generation import Sampling
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
+from ..patch import ENTRIES_STAND
 from .codec import Message, TextCodec
 from .detokenize import StopScanner, stop_strings
 
@@ -54,7 +55,8 @@ class Request:
             default it is the patch that `patched` activated, or else the one that the model was opened with.
         strength: a factor on the patch; a negative one inverts its effect. The base has no other strength than 1.
         max_new_tokens: the largest number of tokens of the completion.
-        stop: strings that end the completion and are not part of it; None is the same as no strings.
+        stop: strings that end the completion and are not part of it. None takes those of the patch (PatchConfig.stop);
+            an empty list means no strings, whatever the patch has.
         sampling: the settings for choosing each token; greedy by default.
 
     Raises:
@@ -68,14 +70,14 @@ class Request:
     patch: PatchChoice = ACTIVE
     strength: float = 1.0
     max_new_tokens: int = 256
-    stop: Sequence[str] | None = ()
+    stop: Sequence[str] | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         require_flag("raw", self.raw)
         require_positive("max_new_tokens", self.max_new_tokens)
         # An iterator can be read only once, so the strings are kept in a tuple from here on.
-        object.__setattr__(self, "stop", () if self.stop is None else stop_strings(self.stop))
+        object.__setattr__(self, "stop", None if self.stop is None else stop_strings(self.stop))
 
     @classmethod
     def of(cls, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
@@ -113,27 +115,34 @@ def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -
     """Encode the prompt of `request` and resolve its patch. This does not check the length of the prompt.
 
     Raises:
-        RequestError: the prompt cannot be encoded, or has a system message that the patch's KV prefix replaces.
+        RequestError: the prompt cannot be encoded, or has a system message where the patch's entries stand.
         PatchError: the patch is not loaded or does not fit.
     """
     patch = patches.resolve(request.patch, request.strength)
     if patch.bound.prefix is not None:
         _refuse_system(request.prompt, request.system)
     tokens = codec.render(request.prompt, request.system, raw=request.raw)
-    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(request.stop or ()))
+    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(_stop(request, patch)))
+
+
+def _stop(request: Request, patch: ResolvedPatch) -> Sequence[str]:
+    """Return the request's stop strings, or, if it does not name any, those of its patch."""
+    if request.stop is not None:
+        return request.stop
+    return () if patch.patch is None else patch.patch.config.stop
 
 
 def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
-    """Refuse a system message under a KV prefix, which is in the place of a system message.
+    """Refuse a system message under a patch with entries, which stand in its place.
 
     The ids do not show a system message, except if the template has a default system message.
     """
     first = prompt[0] if not isinstance(prompt, str) and prompt else {}
     if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
         raise RequestError(
-            "the patch's KV prefix takes the place of a system message",
+            f"the request has a system message, but {ENTRIES_STAND}",
             field="system",
             got=shown(system if system is not None else first.get("content")),
             wanted="user messages without a system prompt",
-            fix="leave it out, or use a patch without a KV prefix",
+            fix="leave it out, or use a patch of weights alone",
         )

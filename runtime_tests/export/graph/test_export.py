@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,10 +23,12 @@ from runtime_tests.patches import patch_for
 from tp_export.decoder.adapters import ADAPTERS
 from tp_export.graph import export as model_export
 from tp_export.graph import export_model
+from tp_export.graph.windowed import separate_windowed
+from tp_export.graph_check import check_description
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import BaseMismatchError, ModelFormatError, OutputError, PatchShapeError, PatchTargetError
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.session import Graph, ModelFolder
+from tp_runtime.session import WINDOWED_SHIFT, WINDOWED_TOTAL, Graph, ModelFolder, Windowed
 
 TOLERANCE = 1e-4
 DESIGNS = [*ADAPTERS, "phi3 longrope", "gpt2 scaled by layer", "gpt_neox sequential"]
@@ -127,6 +130,48 @@ def test_soft_caps_and_windows_of_gemma2_are_in_the_graph(made: Callable[[str], 
         options = {change: 64 if change == "sliding_window" else None}
         other = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options).eval()
         assert furthest(torch_logits(other, IDS), wanted) > 30 * TOLERANCE, change
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_graphs_with_full_and_windowed_layers_say_which_are_windowed(
+    made: Callable[[str], Made], architecture: str
+) -> None:
+    """Models whose layers are all windowed, such as Mistral, have one cache length and say nothing."""
+    folder = ModelFolder.open(made(architecture)[1])
+    mixed = architecture in ("gemma2", "gemma3_text")
+    assert folder.windowed == (Windowed((0, 2), 8) if mixed else None)
+    session = Graph(folder, "cpu").session
+    defaults = {value.name: value.shape for value in session.get_overridable_initializers()}
+    assert (WINDOWED_SHIFT in defaults) is (WINDOWED_TOTAL in defaults) is mixed
+    check_description(folder.path)
+
+
+def test_a_model_that_mixes_kinds_by_its_config_has_windowed_layers(tmp_path: Path) -> None:
+    layer_types = ["full_attention", "sliding_attention"]
+    options = {"use_sliding_window": True, "sliding_window": 8, "layer_types": layer_types, "num_hidden_layers": 2}
+    source = tiny_model(tmp_path / "source", "qwen2", **options)
+    folder = ModelFolder.open(export_model(open_source(source), tmp_path / "export", route="fused"))
+    assert folder.windowed == Windowed((1,), 8)
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    assert furthest(graph_logits(Graph(folder, "cpu"), IDS, chunks=STEPS), torch_logits(model, IDS)) < TOLERANCE
+
+
+def test_windows_of_different_lengths_are_refused() -> None:
+    model = attention_graph(8, None, 9)
+    with pytest.raises(ModelFormatError, match=r"sliding windows of different lengths; got \[8, 9\]"):
+        separate_windowed(model)
+    for windows in ((8, 8), (None, None)):
+        assert separate_windowed(attention_graph(*windows)) is None
+
+
+def attention_graph(*windows: int | None) -> ir.Model:
+    """Return a graph with one attention operator for each layer and nothing else."""
+    nodes = []
+    for layer, window in enumerate(windows):
+        inputs = [None, None, None, ir.Value(name=f"past_key_values.{layer}.key"), None, ir.Value(name="n"), None]
+        attributes = {} if window is None else {"local_window_size": window}
+        nodes.append(ir.node("GroupQueryAttention", inputs, attributes, domain="com.microsoft"))
+    return ir.Model(ir.Graph([], [], nodes=nodes, opset_imports={"": 20}), ir_version=10)
 
 
 def test_a_rotary_table_that_depends_on_the_length_limits_the_context_window(made: Callable[[str], Made]) -> None:

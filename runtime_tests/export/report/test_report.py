@@ -370,7 +370,7 @@ def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: lis
 # -- the summary in the file ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "i8"])
 def test_the_summary_is_stored_and_nothing_else_changes(
     dtype: str, report: Report, files: list[Path], tmp_path: Path, cli: Any
 ) -> None:

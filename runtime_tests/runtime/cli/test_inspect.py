@@ -41,6 +41,13 @@ def test_a_patch_is_shown_as_a_table(cli: Cli, tmp_path: Path) -> None:
         "KV prefix": "none",
         "file": shown["file"],
         "identity": Patch.load(file).identity,
+        "form": "weights",
+        "strength": "any",
+        "sums": "with anything",
+        "system": "allowed",
+        "exports": "LoRA, control vector, ONNX adapter, merge",
+        "precisions": "any",
+        "stop": "none: only requests name stop strings",
         "ridge": "1",
         "calibration": "queries 44, rows 1200, max_new_tokens 40, holdout 16",
         "held out": "kl_unpatched 0.657, kl 0.03, top1 0.9",
@@ -50,7 +57,7 @@ def test_a_patch_is_shown_as_a_table(cli: Cli, tmp_path: Path) -> None:
         "licence": "Apache-2.0",
         "created": "2025-01-31T12:00:00+00:00",
     }
-    assert str(file.stat().st_size) in shown["file"]
+    assert str(file.stat().st_size) in shown["file"] and shown["file"].endswith(", f16")
 
 
 def test_a_patch_is_shown_as_json(cli: Cli, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, S
 from tp_runtime.generation import Batch, Row, Sampling, engine
 from tp_runtime.generation.row_kv import StackedKV
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
 
 LEAD = [5, 6, 7]  # the ids that the KV prefixes replace
 GREEDY = Sampling()
@@ -158,7 +158,10 @@ def graph(request: pytest.FixtureRequest) -> Graph:
 
 
 def some_patches(graph: Graph) -> dict[str, BoundPatch]:
-    """Return patches of several ranks and strengths, a sum, only a bias, some slots, KV prefixes, and the base."""
+    """Return patches of several ranks and strengths, a sum, only a bias, some slots, KV prefixes, and the base.
+
+    If the graph has full and windowed layers, some KV prefixes have other numbers of entries for each kind.
+    """
     folder = graph.folder
     narrow, wide = (patch_for(folder, seed=rank, rank=rank, scale=0.2) for rank in (3, 20))
     bias = patch_for(folder, seed=3, rank=0, scale=0.2)
@@ -174,6 +177,11 @@ def some_patches(graph: Graph) -> dict[str, BoundPatch]:
         "prefix": with_prefix(Patch({}, narrow.config), folder, LEAD),
         "prefix and deltas": with_prefix(wide, folder, LEAD, entries=12, position=12),
     }
+    if folder.windowed is not None:
+        patches["fewer entries in windowed layers"] = with_prefix(wide, folder, LEAD, Lengths(20, 6), 25)
+        patches["more entries in windowed layers"] = with_prefix(
+            Patch({}, bias.config), folder, LEAD, Lengths(4, 13), 14
+        )
     return {name: graph.bind(patch) for name, patch in patches.items()}
 
 
@@ -267,7 +275,8 @@ def test_rows_that_differ_only_in_their_biases_match_single_sequences(graph: Gra
 
 def test_rows_that_join_and_leave_midway_do_not_disturb_the_others(graph: Graph) -> None:
     """Rows take the batch positions of rows that left, so the patch of a position changes, and the ranks grow."""
-    bounds, given_prompts = list(some_patches(graph).values()), prompts(9)
+    bounds = list(some_patches(graph).values())
+    given_prompts = prompts(len(bounds))
     recorded, rows = RecordedBatch(graph, 4), []
     for number, (bound, prompt) in enumerate(zip(bounds, given_prompts, strict=True)):
         if not recorded.batch.free:
@@ -330,8 +339,9 @@ def copying_bind(self: Any, binding: Any, count: int) -> None:
 
 def test_a_failed_step_can_be_tried_again(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = some_patches(graph)
-    recorded = RecordedBatch(graph, 3)
-    rows = [join(recorded.batch, [*LEAD, 9], bounds[name], 6) for name in ("narrow", "prefix")]
+    recorded = RecordedBatch(graph, len(bounds))
+    names = [name for name in bounds if name != "base"]
+    rows = [join(recorded.batch, [*LEAD, 9], bounds[name], 6) for name in names]
     recorded.batch.step()
 
     def fail(*_a: Any, **_k: Any) -> Any:
@@ -345,7 +355,7 @@ def test_a_failed_step_can_be_tried_again(graph: Graph, monkeypatch: pytest.Monk
     assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
     assert list(recorded.batch.rows) == rows and not recorded.batch.joining
     recorded.run()
-    for row, name in zip(rows, ("narrow", "prefix"), strict=True):
+    for row, name in zip(rows, names, strict=True):
         recorded.assert_matches(row, SingleSequence(graph, [*LEAD, 9], bounds[name], 6))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from runtime_tests.committed import private_copy
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
+from runtime_tests.prefixes import with_prefix
 from tp_runtime.generation import Batch, Row, Sampling, generate
-from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
 
 GREEDY = Sampling()
 
@@ -103,21 +105,45 @@ def test_the_key_value_buffers_shrink_after_a_long_row_has_left(graph: Graph, bo
     short = join(batch, [9, 8, 7], bounds[3])
     long = join(batch, token_ids(300, seed=1), bounds[20])
     batch.step()
-    grown = rows_of(batch)._kv.capacity
-    assert grown > 256
+    grown = rows_of(batch)._kv.capacities
+    assert grown.full > 256
     kv = rows_of(batch)._kv
     batch.leave(long)
     batch.step()
-    assert kv.capacity == grown, "half of the buffers is not worth a copy"
+    assert kv.capacities == grown, "half of the buffers is not worth a copy"
     kv.fit(grown, 1)
     kv._arrays = {past: wide(array, 1024) for past, array in kv._arrays.items()}
     rows_of(batch)._binding = None
     later = join(batch, [9, 3], bounds[0])
     batch.step()
-    assert kv.capacity == 256
+    assert kv.capacities == (256, 256)
     while batch.step():
         pass
     for row in (short, long, later):
+        assert_matches(graph, row)
+
+
+def test_the_buffers_of_windowed_layers_have_a_capacity_of_their_own(tiny_gemma_export: Path) -> None:
+    graph = Graph(ModelFolder.open(tiny_gemma_export), "cpu", threads=1)
+    lead, base = [5, 6, 7], patch_for(graph.folder, seed=1, rank=3)
+    few = graph.bind(with_prefix(base, graph.folder, lead, Lengths(300, 6), 300))
+    many = graph.bind(with_prefix(base, graph.folder, lead, Lengths(240, 100), 300))
+    batch = Batch(graph, 3)
+    first = join(batch, [*lead, 9], few)
+    batch.step()
+    kv = rows_of(batch)._kv
+    assert kv.capacities == (512, 256)
+    assert [kv._arrays[f"past_key_values.{layer}.key"].shape[2] for layer in range(3)] == [256, 512, 256]
+    # A row whose text outgrows the windowed layers enlarges only these, and the rows beside it keep their contents.
+    full = kv._arrays["past_key_values.1.key"]
+    second = join(batch, [*lead, *token_ids(170, seed=1)], many)
+    while second not in batch.rows:
+        batch.step()
+    assert kv.capacities == (512, 512) and kv._arrays["past_key_values.1.key"] is full
+    third = join(batch, token_ids(30, seed=2), graph.base)
+    while batch.step():
+        pass
+    for row in (first, second, third):
         assert_matches(graph, row)
 
 
@@ -139,6 +165,6 @@ def test_a_batch_without_rows_keeps_no_long_buffers(graph: Graph, bounds: dict[i
     second = join(batch, [5], bounds[20], 3)
     while batch.step():
         pass
-    assert kv.capacity == 256
+    assert kv.capacities == (256, 256)
     for row in (first, second):
         assert_matches(graph, row)

@@ -20,7 +20,7 @@ from tp_runtime.errors import RequestError
 from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import BoundPatch, Graph, KVCache, ModelFolder
+from tp_runtime.session import BoundPatch, Graph, KVCache, Lengths, ModelFolder
 
 HALF = BoundPatch({}, ("graph", (("p", 0.5),)))
 BOUNDS = [BASE, PATCH, HALF]
@@ -185,6 +185,26 @@ def test_logits_match_those_without_the_prefix_cache_and_fewer_tokens_are_run(gr
     position = 2 * layers * kv.heads * kv.head_dim * 4
     each = 2 * len(shared) + 9 + 2 + 5
     assert store.entries == 8 and store.bytes == (4 * each + 2 * (5 - len(LEAD))) * position
+
+
+@pytest.mark.parametrize("entries", [Lengths(20, 6), Lengths(4, 13)], ids=["fewer windowed", "more windowed"])
+def test_an_entry_keeps_the_lengths_of_each_kind_of_layer(tiny_gemma_export: Path, entries: Lengths) -> None:
+    graph, store = Graph(ModelFolder.open(tiny_gemma_export), "cpu"), PrefixCache(1 << 30)
+    bound = graph.bind(with_prefix(patch_for(graph.folder, seed=1, scale=0.2), graph.folder, LEAD, entries, 25))
+    shared = [*LEAD, *token_ids(40, seed=1)]
+    one, two = [*shared, *token_ids(9, seed=2)], [*shared, *token_ids(5, seed=3)]
+    for ids, run in ((one, len(one) - len(LEAD)), (two, 5), (one, 1), (shared, 1), ([*one, 4, 4], 2)):
+        got, count = logits_of(graph, ids, bound, store)
+        assert count == run
+        assert furthest(got, logits_of(graph, ids, bound, None)[0]) < 1e-5
+    # A row of a batch starts from an entry, and its keys and values are stored at its end.
+    batch, hits = Batch(graph, 2, store), store.hits
+    row = batch.join(two, bound, sampling=Sampling(), max_new_tokens=6, eos_ids=frozenset())
+    while batch.step():
+        pass
+    alone = engine.generate(graph, two, bound, sampling=Sampling(), max_new_tokens=6, eos_ids=frozenset())
+    assert row.tokens == [*two, *alone] and store.hits == hits + 1
+    assert logits_of(graph, row.tokens, bound, store)[1] == 1
 
 
 def test_requests_do_not_share_buffers(graph: Graph) -> None:

@@ -10,17 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime_tests.patches import random_patch
+from runtime_tests.patches import random_config, random_patch
+from runtime_tests.runtime.patch.test_kv_prefix import arrays
 from tp_runtime.errors import PatchError, PatchFormatError
-from tp_runtime.patch import Patch
+from tp_runtime.patch import KVPrefix, Patch
 
-FUZZ = settings(max_examples=400, deadline=None)
+FUZZ = settings(max_examples=250, deadline=None)
 
 
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory):
+@pytest.fixture(scope="module", params=["weights in f16", "weights and entries in int8"])
+def valid(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "p.safetensors"
-    random_patch(layers=1, ranks=2, inputs=4, outputs=3, sites=("gate", "mlp_out")).save(path)
+    patch = random_patch(layers=1, ranks=2, inputs=4, outputs=3, sites=("gate", "mlp_out"))
+    if request.param.endswith("int8"):
+        patch = Patch(patch.deltas, random_config(stop=("\n",)), KVPrefix(arrays(layers=1), (1, 2), 5))
+    patch.save(path, "i8" if request.param.endswith("int8") else "f16")
     return path.read_bytes()
 
 
@@ -32,8 +36,10 @@ def load_or_refuse(folder: Path, content: bytes) -> None:
         patch = Patch.load(path)
     except PatchError:
         return
-    (patch + 0.5 * patch).save(folder / "again.safetensors", dtype="f32")
-    Patch.load(folder / "again.safetensors")
+    other = patch if patch.prefix is not None else patch + 0.5 * patch
+    other.save(folder / "again.safetensors", dtype="f32")
+    patch.save(folder / "again.safetensors")
+    assert Patch.load(folder / "again.safetensors").nbytes == patch.rounded(patch.dtype).nbytes
 
 
 @FUZZ
@@ -74,7 +80,8 @@ def test_any_json_value_in_any_place_loads_or_raises_a_patch_error(tmp_path_fact
     length = int.from_bytes(valid[:8], "little")
     header = json.loads(valid[8 : 8 + length])
     config = json.loads(header["__metadata__"]["config"])
-    places = [(part, key) for part in (header, config, *header.values(), config["probe"]) for key in part]
+    objects = (header, config, *header.values(), config["probe"], config.get("prefix", {}))
+    places = [(part, key) for part in objects for key in part]
     part, key = random.Random(data.draw(st.integers(0, 10**6))).choice(places)
     part[key] = data.draw(JSON)
     if isinstance(header.get("__metadata__"), dict) and (part, key) != (header["__metadata__"], "config"):

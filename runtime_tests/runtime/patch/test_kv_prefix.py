@@ -25,7 +25,7 @@ from tp_runtime.errors import (
     StaleCacheError,
 )
 from tp_runtime.model import PatchedModel
-from tp_runtime.patch import KV_PARTS, KVPrefix, Patch
+from tp_runtime.patch import ENTRIES_STAND, KV_PARTS, KVPrefix, Patch
 from tp_runtime.patch.kv_prefix import prefix_from
 from tp_runtime.session import probe
 
@@ -79,7 +79,7 @@ def test_the_entries_of_a_cached_prompt_replace_it(model: PatchedModel) -> None:
 
 def test_a_prefix_gives_the_same_logits_on_a_growing_and_on_a_rewound_cache(model: PatchedModel) -> None:
     patch = prefixed(model, 5, patch_for(model.graph.folder, seed=2, scale=0.2))
-    assert patch.prefix is not None and len(patch.prefix) == 5
+    assert patch.prefix is not None and patch.prefix.longest == 5
     ids, lead = model.codec.render(QUERIES[0]), len(patch.prefix.replaces)
     wanted = model.logits(ids, patch=patch)
     bound = model.graph.bind(patch)
@@ -105,10 +105,10 @@ def test_generation_uses_the_prefix_and_can_continue_on_a_cache(model: PatchedMo
 def test_a_prompt_that_does_not_start_with_the_replaced_ids_is_refused(model: PatchedModel) -> None:
     patch = prefixed(model, 3)
     assert patch.prefix is not None
-    with pytest.raises(RequestError, match="takes the place of a system message"):
+    with pytest.raises(RequestError, match=ENTRIES_STAND):
         model.generate("Hello", system="Be brief.", patch=patch)
     if model.codec.style == "chat":
-        with pytest.raises(RequestError, match="takes the place of a system message"):
+        with pytest.raises(RequestError, match=ENTRIES_STAND):
             model.generate([{"role": "system", "content": "No."}, {"role": "user", "content": "Hi"}], patch=patch)
         with pytest.raises(RequestError, match="does not start as the patch"):
             model.generate("Hello", raw=True, patch=patch)
@@ -138,9 +138,11 @@ def test_sums_and_strengths_of_patches_with_a_prefix(model: PatchedModel) -> Non
     patch = prefixed(model, 4, pure)
     assert (pure + patch).prefix is patch.prefix and (patch + pure).prefix is patch.prefix
     assert 1 * patch is patch and (0 * patch).terms == () and patch.truncate(1).prefix is patch.prefix
-    with pytest.raises(PatchValueError, match="can only have strength 1 or 0"):
+    with pytest.raises(PatchValueError, match="strength 0 or 1"):
         0.5 * patch
-    with pytest.raises(PatchValueError, match="both patches have a KV prefix, but a cache can start with only one"):
+    with pytest.raises(
+        PatchValueError, match="both patches have entries, and a patch with entries adds with weights only"
+    ):
         patch + patch
 
 
@@ -155,12 +157,25 @@ def test_prefixes_that_do_not_fit_are_refused(model: PatchedModel) -> None:
         model.logits([1, 2], patch=Patch({}, patch_for(model.graph.folder).config, KVPrefix(arrays(), (1,), 5)))
     with pytest.raises(PatchShapeError, match="lacks a layer"):
         KVPrefix({key: value for key, value in arrays().items() if key != (0, "value")}, (1,), 5)
-    with pytest.raises(PatchShapeError, match=r"prefix\.1\.key"):
+    for shape in ((3, 4, 2), (3, 2), (3, 2, 4, 1), (), (0, 2, 4)):
+        with pytest.raises(PatchShapeError, match=r"prefix\.1\.key.*at least one entry"):
+            KVPrefix({**arrays(), (1, "key"): np.zeros(shape), (1, "value"): np.zeros(shape)}, (1,), 5)
+    with pytest.raises(PatchShapeError, match=r"prefix\.1\.value.*\[2, 2, 4\], as the keys"):
         KVPrefix({**arrays(), (1, "key"): np.zeros((2, 2, 4))}, (1,), 5)
     with pytest.raises(PatchValueError, match="NaN"):
         KVPrefix({**arrays(), (1, "key"): np.full((3, 2, 4), np.nan)}, (1,), 5)
     with pytest.raises(PatchValueError, match="position"):
         KVPrefix(arrays(), (1,), 2)
+    longer = {**arrays(), **{(1, part): np.zeros((6, 2, 4)) for part in KV_PARTS}}
+    with pytest.raises(PatchValueError, match="at least 6, the largest number of entries"):
+        KVPrefix(longer, (1,), 5)
+
+
+def test_each_layer_may_have_its_own_number_of_entries() -> None:
+    prefix = KVPrefix({**arrays(), **{(1, part): np.zeros((6, 2, 4)) for part in KV_PARTS}}, (1,), 6)
+    assert (prefix.counts, prefix.longest, prefix.amount) == ((3, 6), 6, "3 to 6")
+    same = KVPrefix(arrays(), (1,), 6)
+    assert (same.counts, same.longest, same.amount) == ((3, 3), 3, "3")
 
 
 def test_prefixes_of_another_model_are_refused_when_bound(model: PatchedModel) -> None:

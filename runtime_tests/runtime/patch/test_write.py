@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from runtime_tests.patches import random_config, random_patch
 from tp_runtime.errors import OutputError, PatchFormatError, PatchValueError
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.patch import file as patch_file
+from tp_runtime.patch import container as patch_container
 
 
 def bias_patch(*values: float) -> Patch:
@@ -64,9 +64,9 @@ def test_the_largest_f16_value_fits(tmp_path):
     assert Patch.load(tmp_path / "p.safetensors").deltas[0, "mlp_out"].bias[0] == 65504.0
 
 
-@pytest.mark.parametrize("dtype", ["f64", "float16", None])
+@pytest.mark.parametrize("dtype", ["f64", "float16", 16])
 def test_saving_with_an_unknown_dtype_is_refused(tmp_path, dtype):
-    with pytest.raises(PatchFormatError, match=r"the dtype is unknown.*wanted f16 \| bf16 \| f32"):
+    with pytest.raises(PatchFormatError, match=r"the dtype is unknown.*wanted f16 \| bf16 \| f32 \| i8"):
         bias_patch(1.0).save(tmp_path / "p.safetensors", dtype=dtype)
 
 
@@ -79,7 +79,7 @@ def test_saving_with_another_suffix_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("cap", ["MAX_HEADER_BYTES", "MAX_FILE_BYTES"])
 def test_saving_a_file_over_the_readers_size_limit_is_refused(tmp_path, monkeypatch, cap):
-    monkeypatch.setattr(patch_file, cap, 100)
+    monkeypatch.setattr(patch_container, cap, 100)
     with pytest.raises(PatchFormatError, match="the patch is too large"):
         random_patch().save(tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []

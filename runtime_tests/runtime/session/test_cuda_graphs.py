@@ -23,7 +23,7 @@ from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import DeviceUnavailableError, RequestError
 from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
 from tp_runtime.session import cuda_graphs as cuda_graphs
 from tp_runtime.session import graph as graph_module
 from tp_runtime.session.device import CUDA, Device
@@ -105,6 +105,54 @@ def test_a_kv_prefix_gives_the_logits_of_ordinary_steps(plain: Graph, capturing:
         logits.append(graph.forward(IDS[:4], cache, bound))
         logits.extend(graph.forward([token], cache, bound) for token in IDS[4:20])
     assert furthest(np.concatenate(got), np.concatenate(wanted)) < CLOSE
+
+
+@pytest.mark.parametrize("entries", [Lengths(20, 6), Lengths(4, 13)], ids=["fewer windowed", "more windowed"])
+def test_entries_with_a_count_for_each_kind_give_the_logits_of_ordinary_steps(
+    tiny_gemma_export: Path, entries: Lengths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Graph(ModelFolder.open(tiny_gemma_export), "cpu")
+    capturing = with_captured_decode(plain.folder)
+    stepped = Counted(monkeypatch, capturing.captured, "step")
+    ragged = with_prefix(rank_patches(plain, 3)[0], plain.folder, [7, 8], entries, position=25)
+    for patch in (ragged, None, ragged):  # the lengths of windowed layers change with the patch, and back
+        wanted, got = ([], [])
+        for graph, logits in ((plain, wanted), (capturing, got)):
+            bound = graph.bind(patch)
+            cache = graph.new_cache(bound)
+            logits.append(graph.forward(IDS[:4], cache, bound))
+            logits.extend(graph.forward([token], cache, bound) for token in IDS[4:20])
+        assert furthest(np.concatenate(got), np.concatenate(wanted)) < CLOSE
+    assert stepped.calls == 3 * 16
+
+
+def test_sequences_with_other_counts_can_alternate_on_the_captured_buffers(tiny_gemma_export: Path) -> None:
+    """The sequence that gives up the buffers keeps what each kind of layer holds."""
+    plain = Graph(ModelFolder.open(tiny_gemma_export), "cpu")
+    capturing = with_captured_decode(plain.folder)
+    narrow = rank_patches(plain, 3)[0]
+    patches = [with_prefix(narrow, plain.folder, [7, 8], Lengths(20, count), position=25) for count in (6, 9)]
+    bounds = [capturing.bind(patch) for patch in patches]
+    caches = [capturing.new_cache(bound) for bound in bounds]
+    for start, end in ((0, 6), (6, 7), (7, 12), (12, 13), (13, 14)):
+        for patch, bound, cache in zip(patches, bounds, caches, strict=True):
+            got = capturing.forward(IDS[start:end], cache, bound)
+            assert furthest(got, plain.run([7, 8, *IDS[:end]], plain.bind(patch))[-1:]) < CLOSE
+
+
+def test_a_sequence_whose_windowed_layers_exceed_the_capacity_takes_ordinary_steps(
+    tiny_gemma_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "CAPACITY", 24)
+    graph = with_captured_decode(ModelFolder.open(tiny_gemma_export))
+    stepped = Counted(monkeypatch, graph.captured, "step")
+    patch = with_prefix(rank_patches(graph, 3)[0], graph.folder, [7, 8], Lengths(4, 13), position=25)
+    graph_logits(graph, IDS[:9], graph.bind(None), (4, *(1,) * 5))
+    bound = graph.bind(patch)
+    cache = graph.new_cache(bound)
+    for token in IDS[:20]:
+        graph.forward([token], cache, bound)
+    assert stepped.calls == 5 + 24 - 13
 
 
 def test_a_patch_set_as_default_gives_the_logits_of_ordinary_steps(plain: Graph) -> None:

@@ -1,0 +1,46 @@
+"""Dialogues that restate the context, for which nothing has to be generated.
+
+Answers to queries look at a part of a long context only, and entries that nobody looks at look as if they did not
+matter. These dialogues look at all of it: the context itself as the answer to a request to repeat it, in chunks, and
+for each of its sentences a question whether it is so, with an answer that says yes and repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..source import Source
+from .sequences import Dialogue
+
+_REPEAT = "Repeat the instructions above."
+_CHUNK, _STRIDE = 256, 224  # tokens: chunks overlap, so that every token has some of its own text in front
+
+
+def restated(source: Source, context: str, sentences: Sequence[str]) -> list[Dialogue]:
+    """Return dialogues that repeat the context, and dialogues that echo its sentences.
+
+    Args:
+        source: the base model, in chat style.
+        context: the text of the context.
+        sentences: the sentences of the context.
+    """
+    text = source.codec.render(context, raw=True)
+    found = [
+        _dialogue(source, context, _REPEAT, text[start : start + _CHUNK]) for start in range(0, len(text), _STRIDE)
+    ]
+    for sentence in sentences:
+        answer = source.codec.render(f"Yes. {sentence}", raw=True)
+        found.append(_dialogue(source, context, f"Is it right that {_inside(sentence)}?", answer))
+    return found
+
+
+def _dialogue(source: Source, context: str, query: str, answer: Sequence[int]) -> Dialogue:
+    prompts = source.codec.render(query, context), source.codec.render(query)
+    return Dialogue(tuple(prompts[0]), tuple(prompts[1]), tuple(answer))
+
+
+def _inside(sentence: str) -> str:
+    """Return the sentence as a clause: without its full stop, and with a small first letter where it is no name."""
+    clause = sentence.rstrip(".!")
+    first = clause.split(" ", 1)[0]
+    return clause if first == "I" or first[1:2].isupper() else clause[:1].lower() + clause[1:]

@@ -1,0 +1,63 @@
+"""The dtypes of a patch file: numpy arrays as bytes and back. numpy has no bfloat16, which is half of a float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PatchValueError
+
+DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "i8": "I8"}
+"""The dtypes that a patch can be saved in, with their names in the file. With i8 some tensors are F16; see int8.py."""
+FLOATS = ("F16", "BF16", "F32")
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
+
+_LARGEST = {"F16": "65504", "BF16": "3.38953e38", "F32": "3.40282e38"}
+
+
+def decode(data: bytes, dtype: str, shape: list[int]) -> NDArray[Any]:
+    """Return the array that the bytes of a tensor hold: int8 for I8, float32 for every other dtype."""
+    if dtype == "I8":
+        return np.frombuffer(data, np.int8).reshape(shape)
+    if dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+    return values.reshape(shape)
+
+
+def encode(values: NDArray[Any], dtype: str, name: str) -> bytes:
+    """Return the bytes of a tensor: int8 values for I8, float32 values for every other dtype.
+
+    Args:
+        values: the array.
+        dtype: a key of `ITEM_BYTES`.
+        name: the tensor's name, for the error.
+
+    Raises:
+        PatchValueError: a value does not fit the dtype.
+    """
+    if dtype == "I8":
+        return values.tobytes()
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        # Round to nearest, ties to even: add just under half of the last kept bit, and the last kept bit itself.
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        fits = bool(np.all((rounded & 0x7F80) != 0x7F80))
+        raw = rounded.astype("<u2").tobytes()
+    else:
+        with np.errstate(over="ignore"):  # the error below reports it with the tensor's name
+            stored = values.astype("<f2" if dtype == "F16" else "<f4")
+        fits = bool(np.isfinite(stored).all())
+        raw = stored.tobytes()
+    if not fits:
+        raise PatchValueError(
+            f"a value does not fit {dtype.lower()}",
+            field=name,
+            got=f"magnitude {np.abs(values).max():.6g}",
+            wanted=f"magnitude <= {_LARGEST[dtype]}",
+            fix="save with dtype='bf16' or 'f32'" if dtype == "F16" else "save with dtype='f32'",
+        )
+    return raw
