@@ -4,6 +4,7 @@ This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates
+from .calibration import Context, dialogues_with, restate
 from .choice import Target, default_entries
 from .closed_form import fit_patch
 from .exact import verify
@@ -15,16 +16,19 @@ from .repair import repair_patch
 
 __all__ = [
     "ALL",
+    "Context",
     "Recipe",
     "Settings",
     "Target",
     "assemble",
     "default_entries",
+    "dialogues_with",
     "fit_lockstep",
     "fit_patch",
     "fit_steering",
     "make_patch",
     "repair_patch",
+    "restate",
     "steering_candidates",
     "verify",
 ]
