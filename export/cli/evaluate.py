@@ -63,13 +63,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure the patch and print the figures."""
     from tp_runtime.patch import Patch
 
-    from ..fit import Context, dialogues_with
     from ..measure import (
         Answers,
         RuntimeStudent,
         Student,
         TorchStudent,
-        cached_teacher,
         measure_accuracy,
         measure_fidelity,
         recorded_answers,
@@ -78,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from ..progress import bar
     from ..queries import load_answers, load_questions
+    from ..rollout import Context, dialogues_for
     from ..source import open_source
 
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
@@ -92,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     check_measurable(patch, "the patch", context, queries, source, graph)
     model = load_weights(source, args)
     limit = args.max_new_tokens
-    prepared = None if context is None else Context.of(source, model, context, queries)
-    dialogues = dialogues_with(source, model, prepared, queries, limit, stop=stop)
+    cached = None if context is None else Context.of(source, model, context, queries).cached
+    dialogues = dialogues_for(source, model, context, queries, limit, stop=stop, cached=cached)
 
     def student(under: Patch | None) -> Student:
         return TorchStudent(model, under) if graph is None else RuntimeStudent(graph, under)
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         return runtime_answers(source, graph, under, limit, stop)
 
     with bar("held-out fidelity", len(dialogues), "query") as shown:
-        teacher = cached_teacher(model, dialogues)
+        teacher = TorchStudent(model, cached=cached)
         fidelity = measure_fidelity(dialogues, teacher, student(None), student(patch), shown.update)
     figures = fidelity.to_dict()
     if fidelity.gap_closed_first is None:

@@ -230,7 +230,7 @@ def _recipe(
 ) -> Recipe:
     """Return the recipe that the options ask for; what they leave open depends on the length of the context."""
     from ..fit import ALL, Recipe, Settings, default_entries
-    from ..fit.calibration import context_length
+    from ..rollout import context_length
 
     method, prefix = args.method, args.prefix
     if method is None:
@@ -266,9 +266,10 @@ def _with_own_questions(
     source: Source, model: Any, context: str, fitted: Sequence[str], held_out: Sequence[str]
 ) -> list[str]:
     """Replace half of the built-in questions with questions that the model writes about a long context."""
-    from ..fit.calibration import LONG_CONTEXT, Context
+    from ..fit import LONG_CONTEXT
     from ..progress import bar
     from ..queries import statements, unlike, write_questions
+    from ..rollout import Context
 
     prepared = Context.of(source, model, context, [*fitted, *held_out])
     if source.codec.style != "chat" or prepared.cached is None or prepared.cached.position <= LONG_CONTEXT:

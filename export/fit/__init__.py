@@ -4,7 +4,7 @@ This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates
-from .calibration import Context, dialogues_with, restate
+from .calibration import LONG_CONTEXT, Calibration, restate
 from .choice import Target, default_entries
 from .closed_form import fit_patch
 from .exact import verify
@@ -16,13 +16,13 @@ from .repair import repair_patch
 
 __all__ = [
     "ALL",
-    "Context",
+    "LONG_CONTEXT",
+    "Calibration",
     "Recipe",
     "Settings",
     "Target",
     "assemble",
     "default_entries",
-    "dialogues_with",
     "fit_lockstep",
     "fit_patch",
     "fit_steering",

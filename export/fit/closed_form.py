@@ -15,7 +15,8 @@ from ..compaction import split_budget
 from ..decoder import Entry, TorchDelta, TorchPrefix, kv_shape, layer_windows
 from ..progress import bar
 from ..quantise import QuantisedStudent
-from .calibration import Calibration, Context
+from ..rollout import Context
+from .calibration import Calibration
 from .entries import Compaction
 from .lockstep import Behind, fit_lockstep
 from .recipe import ALL, Recipe

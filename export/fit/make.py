@@ -18,9 +18,9 @@ from ..measure import Fidelity, TorchStudent, measure_fidelity, torch_probe
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
-from ..rollout import Dialogue, RolloutStore, context_digest
+from ..rollout import Context, Dialogue, RolloutStore, check_beginning, context_digest, dialogues_for
 from ..source import Source
-from .calibration import Calibration, Context, check_beginning, dialogues_with, restate
+from .calibration import Calibration, restate
 from .choice import Target, Trial, choose, selection_size
 from .closed_form import check_entries, entry_bytes, fit_patch
 from .forms import check_method
@@ -73,9 +73,16 @@ def make_patch(
     if recipe.student_precision not in FLOAT_PRECISIONS:
         student = student_of(source, model, recipe.student_precision)
     prepared = None if context is None else Context.of(source, model, context, queries)
+    cached = None if prepared is None else prepared.cached
     limit, stop = recipe.max_new_tokens, recipe.stop
-    dialogues = dialogues_with(source, model, prepared, fitted, limit, samples=recipe.samples, stop=stop, store=store)
-    evaluation = dialogues_with(source, model, prepared, held_out, limit, stop=stop, store=store) if held_out else []
+    dialogues = dialogues_for(
+        source, model, context, fitted, limit, samples=recipe.samples, stop=stop, cached=cached, store=store
+    )
+    evaluation = (
+        dialogues_for(source, model, context, held_out, limit, stop=stop, cached=cached, store=store)
+        if held_out
+        else []
+    )
     again = restate(source, prepared) if prepared is not None and recipe.restate else []
     config = PatchConfig(
         name=name,
@@ -98,7 +105,7 @@ def make_patch(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stop=stop,
     )
-    held = _HeldOut(model, student, None if prepared is None else prepared.cached)
+    held = _HeldOut(model, student, cached)
     if target is None:
         patch = _fitted(model, Calibration(prepared, dialogues, again), recipe, config, student)
     else:

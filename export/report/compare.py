@@ -20,10 +20,8 @@ from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
 from ..fit import (
-    Context,
     Settings,
     assemble,
-    dialogues_with,
     fit_lockstep,
     fit_steering,
     restate,
@@ -32,7 +30,7 @@ from ..fit import (
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
-from ..rollout import Dialogue, RolloutStore
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from .figures import Baseline, Fits
 from .setup import Setup, Subject
 
@@ -115,13 +113,13 @@ def _calibration(setup: Setup, subject: Subject, store: RolloutStore) -> list[Di
     config = subject.patch.config
     made = config.calibration or {}
     limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
-    context = Context.of(setup.source, setup.model, subject.context, subject.fitted)
-    dialogues = dialogues_with(
-        *(setup.source, setup.model, context, subject.fitted, limit), samples=samples, stop=config.stop, store=store
-    )
+    source, model, queries = setup.source, setup.model, subject.fitted
+    context = Context.of(source, model, subject.context, queries)
+    options: dict[str, Any] = {"samples": samples, "stop": config.stop, "cached": context.cached, "store": store}
+    dialogues = dialogues_for(source, model, subject.context, queries, limit, **options)
     if sum(len(dialogue.completion) for dialogue in dialogues) == made.get("rows"):  # it was fitted on answers alone
         return dialogues
-    return [*dialogues, *restate(setup.source, context)]
+    return [*dialogues, *restate(source, context)]
 
 
 def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:

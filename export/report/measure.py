@@ -15,10 +15,9 @@ from typing import Any
 
 from tp_runtime.patch import Patch
 
-from ..fit import Context, dialogues_with
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import Dialogue, RolloutStore
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from . import compare, locality, running
 from .figures import NO_PROMPT, PATCH, Answer, Composed, Layer, PatchReport, Strength, Sweep
 from .frontier import measure_frontier
@@ -100,8 +99,9 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
 
 def _held_out(setup: Setup, subject: Subject) -> list[Dialogue]:
     """Let the prompted model answer the held-out queries."""
-    context = Context.of(setup.source, setup.model, subject.context, subject.queries)
-    return dialogues_with(setup.source, setup.model, context, subject.queries, setup.max_new_tokens, stop=subject.stop)
+    source, model, context, queries = setup.source, setup.model, subject.context, subject.queries
+    cached = Context.of(source, model, context, queries).cached
+    return dialogues_for(source, model, context, queries, setup.max_new_tokens, stop=subject.stop, cached=cached)
 
 
 def layer_effects(
