@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     from ..fit import Target, make_patch
     from ..measure import fidelity_line
     from ..quantise import check_precision
-    from ..queries import load_questions, split_holdout
+    from ..queries import load_answers, load_questions, split_holdout
     from ..rollout import RolloutStore
     from ..source import open_source
 
@@ -199,6 +199,8 @@ def run(args: argparse.Namespace) -> int:
         fitted, held_out = queries[: args.limit], load_questions(args.held_out)
     else:
         fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
+    held_out_file = args.held_out or args.queries
+    answers = {} if held_out_file is None else load_answers(held_out_file)
     source = open_source(args.src)
     store = None if args.rollouts is None else RolloutStore(args.rollouts, source.digest)
     model = load_weights(source, args)
@@ -214,6 +216,7 @@ def run(args: argparse.Namespace) -> int:
         recipe,
         name=args.name or args.out.stem,
         target=target,
+        answers=answers,
         store_context=args.store_prompt,
         store=store,
     )

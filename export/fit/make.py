@@ -14,7 +14,15 @@ from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey
 
 from ..decoder import TorchDelta, TorchPrefix, blocks_of, layer_deltas, torch_prefix
-from ..measure import Fidelity, TorchStudent, measure_fidelity, torch_probe
+from ..measure import (
+    Fidelity,
+    TorchStudent,
+    measure_accuracy,
+    measure_fidelity,
+    recorded_answers,
+    torch_answers,
+    torch_probe,
+)
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
@@ -38,6 +46,7 @@ def make_patch(
     *,
     name: str,
     target: Target | None = None,
+    answers: Mapping[str, str] | None = None,
     store_context: bool = False,
     store: RolloutStore | None = None,
 ) -> Patch:
@@ -54,6 +63,8 @@ def make_patch(
         name: the name of the patch.
         target: what the file has to reach, by which method, rank and number of entries are chosen; None takes those of
             the recipe.
+        answers: the expected answers to held-out queries, by query; with them the file also states how many right
+            answers the patch keeps.
         store_context: whether to put the text itself into the patch's description.
         store: the store of the teacher's answers, which lets an interrupted run go on.
 
@@ -128,6 +139,13 @@ def make_patch(
                 "gap_closed_closed_form": before["gap_closed"],
                 **held.figures(patch, evaluation, "held-out fidelity").to_dict(),
             }
+    known = {query: answers[query] for query in held_out if query in answers} if answers else {}
+    if known and context is not None:
+        with as_student(student):
+            unpatched, patched = (torch_answers(source, model, under, limit, stop) for under in (None, patch))
+            prompted = recorded_answers(evaluation)
+            accuracy = measure_accuracy(source, context, known, prompted, unpatched, patched, stop)
+        figures |= accuracy.to_dict()
     with as_student(student):
         probe = torch_probe(model, patch, (evaluation or dialogues)[0].student())
     return replace(patch, config=replace(patch.config, fidelity=figures or None, probe=probe))
