@@ -37,8 +37,12 @@ def fit_joint(shares: Tensor, rest: Tensor, projection: Tensor, kv_heads: int, w
     outputs = (projection.T @ projection).view(heads, size, heads * size)
     back = ((rest * weight[:, None]) @ projection).view(tokens, heads, size)
     wanted = torch.einsum("nhp,nhd->hpd", shares, back).view(kv_heads, group, count, size).sum(1)
-    diagonal = sum(float(gram[h][:, h * count : (h + 1) * count].diagonal().mean()) for h in range(heads)) / heads
-    shrink = ridge * diagonal * group * float(projection.square().sum(0).mean())
+    # The mean of the diagonal over heads, entries and components is a sum over pairs of query heads that share values.
+    same = torch.arange(heads, device=flat.device) // group
+    pairs = (same[:, None] == same[None]).to(flat.dtype)
+    diagonal = torch.einsum("hjgj->hg", gram.view(heads, count, heads, count)) / count
+    diagonal = diagonal * torch.einsum("hcgc->hg", outputs.view(heads, size, heads, size)) / size
+    shrink = ridge * float((diagonal * pairs).sum()) / kv_heads
 
     def apply(x: Tensor) -> Tensor:
         seen = (x.repeat_interleave(group, 0) @ outputs).view(heads, count, heads, size)

@@ -28,7 +28,7 @@ def mass_factors(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
         The factors w [p], in the dtype of `gram`.
     """
     a, b = gram.double(), moment.double()
-    ridge = ridge * float(a.diagonal().mean())
+    ridge = max(ridge * float(a.diagonal().mean()), 1e-300)  # entries that no row sees get the factor 1
     a, b = a + ridge * torch.eye(len(a), dtype=a.dtype, device=a.device), b + ridge
     scale = a.diagonal().clamp(min=1e-300).rsqrt()  # with a unit diagonal one step length suits every coordinate
     a, b = a * scale[:, None] * scale, b * scale

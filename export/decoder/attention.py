@@ -88,7 +88,7 @@ Observer = Callable[[int, Heads], None]
 Result = Callable[[int, Tensor], None]
 
 
-@dataclass
+@dataclass(eq=False)  # a state is found by its identity: tensors have no single truth
 class _State:
     entries: Sequence[Entry | None] | None
     valid: Tensor | None
