@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,15 +287,22 @@ def _with_own_questions(
 
 
 def _entries(text: str) -> int:
+    """Return the number of entries that --prefix names."""
     from ..fit import ALL
 
-    return ALL if text == "all" else int(text)
+    if text == "all":
+        return ALL
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of entries, or all")
+    return int(text)
 
 
 def _size(text: str) -> int:
-    number = text.strip().upper().removesuffix("B")
-    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    return int(float(number.rstrip("KMG")) * factor)
+    """Return the number of bytes that --max-bytes names, with the decimal units kB, MB and GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 500kB or 2MB")
+    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
 
 
 def _check(args: argparse.Namespace) -> None:
