@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..source import Source
 
 _CALIBRATION_QUERIES = 64
+_HELD_OUT = 16
 _SEED = 0
 _RANK = 16
 
@@ -65,9 +66,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--holdout",
         type=int,
-        default=16,
         metavar="N",
-        help="the number of queries that are held out of the fit (default 16)",
+        help=f"the number of queries that are held out of the fit (default {_HELD_OUT}); with --held-out, the number of "
+        "its first queries to measure on (default: all)",
     )
     parser.add_argument(
         "--limit",
@@ -197,9 +198,10 @@ def run(args: argparse.Namespace) -> int:
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
-        fitted, held_out = queries[: args.limit], load_questions(args.held_out)
+        fitted, held_out = queries[: args.limit], load_questions(args.held_out)[: args.holdout]
     else:
-        fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
+        kept = _HELD_OUT if args.holdout is None else args.holdout
+        fitted, held_out = split_holdout(queries[: args.limit + kept], kept, _SEED)
     held_out_file = args.held_out or args.queries
     answers = {} if held_out_file is None else load_answers(held_out_file)
     source = open_source(args.src)
@@ -310,7 +312,7 @@ def _check(args: argparse.Namespace) -> None:
     at_least = (
         ("--rank", _RANK if args.rank is None else args.rank, 1),
         ("--limit", args.limit, 1),
-        ("--holdout", args.holdout, 0),
+        ("--holdout", _HELD_OUT if args.holdout is None else args.holdout, 0),
         ("--prefix", 1 if args.prefix is None else args.prefix, 1 if args.method == "prefix" else 0),
         ("--samples", args.samples, 1),
         ("--refine", args.refine, 0),
