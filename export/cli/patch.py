@@ -67,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
         "--holdout",
         type=int,
         metavar="N",
-        help=f"the number of queries that are held out of the fit (default {_HELD_OUT}); with --held-out, the number of "
-        "its first queries to measure on (default: all)",
+        help=f"how many queries are held out of the fit (default {_HELD_OUT}); with --held-out, how many of its first "
+        "queries are measured (default: all)",
     )
     parser.add_argument(
         "--limit",
