@@ -72,7 +72,7 @@ $(BUILD)/model/patch_slots.json: | $(BUILD)/source
 # The answers of the few-shot task end with their line. A command substitution drops a newline at its end, so x follows.
 $(BUILD)/patch.safetensors: $(PROMPT) $(QUERIES) $(HELD_OUT) | $(BUILD)/source
 	nl="$$(printf '\nx')"; $(BIN)/tp-export patch "$$(cat $(BUILD)/source)" $@ --prompt-file $(PROMPT) \
-	    --queries $(QUERIES) --held-out $(HELD_OUT) --samples 1 $(if $(filter gemma%,$(MODEL)),--stop "$${nl%x}")
+	    --queries $(QUERIES) --held-out $(HELD_OUT) --holdout 20 --samples 1 $(if $(filter gemma%,$(MODEL)),--stop "$${nl%x}")
 
 $(BUILD)/report.html: $(BUILD)/patch.safetensors $(BUILD)/model/patch_slots.json
 	$(BIN)/tp-export report "$$(cat $(BUILD)/source)" $(BUILD)/patch.safetensors --prompt-file $(PROMPT) \

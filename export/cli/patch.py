@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..source import Source
 
 _CALIBRATION_QUERIES = 64
+_HELD_OUT = 16
 _SEED = 0
 _RANK = 16
 
@@ -64,9 +66,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--holdout",
         type=int,
-        default=16,
         metavar="N",
-        help="the number of queries that are held out of the fit (default 16)",
+        help=f"how many queries are held out of the fit (default {_HELD_OUT}); with --held-out, how many of its first "
+        "queries are measured (default: all)",
     )
     parser.add_argument(
         "--limit",
@@ -196,9 +198,10 @@ def run(args: argparse.Namespace) -> int:
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
-        fitted, held_out = queries[: args.limit], load_questions(args.held_out)
+        fitted, held_out = queries[: args.limit], load_questions(args.held_out)[: args.holdout]
     else:
-        fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
+        kept = _HELD_OUT if args.holdout is None else args.holdout
+        fitted, held_out = split_holdout(queries[: args.limit + kept], kept, _SEED)
     held_out_file = args.held_out or args.queries
     answers = {} if held_out_file is None else load_answers(held_out_file)
     source = open_source(args.src)
@@ -286,15 +289,22 @@ def _with_own_questions(
 
 
 def _entries(text: str) -> int:
+    """Return the number of entries that --prefix names."""
     from ..fit import ALL
 
-    return ALL if text == "all" else int(text)
+    if text == "all":
+        return ALL
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of entries, or all")
+    return int(text)
 
 
 def _size(text: str) -> int:
-    number = text.strip().upper().removesuffix("B")
-    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    return int(float(number.rstrip("KMG")) * factor)
+    """Return the number of bytes that --max-bytes names, with the decimal units kB, MB and GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 500kB or 2MB")
+    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -302,7 +312,7 @@ def _check(args: argparse.Namespace) -> None:
     at_least = (
         ("--rank", _RANK if args.rank is None else args.rank, 1),
         ("--limit", args.limit, 1),
-        ("--holdout", args.holdout, 0),
+        ("--holdout", _HELD_OUT if args.holdout is None else args.holdout, 0),
         ("--prefix", 1 if args.prefix is None else args.prefix, 1 if args.method == "prefix" else 0),
         ("--samples", args.samples, 1),
         ("--refine", args.refine, 0),
