@@ -103,8 +103,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--ridge",
         type=float,
-        default=1.0,
-        help="the ridge, relative to the mean diagonal of the Gram matrix (default 1)",
+        help="the ridge of the weights, relative to the mean diagonal of the Gram matrix (default 1)",
     )
     parser.add_argument(
         "--prefix",
@@ -241,7 +240,7 @@ def _recipe(
     method, prefix = args.method, args.prefix
     if method is None:
         searched = args.target is not None or args.max_bytes is not None
-        if context is None or (args.rank is not None and not searched) or prefix == 0:
+        if context is None or (_asks_for_weights(args) and not searched) or prefix == 0:
             method = "output"
         elif searched:
             method = "prefix"
@@ -256,7 +255,9 @@ def _recipe(
         prefix = ALL if method == "prefix" else 0
     return Recipe(
         method=method,
-        settings=Settings(args.rank or _RANK, args.ridge, args.first_layer, not args.no_bias),
+        settings=Settings(
+            args.rank or _RANK, 1.0 if args.ridge is None else args.ridge, args.first_layer, not args.no_bias
+        ),
         prefix=prefix,
         dtype=args.dtype,
         restate=not args.no_restating,
@@ -266,6 +267,11 @@ def _recipe(
         refine_steps=args.refine,
         student_precision=args.student_precision,
     )
+
+
+def _asks_for_weights(args: argparse.Namespace) -> bool:
+    """Return whether an option that only weights have was given."""
+    return args.rank is not None or args.ridge is not None or bool(args.first_layer or args.refine)
 
 
 def _with_own_questions(
@@ -322,7 +328,14 @@ def _check(args: argparse.Namespace) -> None:
     for field, value, least in at_least:
         require_at_least(field, value, least)
     if args.target is not None or args.max_bytes is not None:
-        for field, value in (("--prefix", args.prefix), ("--rank", args.rank), ("--method", args.method)):
+        chosen = (
+            ("--prefix", args.prefix),
+            ("--rank", args.rank),
+            ("--method", args.method),
+            ("--first-layer", args.first_layer or None),
+            ("--refine", args.refine or None),
+        )
+        for field, value in chosen:
             if value is not None:
                 raise CalibrationError(
                     "the search chooses this itself",
@@ -331,9 +344,9 @@ def _check(args: argparse.Namespace) -> None:
                     wanted="nothing beside --target or --max-bytes",
                     fix=f"leave {field} out, or leave the search out",
                 )
-    elif args.best:
+    if args.best and args.target is None:
         raise CalibrationError("there is no search whose best could be taken", field="--best", wanted="--target")
-    if not 0 <= args.ridge < float("inf"):
+    if args.ridge is not None and not 0 <= args.ridge < float("inf"):
         raise CalibrationError(
             "the ridge is negative or not finite", field="--ridge", got=args.ridge, wanted="a finite number >= 0"
         )
