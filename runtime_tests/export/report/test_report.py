@@ -16,7 +16,7 @@ import torch
 
 from tp_export.cli import main as tp_export_main
 from tp_export.decoder import patched
-from tp_export.fit import Recipe, make_patch
+from tp_export.fit import ALL, Recipe, make_patch
 from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prompt, without_prompt
 from tp_export.queries import load_questions
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
@@ -172,7 +172,7 @@ def test_switching_a_layer_off_equals_a_patch_without_that_layer(
 def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, model: Any, tmp_path: Path) -> None:
     """The report of such a patch has no strengths, and its answers are those of the prompt."""
     source = open_source(tiny_llama)
-    recipe = Recipe(prefix=10_000, method="prefix", max_new_tokens=6, samples=1)
+    recipe = Recipe(prefix=ALL, method="prefix", max_new_tokens=6, samples=1)
     patch = make_patch(source, model, PIRATE, ["Hello?", "Who is there?"], QUERIES, recipe, name="prefix")
     file = tmp_path / "prefix.safetensors"
     patch.save(file)
@@ -203,7 +203,7 @@ def test_a_full_rank_keeps_all_the_energy(model: Any, dialogues: list[Dialogue])
     from tp_export.fit import Settings, fit_lockstep
 
     kept = {
-        rank: fit_lockstep(model, dialogues, "output", Settings(rank))[0]["mlp_out"].retained for rank in (1, 8, 64)
+        rank: fit_lockstep(model, dialogues, "output", Settings(rank))[0][0]["mlp_out"].retained for rank in (1, 8, 64)
     }
     assert kept[1] is not None and kept[8] is not None and kept[1] < kept[8] < 1.0001
     assert kept[64] == pytest.approx(1, abs=1e-9)
