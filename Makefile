@@ -1,4 +1,6 @@
-# make demo: fetches a model, exports it, fits a patch, and shows how the patch changes the model's behaviour.
+# make demo: fetches a model, exports it, fits a patch, and shows what the patch keeps of the prompt and what it saves.
+#            MODEL=smollm2-135m-instruct takes a smaller model and another prompt.
+# make report: writes a page about the demo's patch.
 # make test: runs every test.
 # make test-edge: runs the tests of the edge half again, without the host half and with the oldest ONNX Runtime.
 PYTHON ?= python3
@@ -7,14 +9,29 @@ BIN := $(VENV)/bin
 EDGE_VENV := .venv-edge
 EDGE_BIN := $(EDGE_VENV)/bin
 OLDEST_RUNTIME := onnxruntime==1.24.1
-BUILD := build/demo
-BASE := smollm2-135m-instruct
+MODEL ?= gemma-3-270m
+BUILD := build/demo/$(MODEL)
 
-.PHONY: demo test test-edge lint clean
+# What each model of the demo is asked: the prompt, inputs without answers to fit on, and held-out inputs with answers.
+PROMPT/gemma-3-270m := benchmarks/tasks/events.prompt.txt
+QUERIES/gemma-3-270m := benchmarks/tasks/events.calibration.txt
+HELD_OUT/gemma-3-270m := benchmarks/tasks/events.held-out.jsonl
+PROMPT/smollm2-135m-instruct := demo/sheet.txt
+QUERIES/smollm2-135m-instruct := demo/sheet-queries.txt
+HELD_OUT/smollm2-135m-instruct := demo/sheet-held-out.jsonl
+PROMPT := $(PROMPT/$(MODEL))
+QUERIES := $(QUERIES/$(MODEL))
+HELD_OUT := $(HELD_OUT/$(MODEL))
+$(if $(PROMPT),,$(error the demo has no prompt for MODEL=$(MODEL); it has one for gemma-3-270m and smollm2-135m-instruct))
+
+.PHONY: demo report test test-edge lint clean
 .DELETE_ON_ERROR:
 
-demo: $(BUILD)/model/patch_slots.json $(BUILD)/pirate.safetensors
-	$(BIN)/python demo/edge.py $(BUILD)/model $(BUILD)/pirate.safetensors demo/pirate.txt
+demo: $(BUILD)/model/patch_slots.json $(BUILD)/patch.safetensors
+	$(BIN)/python demo/edge.py $(BUILD)/model $(BUILD)/patch.safetensors $(PROMPT) $(HELD_OUT)
+
+report: $(BUILD)/report.html
+	@echo $(BUILD)/report.html
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
@@ -47,10 +64,16 @@ $(EDGE_VENV)/.installed: pyproject.toml
 # `fetch` prints the folder. If it made the folder before, it finds it again.
 $(BUILD)/source: $(VENV)/.installed
 	mkdir -p $(BUILD)
-	$(BIN)/tp-export fetch $(BASE) > $@
+	$(BIN)/tp-export fetch $(MODEL) > $@
 
 $(BUILD)/model/patch_slots.json: | $(BUILD)/source
 	$(BIN)/tp-export model "$$(cat $(BUILD)/source)" $(BUILD)/model --overwrite
 
-$(BUILD)/pirate.safetensors: demo/pirate.txt demo/held-out.txt | $(BUILD)/source
-	$(BIN)/tp-export patch "$$(cat $(BUILD)/source)" $@ --prompt-file demo/pirate.txt --held-out demo/held-out.txt --limit 48
+# The answers of the few-shot task end with their line. A command substitution drops a newline at its end, so x follows.
+$(BUILD)/patch.safetensors: $(PROMPT) $(QUERIES) $(HELD_OUT) | $(BUILD)/source
+	nl="$$(printf '\nx')"; $(BIN)/tp-export patch "$$(cat $(BUILD)/source)" $@ --prompt-file $(PROMPT) \
+	    --queries $(QUERIES) --held-out $(HELD_OUT) --holdout 20 --samples 1 $(if $(filter gemma%,$(MODEL)),--stop "$${nl%x}")
+
+$(BUILD)/report.html: $(BUILD)/patch.safetensors $(BUILD)/model/patch_slots.json
+	$(BIN)/tp-export report "$$(cat $(BUILD)/source)" $(BUILD)/patch.safetensors --prompt-file $(PROMPT) \
+	    --queries $(HELD_OUT) --calibration $(QUERIES) --runtime $(BUILD)/model --frontier 64,192 -o $@

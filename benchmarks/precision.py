@@ -61,8 +61,9 @@ def main() -> None:
             figures |= {
                 "kl_prompted_unpatched": round(measured.kl_unpatched, 4),
                 "kl_prompted_patched": round(measured.kl_patched, 4),
-                "gap_closed": round(measured.gap_closed, 4),
             }
+            beside = ("gap_closed", "gap_closed_se", "gap_closed_first", "gap_closed_first_se", "top1_agreement")
+            figures |= {name: round(value, 4) for name, value in measured.to_dict().items() if name in beside}
         print(json.dumps(figures), flush=True)
 
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from ..progress import bar
     from ..queries import load_answers, load_questions
-    from ..rollout import dialogues_for
+    from ..rollout import Context, dialogues_for
     from ..source import open_source
 
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     check_measurable(patch, "the patch", context, queries, source, graph)
     model = load_weights(source, args)
     limit = args.max_new_tokens
-    dialogues = dialogues_for(source, model, context, queries, limit, stop=stop)
+    cached = None if context is None else Context.of(source, model, context, queries).cached
+    dialogues = dialogues_for(source, model, context, queries, limit, stop=stop, cached=cached)
 
     def student(under: Patch | None) -> Student:
         return TorchStudent(model, under) if graph is None else RuntimeStudent(graph, under)
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         return runtime_answers(source, graph, under, limit, stop)
 
     with bar("held-out fidelity", len(dialogues), "query") as shown:
-        fidelity = measure_fidelity(dialogues, TorchStudent(model), student(None), student(patch), shown.update)
+        teacher = TorchStudent(model, cached=cached)
+        fidelity = measure_fidelity(dialogues, teacher, student(None), student(patch), shown.update)
     figures = fidelity.to_dict()
     if fidelity.gap_closed_first is None:
         _note(

@@ -173,7 +173,7 @@ def stop_strings(given: Sequence[str] | None, patch: Patch | None = None) -> tup
         CalibrationError: a stop string is empty or not valid Unicode.
     """
     if given is None:
-        return () if patch is None else tuple(getattr(patch.config, "stop", ()))
+        return () if patch is None else patch.config.stop
     if "" in given:
         raise CalibrationError("the stop string is empty", field="--stop", got="''", wanted="text")
     return tuple(valid_text("--stop", text) for text in given)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tp_runtime.errors import CalibrationError
 
@@ -14,6 +15,7 @@ from .options import (
     add_context_options,
     add_device_options,
     add_source,
+    add_stop,
     check_patch_file,
     given,
     load_weights,
@@ -21,10 +23,19 @@ from .options import (
     read_context,
     require_at_least,
     require_folder_of,
+    stop_strings,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..fit import Recipe
+    from ..source import Source
+
 _CALIBRATION_QUERIES = 64
+_HELD_OUT = 16
 _SEED = 0
+_RANK = 16
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,9 +43,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "patch",
         help="compute a patch from a prompt",
-        description="Let the model answer queries with the prompt in front, and fit the prompt's effect on the layers "
-        "in closed form. The fidelity is measured on queries that are held out of the fit. The command prints the path "
-        "of the file.",
+        description="Let the model answer queries with the prompt in front, and fit what the prompt does to the layers "
+        "in closed form: as key/value entries that stand in for the prompt's, as weights, or both. Without --method, "
+        "--rank, --prefix, --target and --max-bytes a short prompt keeps all its entries, which is exact, and a long "
+        "one is compacted. The fidelity is measured on queries that are held out of the fit. The command prints the "
+        "path of the file.",
     )
     add_source(parser)
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
@@ -44,7 +57,8 @@ def add_parser(subparsers: Any) -> None:
         "--queries",
         type=Path,
         metavar="FILE",
-        help="a file of queries, one per line, or a .json or .jsonl file (default: the built-in questions)",
+        help="a file of queries, one per line, or a .json or .jsonl file (default: the built-in questions, and for a "
+        "long prompt of a chat model as many that the model writes about it)",
     )
     parser.add_argument(
         "--held-out", type=Path, metavar="FILE", help="a file of queries to measure on, instead of --holdout"
@@ -52,9 +66,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--holdout",
         type=int,
-        default=16,
         metavar="N",
-        help="the number of queries that are held out of the fit (default 16)",
+        help=f"the number of queries that are held out of the fit (default {_HELD_OUT}); with --held-out, the number of "
+        "its first queries to measure on (default: all)",
     )
     parser.add_argument(
         "--limit",
@@ -66,11 +80,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--method",
         choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
-        default="output",
-        help="the form of the patch (default: output); output gives weights alone unless --prefix adds entries: such a "
-        "patch has any strength, adds to every other patch and travels to other formats; a lora patch is added to the "
-        "output of the MLP's last linear layer, for the LoRA export of Gemma-like models; a prefix patch has no "
-        "weights, see --prefix; isotropic is a baseline for comparison",
+        help="the form of the weights (default: output with --rank, otherwise prefix); output gives weights alone "
+        "unless --prefix adds entries: such a patch has any strength, adds to every other patch and travels to other "
+        "formats; a lora patch is added to the output of the MLP's last linear layer, for the LoRA export of "
+        "Gemma-like models; a prefix patch has entries and no weights, see --prefix; isotropic is a baseline for "
+        "comparison",
     )
     parser.add_argument(
         "--no-bias",
@@ -85,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="leave the layers below N unpatched (default 0); control vectors of llama.cpp begin at layer 1",
     )
-    parser.add_argument("--rank", type=int, default=16, help="the rank of each pair of factors (default 16)")
+    parser.add_argument("--rank", type=int, help="the rank of each pair of factors (default 16 where there are any)")
     parser.add_argument(
         "--ridge",
         type=float,
@@ -94,11 +108,39 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--prefix",
-        type=int,
-        default=0,
+        type=_entries,
         metavar="N",
-        help="store N key/value entries of the prompt per head, those that are attended to most (default 0: only "
-        "weights)",
+        help="compact the prompt to N key/value entries for each head of a layer, on average over the layers; `all` "
+        "keeps every entry, which is exact; 0 gives weights alone",
+    )
+    parser.add_argument(
+        "--target",
+        type=float,
+        metavar="SHARE",
+        help="find the smallest file that reaches this share of the prompt's effect, such as 0.95, on a part of the "
+        "calibration queries that is kept for the choice",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="the largest size of the file, such as 2MB; without --target the best file of that size",
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="write the best file that was found if none reaches --target"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("i8", "f16", "bf16", "f32"),
+        default="i8",
+        help="the dtype of entries and factors in the file (default: i8, with scales; it costs at most 0.002 of the "
+        "prompt's effect)",
+    )
+    parser.add_argument(
+        "--no-restating",
+        action="store_true",
+        help="fit the answers to the queries only; otherwise a long prompt of a chat model is repeated and echoed too, "
+        "so that the fit sees all of it",
     )
     parser.add_argument(
         "--samples",
@@ -108,6 +150,7 @@ def add_parser(subparsers: Any) -> None:
         help="the number of answers to each query to fit on; one is greedy and the others are sampled (default 2)",
     )
     add_answer_length(parser)
+    add_stop(parser, "none; the file remembers it, and the runtime stops there too")
     parser.add_argument(
         "--rollouts",
         type=Path,
@@ -138,34 +181,35 @@ def run(args: argparse.Namespace) -> int:
     """Compute the patch, write it and print its path; its figures go to stderr."""
     from tp_runtime.patch import FLOAT_PRECISIONS
 
-    from ..fit import Recipe, Settings, make_patch
+    from ..fit import Target, make_patch
     from ..measure import fidelity_line
     from ..quantise import check_precision
-    from ..queries import load_questions, split_holdout
+    from ..queries import load_answers, load_questions, split_holdout
     from ..rollout import RolloutStore
     from ..source import open_source
 
     check_precision(args.student_precision)
     _check(args)  # bad arguments are found before the minutes of work
+    stop = stop_strings(args.stop)
+    target = None
+    if args.target is not None or args.max_bytes is not None:
+        target = Target(args.target, args.max_bytes, args.best)
     repairs = args.student_precision not in FLOAT_PRECISIONS
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
     if args.held_out is not None:
-        fitted, held_out = queries[: args.limit], load_questions(args.held_out)
+        fitted, held_out = queries[: args.limit], load_questions(args.held_out)[: args.holdout]
     else:
-        fitted, held_out = split_holdout(queries[: args.limit + args.holdout], args.holdout, _SEED)
+        kept = _HELD_OUT if args.holdout is None else args.holdout
+        fitted, held_out = split_holdout(queries[: args.limit + kept], kept, _SEED)
+    held_out_file = args.held_out or args.queries
+    answers = {} if held_out_file is None else load_answers(held_out_file)
     source = open_source(args.src)
     store = None if args.rollouts is None else RolloutStore(args.rollouts, source.digest)
     model = load_weights(source, args)
-    recipe = Recipe(
-        method=args.method,
-        settings=Settings(args.rank, args.ridge, args.first_layer, not args.no_bias),
-        prefix=args.prefix,
-        samples=args.samples,
-        max_new_tokens=args.max_new_tokens,
-        refine_steps=args.refine,
-        student_precision=args.student_precision,
-    )
+    recipe = _recipe(args, source, context, [*fitted, *held_out], stop)
+    if args.queries is None and recipe.prefix and context is not None:
+        fitted = _with_own_questions(source, model, context, fitted, held_out)
     patch = make_patch(
         source,
         model,
@@ -174,6 +218,8 @@ def run(args: argparse.Namespace) -> int:
         held_out,
         recipe,
         name=args.name or args.out.stem,
+        target=target,
+        answers=answers,
         store_context=args.store_prompt,
         store=store,
     )
@@ -185,13 +231,89 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _recipe(
+    args: argparse.Namespace, source: Source, context: str | None, queries: Sequence[str], stop: tuple[str, ...]
+) -> Recipe:
+    """Return the recipe that the options ask for; what they leave open depends on the length of the context."""
+    from ..fit import ALL, Recipe, Settings, default_entries
+    from ..rollout import context_length
+
+    method, prefix = args.method, args.prefix
+    if method is None:
+        searched = args.target is not None or args.max_bytes is not None
+        if context is None or (args.rank is not None and not searched) or prefix == 0:
+            method = "output"
+        elif searched:
+            method = "prefix"
+        else:
+            length = context_length(source, context, queries)
+            if prefix is None and length is None:  # entries cannot stand in for this beginning
+                print("note: no one beginning holds the prompt, so the patch gets weights alone", file=sys.stderr)
+                method = "output"
+            else:
+                method, prefix = "prefix", default_entries(length or 0) if prefix is None else prefix
+    if prefix is None:
+        prefix = ALL if method == "prefix" else 0
+    return Recipe(
+        method=method,
+        settings=Settings(args.rank or _RANK, args.ridge, args.first_layer, not args.no_bias),
+        prefix=prefix,
+        dtype=args.dtype,
+        restate=not args.no_restating,
+        stop=stop,
+        samples=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        refine_steps=args.refine,
+        student_precision=args.student_precision,
+    )
+
+
+def _with_own_questions(
+    source: Source, model: Any, context: str, fitted: Sequence[str], held_out: Sequence[str]
+) -> list[str]:
+    """Replace half of the built-in questions with questions that the model writes about a long context."""
+    from ..fit import LONG_CONTEXT
+    from ..progress import bar
+    from ..queries import statements, unlike, write_questions
+    from ..rollout import Context
+
+    prepared = Context.of(source, model, context, [*fitted, *held_out])
+    if source.codec.style != "chat" or prepared.cached is None or prepared.cached.position <= LONG_CONTEXT:
+        return list(fitted)
+    half = len(fitted) // 2
+    rounds = min(4, -(-half // max(1, len(statements(context)))))
+    with bar("questions about the prompt", rounds * len(statements(context)), "answer") as shown:
+        found = write_questions(source, model, context, rounds, prefix=prepared.cached, progress=shown.update)
+    own = unlike(found, held_out)[:half]
+    return [*own, *fitted[: len(fitted) - len(own)]]
+
+
+def _entries(text: str) -> int:
+    """Return the number of entries that --prefix names."""
+    from ..fit import ALL
+
+    if text == "all":
+        return ALL
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of entries, or all")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Return the number of bytes that --max-bytes names, with the decimal units kB, MB and GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 500kB or 2MB")
+    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+
+
 def _check(args: argparse.Namespace) -> None:
     check_patch_file(args.out, given(args.src, args.prompt_file, args.queries, args.held_out, args.rollouts))
     at_least = (
-        ("--rank", args.rank, 1),
+        ("--rank", _RANK if args.rank is None else args.rank, 1),
         ("--limit", args.limit, 1),
-        ("--holdout", args.holdout, 0),
-        ("--prefix", args.prefix, 1 if args.method == "prefix" else 0),
+        ("--holdout", _HELD_OUT if args.holdout is None else args.holdout, 0),
+        ("--prefix", 1 if args.prefix is None else args.prefix, 1 if args.method == "prefix" else 0),
         ("--samples", args.samples, 1),
         ("--refine", args.refine, 0),
         ("--first-layer", args.first_layer, 0),
@@ -199,6 +321,18 @@ def _check(args: argparse.Namespace) -> None:
     )
     for field, value, least in at_least:
         require_at_least(field, value, least)
+    if args.target is not None or args.max_bytes is not None:
+        for field, value in (("--prefix", args.prefix), ("--rank", args.rank), ("--method", args.method)):
+            if value is not None:
+                raise CalibrationError(
+                    "the search chooses this itself",
+                    field=field,
+                    got=value,
+                    wanted="nothing beside --target or --max-bytes",
+                    fix=f"leave {field} out, or leave the search out",
+                )
+    elif args.best:
+        raise CalibrationError("there is no search whose best could be taken", field="--best", wanted="--target")
     if not 0 <= args.ridge < float("inf"):
         raise CalibrationError(
             "the ridge is negative or not finite", field="--ridge", got=args.ridge, wanted="a finite number >= 0"

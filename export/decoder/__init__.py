@@ -5,7 +5,7 @@ This room knows nothing of files, of queries, or of how deltas are fitted.
 
 from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
 from .attention import Entry, Heads, attending, entries_seen, layer_windows, own_scale
-from .hooks import PatchHooks, TorchDelta, applied, patched
+from .hooks import PatchHooks, TorchDelta, applied, layer_deltas, patched
 from .kv_prefix import TorchPrefix, cached_prompt, torch_prefix
 from .module_names import SiteLinear, model_without_weights, site_linears
 from .slot_modules import SLOT_SETS, SlotTensors, slots_of, slotted
@@ -28,6 +28,7 @@ __all__ = [
     "cached_prompt",
     "entries_seen",
     "kv_shape",
+    "layer_deltas",
     "layer_inputs",
     "layer_windows",
     "model_without_weights",

@@ -148,6 +148,14 @@ def torch_delta(delta: Delta, device: torch.device | str, dtype: torch.dtype) ->
     return TorchDelta(tensor(delta.bias), tensor(delta.a), tensor(delta.b))
 
 
+def layer_deltas(patch: Patch, model: Any) -> dict[int, dict[str, TorchDelta]]:
+    """Return the deltas of a patch by layer and site, as tensors on the model's device and in its dtype."""
+    layers: dict[int, dict[str, TorchDelta]] = {}
+    for (layer, site), delta in patch.deltas.items():
+        layers.setdefault(layer, {})[site] = torch_delta(delta, model.device, model.dtype)
+    return layers
+
+
 @contextmanager
 def patched(model: nn.Module, patch: Patch) -> Iterator[None]:
     """Apply the deltas of `patch` to `model` within the context."""

@@ -53,11 +53,11 @@ class TorchPrefix:
         return {"position_ids": positions(ids, self.position), "use_cache": False}
 
     def numpy(self) -> KVPrefix:
-        """Return the prefix for a patch file, rounded to the half precision that the file stores."""
+        """Return the prefix as numpy arrays, for a patch file."""
         arrays = {}
         for layer, pair in enumerate(self.entries):
             for part, kept in zip(("key", "value"), pair, strict=True):
-                arrays[layer, part] = kept.transpose(0, 1).to(torch.float16).float().cpu().numpy()
+                arrays[layer, part] = kept.transpose(0, 1).float().cpu().numpy()
         return KVPrefix(arrays, self.replaces, self.position)
 
 

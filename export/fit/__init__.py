@@ -4,22 +4,31 @@ This room knows nothing of ONNX or of other tools' files.
 """
 
 from .baselines import fit_steering, steering_candidates
+from .calibration import LONG_CONTEXT, Calibration, restate
+from .choice import Target, default_entries
+from .closed_form import fit_patch
 from .exact import verify
 from .forms import Settings
 from .lockstep import fit_lockstep
-from .recipe import ALL, Recipe, fit_patch, make_patch, to_half
+from .make import assemble, make_patch
+from .recipe import ALL, Recipe
 from .repair import repair_patch
 
 __all__ = [
     "ALL",
+    "LONG_CONTEXT",
+    "Calibration",
     "Recipe",
     "Settings",
+    "Target",
+    "assemble",
+    "default_entries",
     "fit_lockstep",
     "fit_patch",
     "fit_steering",
     "make_patch",
     "repair_patch",
+    "restate",
     "steering_candidates",
-    "to_half",
     "verify",
 ]

@@ -15,7 +15,8 @@ from ..decoder import blocks_of
 from ..queries import load_questions, split_holdout
 from ..source import Source
 from .forms import Settings
-from .recipe import Recipe, make_patch
+from .make import make_patch
+from .recipe import Recipe
 
 # The effect of a prompt lies in few directions, but rounding errors do not, so a higher rank still helps here
 # (docs/precision.md).

@@ -1,7 +1,7 @@
 """Write genai_config.json, which onnxruntime-genai needs next to the graph.
 
-The graph itself needs no change: the config names its inputs and outputs, and the slots and `tp.first_logit` have
-defaults.
+The graph itself needs no change: the config names its inputs and outputs, and the slots, `tp.first_logit` and the
+lengths of windowed layers have defaults.
 """
 
 from __future__ import annotations

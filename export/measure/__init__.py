@@ -11,6 +11,7 @@ from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
 from .fidelity import Fidelity, fidelity_line, measure_fidelity
 from .probe import torch_probe
 from .students import RuntimeStudent, Student, TorchStudent
+from .teacher import cached_teacher
 
 __all__ = [
     "Accuracy",
@@ -25,6 +26,7 @@ __all__ = [
     "RuntimeStudent",
     "Student",
     "TorchStudent",
+    "cached_teacher",
     "diverge",
     "fidelity_line",
     "measure_accuracy",

@@ -101,14 +101,20 @@ def fidelity_line(figures: Mapping[str, float], of: str) -> str:
     """Return the figures of `Fidelity.to_dict` as one line for people.
 
     Args:
-        figures: the figures.
+        figures: the figures, perhaps with those of `Accuracy.to_dict`.
         of: what the patch stands in for, such as "the prompt".
     """
-    first = "no first-token gap"  # the prompt has no effect on the first token
+    shares = [f"{_share(figures, 'gap_closed')} of {of}"]
     if "gap_closed_first" in figures:
-        first = f"first token {_share(figures, 'gap_closed_first')}"
+        shares.append(f"first token {_share(figures, 'gap_closed_first')}")
+    else:
+        shares.append("no first-token gap")  # the prompt has no effect on the first token
+    shares.append(f"same top token {figures['top1_agreement']:.1%}")
+    kept = next((name for name in ("accuracy_exact_kept", "accuracy_kept") if name in figures), None)
+    if kept is not None:
+        shares.append(f"{_share(figures, kept)} of the right answers kept")
     return (
-        f"held out: {_share(figures, 'gap_closed')} of {of}, {first}, same top token {figures['top1_agreement']:.1%} "
+        f"held out: {', '.join(shares)} "
         f"(KL {figures['kl_unpatched']:.3f} -> {figures['kl_patched']:.3f} nats per token, "
         f"{figures['completion_tokens']} tokens of {figures['queries']} queries)"
     )

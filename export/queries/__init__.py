@@ -3,7 +3,7 @@
 This room knows nothing of how a patch is fitted or measured.
 """
 
-from .questions import check_disjoint, check_unfitted, load_answers, load_questions, query_digest, split_holdout
+from .questions import check_disjoint, check_unfitted, load_answers, load_questions, query_digest, split_holdout, unlike
 from .self_study import statements, write_questions
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "query_digest",
     "split_holdout",
     "statements",
+    "unlike",
     "write_questions",
 ]

@@ -173,6 +173,12 @@ def check_unfitted(queries: Iterable[str], fitted_digests: Iterable[str]) -> Non
     check_disjoint([query for query in queries if query_digest(query) in digests], queries)
 
 
+def unlike(queries: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return those of `queries` that are none of `others` (see `query_key`)."""
+    taken = {query_key(other) for other in others}
+    return [query for query in queries if query_key(query) not in taken]
+
+
 def query_key(query: str) -> str:
     """Return a query without regard to case and spacing; two queries with the same key count as the same query."""
     return " ".join(query.casefold().split())

@@ -14,6 +14,7 @@ from typing import Any
 
 from tp_runtime.errors import CalibrationError, shown
 
+from ..decoder import TorchPrefix
 from ..rollout import Ending, check_prompts, complete
 from ..source import Source
 from .questions import query_key
@@ -36,6 +37,7 @@ def write_questions(
     rounds: int,
     *,
     seed: int = 0,
+    prefix: TorchPrefix | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Return questions about `document`, without repetitions.
@@ -49,6 +51,7 @@ def write_questions(
             several.
         rounds: the number of passes over the document; every round uses another wording or samples new answers.
         seed: the seed of the samples.
+        prefix: the document's cached keys and values, so that it is not run for every question.
         progress: a function that is called with the number of answers just generated.
 
     Raises:
@@ -78,6 +81,7 @@ def write_questions(
             Ending.of(source.codec),
             temperature=0.0 if number < len(_WORDINGS) else _TEMPERATURE,
             seed=seed + number,
+            prefix=prefix,
             progress=progress,
         )
         for answer in answers:

@@ -19,11 +19,18 @@ from tp_runtime.errors import PatchValueError
 from tp_runtime.patch import Delta, Patch
 
 from ..decoder import TorchDelta
-from ..fit import Settings, fit_lockstep, fit_steering, steering_candidates, to_half
-from ..measure import Divergence, TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
+from ..fit import (
+    Settings,
+    assemble,
+    fit_lockstep,
+    fit_steering,
+    restate,
+    steering_candidates,
+)
+from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
-from ..rollout import Dialogue, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from .figures import Baseline, Fits
 from .setup import Setup, Subject
 
@@ -31,8 +38,8 @@ METHODS = ("steering", "isotropic", "vector", "output", "matrix")
 NOT_FOUND = "the queries that this patch was fitted on are not among those given (--calibration FILE)"
 _ISOTROPIC_RIDGES = (1.0, 10.0, 100.0)
 _TUNED_ON = 4  # the number of fitted queries on which a heuristic's setting is chosen
-# The largest relative difference at which tensors count as the same. It covers two differences: the rounding to half
-# precision in the file, and the float noise of another machine.
+# The largest relative difference at which tensors count as the same. It covers two differences: the rounding in the
+# file, and the float noise of another machine.
 _SAME = 4e-3
 
 
@@ -87,7 +94,7 @@ def measure_fits(
     fits = {method: fit_method(model, calibration, method, patch) for method in setup.methods}
     arms = {m: without_prompt(TorchStudent(model, fit.patch)) for m, fit in fits.items() if fit is not None}
     with bar("methods on held-out queries", len(held), "query") as progress:
-        found = diverge(held, with_prompt(TorchStudent(model)), arms, progress.update)
+        found = diverge(held, with_prompt(cached_teacher(model, held)), arms, progress.update)
     methods = []
     for method, fit in fits.items():
         if fit is None:
@@ -102,14 +109,17 @@ def measure_fits(
 
 
 def _calibration(setup: Setup, subject: Subject, store: RolloutStore) -> list[Dialogue]:
-    """Generate again the dialogues that the patch was fitted on."""
+    """Return the dialogues that the patch was fitted on: the answers, generated again, and those that restate."""
     config = subject.patch.config
     made = config.calibration or {}
     limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
-    stop = tuple(getattr(config, "stop", ()))
-    return dialogues_for(
-        setup.source, setup.model, subject.context, subject.fitted, limit, samples=samples, store=store, stop=stop
-    )
+    source, model, queries = setup.source, setup.model, subject.fitted
+    context = Context.of(source, model, subject.context, queries)
+    options: dict[str, Any] = {"samples": samples, "stop": config.stop, "cached": context.cached, "store": store}
+    dialogues = dialogues_for(source, model, subject.context, queries, limit, **options)
+    if sum(len(dialogue.completion) for dialogue in dialogues) == made.get("rows"):  # it was fitted on answers alone
+        return dialogues
+    return [*dialogues, *restate(source, context)]
 
 
 def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:
@@ -137,7 +147,7 @@ def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: P
         arms = {str(i): without_prompt(TorchStudent(model, patch)) for i, (patch, _, _) in enumerate(tried)}
         some = calibration[:_TUNED_ON]
         with bar(f"choose {method}", len(some), "query") as shown:
-            found = diverge(some, with_prompt(TorchStudent(model)), arms, shown.update)
+            found = diverge(some, with_prompt(cached_teacher(model, some)), arms, shown.update)
         chosen = min(range(len(tried)), key=lambda i: np.nan_to_num(found[str(i)].mean, nan=np.inf))
     patch, setting, deltas = tried[chosen]
     retained = {
@@ -148,7 +158,7 @@ def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: P
 
 
 def same_tensors(one: Patch, other: Patch) -> bool:
-    """Return whether two patches have equal deltas in every slot, up to the rounding of half precision."""
+    """Return whether two patches have equal deltas in every slot, up to rounding."""
     if set(one.deltas) != set(other.deltas):
         return False
     return all(_close(one.deltas[slot], other.deltas[slot]) for slot in one.deltas)
@@ -199,4 +209,4 @@ def _scaled(vector: TorchDelta, strength: float) -> TorchDelta:
 
 def _patch(deltas: dict[int, dict[str, TorchDelta]], method: str, like: Patch) -> Patch:
     config = replace(like.config, name=method, method=method, probe=None, fidelity=None, report=None)
-    return Patch(to_half(deltas), config)
+    return assemble(deltas, None, config, like.dtype)

@@ -309,7 +309,8 @@ class PatchReport:
 
     `prompt_tokens` is the number of tokens of the prompt's text. `added_tokens` is the number of tokens by which a
     session with the prompt is longer than one without. It is smaller than `prompt_tokens` if the chat template has a
-    default system text that the prompt replaces. `known_answers` is the number of held-out queries whose answers are
+    default system text that the prompt replaces. `entries` has the different numbers of KV entries per head that layers
+    have, and is empty for a patch of weights. `known_answers` is the number of held-out queries whose answers are
     known.
     """
 
@@ -318,6 +319,7 @@ class PatchReport:
     method: str
     rank: int
     sites: list[str]
+    entries: list[int]
     stop: list[str]
     file: str
     file_bytes: int

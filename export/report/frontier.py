@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tp_runtime.errors import CalibrationError, PatchError
-from tp_runtime.patch import DTYPES, Patch
+from tp_runtime.patch import Patch
 
 from ..fit import ALL, Recipe, Settings, make_patch
-from ..measure import Answers, Arm, Prompts, TorchStudent, diverge, with_prompt, without_prompt
+from ..measure import Answers, Arm, Prompts, TorchStudent, cached_teacher, diverge, with_prompt, without_prompt
 from ..progress import bar
 from ..rollout import Dialogue, RolloutStore
 from .compare import NOT_FOUND
@@ -26,7 +26,7 @@ from .known import Known
 from .setup import Setup, Subject
 from .shorter import ShorterPromptArm, shorter_prompts
 
-_FILE_DTYPES = tuple(dtype for dtype in ("f16", "i8") if dtype in DTYPES)
+_DTYPES = ("f16", "i8")  # of the files; the fit rounds to the first
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new
     """Return the patches to fit: weights alone, entries alone, both, and the exact cache.
 
     Args:
-        like: the patch of the report. The fits have its ridge and its number of answers to each query, and both has its
-            rank; the form of the weights is `output`.
+        like: the patch of the report. The fits have its ridge, its stop strings and its number of answers to each
+            query, and both has its rank; the form of the weights is `output`.
         ranks: the ranks of weights alone; without any, the rank of `like`.
         entries: the numbers of entries per head.
         max_new_tokens: the length of the answers, if `like` does not state it.
@@ -75,6 +75,7 @@ def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new
     weights = Recipe(
         method="output",
         settings=settings,
+        stop=like.config.stop,
         samples=int(made.get("samples", 1)),
         max_new_tokens=int(made.get("max_new_tokens", max_new_tokens)),
     )
@@ -109,13 +110,12 @@ def measure_frontier(
             *_fitted(setup, subject, store, Path(folder), missing),
             *_shorter(setup, subject, held, known),
         ]
-    base = TorchStudent(setup.model)
     arms: Mapping[str, Arm] = {
-        "none": without_prompt(base),
+        "none": without_prompt(TorchStudent(setup.model)),
         **{str(i): candidate.arm for i, candidate in enumerate(candidates)},
     }
     with bar("fidelity against cost", len(held), "query") as shown:
-        found = diverge(held, with_prompt(base), arms, shown.update)
+        found = diverge(held, with_prompt(cached_teacher(setup.model, held)), arms, shown.update)
     points = []
     for i, one in enumerate(candidates):
         label = f"known answers, {' '.join(filter(None, one.point[:3]))}"
@@ -140,7 +140,7 @@ def _fitted(
         except (CalibrationError, PatchError) as error:  # the model or the context may not allow this form
             missing.append(f"{name}: {error}")
             continue
-        for dtype in _FILE_DTYPES:
+        for dtype in _DTYPES:
             file = folder / "point.safetensors"
             patch.save(file, dtype)
             yield _patch_candidate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .figures import BOTH, ENTRIES, EXACT, SERIES, SHORTER, THIS, WEIGHTS, Point
 from .plots import BASE, ERROR, PATCH, PROMPT, drawn, number
@@ -38,7 +39,11 @@ def frontier(points: Sequence[Point]) -> str:
                 _draw(by_bytes, [(p.bytes / 1e6, p) for p in chosen if p.bytes is not None], key)
                 _draw(by_tokens, [(p.context_tokens, p) for p in chosen], key, named=series == SHORTER)
         grid[-1, 0].set(xlabel="MB on disk")
-        grid[-1, 1].set(xlabel="tokens of context in each session", xlim=(-1, None))
+        grid[-1, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        grid[-1, 0].xaxis.set_major_formatter(FuncFormatter(lambda megabytes, _: f"{megabytes:g}"))
+        grid[-1, 0].xaxis.set_minor_locator(NullLocator())
+        fewest = min(point.context_tokens for point in points)  # below zero if a default system text falls away
+        grid[-1, 1].set(xlabel="tokens of context in each session", xlim=(min(fewest, 0) - 2, None))
         present = [series for series in SERIES if any(point.series == series for point in points)]
         handles = [grid[0, 0].plot([], [], color=_COLOURS[series], marker="o", label=series)[0] for series in present]
         if any(point.dtype == "i8" for point in points):

@@ -15,9 +15,9 @@ from typing import Any
 
 from tp_runtime.patch import Patch
 
-from ..measure import Divergence, TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
+from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import Dialogue, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from . import compare, locality, running
 from .figures import NO_PROMPT, PATCH, Answer, Composed, Layer, PatchReport, Strength, Sweep
 from .frontier import measure_frontier
@@ -53,7 +53,7 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
         RequestError: a query does not fit the context window.
     """
     source, model, patch, stop = setup.source, setup.model, subject.patch, subject.stop
-    held = dialogues_for(source, model, subject.context, subject.queries, setup.max_new_tokens, stop=stop)
+    held = _held_out(setup, subject)
     known = Known.of(setup, subject, held)
     variants, base, own = measure_variants(setup, subject, held, known)
     long = running.measure_long(source, model, patch, held[:LONG], setup.long, stop) if setup.long else None
@@ -73,6 +73,7 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
         method=patch.config.method,
         rank=patch.rank,
         sites=sorted({site for _, site in patch.deltas}),
+        entries=[] if patch.prefix is None else sorted(set(patch.prefix.counts)),
         stop=list(stop),
         file=subject.file.name,
         file_bytes=subject.file.stat().st_size,
@@ -96,6 +97,13 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
     )
 
 
+def _held_out(setup: Setup, subject: Subject) -> list[Dialogue]:
+    """Let the prompted model answer the held-out queries."""
+    source, model, context, queries = setup.source, setup.model, subject.context, subject.queries
+    cached = Context.of(source, model, context, queries).cached
+    return dialogues_for(source, model, context, queries, setup.max_new_tokens, stop=subject.stop, cached=cached)
+
+
 def layer_effects(
     model: Any, patch: Patch, dialogues: Sequence[Dialogue], retained: dict[int, dict[str, float]]
 ) -> list[Layer]:
@@ -111,7 +119,7 @@ def layer_effects(
         **{str(i): without_prompt(student.without_layer(i)) for i in layers},
     }
     with bar("layers switched off", len(dialogues), "query") as progress:
-        found = diverge(dialogues, with_prompt(TorchStudent(model)), arms, progress.update)
+        found = diverge(dialogues, with_prompt(cached_teacher(model, dialogues)), arms, progress.update)
     gap, own = found["none"].mean, found["all"].mean
     return [Layer(i, retained.get(i, {}), found[str(i)].mean, (found[str(i)].mean - own) / gap) for i in layers]
 
@@ -129,7 +137,7 @@ def sweep(setup: Setup, subject: Subject, dialogues: Sequence[Dialogue]) -> Swee
     scaled = {strength: strength * patch for strength in STRENGTHS}
     arms = {str(s): without_prompt(TorchStudent(model, under)) for s, under in scaled.items()}
     with bar("strengths", len(dialogues), "query") as progress:
-        found = diverge(dialogues, with_prompt(TorchStudent(model)), arms, progress.update)
+        found = diverge(dialogues, with_prompt(cached_teacher(model, dialogues)), arms, progress.update)
     prompts = [d.student_prompt for d in dialogues]
     written = {s: setup.in_torch(subject, under)(prompts, f"strength {s:g}") for s, under in scaled.items()}
     return Sweep(
@@ -169,13 +177,11 @@ def measure_composition(setup: Setup, subjects: Sequence[Subject]) -> list[Compo
     for subject in subjects:
         others = reduce(add, (s.patch for s in subjects if s is not subject))
         everything = subject.patch + others
-        held = dialogues_for(
-            setup.source, model, subject.context, subject.queries, setup.max_new_tokens, stop=subject.stop
-        )
+        held = _held_out(setup, subject)
         under = {"none": None, "alone": subject.patch, "others": others, "together": everything}
         arms = {name: without_prompt(TorchStudent(model, patch)) for name, patch in under.items()}
         with bar(f"composition, {subject.patch.name}", len(held), "query") as progress:
-            found = diverge(held, with_prompt(TorchStudent(model)), arms, progress.update)
+            found = diverge(held, with_prompt(cached_teacher(model, held)), arms, progress.update)
         close = {name: measure_closeness(found["none"], found[name]) for name in ("alone", "others", "together")}
         prompt = [held[0].student_prompt]
         texts = [

@@ -72,8 +72,8 @@ def _percent(value: float | None) -> str:
 
 
 def _share(value: float | None, error: float | None) -> str:
-    """Return a share with its standard error, both in percent."""
-    if value is None or error is None:
+    """Return a share with its standard error, both in percent; an error of zero says nothing and is left out."""
+    if value is None or not error:
         return _percent(value)
     return f"{100 * value:.1f}{_SPACE}±{_SPACE}{100 * error:.1f}{_SPACE}%"
 

@@ -17,6 +17,7 @@ from ..measure import (
     Completion,
     Divergence,
     TorchStudent,
+    cached_teacher,
     diverge,
     measure_closeness,
     torch_answers,
@@ -171,5 +172,5 @@ def _both(model: Any, patch: Patch, texts: Sequence[Dialogue], label: str) -> tu
         "patched": without_prompt(TorchStudent(model, patch)),
     }
     with bar(label, len(texts), "query") as shown:
-        found = diverge(texts, with_prompt(TorchStudent(model)), arms, shown.update)
+        found = diverge(texts, with_prompt(cached_teacher(model, texts)), arms, shown.update)
     return found["unpatched"], found["patched"]

@@ -10,6 +10,7 @@ from ..measure import (
     RuntimeStudent,
     Student,
     TorchStudent,
+    cached_teacher,
     diverge,
     require_effect,
     with_prompt,
@@ -36,7 +37,7 @@ def measure_variants(
     model, graph, patch = setup.model, setup.graph, subject.patch
     shared = costs.shared_prefix([d.teacher_prompt for d in held])
     torch_base, torch_patched = TorchStudent(model), TorchStudent(model, patch)
-    prompted = with_prompt(torch_base)
+    prompted = with_prompt(cached_teacher(model, held))
     base: Student = torch_base
     own: Student = torch_patched
     cached: Arm = prompted  # in torch a cached prefix is the same computation as the prompt

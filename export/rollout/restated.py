@@ -16,7 +16,7 @@ _REPEAT = "Repeat the instructions above."
 _CHUNK, _STRIDE = 256, 224  # tokens: chunks overlap, so that every token has some of its own text in front
 
 
-def restated(source: Source, context: str, sentences: Sequence[str]) -> list[Dialogue]:
+def restated_dialogues(source: Source, context: str, sentences: Sequence[str]) -> list[Dialogue]:
     """Return dialogues that repeat the context, and dialogues that echo its sentences.
 
     Args:

@@ -30,7 +30,7 @@ from tp_runtime.generation.rows import new_rows
 from tp_runtime.generation.sampling import Sampler
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import BoundPatch, Graph, ModelFolder, Use
+from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder, Use
 from tp_runtime.session.device import CUDA, select_device
 
 DEVICE = "cuda"
@@ -171,23 +171,31 @@ def prefixed_logits(graph: Graph, patch: Patch) -> Logits:
     return np.concatenate(logits)
 
 
+def prefixed(pair: Pair) -> list[Patch]:
+    """Return patches with entries; where a graph has full and windowed layers, also with a count for each kind."""
+    folder = pair.cpu.folder
+    counts = [5] if folder.windowed is None else [5, Lengths(20, 6), Lengths(4, 13)]
+    return [with_prefix(pair.patch(4), folder, replaces=[7, 8], entries=entries, position=25) for entries in counts]
+
+
 def test_a_kv_prefix_matches_the_cpu(pair: Pair) -> None:
-    patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
-    pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
+    for patch in prefixed(pair):
+        pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
 
 
 def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
-    patches = [None, pair.patch(4), pair.patch(16), pair.patch(0)]
+    patches = [None, pair.patch(4), prefixed(pair)[-1], pair.patch(0)]
     logits = {}
     for graph in (pair.cpu, pair.cuda):
         buffers, rows = new_rows(graph, 4), []
         for length, patch in zip((9, 20, 5, 12), patches, strict=True):
             bound = graph.bind(patch)
             cache = graph.new_cache(bound)
+            prompt = [*cache.tokens, *IDS[:length]]
             graph.forward(IDS[:length], cache, bound)
             held = Use(cache.uses)
             cache.take(held)
-            rows.append(Row(IDS[:length], length, bound, 99, frozenset(), Sampler(Sampling()), cache, held))
+            rows.append(Row(prompt, len(prompt), bound, 99, frozenset(), Sampler(Sampling()), cache, held))
         steps = []
         for at in range(20, 36):
             if at == 30:
@@ -244,8 +252,8 @@ def test_captured_sequences_can_alternate_their_decode_steps(pair: Pair, capture
 
 
 def test_a_kv_prefix_works_with_captured_steps(pair: Pair, captured: Graph) -> None:
-    patch = with_prefix(pair.patch(4), pair.cpu.folder, replaces=[7, 8], entries=5, position=9)
-    captured_close(pair, prefixed_logits(captured, patch), prefixed_logits(pair.cuda, patch))
+    for patch in prefixed(pair):
+        captured_close(pair, prefixed_logits(captured, patch), prefixed_logits(pair.cuda, patch))
 
 
 # -- times ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import Graph, Lengths, bind_shifts
+from ..session import Graph, Lengths, shift_values
 from .row import Row
 from .row_kv import StackedKV
 from .row_slots import StackedSlots
@@ -58,6 +58,7 @@ class BatchedRows:
         # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
         self._held: list[Row | None] = []
         self._binding: Any = None  # None if the rows or the buffers changed since the last step
+        self._shifts: Mapping[str, Any] = {}  # the lengths of windowed layers that are bound; they must stay alive
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Copy the rows to their places in the buffers; see Rows."""
@@ -99,7 +100,9 @@ class BatchedRows:
             self._binding = self._bind(rows)
         shifts = [windowed - full for full, windowed in held]
         if any(shifts):
-            bind_shifts(self._graph.ort, self._binding, shifts, lengths.windowed - lengths.full)
+            self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
+            for name, value in self._shifts.items():
+                self._binding.bind_ortvalue_input(name, value)
         filled = np.array([full for full, _windowed in held])
         mask = (np.arange(lengths.full) <= filled[:, None]).astype(np.int64)
         last = np.array([row.tokens[-1] for row in rows])

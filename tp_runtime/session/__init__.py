@@ -10,7 +10,7 @@ from .device import DEVICES, cuda_is_expected, require_onnxruntime
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import FIRST_LOGIT, WINDOWED_SHIFT, WINDOWED_TOTAL, check_interface
-from .kv_buffers import bind_shifts, grown_capacity
+from .kv_buffers import grown_capacity, shift_values
 from .kv_cache import CacheKey, KVCache
 from .layer_kinds import Lengths, Windowed
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
@@ -48,7 +48,6 @@ __all__ = [
     "Use",
     "Uses",
     "Windowed",
-    "bind_shifts",
     "check_base",
     "check_interface",
     "check_prepared",
@@ -67,6 +66,7 @@ __all__ = [
     "read_default_patch",
     "require_onnxruntime",
     "share_threads",
+    "shift_values",
     "slot_arrays",
     "write_slots_file",
 ]

@@ -414,7 +414,7 @@ class Graph:
             binding: a binding of this session.
             ids: token ids [B, T].
             mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right. It
-                counts the positions of full layers; `bind_shifts` gives the binding those of windowed layers.
+                counts the positions of full layers; `shift_values` are those of windowed layers, in the binding.
             positions: the ids' positions [B, T].
             all_logits: whether to return the logits of every position instead of only the last position's.
 

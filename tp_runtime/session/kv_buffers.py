@@ -41,18 +41,21 @@ def grown_capacity(capacity: int, length: int, window: int) -> int:
     return min(capacity, window)
 
 
-def bind_shifts(ort: Any, binding: Any, shifts: Sequence[int], total: int) -> None:
-    """Bind the lengths of windowed layers; without this they are those of full layers.
+def shift_values(ort: Any, shifts: Sequence[int], total: int) -> dict[str, Any]:
+    """Return the lengths of windowed layers as inputs of a graph that has layers of both kinds.
+
+    With nothing bound, these lengths are those of full layers.
 
     Args:
         ort: the onnxruntime module.
-        binding: a binding of a graph that has layers of both kinds.
         shifts: for each row the number of positions that its windowed layers hold more than its full ones.
         total: the same difference between the longest lengths among the rows.
+
+    Returns:
+        OrtValues on the host by graph input name. A binding does not keep them alive.
     """
-    from_numpy = ort.OrtValue.ortvalue_from_numpy
-    binding.bind_ortvalue_input(WINDOWED_SHIFT, from_numpy(np.array(shifts, np.int32)))
-    binding.bind_ortvalue_input(WINDOWED_TOTAL, from_numpy(np.array([total], np.int32)))
+    values = {WINDOWED_SHIFT: shifts, WINDOWED_TOTAL: [total]}
+    return {name: ort.OrtValue.ortvalue_from_numpy(np.array(value, np.int32)) for name, value in values.items()}
 
 
 class _KVBuffers:
@@ -83,6 +86,7 @@ class _KVBuffers:
         self.windowed = frozenset(past for past, (layer, _part) in self._entry.items() if layer in windowed)
         of_each_kind = {past in self.windowed: past for past in self._entry}
         self._of_each_kind = tuple(of_each_kind.values())
+        self._shifts: dict[int, dict[str, Any]] = {}  # the values that are bound for each shift, which must stay alive
 
     def _value(self, length: int, content: Any = None) -> Any:
         """Return a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
@@ -118,11 +122,14 @@ class _KVBuffers:
     def _new_binding(self, cache: KVCache, patch: dict[str, Any]) -> Any:
         check_rows(patch, 1)
         binding = self._session.io_binding()
-        for name, value in patch.items():
+        for name, value in {**patch, **self._shift_values(cache.shift)}.items():
             binding.bind_ortvalue_input(name, value)
-        if cache.shift:
-            bind_shifts(self._ort, binding, [cache.shift], cache.shift)
         return binding
+
+    def _shift_values(self, shift: int) -> dict[str, Any]:
+        if shift and shift not in self._shifts:
+            self._shifts[shift] = shift_values(self._ort, [shift], shift)
+        return self._shifts.get(shift, {})
 
 
 class InPlaceBuffers(_KVBuffers):

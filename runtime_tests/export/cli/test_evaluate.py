@@ -14,6 +14,7 @@ from tp_export.fit import Recipe, Settings, make_patch
 from tp_export.measure import answers
 from tp_export.rollout import Ending, dialogues
 from tp_export.source import Source, load_model, open_source
+from tp_runtime.patch import Patch
 
 CONTEXT = "one -> uno\ntwo -> due"
 QUERIES = ["six ->", "seven ->", "eight ->"]
@@ -77,6 +78,19 @@ def test_answers_count_if_they_are_equal_up_to_the_stop(
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert BESIDE | {"accuracy_prompted", "accuracy_kept_se"} <= set(printed)
     assert int(printed["completion_tokens"]) == len("".join(prompted))  # nothing ends an answer
+
+
+def test_a_patch_states_the_right_answers_that_it_keeps(source: Source, tmp_path: Path, capsys: Any) -> None:
+    queries = tmp_path / "queries.txt"
+    queries.write_text("three ->\nfour ->\n")
+    file = held_out(tmp_path, dict.fromkeys(QUERIES, "no such answer"))
+    out = tmp_path / "p.safetensors"
+    options = ["--queries", str(queries), "--held-out", str(file), "--max-new-tokens", "6", "--prefix", "all"]
+    assert cli.main(["patch", str(source.path), str(out), "--prompt", CONTEXT, *options]) == 0
+    stored = Patch.load(out).config.fidelity
+    assert stored is not None and stored["accuracy_prompted"] == 0 and stored["accuracy_questions"] == 3
+    assert "accuracy_kept" not in stored and set(stored) >= BESIDE
+    assert "held out: " in capsys.readouterr().err
 
 
 def test_nothing_to_keep_is_said(source: Source, patch_file: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Attention behind entries, on every block design: behind the cache of a beginning, logits are those of the whole."""
+"""Attention behind entries, on every block design: behind a cached beginning, a model answers as with all of it."""
 
 from __future__ import annotations
 

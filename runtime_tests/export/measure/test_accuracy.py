@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from runtime_tests.export.entries import some_entries
 from runtime_tests.patches import patch_for
+from tp_export.fit import Recipe, make_patch
 from tp_export.measure import (
     measure_accuracy,
     ratio_error,
@@ -119,9 +119,11 @@ def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llam
     source = open_source(tiny_llama)
     model, graph = load_model(source), Graph(ModelFolder.open(tiny_llama_export), "cpu")
     prompts = [source.codec.render(text) for text in ("Hello", "Who is there?")]
-    dialogues = [Dialogue(tuple(source.codec.render("Hello", "Talk like a pirate.")), tuple(prompts[0]), (5, 6, 7))]
     patch = patch_for(graph.folder, scale=0.3)
-    patch = Patch(patch.deltas, patch.config, some_entries(model, dialogues, entries).numpy() if entries else None)
+    if entries:
+        recipe = Recipe(method="prefix", prefix=entries, samples=1, max_new_tokens=4)
+        made = make_patch(source, model, "Talk like a pirate.", ["Hello"], [], recipe, name="entries")
+        patch = Patch(patch.deltas, patch.config, made.prefix)
     for choice in (None, patch):
         by_torch = torch_answers(source, model, choice, 6)(prompts, "")
         assert runtime_answers(source, graph, choice, 6)(prompts, "") == by_torch

@@ -93,4 +93,7 @@ def test_the_line_for_people_states_the_errors() -> None:
     line = fidelity_line(found.to_dict(), "the prompt")
     assert f"held out: {found.gap_closed:.1%} ± {100 * (found.gap_closed_se or 0):.1f} of the prompt" in line
     assert f"first token {found.gap_closed_first:.1%} ± 0.0" in line and "6 tokens of 3 queries" in line
+    assert "kept" not in line
+    kept = fidelity_line({**found.to_dict(), "accuracy_exact_kept": 0.9, "accuracy_exact_kept_se": 0.041}, "the prompt")
+    assert ", 90.0% ± 4.1 of the right answers kept (KL" in kept
     assert f"same top token {asdict(found)['top1_agreement']:.1%}" in line

@@ -160,7 +160,8 @@ def test_a_shorter_prompt_is_measured_with_that_prompt(
     unpatched = diverge(held, with_prompt(base), {"x": without_prompt(base)})["x"]
     short = diverge(other, with_prompt(base), {"x": without_prompt(base)})["x"]
     figures, wanted = points[SHORTER, "2 of 4 lines"].held_out, measure_closeness(unpatched, short)
-    assert figures.kl == pytest.approx(wanted.kl) and figures.gap_closed_first == wanted.gap_closed_first
+    assert figures.kl == pytest.approx(wanted.kl, rel=1e-4)
+    assert figures.gap_closed_first == pytest.approx(wanted.gap_closed_first, rel=1e-4)
     assert figures.kept in (0, 1)
 
 

@@ -180,7 +180,8 @@ def test_a_patch_with_a_prefix_is_reported(files: list[Path], tiny_llama: Path, 
     found = measure.measure_patch(setup, measure.Subject(patch, file, PIRATE, QUERIES, []))
     assert found.sweep is None and found.frontier is None and found.layers == []
     assert [answer.patch for answer in found.answers] == [answer.prompt for answer in found.answers]
-    assert "has no strengths" in render_page(describe_report(setup, [found], []))
+    page = render_page(describe_report(setup, [found], []))
+    assert "has no strengths" in page and f"prefix, {found.entries[0]} entries per head, identity" in page
     store_summary(file, Patch.load(file), found)
     stored = Patch.load(file)
     assert stored.config.report is not None and stored.identity == patch.identity and stored.prefix is not None
@@ -370,7 +371,7 @@ def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: lis
 # -- the summary in the file ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "i8"])
 def test_the_summary_is_stored_and_nothing_else_changes(
     dtype: str, report: Report, files: list[Path], tmp_path: Path, cli: Any
 ) -> None:

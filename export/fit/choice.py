@@ -1,0 +1,167 @@
+"""The choice of a form: the smallest file that reaches a target, or the best that a number of bytes allows.
+
+Entries alone give more for their bytes than weights do (docs/fidelity.md), so the search goes over the number of
+entries: a ladder of counts, halved at each fit, because more entries are never much worse. Then fewer entries with
+weights of a low rank get a try. Candidates are fitted on one set of rows and measured on queries of the search's own;
+the figures that the file states come from other queries, which no choice has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tp_runtime.errors import CalibrationError
+from tp_runtime.patch import Patch
+
+from .recipe import ALL, Recipe
+
+WHOLE = 192  # tokens: a context up to this length keeps all its entries, which is exact and still a small file
+_LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_RANK = 4  # of the weights that are tried beside fewer entries
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the chosen file has to be.
+
+    Attributes:
+        gap: the share of the prompt's effect to reach, above 0 and at most 1; None for as much as the bytes allow.
+        max_bytes: the largest size of the file; None for any.
+        best: whether the best file that was found will do if none reaches the target.
+
+    Raises:
+        CalibrationError: a value is out of its range.
+    """
+
+    gap: float | None = None
+    max_bytes: int | None = None
+    best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gap is not None and not 0 < self.gap <= 1:
+            raise CalibrationError(
+                "the target is not a share", field="--target", got=self.gap, wanted="above 0 and at most 1"
+            )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise CalibrationError(
+                "the size is not positive", field="--max-bytes", got=self.max_bytes, wanted="at least 1 byte"
+            )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was fitted.
+
+    Attributes:
+        patch: the patch as it will be stored.
+        gap: the share of the prompt's effect that it closes on the selection queries.
+    """
+
+    patch: Patch
+    gap: float
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return self.patch.nbytes
+
+
+def default_entries(context: int) -> int:
+    """Return the number of entries that a context of this many tokens gets if nothing else is asked for."""
+    return ALL if context <= WHOLE else max(WHOLE, context // 5)
+
+
+def choose(
+    recipe: Recipe, target: Target, context: int, size_of: Callable[[int], int], fit: Callable[[Recipe], Trial]
+) -> Trial:
+    """Find the smallest file that reaches a target.
+
+    Args:
+        recipe: the recipe whose method, rank and number of entries are chosen.
+        target: the target.
+        context: the number of entries that the context has.
+        size_of: a function that returns the bytes of a file with that many entries on average.
+        fit: a function that fits a recipe and measures it on the selection queries.
+
+    Raises:
+        CalibrationError: no file reaches the target, and the best one will not do.
+    """
+    entries = replace(recipe, method="prefix")
+    counts = [*(step for step in _LADDER if step < context), ALL]
+    ladder = [count for count in counts if target.max_bytes is None or size_of(count) <= target.max_bytes]
+    if target.gap is None:
+        assert target.max_bytes is not None
+        if not ladder:
+            raise _unreachable(target, None)
+        return fit(replace(entries, prefix=most_entries(context, size_of, target.max_bytes)))
+    found: dict[int, Trial] = {}
+
+    def reaches(place: int) -> bool:
+        if place not in found:
+            found[place] = fit(replace(entries, prefix=ladder[place]))
+        assert target.gap is not None
+        return found[place].gap >= target.gap
+
+    first = _first(len(ladder), reaches)
+    best = found[first] if first < len(ladder) else None
+    if first > 0:  # fewer entries, with weights beside them
+        smaller = replace(recipe, method="output", prefix=ladder[first - 1])
+        trial = fit(replace(smaller, settings=replace(smaller.settings, rank=_RANK)))
+        fits = target.max_bytes is None or trial.size <= target.max_bytes
+        if fits and trial.gap >= target.gap and (best is None or trial.size < best.size):
+            return trial
+        if fits:
+            found[-1] = trial
+    if best is not None:
+        return best
+    nearest = max(found.values(), key=lambda trial: trial.gap, default=None)
+    if nearest is None or not target.best:
+        raise _unreachable(target, nearest)
+    return nearest
+
+
+def most_entries(context: int, size_of: Callable[[int], int], max_bytes: int) -> int:
+    """Return the largest number of entries whose file has at most `max_bytes`; `ALL` if all of them fit."""
+    if size_of(ALL) <= max_bytes:
+        return ALL
+    return max(1, _first(context, lambda count: size_of(count + 1) > max_bytes))
+
+
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """Return the first of 0..count-1 for which a monotone condition holds, by halving; `count` if there is none."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _unreachable(target: Target, nearest: Trial | None) -> CalibrationError:
+    within = "" if target.max_bytes is None else f" within {target.max_bytes} bytes"
+    wanted = f"a file{within}" if target.gap is None else f"{target.gap:g} of the prompt's effect{within}"
+    best = "nothing that small" if nearest is None else f"{nearest.gap:.3f} in {nearest.size} bytes"
+    return CalibrationError(
+        "no file reaches the target",
+        field="--target" if target.gap is not None else "--max-bytes",
+        got=f"{best}, on the selection queries",
+        wanted=wanted,
+        fix="pass --best to write the best file found, a lower --target or a larger --max-bytes",
+    )
+
+
+def selection_size(fitted: Sequence[str]) -> int:
+    """Return how many calibration queries the search keeps to measure its candidates on.
+
+    Raises:
+        CalibrationError: there are too few queries to fit and to select on.
+    """
+    if len(fitted) < 16:
+        raise CalibrationError(
+            "there are too few queries to fit and to select on",
+            field="--target",
+            got=f"{len(fitted)} calibration queries",
+            wanted="at least 16",
+            fix="pass more queries, or --prefix N instead of --target",
+        )
+    return max(8, len(fitted) // 5)

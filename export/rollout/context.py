@@ -1,0 +1,96 @@
+"""A context whose keys and values are computed once, for all the queries that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tp_runtime.errors import CalibrationError
+
+from ..decoder import TorchPrefix, cached_prompt
+from ..source import Source
+from .beginning import Beginning, beginning_of, beginnings_of
+
+
+@dataclass(frozen=True)
+class Context:
+    """A context whose keys and values are computed once.
+
+    Attributes:
+        text: the text.
+        beginning: the ids in which prompts with it and prompts without it differ; None if they differ elsewhere.
+        cached: the keys and values of the beginning in the teacher's prompts; None without one beginning.
+    """
+
+    text: str
+    beginning: Beginning | None
+    cached: TorchPrefix | None
+
+    @classmethod
+    def of(cls, source: Source, model: Any, text: str, queries: Sequence[str]) -> Context:
+        """Run a context once.
+
+        Args:
+            source: the base model.
+            model: the same model, loaded.
+            text: the text of the context.
+            queries: all queries that will follow it.
+
+        Raises:
+            RequestError: a query cannot be rendered.
+        """
+        beginning = beginning_of([(source.codec.render(query, text), source.codec.render(query)) for query in queries])
+        cached = None if beginning is None else cached_prompt(model, beginning.teacher, beginning.teacher)
+        return cls(text, beginning, cached)
+
+    def entries(self) -> TorchPrefix:
+        """Return all entries of the context, for the student's prompts.
+
+        Raises:
+            CalibrationError: prompts differ in more than one fixed beginning, so that entries cannot replace it.
+        """
+        if self.beginning is None or self.cached is None:
+            raise no_beginning("different beginnings, or none")
+        return TorchPrefix(self.cached.entries, self.beginning.student, self.cached.position)
+
+
+def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beginning:
+    """Check that entries can stand in for the beginning of these prompts.
+
+    Raises:
+        CalibrationError: the prompts with and without the context differ in more than one fixed beginning, or the
+            template writes the date, so that tomorrow's prompts begin differently.
+    """
+    prompts = [(source.codec.render(query, context), source.codec.render(query)) for query in queries]
+    beginning = beginning_of(prompts)
+    if beginning is None:
+        raise no_beginning(f"{len(beginnings_of(prompts))} different beginnings")
+    if "strftime_now" in (source.codec.template_source or ""):
+        raise CalibrationError(
+            "the chat template writes the date, so tomorrow's prompts would begin differently",
+            field="--prefix",
+            got="strftime_now in the template",
+            wanted="a template whose beginning is the same every day",
+            fix="fit a patch without entries: --prefix 0",
+        )
+    return beginning
+
+
+def context_length(source: Source, context: str, queries: Sequence[str]) -> int | None:
+    """Return the number of ids in front of every query with the context; None if entries cannot replace them."""
+    try:
+        return len(check_beginning(source, context, queries).teacher)
+    except CalibrationError:
+        return None
+
+
+def no_beginning(got: str) -> CalibrationError:
+    """Return the error for prompts whose beginning entries cannot replace."""
+    return CalibrationError(
+        "the prompts with and without the context do not differ in one fixed beginning",
+        field="--prefix",
+        got=got,
+        wanted="a chat template (or a completion style) that puts the context in front of the query",
+        fix="fit a patch without entries: --prefix 0",
+    )
