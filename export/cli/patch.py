@@ -253,11 +253,10 @@ def _recipe(
                 method, prefix = "prefix", default_entries(length or 0) if prefix is None else prefix
     if prefix is None:
         prefix = ALL if method == "prefix" else 0
+    ridge = 1.0 if args.ridge is None else args.ridge
     return Recipe(
         method=method,
-        settings=Settings(
-            args.rank or _RANK, 1.0 if args.ridge is None else args.ridge, args.first_layer, not args.no_bias
-        ),
+        settings=Settings(args.rank or _RANK, ridge, args.first_layer, not args.no_bias),
         prefix=prefix,
         dtype=args.dtype,
         restate=not args.no_restating,

@@ -36,4 +36,4 @@ def restate(source: Source, context: Context) -> list[Dialogue]:
     long = context.beginning is not None and len(context.beginning.teacher) > LONG_CONTEXT
     if not long or source.codec.style != "chat":
         return []
-    return restated_dialogues(source, context.text, statements(context.text))
+    return restated_dialogues(source, context.text, statements(context.text), context.window)

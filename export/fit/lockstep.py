@@ -196,7 +196,7 @@ def _entries(
     assert behind.student is not None and behind.compaction is not None
     context, count = behind.student.entries[block.index], behind.compaction.counts[block.index]
     if behind.compaction.exact and count >= context[0].shape[1]:
-        return context
+        return behind.compaction.stored(context)
     collected = StudentRows(chosen)
     for side in students:
         collected.run(partial(side.split, block, before=collected.keep))

@@ -21,11 +21,13 @@ class Context:
         text: the text.
         beginning: the ids in which prompts with it and prompts without it differ; None if they differ elsewhere.
         cached: the keys and values of the beginning in the teacher's prompts; None without one beginning.
+        window: the model's context window, which prompt and answer together have to fit.
     """
 
     text: str
     beginning: Beginning | None
     cached: TorchPrefix | None
+    window: int
 
     @classmethod
     def of(cls, source: Source, model: Any, text: str, queries: Sequence[str]) -> Context:
@@ -42,7 +44,7 @@ class Context:
         """
         beginning = beginning_of([(source.codec.render(query, text), source.codec.render(query)) for query in queries])
         cached = None if beginning is None else cached_prompt(model, beginning.teacher, beginning.teacher)
-        return cls(text, beginning, cached)
+        return cls(text, beginning, cached, model.config.max_position_embeddings)
 
     def entries(self) -> TorchPrefix:
         """Return all entries of the context, for the student's prompts.

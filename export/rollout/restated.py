@@ -13,25 +13,27 @@ from ..source import Source
 from .sequences import Dialogue
 
 _REPEAT = "Repeat the instructions above."
-_CHUNK, _STRIDE = 256, 224  # tokens: chunks overlap, so that every token has some of its own text in front
+_CHUNK, _OVERLAP = 256, 32  # tokens: chunks overlap, so that every token has some of its own text in front
 
 
-def restated_dialogues(source: Source, context: str, sentences: Sequence[str]) -> list[Dialogue]:
+def restated_dialogues(source: Source, context: str, sentences: Sequence[str], window: int) -> list[Dialogue]:
     """Return dialogues that repeat the context, and dialogues that echo its sentences.
 
     Args:
         source: the base model, in chat style.
         context: the text of the context.
         sentences: the sentences of the context.
+        window: the context window. Chunks are shorter where whole ones do not fit, and what does not fit is left out.
     """
     text = source.codec.render(context, raw=True)
-    found = [
-        _dialogue(source, context, _REPEAT, text[start : start + _CHUNK]) for start in range(0, len(text), _STRIDE)
-    ]
+    room = window - len(source.codec.render(_REPEAT, context)) + 1  # the last token is predicted, and not run
+    chunk = min(_CHUNK, room)
+    starts = range(0, len(text), chunk - _OVERLAP) if chunk > _OVERLAP else range(0)
+    found = [_dialogue(source, context, _REPEAT, text[start : start + chunk]) for start in starts]
     for sentence in sentences:
         answer = source.codec.render(f"Yes. {sentence}", raw=True)
         found.append(_dialogue(source, context, f"Is it right that {_inside(sentence)}?", answer))
-    return found
+    return [dialogue for dialogue in found if len(dialogue.teacher()) <= window]
 
 
 def _dialogue(source: Source, context: str, query: str, answer: Sequence[int]) -> Dialogue:

@@ -93,11 +93,13 @@ def batches(
             these first ids.
         replaced: the number of ids that a KV prefix replaces; the students' sequences go without these first ids.
     """
-    ordered = sorted(dialogues, key=lambda d: len(d.teacher()))
+
+    def length(dialogue: Dialogue) -> int:
+        return max(len(dialogue.teacher()) - cached, len(dialogue.student()) - replaced)
+
     pairs, part = [], list[Dialogue]()
-    for dialogue in ordered:
-        longest = max(len(dialogue.teacher()) - cached, len(dialogue.student()) - replaced)
-        if part and (len(part) == size or (len(part) + 1) * longest**2 > _MOST_LOGITS):
+    for dialogue in sorted(dialogues, key=length):
+        if part and (len(part) == size or (len(part) + 1) * length(dialogue) ** 2 > _MOST_LOGITS):
             pairs.append(_pair(part, device, cached, replaced))
             part = []
         part.append(dialogue)

@@ -83,7 +83,7 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     teacher, unpatched = TorchStudent(model), TorchStudent(model)
     gap_closed = {}
     for method in ("vector", "output", "matrix"):
-        deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16)))
+        deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16))[0])
         patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
         student = TorchStudent(model, patch) if method == "matrix" else RuntimeStudent(graph, patch)
         gap_closed[method] = measure_fidelity(held_out, teacher, unpatched, student).gap_closed

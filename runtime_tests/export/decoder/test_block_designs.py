@@ -108,7 +108,7 @@ def test_the_lockstep_fit_agrees_with_the_patched_model(case: tuple[str, Any], m
     data = dialogues()
     ids = torch.tensor([data[0].student()])
     for method in methods:
-        deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3))
+        deltas, _ = lockstep.fit_lockstep(model, data, method, Settings(rank=3))
         hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
         for block in blocks_of(model):
             with applied(block, deltas[block.index]):

@@ -98,7 +98,7 @@ def test_steering_is_the_mean_difference_of_the_residual_stream(model: Any) -> N
 def test_steering_is_not_sequential(model: Any) -> None:
     """Layer 0 equals that of the lock-step vector. Above it, `vector` is fitted on an already corrected student."""
     data = dialogues()
-    steering, vector = fit_steering(model, data), lockstep.fit_lockstep(model, data, "vector", Settings())
+    steering, (vector, _) = fit_steering(model, data), lockstep.fit_lockstep(model, data, "vector", Settings())
     biases = [(steering[i]["mlp_out"].bias, vector[i]["mlp_out"].bias) for i in (0, 1)]
     assert torch.allclose(*biases[0], atol=1e-4) and not torch.allclose(*biases[1], atol=1e-2)
 

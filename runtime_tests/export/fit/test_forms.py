@@ -102,9 +102,9 @@ def test_a_truncated_patch_equals_a_fit_of_that_rank(model: Any) -> None:
 def test_the_lockstep_fit_agrees_with_the_patched_model(model: Any, method: str) -> None:
     """The lock-step fit and the hooks on the whole model give the same v at the last block, measured by the logits."""
     data = dialogues()
-    deltas = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=2)
+    deltas, _ = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=2)
     patch = Patch(to_half(deltas), random_config())
-    with_big_batches = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=6)
+    with_big_batches, _ = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=6)
     ids = torch.tensor([data[0].student()])
     hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
     for block in blocks_of(model):

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from runtime_tests.export.entries import some_entries
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import random_config
 from tp_export import cli
 from tp_export.decoder import TorchPrefix
-from tp_export.fit import Recipe, Settings, choose_entries, lockstep, make_patch, to_half
+from tp_export.fit import Recipe, Settings, lockstep, make_patch, to_half
 from tp_export.fit.refine import refine_deltas
 from tp_export.measure import TorchStudent, measure_fidelity
 from tp_export.rollout import Dialogue
@@ -42,8 +43,9 @@ def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
 
 @pytest.mark.parametrize("entries", [0, 4])
 def test_refinement_brings_the_student_closer_and_does_not_change_the_base(model: Any, entries: int) -> None:
-    prefix = choose_entries(model, dialogues(), entries) if entries else None
-    closed = lockstep.fit_lockstep(model, dialogues(), "output", Settings(rank=2), prefix=prefix)
+    prefix = some_entries(model, dialogues(), entries) if entries else None
+    behind = lockstep.Behind(student=prefix)
+    closed, _ = lockstep.fit_lockstep(model, dialogues(), "output", Settings(rank=2), behind=behind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     losses: list[float] = []
     refined = refine_deltas(model, dialogues(), closed, 30, prefix=prefix, progress=losses.append)

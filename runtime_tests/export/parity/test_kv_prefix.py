@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime_tests.export.entries import all_entries, some_entries
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from tp_export.decoder import torch_prefix
-from tp_export.fit import choose_entries
-from tp_export.fit import recipe as patching
-from tp_export.fit.prefix_entries import check_prefix
+from tp_export.fit import ALL, Recipe, make_patch
+from tp_export.fit.calibration import check_beginning
 from tp_export.formats import control_vector, peft_out
 from tp_export.formats import onnx_adapter as genai
 from tp_export.measure import TorchStudent
@@ -49,18 +49,17 @@ def dialogues(model: PatchedModel) -> list[Dialogue]:
     return [Dialogue(tuple(render(q, CONTEXT)), tuple(render(q)), tuple(token_ids(9, seed=7))) for q in QUERIES]
 
 
-def prefixed(torch_model: Any, model: PatchedModel, entries: int, patch: Patch | None = None) -> Patch:
-    patch = patch or replace_deltas(patch_for(model.graph.folder, seed=1))
-    return Patch(patch.deltas, patch.config, choose_entries(torch_model, dialogues(model), entries).numpy())
-
-
-def replace_deltas(patch: Patch) -> Patch:
-    return Patch({}, patch.config)
+def prefixed(torch_model: Any, model: PatchedModel, entries: int | None, patch: Patch | None = None) -> Patch:
+    """Return a patch with some entries of the context, or all; `patch` gives it its deltas."""
+    found = dialogues(model)
+    prefix = all_entries(torch_model, found) if entries is None else some_entries(torch_model, found, entries)
+    deltas = {} if patch is None else patch.deltas
+    return Patch(deltas, patch_for(model.graph.folder, seed=1).config, prefix.numpy())
 
 
 def test_a_prefix_of_all_entries_equals_the_cached_prompt(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
-    whole = prefixed(torch_model, model, 10_000)
+    whole = prefixed(torch_model, model, None)
     assert whole.prefix is not None
     for dialogue in dialogues(model):
         wanted = torch_logits(torch_model, dialogue.teacher())[whole.prefix.position :]
@@ -89,25 +88,9 @@ def test_some_entries_together_with_deltas_match_torch(pair: tuple[Any, PatchedM
         del cache.tokens[lead + 3 :]
 
 
-def test_the_entries_with_the_most_attention_are_kept(pair: tuple[Any, PatchedModel]) -> None:
-    """If each head keeps one entry, it is at the position that the completion rows attend to most."""
-    torch_model, model = pair
-    found = dialogues(model)
-    whole, one = choose_entries(torch_model, found, 10_000), choose_entries(torch_model, found, 1)
-    torch_model.set_attn_implementation("eager")
-    masses = 0
-    for dialogue in found:
-        ids = torch_model.dummy_inputs["input_ids"].new_tensor([dialogue.teacher()])
-        attentions = torch_model(ids, output_attentions=True, use_cache=False).attentions
-        rows = attentions[0][0, :, len(dialogue.teacher_prompt) - 1 :, : whole.position].detach()
-        masses = masses + rows.sum(1).view(whole.keys[0].shape[1], -1, whole.position).sum(1)
-    for head, position in enumerate(masses.argmax(-1).tolist()):
-        assert np.array_equal(one.keys[0][0, head, 0], whole.keys[0][0, head, position])
-
-
 def test_generation_uses_the_prefix_and_can_continue_on_a_cache(pair: tuple[Any, PatchedModel]) -> None:
     torch_model, model = pair
-    patch = prefixed(torch_model, model, 10_000)
+    patch = prefixed(torch_model, model, None)
     prompted = list(model.stream("Hello", system=CONTEXT, patch=None, max_new_tokens=6))
     cache = model.new_cache(patch=patch)
     assert list(model.stream("Hello", patch=patch, max_new_tokens=6, cache=cache)) == prompted
@@ -132,19 +115,17 @@ def test_prefixes_of_another_model_are_refused_when_bound(pair: tuple[Any, Patch
         replace(patch.prefix, entries=huge).check_dtype(np.float16)
 
 
-def test_prompts_that_a_prefix_cannot_replace_are_refused_before_the_rollout(tiny_llama: Path) -> None:
+def test_prompts_that_entries_cannot_replace_are_refused_before_the_rollout(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(tiny_llama)
-    config = load_model(source).config
-    prompts = [(source.codec.render(query, CONTEXT), source.codec.render(query)) for query in QUERIES]
-    check_prefix(prompts, 3, source.codec.template_source, config, 8)
+    beginning = check_beginning(source, CONTEXT, QUERIES)
+    for query in QUERIES:
+        teacher, student = source.codec.render(query, CONTEXT), source.codec.render(query)
+        assert (*beginning.teacher, *student[len(beginning.student) :]) == tuple(teacher)
+    monkeypatch.setattr(source.codec, "template_source", "{{ strftime_now('%d %b') }}")
     with pytest.raises(CalibrationError, match="writes the date"):
-        check_prefix(prompts, 3, "{{ strftime_now('%d %b') }}", config, 8)
-    window = SimpleNamespace(sliding_window=64, layer_types=["sliding_attention", "full_attention"])
-    with pytest.raises(CalibrationError, match="sliding window"):
-        check_prefix(prompts, 3, None, window, 8)
-    check_prefix(prompts, 10_000, None, window, 8)  # every entry is at its own position
-    with pytest.raises(CalibrationError, match="one fixed beginning"):
-        check_prefix([*prompts, (prompts[0][0][1:], prompts[0][1])], 3, None, config, 8)
+        check_beginning(source, CONTEXT, QUERIES)
 
 
 def test_formats_that_contain_only_weights_refuse_a_prefix(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
@@ -160,11 +141,11 @@ def test_formats_that_contain_only_weights_refuse_a_prefix(pair: tuple[Any, Patc
     assert not list(tmp_path.iterdir())
 
 
-def test_prompts_without_one_fixed_beginning_cannot_have_a_prefix(pair: tuple[Any, PatchedModel]) -> None:
-    torch_model, model = pair
-    one, other, *_ = dialogues(model)
-    with pytest.raises(CalibrationError, match="one fixed beginning"):
-        choose_entries(torch_model, [one, replace(other, teacher_prompt=other.teacher_prompt[1:])], 3)
+def test_prompts_without_one_fixed_beginning_cannot_have_entries() -> None:
+    """A template that puts the context behind the query gives every query a beginning of its own."""
+    codec = SimpleNamespace(render=lambda query, context="": [1, *query.encode(), *context.encode(), 3, 4])
+    with pytest.raises(CalibrationError, match=r"one fixed beginning.*got 2 different beginnings.*--prefix 0"):
+        check_beginning(SimpleNamespace(codec=codec), CONTEXT, ["How?", "Why"])  # type: ignore[arg-type]
 
 
 def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) -> None:
@@ -172,10 +153,10 @@ def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) 
     model = load_model(source)
     held = ["Is the sea deep?", "Who are you?"]
     gaps = {}
-    for entries, method in ((0, "output"), (8, "prefix"), (8, "output"), (10_000, "prefix")):
-        recipe = patching.Recipe(method=method, prefix=entries, max_new_tokens=6)
-        patch = patching.make_patch(source, model, CONTEXT, QUERIES, held, recipe, name="p")
+    for entries, method in ((0, "output"), (8, "prefix"), (8, "output"), (ALL, "prefix")):
+        recipe = Recipe(method=method, prefix=entries, max_new_tokens=6)
+        patch = make_patch(source, model, CONTEXT, QUERIES, held, recipe, name="p")
         assert patch.config.fidelity is not None and patch.config.probe is not None
         gaps[entries, method] = patch.config.fidelity["gap_closed"]
         assert torch_prefix(patch, model) is None if not entries else patch.prefix is not None
-    assert gaps[10_000, "prefix"] > 0.99
+    assert gaps[ALL, "prefix"] > 0.99 and gaps[8, "prefix"] > 0.3

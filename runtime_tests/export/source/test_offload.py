@@ -50,7 +50,9 @@ def test_a_fit_equals_that_in_memory_and_loads_one_layer_at_a_time(both: tuple[A
     dialogues = [Dialogue((1, *token_ids(9, seed=s)), (1, 5), tuple(token_ids(8, seed=s + 1))) for s in range(4)]
     counts = []
     found = [
-        fit_lockstep(model, dialogues, "output", Settings(rank=3), progress=lambda *_: counts.append(len(loaded(disk))))
+        fit_lockstep(
+            model, dialogues, "output", Settings(rank=3), progress=lambda *_: counts.append(len(loaded(disk)))
+        )[0]
         for model in (memory, disk)
     ]
     for layer, sites in found[0].items():
