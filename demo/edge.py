@@ -129,7 +129,7 @@ class Demo:
         return Way(name, options, tokens, f"{size}, kept once" if cached else f"{size} in every session")
 
     def entries(self, size: int) -> tuple[int, str]:
-        """Return what the patch puts in front of an input, and what it takes: a file of `size` bytes, and its entries."""
+        """Return what the patch puts in front of an input, and what that and its file of `size` bytes take."""
         prefix = self.model.patches[self.patch].prefix
         mean = 0 if prefix is None else round(sum(prefix.counts) / len(prefix.counts))
         memory = f"{mean * self._per_token / 1e6:.1f} MB of keys and values in every session"
