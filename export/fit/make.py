@@ -191,7 +191,7 @@ def _fitted(
 ) -> Patch:
     """Fit a recipe and return the patch as it will be stored."""
     deltas, prefix = fit_patch(model, rows, recipe, student)
-    ridge = recipe.settings.ridge if deltas else None
+    ridge = recipe.settings.ridge if any(deltas.values()) else None
     return assemble(deltas, prefix, replace(config, method=recipe.method, ridge=ridge), recipe.dtype)
 
 
