@@ -1,4 +1,4 @@
-"""Entries fitted in lock-step, on every block design: what they reach, which rows they are fitted to, and whose model."""
+"""Entries fitted in lock-step, on every block design: what they reach, and which rows they are fitted to."""
 
 from __future__ import annotations
 
