@@ -1,4 +1,4 @@
-"""Measures how much of a context a patch keeps, for each kind of context and form: the table of docs/fidelity.md.
+"""Measures how much of a context a patch keeps, for each kind of context and form: the tables of docs/fidelity.md.
 
     python benchmarks/fidelity.py SMOLLM2 GEMMA [--only NAME,...] [--out build/fidelity]
 
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tp_export.fit import Recipe, Settings, make_patch
-from tp_export.measure import measure_accuracy, torch_answers
+from tp_export.fit import ALL, Recipe, Settings, make_patch
 from tp_export.queries import load_answers, load_questions
 from tp_export.rollout import RolloutStore
 from tp_export.source import load_model, open_source
 
 HERE = Path(__file__).parent / "contexts"
+TASKS = Path(__file__).parent / "tasks"
 DEMO = Path(__file__).parent.parent / "demo"
 
 
@@ -33,54 +32,58 @@ class Case:
 
     name: str
     base: str  # "smollm2" or "gemma"
+    context: Path
     queries: Path | None
     held_out: Path
     recipes: tuple[Recipe, ...]
     limit: int = 64
-    sentences: int | None = None  # the number of sentences of the context to use; None uses all of them
-
-    def context(self) -> str:
-        """Return the text to absorb."""
-        text = (HERE / f"{self.name.partition('-')[0]}.txt").read_text(encoding="utf-8").rstrip("\n")
-        return text if self.sentences is None else "".join(re.findall(r"[^.]+\.", text)[: self.sentences])
+    first: int = 0  # the first of the calibration queries, where a case draws others than the first ones
 
 
-def recipe(method: str = "output", rank: int = 16, prefix: int = 0, **options: Any) -> Recipe:
-    """Build a recipe from the options that vary in this table."""
-    return Recipe(method=method, settings=Settings(rank), prefix=prefix, **options)
+def weights(rank: int = 16, method: str = "output", **options: Any) -> Recipe:
+    """Return the recipe of a patch of weights alone, or with entries beside them."""
+    return Recipe(method=method, settings=Settings(rank), dtype="i8", **options)
+
+
+def entries(count: int, **options: Any) -> Recipe:
+    """Return the recipe of a patch of entries alone."""
+    return Recipe(method="prefix", prefix=count, **{"dtype": "i8", "samples": 1, **options})
+
+
+def task(name: str, new_tokens: int, recipes: tuple[Recipe, ...] = (entries(192),)) -> list[Case]:
+    """Return a few-shot task with three draws of 40 calibration inputs; every answer ends with its line."""
+    ended = tuple(replace(one, stop=("\n",), max_new_tokens=new_tokens) for one in recipes)
+    files = [TASKS / f"{name.partition('-')[0]}.{part}" for part in ("prompt.txt", "calibration.txt", "held-out.jsonl")]
+    return [Case(f"{name}-{draw}", "gemma", *files, ended, 40, 40 * (draw - 1)) for draw in (1, 2, 3)]
 
 
 SHORT = {"max_new_tokens": 8}
+INT4 = {"student_precision": "int4"}
 CASES = (
-    Case("translation", "gemma", HERE / "translation-queries.txt", HERE / "translation-held-out.jsonl", (
-        recipe("vector", **SHORT), recipe(**SHORT), recipe(rank=32, **SHORT), recipe(prefix=8, **SHORT),
-    )),
-    Case("operators", "gemma", HERE / "operators-queries.txt", HERE / "operators-held-out.jsonl", (
-        recipe("vector", **SHORT), recipe(**SHORT), recipe(rank=32, **SHORT), recipe(prefix=8, **SHORT),
-        recipe(prefix=24, **SHORT),
-    )),
-    Case("facts", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
-        recipe(prefix=96), recipe(prefix=64), recipe(), recipe("prefix", prefix=64),
+    Case("persona", "smollm2", DEMO / "pirate.txt", None, DEMO / "held-out.txt", (entries(ALL), weights())),
+    Case("french", "smollm2", HERE / "french.txt", None, DEMO / "held-out.txt", (entries(ALL), weights())),
+    Case("facts", "smollm2", HERE / "facts.txt", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
+        entries(24), entries(48), entries(ALL), weights(),
     )),
     # The model wrote these queries itself: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
-    Case("policy", "smollm2", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
-        recipe(prefix=96, samples=1), recipe(samples=1), recipe("prefix", prefix=96, samples=1),
+    Case("policy", "smollm2", HERE / "policy.txt", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
+        entries(48), entries(96), entries(192), entries(96, dtype="f16"), weights(prefix=96, samples=1),
+        weights(samples=1), entries(96, restate=False),
     ), 80),
-    Case("french", "smollm2", None, DEMO / "held-out.txt", (recipe(prefix=4), recipe(), recipe("vector"))),
-    Case("persona", "smollm2", None, DEMO / "held-out.txt", (
-        recipe(prefix=16), recipe(), recipe(rank=32), recipe("vector"), recipe("prefix", prefix=16),
-        recipe("matrix"), recipe(refine_steps=30),
-    )),
-    # These cases vary the number of calibration queries.
-    *(Case(f"persona-{n}", "smollm2", None, DEMO / "held-out.txt", (recipe(),), n) for n in (16, 32)),
-    # These cases show how fidelity falls with the number of facts. Each context is the first sentences of the fact
-    # sheet, and all of them use the same queries.
-    *(
-        Case(f"facts-{n}", "smollm2", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
-            recipe(samples=1), recipe(prefix=16, samples=1),
-        ), sentences=n)
-        for n in (2, 4, 6, 8, 11)
-    ),
+    Case("handbook", "smollm2", HERE / "handbook.txt", HERE / "handbook-queries.txt",
+         HERE / "handbook-held-out.jsonl", (
+        entries(96), entries(192), entries(384), weights(samples=1),
+    ), 80),
+    *task("events", 50),
+    *task("home", 16),
+    *task("tickets", 6),
+    *task("events-int4", 50, (entries(192, **INT4),))[:1],
+    *task("home-int4", 16, (entries(192, **INT4),))[:1],
+    *task("tickets-int4", 6, (entries(192, **INT4),))[:1],
+    Case("translation", "gemma", HERE / "translation.txt", HERE / "translation-queries.txt",
+         HERE / "translation-held-out.jsonl", (weights(method="vector", **SHORT), weights(**SHORT))),
+    Case("operators", "gemma", HERE / "operators.txt", HERE / "operators-queries.txt",
+         HERE / "operators-held-out.jsonl", (weights(method="vector", **SHORT), weights(**SHORT))),
 )  # fmt: skip
 
 
@@ -101,28 +104,26 @@ def main() -> None:
             source = open_source(getattr(args, case.base))
             bases[case.base] = source, load_model(source)
         source, model = bases[case.base]
-        context = case.context()
-        fitted, held = load_questions(case.queries)[: case.limit], load_questions(case.held_out)
+        context = case.context.read_text(encoding="utf-8").rstrip("\r\n")
+        fitted = load_questions(case.queries)[case.first : case.first + case.limit]
+        held = load_questions(case.held_out)
         answers = load_answers(case.held_out)
         store = RolloutStore(args.out / f"{case.name}.jsonl", source.digest)
         for one in case.recipes:
             start = time.perf_counter()
-            name = f"{case.name}-{one.method}-r{one.settings.rank}-p{one.prefix}"
-            name += f"-refined{one.refine_steps}" if one.refine_steps else ""
-            patch = make_patch(source, model, context, fitted, held, one, name=name, store=store)
+            count = "all" if one.prefix == ALL else one.prefix
+            name = f"{case.name}-{one.method}-r{one.settings.rank}-p{count}-{one.dtype}"
+            name += "" if one.restate else "-not-restated"
+            patch = make_patch(source, model, context, fitted, held, one, name=name, answers=answers, store=store)
             seconds = time.perf_counter() - start
             file = args.out / f"{name}.safetensors"
             patch.save(file)
-            figures = dict(patch.config.fidelity or {})
-            if answers:
-                unpatched, patched = (torch_answers(source, model, p, one.max_new_tokens) for p in (None, patch))
-                figures |= measure_accuracy(source, context, answers, unpatched, unpatched, patched).to_dict()
             shown = {
                 "patch": name,
                 "context_tokens": len(source.codec.render(context, raw=True)),
                 "megabytes": round(file.stat().st_size / 1e6, 2),
                 "seconds": round(seconds),
-                **figures,
+                **(patch.config.fidelity or {}),
             }
             print(json.dumps(shown), flush=True)
 

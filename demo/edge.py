@@ -44,7 +44,7 @@ class Way:
     Attributes:
         name: its name in the table.
         options: the keyword arguments of `PatchedModel.stream`.
-        context: the tokens of context that it adds to every input.
+        context: the keys and values for each head that it puts in front of every input, on average over the layers.
         memory: what it keeps in memory or on disk, for people.
         answers: the answers, in the order of the inputs.
         streams: the finished streams, for their times.
@@ -128,6 +128,13 @@ class Demo:
         size = f"{tokens * self._per_token / 1e6:.1f} MB of keys and values"
         return Way(name, options, tokens, f"{size}, kept once" if cached else f"{size} in every session")
 
+    def entries(self, size: int) -> tuple[int, str]:
+        """Return what the patch puts in front of an input, and what that and its file of `size` bytes take."""
+        prefix = self.model.patches[self.patch].prefix
+        mean = 0 if prefix is None else round(sum(prefix.counts) / len(prefix.counts))
+        memory = f"{mean * self._per_token / 1e6:.1f} MB of keys and values in every session"
+        return mean, f"{memory}, from a file of {size / 1e6:.2f} MB"
+
     def _tokens(self, **options: Any) -> int:
         stream = self.model.stream(self.inputs[0][0], patch=None, max_new_tokens=1, **options)
         "".join(stream)
@@ -182,7 +189,7 @@ def main(model_dir: str, patch_file: str, prompt_file: str, held_out: str) -> No
     size = Path(patch_file).stat().st_size
     nothing = Way(NO_PROMPT, {"patch": None})
     whole = demo.prompted(PROMPT, prompt, cached=False)
-    patch = Way(PATCH, {"patch": name}, memory=f"a file of {size / 1e6:.2f} MB for any number of sessions")
+    patch = Way(PATCH, {"patch": name}, *demo.entries(size))
     first, last = prompt.splitlines()[0], prompt.splitlines()[-1]
     print(f"the prompt, {whole.context} tokens: {first[:70]} ... {last[-70:]}\n")
     demo.show([nothing, whole, patch])
@@ -196,7 +203,7 @@ def main(model_dir: str, patch_file: str, prompt_file: str, held_out: str) -> No
     rows += [short] if short is not None else []
     rows.append((patch, patched))
     what = "exactly right" if demo.exact else "right"
-    print(f"{'':28}{what:>10}{'first token':>15}{'per token':>12}{'context':>10}   memory")
+    print(f"{'':28}{what:>10}{'first token':>15}{'per token':>12}{'in front':>10}   memory")
     for way, right in rows:
         print(way.row(right))
     if short is None:

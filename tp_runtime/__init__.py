@@ -4,9 +4,9 @@ It needs onnxruntime, numpy, tokenizers, jinja2 and safetensors, and it never im
 
 from tp_runtime import PatchedModel
 
-model = PatchedModel.from_pretrained("build/demo/model")
-model.load_patch("build/demo/pirate.safetensors", "pirate")
-print(model.generate("How do I learn to swim?", patch="pirate"))
+model = PatchedModel.from_pretrained("build/demo/gemma-3-270m/model")
+model.load_patch("build/demo/gemma-3-270m/patch.safetensors", "notes")
+print(model.generate("lunch with Ada on Monday at 12:30 in the park ->", patch="notes"))
 """
 
 from .model import ACTIVE, PatchedModel

@@ -67,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
         "--holdout",
         type=int,
         metavar="N",
-        help=f"the number of queries that are held out of the fit (default {_HELD_OUT}); with --held-out, the number of "
-        "its first queries to measure on (default: all)",
+        help=f"how many queries are held out of the fit (default {_HELD_OUT}); with --held-out, how many of its first "
+        "queries are measured (default: all)",
     )
     parser.add_argument(
         "--limit",
@@ -103,8 +103,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--ridge",
         type=float,
-        default=1.0,
-        help="the ridge, relative to the mean diagonal of the Gram matrix (default 1)",
+        help="the ridge of the weights, relative to the mean diagonal of the Gram matrix (default 1)",
     )
     parser.add_argument(
         "--prefix",
@@ -241,7 +240,7 @@ def _recipe(
     method, prefix = args.method, args.prefix
     if method is None:
         searched = args.target is not None or args.max_bytes is not None
-        if context is None or (args.rank is not None and not searched) or prefix == 0:
+        if context is None or (_asks_for_weights(args) and not searched) or prefix == 0:
             method = "output"
         elif searched:
             method = "prefix"
@@ -254,9 +253,10 @@ def _recipe(
                 method, prefix = "prefix", default_entries(length or 0) if prefix is None else prefix
     if prefix is None:
         prefix = ALL if method == "prefix" else 0
+    ridge = 1.0 if args.ridge is None else args.ridge
     return Recipe(
         method=method,
-        settings=Settings(args.rank or _RANK, args.ridge, args.first_layer, not args.no_bias),
+        settings=Settings(args.rank or _RANK, ridge, args.first_layer, not args.no_bias),
         prefix=prefix,
         dtype=args.dtype,
         restate=not args.no_restating,
@@ -266,6 +266,11 @@ def _recipe(
         refine_steps=args.refine,
         student_precision=args.student_precision,
     )
+
+
+def _asks_for_weights(args: argparse.Namespace) -> bool:
+    """Return whether an option that only weights have was given."""
+    return args.rank is not None or args.ridge is not None or bool(args.first_layer or args.refine)
 
 
 def _with_own_questions(
@@ -322,7 +327,14 @@ def _check(args: argparse.Namespace) -> None:
     for field, value, least in at_least:
         require_at_least(field, value, least)
     if args.target is not None or args.max_bytes is not None:
-        for field, value in (("--prefix", args.prefix), ("--rank", args.rank), ("--method", args.method)):
+        chosen = (
+            ("--prefix", args.prefix),
+            ("--rank", args.rank),
+            ("--method", args.method),
+            ("--first-layer", args.first_layer or None),
+            ("--refine", args.refine or None),
+        )
+        for field, value in chosen:
             if value is not None:
                 raise CalibrationError(
                     "the search chooses this itself",
@@ -331,9 +343,9 @@ def _check(args: argparse.Namespace) -> None:
                     wanted="nothing beside --target or --max-bytes",
                     fix=f"leave {field} out, or leave the search out",
                 )
-    elif args.best:
+    if args.best and args.target is None:
         raise CalibrationError("there is no search whose best could be taken", field="--best", wanted="--target")
-    if not 0 <= args.ridge < float("inf"):
+    if args.ridge is not None and not 0 <= args.ridge < float("inf"):
         raise CalibrationError(
             "the ridge is negative or not finite", field="--ridge", got=args.ridge, wanted="a finite number >= 0"
         )

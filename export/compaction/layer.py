@@ -54,15 +54,13 @@ def compact(rows: QueryRows, context: Entry, count: int, target: Target, ridges:
     Args:
         rows: the student's rows.
         context: the keys and values of the whole context, [kv heads, n, head dim].
-        count: the number of entries to keep. If it is n, the context's own entries are returned.
+        count: the number of entries to keep, at most n.
         target: what the entries are fitted to.
         ridges: the ridges of the fit.
 
     Returns:
         Keys and values, [kv heads, count, head dim].
     """
-    if count >= context[0].shape[1]:
-        return context
     # A post-norm divides the branch by its length, so an error counts for as much less.
     tokens = target.weight if target.length is None else target.weight / target.length.square().clamp(min=1e-20)
     weight = (tokens / tokens.mean()).repeat_interleave(rows.group)

@@ -26,7 +26,8 @@ class Target:
     """What the chosen file has to be.
 
     Attributes:
-        gap: the share of the prompt's effect to reach, above 0 and at most 1; None for as much as the bytes allow.
+        gap: the share of the prompt's effect to reach, above 0 and at most 1; None for as much as the bytes allow, for
+            which nothing has to be searched.
         max_bytes: the largest size of the file; None for any.
         best: whether the best file that was found will do if none reaches the target.
 
@@ -90,18 +91,13 @@ def choose(
     entries = replace(recipe, method="prefix")
     counts = [*(step for step in _LADDER if step < context), ALL]
     ladder = [count for count in counts if target.max_bytes is None or size_of(count) <= target.max_bytes]
-    if target.gap is None:
-        assert target.max_bytes is not None
-        if not ladder:
-            raise _unreachable(target, None)
-        return fit(replace(entries, prefix=most_entries(context, size_of, target.max_bytes)))
+    wanted = 1.0 if target.gap is None else target.gap
     found: dict[int, Trial] = {}
 
     def reaches(place: int) -> bool:
         if place not in found:
             found[place] = fit(replace(entries, prefix=ladder[place]))
-        assert target.gap is not None
-        return found[place].gap >= target.gap
+        return found[place].gap >= wanted
 
     first = _first(len(ladder), reaches)
     best = found[first] if first < len(ladder) else None
@@ -109,7 +105,7 @@ def choose(
         smaller = replace(recipe, method="output", prefix=ladder[first - 1])
         trial = fit(replace(smaller, settings=replace(smaller.settings, rank=_RANK)))
         fits = target.max_bytes is None or trial.size <= target.max_bytes
-        if fits and trial.gap >= target.gap and (best is None or trial.size < best.size):
+        if fits and trial.gap >= wanted and (best is None or trial.size < best.size):
             return trial
         if fits:
             found[-1] = trial
@@ -121,11 +117,19 @@ def choose(
     return nearest
 
 
-def most_entries(context: int, size_of: Callable[[int], int], max_bytes: int) -> int:
-    """Return the largest number of entries whose file has at most `max_bytes`; `ALL` if all of them fit."""
-    if size_of(ALL) <= max_bytes:
+def most_entries(context: int, size_of: Callable[[int], int], target: Target) -> int:
+    """Return the largest number of entries whose file has at most the bytes of a target; `ALL` if all of them fit.
+
+    Raises:
+        CalibrationError: a file of one entry is larger.
+    """
+    most = target.max_bytes
+    if most is None or size_of(ALL) <= most:
         return ALL
-    return max(1, _first(context, lambda count: size_of(count + 1) > max_bytes))
+    count = _first(context, lambda count: size_of(count + 1) > most)
+    if not count:
+        raise _unreachable(target, None)
+    return count
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:

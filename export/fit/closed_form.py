@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,7 +47,7 @@ def fit_patch(
     context = calibration.context
     behind = Behind(None if context is None else context.cached)
     if recipe.prefix and context is not None:
-        behind = _behind(model, context, recipe, bool(calibration.restated))
+        behind = _behind(model, context, recipe, bool(calibration.restated), student is None)
     method = None if recipe.method == "prefix" else recipe.method
     if method is None and behind.compaction is None:
         return {}, behind.student
@@ -62,22 +63,23 @@ def fit_patch(
         )
 
 
-def _behind(model: Any, context: Context, recipe: Recipe, restated: bool) -> Behind:
+def _behind(model: Any, context: Context, recipe: Recipe, restated: bool, exact: bool) -> Behind:
     entries = context.entries()
     windows = layer_windows(model)
     counts = split_budget(recipe.prefix, windows, entries.position)
-    exact = [_last(entry, window) for entry, window in zip(entries.entries, windows, strict=True)]
-    student = replace(entries, entries=exact)
-    if counts == student.counts:
+    seen = [_last(entry, window) for entry, window in zip(entries.entries, windows, strict=True)]
+    student = replace(entries, entries=seen)
+    if exact and counts == student.counts:
         return Behind(context.cached, student)
+    # A layer that keeps all that its window ever sees keeps it as it is; another one chooses from the whole context.
     kept = [
         own if count == len(own[0][0]) else whole
-        for own, whole, count in zip(exact, entries.entries, counts, strict=True)
+        for own, whole, count in zip(seen, entries.entries, counts, strict=True)
     ]
     weight = recipe.answer_weight
     if weight is None:
         weight = _RESTATED_WEIGHT if restated else _ANSWER_WEIGHT
-    compaction = Compaction(counts, recipe.ridges, weight, partial(_stored, dtype=recipe.dtype))
+    compaction = Compaction(counts, recipe.ridges, weight, exact, partial(_stored, dtype=recipe.dtype))
     return Behind(context.cached, replace(entries, entries=kept), compaction)
 
 
@@ -94,17 +96,18 @@ def _stored(entry: Entry, dtype: str) -> Entry:
     return key, value
 
 
-def entry_bytes(model: Any, context: int, average: int, dtype: str) -> int:
+def entry_bytes(config: Any, windows: Sequence[int | None], context: int, dtype: str, average: int) -> int:
     """Return about how many bytes a file of entries alone has.
 
     Args:
-        model: the loaded model.
+        config: the model's transformers config.
+        windows: the window of each layer; None for a layer that sees everything.
         context: the number of entries that the context has.
-        average: the number of entries of a layer on average.
         dtype: the dtype of the file.
+        average: the number of entries of a layer on average.
     """
-    heads, head_dim = kv_shape(model.config)
-    counts = split_budget(average, layer_windows(model), context)
+    heads, head_dim = kv_shape(config)
+    counts = split_budget(average, windows, context)
     numbers = 2 * heads * head_dim * sum(counts)
     if dtype != "i8":
         return _HEADER_BYTES + numbers * (4 if dtype == "f32" else 2)

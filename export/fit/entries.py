@@ -30,12 +30,15 @@ class Compaction:
         counts: the number of entries of each layer.
         ridges: the ridges of the fit.
         answer_weight: the weight of a row that predicts a token of an answer; other rows have 1.
+        exact: whether a layer that keeps all entries keeps them as they are. They are exact for the teacher's weights;
+            a student of other weights gets values that are fitted to it.
         stored: a function that rounds the entries of a layer to what the file stores, so that the layers above see it.
     """
 
     counts: tuple[int, ...]
     ridges: Ridges = field(default_factory=Ridges)
     answer_weight: float = 5.0
+    exact: bool = True
     stored: Callable[[Entry], Entry] = lambda entry: entry
 
 

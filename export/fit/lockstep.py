@@ -7,9 +7,9 @@ first, as it will in the runtime. The blocks above therefore see the errors of t
 blocks were fitted in parallel from one unpatched student, every block would correct the same error.
 
 Cost: one pass of the teacher and one of the student over the tokens, plus the MLP halves of the completion rows and the
-solves. The context in front is run once and not per query: the teacher stands behind its cached keys and values. Only
-one block's weights and the two sets of hidden states are in use at a time, so a model bigger than memory can be fitted
-from disk (source/offload.py).
+solves. With entries the student's attention half runs twice, before and after they are fitted. The context in front is
+run once and not per query: the teacher stands behind its cached keys and values. Only one block's weights and the two
+sets of hidden states are in use at a time, so a model bigger than memory can be fitted from disk (source/offload.py).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _entries(
     """Fit the entries of one block; the teachers have attended, the students have not."""
     assert behind.student is not None and behind.compaction is not None
     context, count = behind.student.entries[block.index], behind.compaction.counts[block.index]
-    if count >= context[0].shape[1]:
+    if behind.compaction.exact and count >= context[0].shape[1]:
         return behind.compaction.stored(context)
     collected = StudentRows(chosen)
     for side in students:

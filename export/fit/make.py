@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey
 
-from ..decoder import TorchDelta, TorchPrefix, blocks_of, layer_deltas, torch_prefix
+from ..decoder import TorchDelta, TorchPrefix, blocks_of, layer_deltas, layer_windows, torch_prefix
 from ..measure import (
     Fidelity,
     TorchStudent,
@@ -29,7 +30,7 @@ from ..queries import check_disjoint, query_digest
 from ..rollout import Context, Dialogue, RolloutStore, check_beginning, context_digest, dialogues_for
 from ..source import Source
 from .calibration import Calibration, restate
-from .choice import Target, Trial, choose, selection_size
+from .choice import Target, Trial, choose, most_entries, selection_size
 from .closed_form import check_entries, entry_bytes, fit_patch
 from .forms import check_method
 from .recipe import Recipe
@@ -117,6 +118,11 @@ def make_patch(
         stop=stop,
     )
     held = _HeldOut(model, student, cached)
+    if target is not None and prepared is not None:
+        length = prepared.entries().position
+        size_of = partial(entry_bytes, model.config, layer_windows(model), length, recipe.dtype)
+        if target.gap is None:
+            recipe, target = replace(recipe, method="prefix", prefix=most_entries(length, size_of, target)), None
     if target is None:
         patch = _fitted(model, Calibration(prepared, dialogues, again), recipe, config, student)
     else:
@@ -128,8 +134,7 @@ def make_patch(
             made = _fitted(model, rows, candidate, config, student)
             return Trial(made, held.figures(made, kept, "selection").gap_closed)
 
-        length = prepared.entries().position
-        patch = choose(recipe, target, length, lambda n: entry_bytes(model, length, n, recipe.dtype), trial).patch
+        patch = choose(recipe, target, length, size_of, trial).patch
     figures = held.figures(patch, evaluation, "held-out fidelity").to_dict() if evaluation else {}
     if recipe.refine_steps and patch.deltas:
         before = figures
@@ -186,7 +191,7 @@ def _fitted(
 ) -> Patch:
     """Fit a recipe and return the patch as it will be stored."""
     deltas, prefix = fit_patch(model, rows, recipe, student)
-    ridge = recipe.settings.ridge if deltas else None
+    ridge = recipe.settings.ridge if any(deltas.values()) else None
     return assemble(deltas, prefix, replace(config, method=recipe.method, ridge=ridge), recipe.dtype)
 
 

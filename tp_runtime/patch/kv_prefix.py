@@ -1,8 +1,7 @@
-"""The KV prefix of a patch: a few key/value entries of the context, which start every KV cache under the patch.
+"""The KV prefix of a patch: key/value entries that stand in for the context's, at the start of every KV cache under it.
 
-A patch without entries changes only the model's weights. A cached prompt keeps all entries and is exact. A patch with a
-KV prefix lies between the two: it keeps the entries that completions attend to most, and its weight updates compensate
-for the others (PatchKV).
+A patch without entries changes only the model's weights. A cached prompt keeps all entries and is exact. Fewer entries
+are fitted, so that each one stands for more than itself (docs/method.md); weights beside them compensate for the rest.
 
 The entries replace the beginning of the prompt. `replaces` holds the ids with which every prompt without the context
 starts (with most chat templates, the beginning of the system and user messages). These ids are not run. The text after
@@ -29,7 +28,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class KVPrefix:
-    """The kept entries of every layer.
+    """The entries of every layer.
 
     Attributes:
         entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the

@@ -74,15 +74,14 @@ def test_the_best_file_will_do_if_asked_for() -> None:
 
 
 def test_a_size_without_a_target_takes_as_many_entries_as_fit() -> None:
-    fits = Fits()
-    assert search(Target(max_bytes=123_456), fits).size == size_of(123)
-    assert len(fits.made) == 1
-    assert search(Target(max_bytes=10**9), Fits()).gap == 1.0
+    assert most_entries(CONTEXT, size_of, Target(max_bytes=size_of(37))) == 37
+    assert most_entries(CONTEXT, size_of, Target(max_bytes=123_456)) == 123
+    assert most_entries(CONTEXT, size_of, Target(max_bytes=size_of(CONTEXT))) == ALL
 
 
 def test_a_size_below_the_smallest_file_is_refused() -> None:
     with pytest.raises(CalibrationError, match="nothing that small"):
-        search(Target(max_bytes=100), Fits())
+        most_entries(CONTEXT, size_of, Target(max_bytes=100))
     with pytest.raises(CalibrationError, match="nothing that small"):
         search(Target(0.5, max_bytes=100), Fits())
 
@@ -109,8 +108,3 @@ def test_a_short_context_keeps_all_its_entries_and_a_long_one_a_fifth_or_192() -
     assert default_entries(23) == default_entries(192) == ALL
     assert default_entries(400) == default_entries(900) == 192
     assert default_entries(2000) == 400
-
-
-def test_the_largest_number_of_entries_within_bytes() -> None:
-    assert most_entries(CONTEXT, size_of, size_of(37)) == 37
-    assert most_entries(CONTEXT, size_of, size_of(CONTEXT)) == ALL
