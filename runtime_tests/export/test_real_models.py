@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from runtime_tests.patches import random_config
-from tp_export.fit import Settings, lockstep, to_half
+from tp_export.fit import Settings, assemble, lockstep
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.queries import load_questions
 from tp_export.rollout import dialogues_for
 from tp_export.source import load_model, open_source
 from tp_runtime.model import PatchedModel
-from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
 pytestmark = pytest.mark.real_model
@@ -83,8 +82,8 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     teacher, unpatched = TorchStudent(model), TorchStudent(model)
     gap_closed = {}
     for method in ("vector", "output", "matrix"):
-        deltas = to_half(lockstep.fit_lockstep(model, fitted, method, Settings(rank=16))[0])
-        patch = Patch(deltas, random_config(base_digest=source.digest, method=method))
+        deltas, _ = lockstep.fit_lockstep(model, fitted, method, Settings(rank=16))
+        patch = assemble(deltas, None, random_config(base_digest=source.digest, method=method), "f16")
         student = TorchStudent(model, patch) if method == "matrix" else RuntimeStudent(graph, patch)
         gap_closed[method] = measure_fidelity(held_out, teacher, unpatched, student).gap_closed
     assert gap_closed["output"] > 0.8 and gap_closed["matrix"] > 0.8

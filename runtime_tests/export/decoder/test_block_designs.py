@@ -26,11 +26,10 @@ from tp_export.decoder import (
     weight_of,
 )
 from tp_export.decoder.adapters import ADAPTERS
-from tp_export.fit import Settings, lockstep, to_half
+from tp_export.fit import Settings, assemble, lockstep
 from tp_export.fit.forms import FORMS, Rows
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError, ModelFormatError
-from tp_runtime.patch import Patch
 
 MIXTURES = {"mixtral", "qwen3_moe", "qwen3_moe normalised"}
 
@@ -113,7 +112,7 @@ def test_the_lockstep_fit_agrees_with_the_patched_model(case: tuple[str, Any], m
         for block in blocks_of(model):
             with applied(block, deltas[block.index]):
                 hidden = block.mlp_half(block.attention_half(hidden, kwargs[block.index]))
-        with patched(model, Patch(to_half(deltas), random_config())):
+        with patched(model, assemble(deltas, None, random_config(), "f16")):
             wanted = outputs_of(model, ids)[-1]
         assert (wanted - outputs_of(model, ids)[-1]).abs().max() > 0.02 * wanted.abs().max(), method
         assert (hidden - wanted).abs().max() < 5e-3 * wanted.abs().max(), method

@@ -11,11 +11,10 @@ import torch
 from runtime_tests.export.rows import some_rows
 from runtime_tests.patches import random_config
 from tp_export.decoder import applied, blocks_of, layer_inputs, patched, plain_inputs
-from tp_export.fit import Settings, lockstep, to_half
+from tp_export.fit import Settings, assemble, lockstep
 from tp_export.fit.forms import FORMS
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
-from tp_runtime.patch import Patch
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -89,7 +88,7 @@ def test_the_bias_reproduces_the_mean_at_every_rank(model: Any, method: str) -> 
 def test_a_truncated_patch_equals_a_fit_of_that_rank(model: Any) -> None:
     block, rows = blocks_of(model)[0], some_rows(model, 60)
     big, small = (FORMS["output"](block, rows, Settings(rank=rank))["mlp_out"] for rank in (12, 3))
-    patch = Patch(to_half({0: {"mlp_out": big}}), random_config()).truncate(3)
+    patch = assemble({0: {"mlp_out": big}}, None, random_config(), "f16").truncate(3)
     ours = patch.deltas[0, "mlp_out"]
     hidden = block.hidden(rows.student)
     wanted = small(hidden)
@@ -103,7 +102,7 @@ def test_the_lockstep_fit_agrees_with_the_patched_model(model: Any, method: str)
     """The lock-step fit and the hooks on the whole model give the same v at the last block, measured by the logits."""
     data = dialogues()
     deltas, _ = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=2)
-    patch = Patch(to_half(deltas), random_config())
+    patch = assemble(deltas, None, random_config(), "f16")
     with_big_batches, _ = lockstep.fit_lockstep(model, data, method, Settings(rank=3), batch_size=6)
     ids = torch.tensor([data[0].student()])
     hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))

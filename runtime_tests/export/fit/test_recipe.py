@@ -10,7 +10,7 @@ import pytest
 
 from runtime_tests.patches import random_patch
 from tp_export import cli
-from tp_export.fit import recipe as patching
+from tp_export.fit import closed_form
 from tp_export.rollout import dialogues
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -178,7 +178,7 @@ def test_an_interrupted_fit_leaves_nothing(
     def interrupted(*_args: Any, **_kw: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patching, "fit_lockstep", interrupted)
+    monkeypatch.setattr(closed_form, "fit_lockstep", interrupted)
     assert cli.main(patch_arguments(tiny_llama, tmp_path / "p.safetensors")) == 130
     assert list(tmp_path.iterdir()) == []
 

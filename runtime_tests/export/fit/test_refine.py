@@ -14,12 +14,11 @@ from runtime_tests.logits import token_ids
 from runtime_tests.patches import random_config
 from tp_export import cli
 from tp_export.decoder import TorchPrefix
-from tp_export.fit import Recipe, Settings, lockstep, make_patch, to_half
+from tp_export.fit import Recipe, Settings, assemble, lockstep, make_patch
 from tp_export.fit.refine import refine_deltas
 from tp_export.measure import TorchStudent, measure_fidelity
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
-from tp_runtime.patch import Patch
 
 CONTEXT = tuple(token_ids(12, seed=9))
 
@@ -35,7 +34,7 @@ def dialogues() -> list[Dialogue]:
 
 
 def divergence(model: Any, deltas: Any, prefix: TorchPrefix | None) -> float:
-    patch = Patch(to_half(deltas), random_config(), None if prefix is None else prefix.numpy())
+    patch = assemble(deltas, prefix, random_config(), "f16")
     return measure_fidelity(
         dialogues(), TorchStudent(model), TorchStudent(model), TorchStudent(model, patch)
     ).kl_patched

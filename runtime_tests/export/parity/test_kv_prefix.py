@@ -16,11 +16,10 @@ from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from tp_export.decoder import torch_prefix
 from tp_export.fit import ALL, Recipe, make_patch
-from tp_export.fit.calibration import check_beginning
 from tp_export.formats import control_vector, peft_out
 from tp_export.formats import onnx_adapter as genai
 from tp_export.measure import TorchStudent
-from tp_export.rollout import Dialogue
+from tp_export.rollout import Dialogue, check_beginning
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import (
     CalibrationError,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runtime_tests.export.entries import all_entries
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, token_ids
 from tp_export.fit import Settings, fit_lockstep
+from tp_export.fit.entries import Compaction
+from tp_export.fit.lockstep import Behind
 from tp_export.rollout import Dialogue, Ending, complete
 from tp_export.source import load_model, open_source, resident
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError
@@ -59,6 +63,30 @@ def test_a_fit_equals_that_in_memory_and_loads_one_layer_at_a_time(both: tuple[A
         for name in ("a", "b", "bias"):
             assert torch.equal(getattr(sites["mlp_out"], name), getattr(found[1][layer]["mlp_out"], name))
     assert max(counts) <= 1 and loaded(disk) == set()
+
+
+def test_entries_equal_those_in_memory(both: tuple[Any, Any]) -> None:
+    """The fit of a layer's entries stops that layer halfway, and its weights are freed all the same."""
+    context = token_ids(20, seed=50)
+    queries = [token_ids(3 + s, seed=s) for s in range(4)]
+    dialogues = [Dialogue((1, *context, *q), (1, 5, *q), tuple(token_ids(8, seed=60 + q[0]))) for q in queries]
+    counts, found = [], []
+    for model in both:
+        whole = all_entries(model, dialogues)
+        teacher = replace(whole, replaces=dialogues[0].teacher_prompt[: whole.position])
+        _deltas, prefix = fit_lockstep(
+            model,
+            dialogues,
+            None,
+            Settings(),
+            behind=Behind(teacher, whole, Compaction((5, 4, 5))),
+            progress=lambda *_: counts.append(len(loaded(both[1]))),
+        )
+        assert prefix is not None and prefix.counts == (5, 4, 5)
+        found.append(prefix)
+    for in_memory, from_disk in zip(*(prefix.entries for prefix in found), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(in_memory, from_disk, strict=True))
+    assert max(counts) <= 1 and loaded(both[1]) == set()
 
 
 def test_a_layer_that_fails_is_freed(both: tuple[Any, Any]) -> None:
