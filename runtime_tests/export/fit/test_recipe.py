@@ -10,7 +10,7 @@ import pytest
 
 from runtime_tests.patches import random_patch
 from tp_export import cli
-from tp_export.fit import recipe as patching
+from tp_export.fit import closed_form as patching
 from tp_export.rollout import dialogues
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
