@@ -8,7 +8,7 @@ from .answers import Answers, Completion, Prompts, recorded_answers, runtime_ans
 from .bootstrap import ratio_error
 from .closeness import Closeness, measure_closeness, require_effect
 from .divergence import Arm, Divergence, diverge, with_prompt, without_prompt
-from .fidelity import Fidelity, fidelity_line, measure_fidelity
+from .fidelity import Fidelity, error_text, fidelity_line, measure_fidelity
 from .probe import torch_probe
 from .students import RuntimeStudent, Student, TorchStudent
 from .teacher import cached_teacher
@@ -28,6 +28,7 @@ __all__ = [
     "TorchStudent",
     "cached_teacher",
     "diverge",
+    "error_text",
     "fidelity_line",
     "measure_accuracy",
     "measure_closeness",

@@ -15,6 +15,8 @@ from .closeness import measure_closeness, require_effect
 from .divergence import diverge, with_prompt, without_prompt
 from .students import Student
 
+_SMALLEST_ERROR = 5e-5  # smaller ones are those of figures that are exact but for rounding
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -121,5 +123,9 @@ def fidelity_line(figures: Mapping[str, float], of: str) -> str:
 
 
 def _share(figures: Mapping[str, float], name: str) -> str:
-    error = figures.get(f"{name}_se")
-    return f"{figures[name]:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{figures[name]:.1%}{error_text(figures.get(f'{name}_se'))}"
+
+
+def error_text(error: float | None, space: str = " ") -> str:
+    """Return the standard error of a share in percent, such as " ± 0.7"; empty if it is unknown, or says nothing."""
+    return "" if error is None or error < _SMALLEST_ERROR else f"{space}±{space}{100 * error:.2g}"

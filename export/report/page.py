@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from tp_runtime.storage import Kind, atomic_file
 
+from ..measure import error_text
 from . import plots
 from .figures import PATCH, PatchReport, Report
 from .frontier_plot import frontier
@@ -47,7 +48,14 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "share": _share, "size": _size, "ms": _ms, "kl": _kl}
+    environment.filters |= {
+        "percent": _percent,
+        "share": _share,
+        "error": error_text,
+        "size": _size,
+        "ms": _ms,
+        "kl": _kl,
+    }
     template = environment.from_string((files(__package__) / _TEMPLATE).read_text(encoding="utf-8"))
     drawn = [(patch, _plots(patch)) for patch in report.patches]
     return template.render(report=report, patches=drawn)
@@ -72,10 +80,8 @@ def _percent(value: float | None) -> str:
 
 
 def _share(value: float | None, error: float | None) -> str:
-    """Return a share with its standard error, both in percent; an error of zero says nothing and is left out."""
-    if value is None or not error:
-        return _percent(value)
-    return f"{100 * value:.1f}{_SPACE}±{_SPACE}{100 * error:.1f}{_SPACE}%"
+    """Return a share with its standard error, both in percent."""
+    return "–" if value is None else f"{100 * value:.1f}{error_text(error, _SPACE)}{_SPACE}%"
 
 
 def _kl(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..measure import Closeness
 from .figures import Baseline, Curve, Layer, Sweep, Turn
@@ -43,6 +44,7 @@ def positions(curve: Curve) -> str:
         axes.plot(at, curve.patched, color=PATCH, marker="o", markersize=3, label="patch")
         top = 1.3 * max(*curve.unpatched, *curve.patched)  # room for the legend
         axes.set(xlabel="position in the answer", ylabel="KL, nats per token", ylim=(0, top))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tokens(axes, at, curve)
         axes.legend(loc="upper right", ncols=2)
     return svg[0]

@@ -253,11 +253,11 @@ def _prefix(prefix: dict[str, Any] | None) -> str:
     for layer, count in enumerate(prefix["counts"]):
         layers.setdefault(count, []).append(layer)
     counts = [
-        plural(count, "position") + (f" in layers {_spans(where)}" if len(layers) > 1 else "")
+        (f"{count} entries" if count != 1 else "1 entry") + (f" in layers {_spans(where)}" if len(layers) > 1 else "")
         for count, where in layers.items()
     ]
     return (
-        f"for each head {' and '.join(counts)} of the context, in place of the prompt's first "
+        f"{' and '.join(counts)} for each head, in place of the prompt's first "
         f"{plural(prefix['replaced_ids'], 'id')}; the text continues at position {prefix['position']}"
     )
 

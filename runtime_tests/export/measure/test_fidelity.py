@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -89,11 +88,11 @@ def test_a_prompt_without_an_effect_is_refused() -> None:
 
 def test_the_line_for_people_states_the_errors() -> None:
     closer: Student = Fake([1.5, 0.4, 0.0], [0.0, 1.0, 1.0])
-    found = measure_fidelity(DIALOGUES, TEACHER, UNPROMPTED, closer)
-    line = fidelity_line(found.to_dict(), "the prompt")
-    assert f"held out: {found.gap_closed:.1%} ± {100 * (found.gap_closed_se or 0):.1f} of the prompt" in line
-    assert f"first token {found.gap_closed_first:.1%} ± 0.0" in line and "6 tokens of 3 queries" in line
-    assert "kept" not in line
-    kept = fidelity_line({**found.to_dict(), "accuracy_exact_kept": 0.9, "accuracy_exact_kept_se": 0.041}, "the prompt")
+    found = measure_fidelity(DIALOGUES, TEACHER, UNPROMPTED, closer).to_dict()
+    line = fidelity_line({**found, "gap_closed_se": 0.0123}, "the prompt")
+    assert f"held out: {found['gap_closed']:.1%} ± 1.2 of the prompt" in line and "kept" not in line
+    # The first token is the same in all answers, so its error is zero, which says nothing.
+    assert f"first token {found['gap_closed_first']:.1%}, same top token {found['top1_agreement']:.1%}" in line
+    assert "6 tokens of 3 queries" in line
+    kept = fidelity_line({**found, "accuracy_exact_kept": 0.9, "accuracy_exact_kept_se": 0.041}, "the prompt")
     assert ", 90.0% ± 4.1 of the right answers kept (KL" in kept
-    assert f"same top token {asdict(found)['top1_agreement']:.1%}" in line

@@ -346,7 +346,7 @@ def test_the_page_states_the_answers_kept_and_the_stop(report: Report) -> None:
     one = report.patches[0]
     variants = [replace(v, held_out=replace(v.held_out, right=0.5, kept=0.8125, kept_se=0.0421)) for v in one.variants]
     text = render_page(replace(report, patches=[without_plots(one, variants=variants, known_answers=3, stop=["\n<"])]))
-    assert "of the prompted model's right answers are kept, ± 4.2" in " ".join(text.split())
+    assert "of the prompted model's right answers are kept ± 4.2" in " ".join(text.split())
     assert "81.2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}4.2" in text and "equals the expected one up to the stop" in text
     assert '<code>"\\n\\u003c"</code>' in text
     nothing = [replace(v, held_out=replace(v.held_out, right=0.0, kept=None, kept_se=None)) for v in one.variants]

@@ -229,7 +229,7 @@ def test_the_commands_accept_a_patch_with_a_prefix(
     file, folder = tmp_path / "p.safetensors", model.graph.folder.path
     patch.save(file)
     shown = cli("inspect", file)
-    assert "5 positions of the context" in shown.out and ("no weights" in shown.out) is not weights
+    assert "5 entries for each head" in shown.out and ("no weights" in shown.out) is not weights
     assert cli("inspect", file, "--json").json["prefix"]["entries"] == 5
     stored = Patch.load(file)
     text = cli("generate", folder, "Hello", "--patch", file, "--max-new-tokens", "4", "--json").json["text"]

@@ -299,6 +299,6 @@ def test_inspect_shows_the_windowed_layers(tmp_path: Path, cli: Cli, tiny_gemma_
 def test_inspect_shows_the_entries_of_each_kind(tmp_path: Path, cli: Cli, graph: Graph) -> None:
     file = tmp_path / "p.safetensors"
     entries_of(graph, FEWER).save(file)
-    assert "6 positions in layers 0, 2 and 20 positions in layers 1 of the context" in cli("inspect", file).out
+    assert "6 entries in layers 0, 2 and 20 entries in layers 1 for each head" in cli("inspect", file).out
     report = cli("inspect", file, "--json").json["prefix"]
     assert (report["entries"], report["counts"]) == (20, [6, 20, 6])
