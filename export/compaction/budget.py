@@ -1,9 +1,9 @@
 """The budget: how many entries each layer gets.
 
 A few-shot task lives in the few layers that see everything: they need most of their entries, while the many windowed
-layers compress ten times (docs/fidelity.md has the figures). So where a model has both kinds, full layers keep the whole
-context if that leaves enough for the windowed ones. Otherwise a windowed layer gets half of the average, and a full
-layer what that leaves.
+layers compress ten times (docs/fidelity.md has the figures). So where a model has both kinds, full layers keep the
+whole context if that leaves enough for the windowed ones. Otherwise a windowed layer gets half of the average, and a
+full layer what that leaves.
 """
 
 from __future__ import annotations
