@@ -27,11 +27,15 @@ def torch_answers(
 ) -> Answers:
     """Return a function that generates answers with transformers, under `patch` or without a patch if it is None.
 
-    An answer ends with the token that completes a stop string.
+    An answer ends with the token that completes a stop string. The function raises RequestError for a prompt that does
+    not start as the entries of `patch` require.
     """
 
     def run(prompts: Prompts, label: str) -> list[Completion]:
         prefix = None if patch is None else torch_prefix(patch, model)
+        if patch is not None and patch.prefix is not None:
+            for prompt in prompts:
+                patch.prefix.require_start(prompt)
         with bar(label, len(prompts), "query") as shown, patched(model, patch) if patch else nullcontext():
             ending = Ending.of(source.codec, stop)
             return complete(model, prompts, max_new_tokens, ending, prefix=prefix, progress=shown.update)

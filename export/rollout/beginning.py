@@ -30,9 +30,13 @@ def beginnings_of(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> set
 
 
 def beginning_of(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Beginning | None:
-    """Return the one beginning in which prompts differ; None if there are several, or if it is empty."""
+    """Return the one beginning in which prompts differ; None if there are several, or if it is empty.
+
+    At least one id follows it in every prompt: the model has to run something to predict the first id of an answer.
+    """
     found = beginnings_of(prompts)
     if len(found) != 1:
         return None
     beginning = found.pop()
-    return beginning if beginning.teacher else None
+    followed = all(len(teacher) > len(beginning.teacher) for teacher, _student in prompts)
+    return beginning if beginning.teacher and followed else None

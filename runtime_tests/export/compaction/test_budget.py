@@ -23,7 +23,9 @@ def test_layers_of_one_kind_get_the_average() -> None:
     [
         (64, 402, 224, 32),
         (128, 777, 448, 64),
-        (200, 402, 402, 159),  # full layers whole, the rest to the others
+        (128, 402, 402, 73),  # full layers whole, because that leaves the others enough
+        (110, 402, 385, 55),  # here it would not
+        (200, 402, 402, 159),
         (200, 653, 653, 109),
         (2**31, 777, 777, 511),
         (2**31, 30, 30, 30),

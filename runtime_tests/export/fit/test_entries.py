@@ -174,6 +174,11 @@ def test_entries_for_a_quantised_student_are_fitted_to_its_weights(gemma: Any) -
     first = some_entries(gemma, FITTED, 4)
     gaps = [gap_closed(gemma, prefix, student=student) for prefix in (own, other, first)]
     assert gaps[0] > gaps[1] and gaps[0] > gaps[2] + 0.05
+    # All entries are exact for the teacher's weights only.
+    fitted, exact = (fit(gemma, behind(gemma, (25, 25), exact=exact), student=student)[1] for exact in (False, True))
+    assert gap_closed(gemma, fitted, student=student) > gap_closed(gemma, exact, student=student)
+    whole = all_entries(gemma, FITTED)
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(exact.entries, whole.entries, strict=True))
     assert all(torch.equal(weight, before[name]) for name, weight in gemma.named_parameters())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.patches import patch_for
+from runtime_tests.prefixes import with_prefix
 from tp_export.fit import Recipe, make_patch
 from tp_export.measure import (
     measure_accuracy,
@@ -22,7 +23,7 @@ from tp_export.measure.accuracy import Answers
 from tp_export.queries import load_answers, load_questions
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import CalibrationError, RequestError
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
@@ -131,6 +132,16 @@ def test_torch_and_the_runtime_give_the_same_answers(tiny_llama: Path, tiny_llam
         cut = torch_answers(source, model, choice, 6, stop)(prompts, "")
         assert runtime_answers(source, graph, choice, 6, stop)(prompts, "") == cut
         assert source.codec.decode(cut[0]) == source.codec.decode(by_torch[0]).partition(stop[0])[0] + stop[0]
+
+
+def test_prompts_that_entries_do_not_fit_are_refused(tiny_llama: Path, tiny_llama_export: Path) -> None:
+    """By transformers as by the runtime: the answers would be those of another prompt."""
+    source = open_source(tiny_llama)
+    model, graph = load_model(source), Graph(ModelFolder.open(tiny_llama_export), "cpu")
+    patch = with_prefix(patch_for(graph.folder), graph.folder, source.codec.render("Hello")[:22])
+    for answers in (torch_answers(source, model, patch, 2), runtime_answers(source, graph, patch, 2)):
+        with pytest.raises(RequestError, match="does not start as the patch's KV prefix requires"):
+            answers([source.codec.render("Hello", "Be brief.")], "")
 
 
 def test_recorded_answers_are_those_of_the_dialogues() -> None:

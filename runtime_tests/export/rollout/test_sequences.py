@@ -31,6 +31,7 @@ def test_ids_that_agree_by_chance_do_not_make_other_beginnings() -> None:
 def test_prompts_that_differ_elsewhere_have_no_one_beginning() -> None:
     prompts = [([1, 7, *query, 5], [1, *query, 4]) for query in ([20], [21, 22])]
     assert len(beginnings_of(prompts)) == 2 and beginning_of(prompts) is None
+    assert beginning_of([([1, 7, 20, 5], [1, 20, 4])]) is None  # nothing follows that could be run
     same = [([1, 20], [1, 20]), ([1, 21], [1, 21])]  # without a context there is nothing to replace
     assert beginning_of(same) is None
 
