@@ -1,9 +1,8 @@
 """The budget: how many entries each layer gets.
 
 A few-shot task lives in the few layers that see everything: they need most of their entries, while the many windowed
-layers compress ten times (docs/fidelity.md has the figures). So where a model has both kinds, full layers keep the
-whole context if that leaves enough for the windowed ones. Otherwise a windowed layer gets half of the average, and a
-full layer what that leaves.
+layers compress ten times (docs/fidelity.md has the figures). So where a model has both kinds, a windowed layer gets half
+of the average, and a full layer what that leaves, up to the whole context; then the rest goes to the windowed ones.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _LEAST_WINDOWED = 32  # below this, windowed layers lose the task
-_ENOUGH_WINDOWED = 64  # from here on, entries are worth more in the full layers, up to the whole context
 
 
 def split_budget(average: int, windows: Sequence[int | None], context: int) -> tuple[int, ...]:
@@ -31,9 +29,7 @@ def split_budget(average: int, windows: Sequence[int | None], context: int) -> t
     if not windowed or not full:
         return tuple(min(average, limit) for limit in most)
     total = average * len(windows)
-    high = context
-    if total - context * full < _ENOUGH_WINDOWED * len(windowed):
-        low = min(max(average // 2, min(_LEAST_WINDOWED, average)), min(most))
-        high = min((total - low * len(windowed)) // full, context)
+    low = min(max(average // 2, min(_LEAST_WINDOWED, average)), min(most))
+    high = min((total - low * len(windowed)) // full, context)
     low = max(1, min((total - high * full) // len(windowed), min(most[layer] for layer in windowed)))
     return tuple(high if window is None else low for window in windows)
