@@ -2,7 +2,7 @@
 
 A few-shot task lives in the few layers that see everything: they need most of their entries, while the many windowed
 layers compress ten times (docs/fidelity.md has the figures). So where a model has both kinds, a windowed layer gets
-half of the average, and a full layer what that leaves, up to the whole context. Then the rest goes to the windowed ones.
+half of the average, and a full layer what that leaves, up to the whole context. The rest goes to the windowed ones.
 """
 
 from __future__ import annotations
