@@ -330,6 +330,7 @@ def test_an_interruption_leaves_no_new_folder_and_keeps_the_old_one(
         monkeypatch.setattr(model_export, "_trace", lambda *_args: (None, "fused"))
         for step in ("name_weights", "name_vectors", "name_dimensions", "name_nodes"):
             monkeypatch.setattr(model_export, step, lambda *_args: None)
+        monkeypatch.setattr(model_export, "separate_windowed", lambda *_args: None)
         monkeypatch.setattr(model_export, "add_first_logit", lambda *_args: None)
         monkeypatch.setattr(model_export, "simplify", lambda *_args: None)
         monkeypatch.setattr(model_export, "make_slots_overridable", lambda *_args: [])
