@@ -4,7 +4,7 @@ This room knows nothing of files, of queries, or of how deltas are fitted.
 """
 
 from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
-from .attention import Entry, Heads, attending, entries_seen, layer_windows, own_scale
+from .attention import Entry, Heads, attending, attention_of, entries_seen, layer_windows, own_scale
 from .hooks import PatchHooks, TorchDelta, applied, layer_deltas, patched
 from .kv_prefix import TorchPrefix, cached_prompt, torch_prefix
 from .module_names import SiteLinear, model_without_weights, site_linears
@@ -24,6 +24,7 @@ __all__ = [
     "adapter_for",
     "applied",
     "attending",
+    "attention_of",
     "blocks_of",
     "cached_prompt",
     "entries_seen",

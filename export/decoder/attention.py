@@ -119,18 +119,35 @@ def attending(
         before: a callback that gets the number of a layer and its `Heads`, before the layer attends.
         after: a callback that gets the number of a layer and the outputs of its heads, [b, T, heads, head dim].
     """
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)
-    config: Any = model.config
-    implementation = config._attn_implementation
     state = _State(entries, valid, before, after)
     _states.append(state)
-    config._attn_implementation = ATTENTION
+    try:
+        with attention_of(model, ATTENTION, _attention):
+            yield
+    finally:
+        _states.remove(state)
+
+
+@contextmanager
+def attention_of(model: nn.Module, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Make `model` attend through a function of transformers' attention interface within the context.
+
+    transformers builds no mask for it: the function masks by itself.
+
+    Args:
+        model: a transformers causal language model whose attention goes through that interface.
+        name: the name under which the function is registered.
+        attention: the function.
+    """
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *_args, **_kwargs: None)
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = implementation
-        _states.remove(state)
+        config._attn_implementation = before
 
 
 def _attention(

@@ -12,17 +12,17 @@ the graph in front of the operator: GPT-NeoX's, for example, rotate a quarter of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import Cache
 
 from tp_runtime.errors import ModelFormatError
 
-from ..decoder import own_scale
+from ..decoder import attention_of, own_scale
 
 ATTENTION = "tp_group_query_attention"
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes, but only when the graph runs
@@ -130,22 +130,9 @@ def current_recording() -> Recording:
     return _recording[-1]
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Build no mask, because the operator masks."""
-
-
-@contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
+def fused_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Make `model` attend through the operator within the context; this works under torch.onnx.export only."""
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
-    config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attention_of(model, ATTENTION, _attention)
 
 
 @contextmanager
