@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from tp_runtime.patch import KVPrefix, Patch
 
 from .adapters import kv_shape
-from .attention import Entry, Heads, attending
+from .attention import Entry, attending
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,9 @@ class TorchPrefix:
         """The number of entries of each layer."""
         return tuple(int(key.shape[1]) for key, _value in self.entries)
 
-    @contextmanager
-    def before(
-        self,
-        model: Any,
-        *,
-        valid: Tensor | None = None,
-        observer: Callable[[int, Heads], None] | None = None,
-    ) -> Iterator[None]:
-        """Within the context, the entries precede the text that `model` runs; see `attending`."""
-        with attending(model, self.entries, valid=valid, before=observer):
-            yield
+    def before(self, model: Any, *, valid: Tensor | None = None) -> AbstractContextManager[None]:
+        """Return a context within which the entries precede the text that `model` runs; see `attending`."""
+        return attending(model, self.entries, valid=valid)
 
     def model_inputs(self, ids: Tensor) -> dict[str, Any]:
         """Return the model's arguments other than the ids, for text [b, T] that follows the entries."""

@@ -18,12 +18,12 @@ from ..progress import bar
 from ..quantise import QuantisedStudent
 from ..rollout import Context
 from .calibration import Calibration
-from .entries import Compaction
+from .entries import ANSWER_WEIGHT, Compaction
 from .lockstep import Behind, fit_lockstep
 from .recipe import ALL, Recipe
 
 _HEADER_BYTES = 16_384  # of a patch file: the description, the probe and the list of tensors
-_ANSWER_WEIGHT, _RESTATED_WEIGHT = 5.0, 1.0
+_RESTATED_WEIGHT = 1.0  # of a row that predicts an answer, where the context is restated
 
 
 def fit_patch(
@@ -78,7 +78,7 @@ def _behind(model: Any, context: Context, recipe: Recipe, restated: bool, exact:
     ]
     weight = recipe.answer_weight
     if weight is None:
-        weight = _RESTATED_WEIGHT if restated else _ANSWER_WEIGHT
+        weight = _RESTATED_WEIGHT if restated else ANSWER_WEIGHT
     compaction = Compaction(counts, recipe.ridges, weight, exact, partial(_stored, dtype=recipe.dtype))
     return Behind(context.cached, replace(entries, entries=kept), compaction)
 

@@ -18,6 +18,7 @@ from ..compaction import QueryRows, Ridges, Target, compact, text_part
 from ..decoder import Block, Entry, Heads
 from ..rollout import Batch
 
+ANSWER_WEIGHT = 5.0
 MOST_ROWS = 8192
 _MOST_SHARES = 2**26  # of one key/value head: rows * query heads of its group * entries of the context; 256 MiB
 
@@ -37,7 +38,7 @@ class Compaction:
 
     counts: tuple[int, ...]
     ridges: Ridges = field(default_factory=Ridges)
-    answer_weight: float = 5.0
+    answer_weight: float = ANSWER_WEIGHT
     exact: bool = True
     stored: Callable[[Entry], Entry] = lambda entry: entry
 
@@ -61,7 +62,6 @@ class RowChoice:
         generator = torch.Generator().manual_seed(seed)
         kept = torch.zeros(sum(lengths), dtype=torch.bool)
         kept[torch.randperm(len(kept), generator=generator)[:most]] = True
-        self._kept: list[Tensor] = []
         self._where: list[tuple[Tensor, Tensor]] = []
         weights = []
         for batch, part in zip(batches, kept.split(lengths), strict=True):

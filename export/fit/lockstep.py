@@ -138,14 +138,14 @@ def fit_lockstep(
         with as_student(student):  # the token embeddings are quantised too
             students = [_Side(model, batch, behind.student) for _teacher, batch in pairs]
         chosen = _chosen(model, behind, [side.batch for side in students])
+        cached = None if behind.teacher is None else behind.teacher.entries
         deltas: dict[int, dict[str, TorchDelta]] = {}
         for block in blocks:
             weights = partial(student.layer, block) if student is not None else nullcontext
             with resident(block.layer):
                 heads = None if chosen is None else TeacherRows(chosen)
                 for teacher in teachers:
-                    cached = None if behind.teacher is None else behind.teacher.entries
-                    teacher.attend(block, cached, **({} if heads is None else {"after": heads.keep}))
+                    teacher.attend(block, cached, after=None if heads is None else heads.keep)
                 with weights():
                     if chosen is not None and heads is not None:
                         made[block.index] = _entries(block, behind, chosen, heads, teachers, students)
