@@ -234,23 +234,16 @@ def _recipe(
     args: argparse.Namespace, source: Source, context: str | None, queries: Sequence[str], stop: tuple[str, ...]
 ) -> Recipe:
     """Return the recipe that the options ask for; what they leave open depends on the length of the context."""
-    from ..fit import ALL, Recipe, Settings, default_entries
-    from ..rollout import context_length
+    from ..fit import ALL, Recipe, Settings
 
     method, prefix = args.method, args.prefix
-    if method is None:
-        searched = args.target is not None or args.max_bytes is not None
-        if context is None or (_asks_for_weights(args) and not searched) or prefix == 0:
-            method = "output"
-        elif searched:
-            method = "prefix"
-        else:
-            length = context_length(source, context, queries)
-            if prefix is None and length is None:  # entries cannot stand in for this beginning
-                print("note: no one beginning holds the prompt, so the patch gets weights alone", file=sys.stderr)
-                method = "output"
-            else:
-                method, prefix = "prefix", default_entries(length or 0) if prefix is None else prefix
+    searched = args.target is not None or args.max_bytes is not None
+    if method is None and (context is None or prefix == 0 or (_asks_for_weights(args) and not searched)):
+        method = "output"
+    if method is None and prefix is None and not searched:
+        prefix = _default_entries(source, context or "", queries)
+        method = "prefix" if prefix else "output"
+    method = method or "prefix"
     if prefix is None:
         prefix = ALL if method == "prefix" else 0
     ridge = 1.0 if args.ridge is None else args.ridge
@@ -268,6 +261,18 @@ def _recipe(
     )
 
 
+def _default_entries(source: Source, context: str, queries: Sequence[str]) -> int:
+    """Return the number of entries for a context of this length; 0, with a note, if entries cannot stand in for it."""
+    from ..fit import default_entries
+    from ..rollout import context_length
+
+    length = context_length(source, context, queries)
+    if length is None:
+        print("note: no one beginning holds the prompt, so the patch gets weights alone", file=sys.stderr)
+        return 0
+    return default_entries(length)
+
+
 def _asks_for_weights(args: argparse.Namespace) -> bool:
     """Return whether an option that only weights have was given."""
     return args.rank is not None or args.ridge is not None or bool(args.first_layer or args.refine)
@@ -280,11 +285,12 @@ def _with_own_questions(
     from ..fit import LONG_CONTEXT
     from ..progress import bar
     from ..queries import statements, unlike, write_questions
-    from ..rollout import Context
+    from ..rollout import Context, context_length
 
-    prepared = Context.of(source, model, context, [*fitted, *held_out])
-    if source.codec.style != "chat" or prepared.cached is None or prepared.cached.position <= LONG_CONTEXT:
+    queries = [*fitted, *held_out]
+    if source.codec.style != "chat" or (context_length(source, context, queries) or 0) <= LONG_CONTEXT:
         return list(fitted)
+    prepared = Context.of(source, model, context, queries)
     half = len(fitted) // 2
     rounds = min(4, -(-half // max(1, len(statements(context)))))
     with bar("questions about the prompt", rounds * len(statements(context)), "answer") as shown:

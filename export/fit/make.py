@@ -27,7 +27,7 @@ from ..measure import (
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
-from ..rollout import Context, Dialogue, RolloutStore, check_beginning, context_digest, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, check_beginning, check_text, context_digest, dialogues_for
 from ..source import Source
 from .calibration import Calibration, restate
 from .choice import Target, Trial, choose, most_entries, selection_size
@@ -176,8 +176,8 @@ def _check(
             got="none",
             wanted="text, or --student-precision int4 or int8",
         )
-    if context is not None and not context.strip():
-        raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
+    if context is not None:
+        check_text(context)
     if recipe.prefix or target is not None:
         if context is None:
             raise CalibrationError(

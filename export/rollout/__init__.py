@@ -5,7 +5,7 @@ This room knows nothing of how a patch is fitted or measured.
 
 from .beginning import Beginning, beginning_of, beginnings_of
 from .completions import complete
-from .context import Context, check_beginning, context_length
+from .context import Context, check_beginning, check_text, context_length
 from .dialogues import check_prompts, context_digest, dialogues_for
 from .ending import Ending
 from .restated import restated_dialogues
@@ -24,6 +24,7 @@ __all__ = [
     "beginnings_of",
     "check_beginning",
     "check_prompts",
+    "check_text",
     "complete",
     "context_digest",
     "context_length",

@@ -57,6 +57,12 @@ class Context:
         return TorchPrefix(self.cached.entries, self.beginning.student, self.cached.position)
 
 
+def check_text(context: str) -> None:
+    """Raise CalibrationError if the text of a context is empty."""
+    if not context.strip():
+        raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
+
+
 def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beginning:
     """Check that entries can stand in for the beginning of these prompts.
 

@@ -12,6 +12,7 @@ from ..decoder import TorchPrefix
 from ..progress import bar
 from ..source import Source
 from .completions import complete
+from .context import check_text
 from .ending import Ending
 from .sequences import Dialogue
 from .store import RolloutStore
@@ -58,8 +59,8 @@ def dialogues_for(
             a stop string.
         RequestError: a query cannot be rendered or does not fit the context window.
     """
-    if context is not None and not context.strip():
-        raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
+    if context is not None:
+        check_text(context)
     if not queries:
         raise CalibrationError(
             "there are no queries", field="queries", got=0, wanted="at least one", fix="pass more queries"
