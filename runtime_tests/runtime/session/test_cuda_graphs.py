@@ -96,15 +96,17 @@ def test_a_patch_with_mixed_ranks_and_missing_parts_gives_the_logits_of_ordinary
     assert furthest(graph_logits(capturing, IDS, capturing.bind(patch), STEPS), wanted) < CLOSE
 
 
+def stepped_logits(graph: Graph, patch: Patch | None) -> np.ndarray:
+    """Return the last logits of a prompt of 4 ids and of each of the 16 steps after it, [17, vocab]."""
+    bound = graph.bind(patch)
+    cache = graph.new_cache(bound)
+    prompt = graph.forward(IDS[:4], cache, bound)
+    return np.concatenate([prompt, *(graph.forward([token], cache, bound) for token in IDS[4:20])])
+
+
 def test_a_kv_prefix_gives_the_logits_of_ordinary_steps(plain: Graph, capturing: Graph) -> None:
     patch = with_prefix(rank_patches(plain, 3)[0], plain.folder, replaces=[7, 8], entries=5, position=9)
-    wanted, got = ([], [])
-    for graph, logits in ((plain, wanted), (capturing, got)):
-        bound = graph.bind(patch)
-        cache = graph.new_cache(bound)
-        logits.append(graph.forward(IDS[:4], cache, bound))
-        logits.extend(graph.forward([token], cache, bound) for token in IDS[4:20])
-    assert furthest(np.concatenate(got), np.concatenate(wanted)) < CLOSE
+    assert furthest(stepped_logits(capturing, patch), stepped_logits(plain, patch)) < CLOSE
 
 
 @pytest.mark.parametrize("entries", [Lengths(20, 6), Lengths(4, 13)], ids=["fewer windowed", "more windowed"])
@@ -116,13 +118,7 @@ def test_entries_with_a_count_for_each_kind_give_the_logits_of_ordinary_steps(
     stepped = Counted(monkeypatch, capturing.captured, "step")
     ragged = with_prefix(rank_patches(plain, 3)[0], plain.folder, [7, 8], entries, position=25)
     for patch in (ragged, None, ragged):  # the lengths of windowed layers change with the patch, and back
-        wanted, got = ([], [])
-        for graph, logits in ((plain, wanted), (capturing, got)):
-            bound = graph.bind(patch)
-            cache = graph.new_cache(bound)
-            logits.append(graph.forward(IDS[:4], cache, bound))
-            logits.extend(graph.forward([token], cache, bound) for token in IDS[4:20])
-        assert furthest(np.concatenate(got), np.concatenate(wanted)) < CLOSE
+        assert furthest(stepped_logits(capturing, patch), stepped_logits(plain, patch)) < CLOSE
     assert stepped.calls == 3 * 16
 
 
