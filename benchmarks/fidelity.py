@@ -50,11 +50,11 @@ def entries(count: int, **options: Any) -> Recipe:
     return Recipe(method="prefix", prefix=count, **{"dtype": "i8", "samples": 1, **options})
 
 
-def task(name: str, new_tokens: int, recipes: tuple[Recipe, ...] = (entries(192),)) -> list[Case]:
-    """Return a few-shot task with three draws of 40 calibration inputs; every answer ends with its line."""
+def task(name: str, new_tokens: int, inputs: int, recipes: tuple[Recipe, ...] = (entries(192),)) -> list[Case]:
+    """Return a few-shot task with three disjoint draws of `inputs` inputs; every answer ends with its line."""
     ended = tuple(replace(one, stop=("\n",), max_new_tokens=new_tokens) for one in recipes)
     files = [TASKS / f"{name.partition('-')[0]}.{part}" for part in ("prompt.txt", "calibration.txt", "held-out.jsonl")]
-    return [Case(f"{name}-{draw}", "gemma", *files, ended, 40, 40 * (draw - 1)) for draw in (1, 2, 3)]
+    return [Case(f"{name}-{draw}", "gemma", *files, ended, inputs, inputs * (draw - 1)) for draw in (1, 2, 3)]
 
 
 SHORT = {"max_new_tokens": 8}
@@ -74,12 +74,12 @@ CASES = (
          HERE / "handbook-held-out.jsonl", (
         entries(96), entries(192), entries(384), weights(samples=1),
     ), 80),
-    *task("events", 50),
-    *task("home", 16),
-    *task("tickets", 6),
-    *task("events-int4", 50, (entries(192, **INT4),))[:1],
-    *task("home-int4", 16, (entries(192, **INT4),))[:1],
-    *task("tickets-int4", 6, (entries(192, **INT4),))[:1],
+    *task("events", 50, 100),
+    *task("home", 16, 100),
+    *task("tickets", 6, 40),
+    *task("events-int4", 50, 100, (entries(192, **INT4),))[:1],
+    *task("home-int4", 16, 100, (entries(192, **INT4),))[:1],
+    *task("tickets-int4", 6, 40, (entries(192, **INT4),))[:1],
     Case("translation", "gemma", HERE / "translation.txt", HERE / "translation-queries.txt",
          HERE / "translation-held-out.jsonl", (weights(method="vector", **SHORT), weights(**SHORT))),
     Case("operators", "gemma", HERE / "operators.txt", HERE / "operators-queries.txt",
