@@ -12,6 +12,16 @@ print(model.generate("lunch with Ada on Monday at 12:30 in the park ->", patch="
 from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
 from .session import share_threads
-from .text import Completion, TextBatch, TextStream
+from .text import Completion, Result, TextBatch, TextStream
 
-__all__ = ["ACTIVE", "Completion", "Delta", "Patch", "PatchedModel", "TextBatch", "TextStream", "share_threads"]
+__all__ = [
+    "ACTIVE",
+    "Completion",
+    "Delta",
+    "Patch",
+    "PatchedModel",
+    "Result",
+    "TextBatch",
+    "TextStream",
+    "share_threads",
+]

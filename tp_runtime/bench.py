@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import PatchTargetError, RequestError
-from .generation import Sampling, generate
+from .generation import Sampler, generate
 from .model import PatchedModel
 from .patch import Delta, Patch, PatchConfig
 from .session import BoundPatch, Graph, ModelFolder
@@ -171,7 +171,7 @@ def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]
         For each arm the seconds of the first token and of `tokens` more.
     """
     runs = [
-        generate(arm.graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
+        generate(arm.graph, arm.prompt, arm.bound, sampler=Sampler(), max_new_tokens=tokens + 1, eos_ids=frozenset())
         for arm in arms
     ]
     several = len({id(arm.graph) for arm in arms}) > 1
@@ -201,7 +201,7 @@ def python_seconds(arm: Arm, tokens: int) -> list[float]:
         The seconds of each token.
     """
     graph, timed = arm.graph, _TimedSession(arm.graph.session)
-    run = generate(graph, arm.prompt, arm.bound, sampling=Sampling(), max_new_tokens=tokens + 1, eos_ids=frozenset())
+    run = generate(graph, arm.prompt, arm.bound, sampler=Sampler(), max_new_tokens=tokens + 1, eos_ids=frozenset())
     next(run)
     seconds = []
     graph.session = timed

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
-from .generation import PREFILL_TOKENS, PrefixCache, generate, prefill
+from .generation import PREFILL_TOKENS, PrefixCache, Sampling, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
 from .patch import Patch
 from .session import (
@@ -28,10 +28,12 @@ from .session import (
     not_a_patch,
 )
 from .text import (
+    Completion,
     EncodedRequest,
     Message,
     Request,
     RequestOptions,
+    Result,
     TextBatch,
     TextCodec,
     TextStream,
@@ -40,6 +42,7 @@ from .text import (
 
 log = logging.getLogger("tp_runtime")
 
+_SPARE_TOKENS = 64  # of a prefix cache for several answers to one prompt
 _MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
 
 
@@ -231,17 +234,17 @@ class PatchedModel:
             self.graph,
             request.tokens,
             request.patch.bound,
-            sampling=request.sampling,
+            sampler=request.sampler,
             max_new_tokens=request.max_new_tokens,
             eos_ids=self.codec.eos_ids,
             cache=cache,
             prefix_cache=self.prefix_cache,
         )
         using = self._patches.using(request.patch.loaded)
-        return TextStream(ids, self.codec, request.scanner, len(request.tokens), using)
+        return TextStream(ids, self.codec, request, using)
 
     def _encode(self, request: Request) -> EncodedRequest:
-        return encode_request(request, self.codec, self._patches)
+        return encode_request(request, self.codec, self._patches, self.graph.folder.vocab_size)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
@@ -271,14 +274,73 @@ class PatchedModel:
         if not _is_several(prompt):
             return "".join(self.stream(prompt, **options))
         each = _spread(options, len(prompt))
-        with self.batch(min(rows, len(prompt))) as batch:
-            completions = [batch.add(one, **own) for one, own in zip(prompt, each, strict=True)]
+        return [completion.text for completion in self._together(list(zip(prompt, each, strict=True)), rows)]
+
+    @overload
+    def complete(self, prompt: str | Sequence[Message], *, n: int, rows: int = 8, **options: Any) -> list[Result]: ...
+
+    @overload
+    def complete(self, prompt: list[str] | list[list[Message]], *, rows: int = 8, **options: Any) -> list[Result]: ...
+
+    @overload
+    def complete(self, prompt: str | Sequence[Message], **options: Any) -> Result: ...
+
+    def complete(self, prompt: Any, *, n: int | None = None, rows: int = 8, **options: Any) -> Result | list[Result]:
+        """Return a completion with everything that is known of it: ids, figures, log-probabilities, tool calls.
+
+        Args:
+            prompt: one prompt or several, as for `generate`.
+            n: the number of answers to one prompt. They run together and share the run of the prompt. The seed of
+                answer i is `seed` + i.
+            rows: with several prompts or answers, the largest number that runs at the same time.
+            options: see Request; with several prompts as for `generate`.
+
+        Returns:
+            The result; with several prompts or with `n` a list of results, in order.
+
+        Raises:
+            RequestError, PatchError, StaleCacheError, BusyError: as for `generate`, and `n` is not a positive integer,
+                or is given with several prompts.
+        """
+        require_positive("rows", rows, _MOST_ROWS)
+        if n is not None:
+            require_positive("n", n, _MOST_ROWS)
+            if _is_several(prompt):
+                raise RequestError("n is for one prompt", field="n", got=n, wanted="None", fix="repeat the prompts")
+            seed = Sampling(seed=options.get("seed")).seed
+            seeds = [None if seed is None else seed + answer for answer in range(n)]
+            requests = [(prompt, {**options, "seed": own}) for own in seeds]
+            return [completion.result for completion in self._together(requests, rows, self._shared(prompt, options))]
+        if _is_several(prompt):
+            each = _spread(options, len(prompt))
+            return [one.result for one in self._together(list(zip(prompt, each, strict=True)), rows)]
+        with self.stream(prompt, **options) as stream:
+            for _chunk in stream:
+                pass
+        return stream.result
+
+    def _shared(self, prompt: Any, options: dict[str, Any]) -> PrefixCache:
+        """Return a prefix cache that holds the prompt, so that several answers to it run it once."""
+        tokens = len(self._encode(Request.of(prompt, **{**options, "logprobs": None})).tokens)
+        folder = self.graph.folder
+        kv = folder.kv
+        needed = 2 * folder.layers * kv.heads * kv.head_dim * kv.numpy_dtype.itemsize * (tokens + _SPARE_TOKENS)
+        own = self.prefix_cache
+        return own if own is not None and own.budget >= needed else PrefixCache(needed)
+
+    def _together(
+        self, requests: Sequence[tuple[Any, dict[str, Any]]], rows: int, prefix_cache: PrefixCache | None = None
+    ) -> list[Completion]:
+        """Run requests in one batch; raise the error of the first one that failed."""
+        store = prefix_cache or self.prefix_cache
+        with TextBatch(self.graph, self.codec, self._patches, min(rows, len(requests)), store) as batch:
+            completions = [batch.add(prompt, **options) for prompt, options in requests]
             while batch.step():
                 pass
         for completion in completions:
             if completion.error is not None:
                 raise completion.error
-        return [completion.text for completion in completions]
+        return completions
 
     def batch(self, rows: int = 8, prefill_tokens: int = PREFILL_TOKENS) -> TextBatch:
         """Return a batch, whose completions run together and may join and leave: `with model.batch() as batch:`.

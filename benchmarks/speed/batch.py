@@ -21,7 +21,7 @@ import numpy as np
 
 from tp_runtime import PatchedModel
 from tp_runtime.bench import RANK, random_patch
-from tp_runtime.generation import Batch, Sampling
+from tp_runtime.generation import Batch, Sampler
 from tp_runtime.session import BoundPatch, Graph
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -31,7 +31,7 @@ def filled(graph: Graph, bounds: Sequence[BoundPatch], prompt: list[int], steps:
     """Return a batch that has one row under each of `bounds` and can run `steps` steps."""
     made = Batch(graph, len(bounds))
     for bound in bounds:
-        made.join(prompt, bound, sampling=Sampling(), max_new_tokens=steps + 1, eos_ids=frozenset())
+        made.join(prompt, bound, sampler=Sampler(), max_new_tokens=steps + 1, eos_ids=frozenset())
     return made
 
 

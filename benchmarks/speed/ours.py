@@ -10,7 +10,7 @@ import onnxruntime  # noqa: F401  (imported before the clock starts: its import 
 from benchmarks.speed.protocol import Worker, serve
 from tp_runtime import Patch, PatchedModel
 from tp_runtime.bench import random_patch
-from tp_runtime.generation import Sampler, Sampling
+from tp_runtime.generation import Sampler
 from tp_runtime.session import BoundPatch
 
 
@@ -22,7 +22,7 @@ class Ours(Worker):
     def load(self, path: Path, threads: int) -> None:
         """Load the model as an application does, with tokenizer and template."""
         model = PatchedModel.from_pretrained(path, "cpu", threads=threads)
-        self.graph, self.sampler = model.graph, Sampler(Sampling())
+        self.graph, self.sampler = model.graph, Sampler()
         self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}
         self.bound = self.graph.base
 

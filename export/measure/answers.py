@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from tp_runtime.generation import Sampling, generate
+from tp_runtime.generation import Sampler, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph
 from tp_runtime.text import StopScanner
@@ -56,7 +56,7 @@ def runtime_answers(
     def answer(prompt: Sequence[int]) -> Completion:
         ids: list[int] = []
         for token in generate(
-            graph, prompt, bound, sampling=Sampling(), max_new_tokens=max_new_tokens, eos_ids=ending.eos_ids
+            graph, prompt, bound, sampler=Sampler(), max_new_tokens=max_new_tokens, eos_ids=ending.eos_ids
         ):
             ids.append(token)
             if ending.reached(ids):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tp_runtime.generation import Sampling, generate
+from tp_runtime.generation import Sampler, generate
 from tp_runtime.patch import KVPrefix, Patch
 from tp_runtime.session import Graph, KVCache
 
@@ -114,7 +114,7 @@ def time_variants(graph: Graph, patch: Patch, dialogues: Sequence[Dialogue]) -> 
             graph,
             dialogue.teacher_prompt if prompted else dialogue.student_prompt,
             bound if variant == PATCH else graph.base,
-            sampling=Sampling(),
+            sampler=Sampler(),
             max_new_tokens=tokens,
             eos_ids=frozenset(),
             cache=cache if variant == CACHED_PREFIX else None,

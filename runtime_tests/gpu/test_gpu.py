@@ -25,9 +25,8 @@ from tp_export.graph import export_model
 from tp_export.source import open_source
 from tp_runtime.bench import switch_seconds
 from tp_runtime.errors import DeviceUnavailableError
-from tp_runtime.generation import Row, Sampling
+from tp_runtime.generation import Row, Sampler
 from tp_runtime.generation.rows import new_rows
-from tp_runtime.generation.sampling import Sampler
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder, Use
@@ -195,7 +194,7 @@ def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
             graph.forward(IDS[:length], cache, bound)
             held = Use(cache.uses)
             cache.take(held)
-            rows.append(Row(prompt, len(prompt), bound, 99, frozenset(), Sampler(Sampling()), cache, held))
+            rows.append(Row(prompt, len(prompt), bound, 99, frozenset(), Sampler(), cache, held))
         steps = []
         for at in range(20, 36):
             if at == 30:

@@ -217,4 +217,4 @@ def test_the_typed_keyword_arguments_are_the_fields_of_the_settings() -> None:
         return {field.name for setting in settings for field in fields(setting)}
 
     assert SessionOptions.__annotations__.keys() == names(SessionSettings)
-    assert RequestOptions.__annotations__.keys() == names(Request, Sampling) - {"prompt", "sampling"}
+    assert RequestOptions.__annotations__.keys() == names(Request, Sampling) - {"prompt", "from_model"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from ..errors import PatchTargetError, PatchValueError
+from ..errors import PatchTargetError, PatchValueError, RequestError, shown
 from ..generation import Sampling
 from ..model import ACTIVE, PatchChoice, PatchedModel, TextStream
 from ..patch import Patch
@@ -183,9 +183,26 @@ def not_a_strength(text: str) -> PatchValueError:
 
 # -- sampling --------------------------------------------------------------------------------------------------
 
+# The option's field in Sampling or Request, its type, its metavar, and its help without the default.
+_SETTINGS: tuple[tuple[str, type, str, str], ...] = (
+    ("temperature", float, "T", "divide the logits by T; 0 takes the most likely token"),
+    ("top_k", int, "K", "draw from the K most likely tokens; 0 means all"),
+    ("top_p", float, "P", "draw from the most likely tokens whose probabilities sum to P; 1 means all"),
+    ("min_p", float, "P", "drop tokens with less than P times the probability of the most likely one"),
+    ("repetition_penalty", float, "R", "a value above 1 reduces repetition"),
+    ("frequency_penalty", float, "F", "subtract F from a token's logit for each time that the completion has it"),
+    ("presence_penalty", float, "F", "subtract F from the logit of every token that the completion has"),
+    ("min_new_tokens", int, "N", "pick no end-of-sequence token before N tokens"),
+)
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for choosing tokens and for ending a completion to a parser."""
+
+def add_sampling_options(parser: argparse.ArgumentParser, sampling: str = "greedy") -> None:
+    """Add the options for choosing tokens and for ending a completion to a parser.
+
+    Args:
+        parser: the parser.
+        sampling: "greedy" or "model", the default of --sampling.
+    """
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-new-tokens",
@@ -195,39 +212,20 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="generate at most N tokens (default %(default)s)",
     )
     group.add_argument(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        metavar="T",
-        help="divide the logits by T; 0 takes the most likely token (default %(default)g)",
+        "--sampling",
+        choices=("greedy", "model"),
+        default=sampling,
+        help="what decides where the options below do not: greedy choice, or the model's own settings (its "
+        "generation_config.json); default %(default)s",
     )
+    for name, kind, metavar, text in _SETTINGS:
+        text = f"{text} (default {getattr(Sampling, name):g})"
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
     group.add_argument(
-        "--top-k",
-        type=int,
-        default=Sampling.top_k,
-        metavar="K",
-        help="draw from the K most likely tokens; 0 means all (default %(default)s)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=Sampling.top_p,
-        metavar="P",
-        help="draw from the most likely tokens whose probabilities sum to P; 1 means all (default %(default)g)",
-    )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        default=Sampling.min_p,
-        metavar="P",
-        help="drop tokens with less than P times the probability of the most likely one (default %(default)g)",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=Sampling.repetition_penalty,
-        metavar="R",
-        help="a value above 1 reduces repetition (default %(default)g)",
+        "--logit-bias",
+        action="append",
+        metavar="ID=BIAS",
+        help="add BIAS, from -100 to 100, to the logit of this token id; may be repeated",
     )
     group.add_argument("--seed", type=int, metavar="N", help="make the random draws repeatable")
     group.add_argument(
@@ -246,17 +244,32 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    """Return the keyword arguments for PatchedModel.stream.
+    """Return the keyword arguments for PatchedModel.stream: what the command line states, and nothing else.
 
     They are checked here, before opening the model takes seconds.
 
     Raises:
         RequestError: a value is not valid.
     """
-    names = ("max_new_tokens", "stop", *(setting.name for setting in fields(Sampling)))
-    options: Any = {name: getattr(args, name) for name in names}
+    names = ("max_new_tokens", "stop", "seed", *(name for name, *_ in _SETTINGS))
+    options: Any = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.logit_bias is not None:
+        options["logit_bias"] = dict(map(_bias, args.logit_bias))
+    if args.sampling == "model":
+        options["sampling"] = "model"
     Request.of("", **options)
     return options
+
+
+def _bias(spec: str) -> tuple[str, float]:
+    """Split ID=BIAS. `Sampling` checks both."""
+    token, equals, bias = spec.partition("=")
+    try:
+        return token, float(bias if equals else "")
+    except ValueError:
+        raise RequestError(
+            "the value is not ID=BIAS", field="logit_bias", got=shown(spec), wanted="such as 42=-100"
+        ) from None
 
 
 def note_if_cut(stream: TextStream, max_new_tokens: int) -> None:

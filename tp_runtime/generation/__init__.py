@@ -4,18 +4,25 @@ This room knows nothing of text, files or the names of patches.
 """
 
 from .batch import PREFILL_TOKENS, Batch
+from .constraint import Constraint
 from .engine import check_request, generate, prefill
+from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
 from .prefix_cache import PrefixCache
 from .row import Row
-from .sampling import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 
 __all__ = [
     "PREFILL_TOKENS",
     "Batch",
+    "Constraint",
+    "LogprobsMode",
     "PrefixCache",
     "Row",
     "Sampler",
     "Sampling",
+    "TokenLogprobs",
+    "WantedLogprobs",
     "check_request",
     "generate",
     "prefill",

@@ -16,7 +16,7 @@ from .engine import check_request
 from .prefix_cache import PrefixCache
 from .row import Row
 from .rows import new_rows
-from .sampling import Sampler, Sampling, pick_rows
+from .sampler import Sampler, pick_rows
 
 PREFILL_TOKENS = (
     32  # with chunks of this size a CPU takes hardly longer for a prompt than with the whole prompt at once
@@ -70,7 +70,7 @@ class Batch:
         prompt: Sequence[int],
         bound: BoundPatch,
         *,
-        sampling: Sampling,
+        sampler: Sampler,
         max_new_tokens: int,
         eos_ids: frozenset[int],
     ) -> Row:
@@ -79,7 +79,7 @@ class Batch:
         Args:
             prompt: the ids of the prompt, at least one.
             bound: the patch for every step of this sequence.
-            sampling: the settings for picking its ids.
+            sampler: picks the ids of this sequence, and of no other.
             max_new_tokens: the largest number of new tokens, at least 1.
             eos_ids: the ids that end the sequence.
 
@@ -92,6 +92,7 @@ class Batch:
         """
         token_limit = check_request(self._graph.folder, prompt, bound, max_new_tokens)
         self._graph.folder.check_ids(prompt)
+        sampler.require_vocabulary(self._graph.folder.vocab_size)
         if self._failed:
             self._settle()
         if not self.free:
@@ -105,7 +106,7 @@ class Batch:
         cache = self._graph.new_cache(bound)
         held = Use(cache.uses)
         cache.take(held)
-        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, Sampler(sampling), cache, held)
+        row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, sampler, cache, held)
         try:
             self._joining.append(row)
             return row

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import RequestError, require_positive
 from ..session import BoundPatch, KVCache, ModelFolder, Use
 from .prefix_cache import Content, PrefixCache
-from .sampling import Sampler, Sampling
+from .sampler import Sampler
 
 
 class Steps(Protocol):
@@ -51,7 +51,7 @@ def generate(
     prompt: Sequence[int],
     bound: BoundPatch,
     *,
-    sampling: Sampling,
+    sampler: Sampler,
     max_new_tokens: int,
     eos_ids: frozenset[int],
     cache: KVCache | None = None,
@@ -66,7 +66,7 @@ def generate(
         graph: the graph that runs the steps.
         prompt: the ids so far, at least one.
         bound: the patch for every step of this completion.
-        sampling: the settings for picking ids.
+        sampler: picks the ids of this completion, and of no other.
         max_new_tokens: the largest number of new tokens, at least 1.
         eos_ids: the ids that end a completion.
         cache: the cache of an earlier completion under the same patch. The ids that it shares with `prompt` are not run
@@ -77,7 +77,7 @@ def generate(
 
     Raises:
         RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix, or
-            `max_new_tokens` is not a positive integer.
+            `max_new_tokens` is not a positive integer, or a bias is on an id outside the vocabulary.
         StaleCacheError: `cache` was made under another patch or by another graph.
         BusyError: another request is using `cache`. If it begins after this call, the first id raises it.
     """
@@ -86,9 +86,10 @@ def generate(
         cache.require_free()
         prefix_cache = None
     token_limit = check_request(graph.folder, prompt, bound, max_new_tokens)
+    sampler.require_vocabulary(graph.folder.vocab_size)
     if cache is None:
         cache = graph.new_cache(bound)
-    ids = _loop(graph, list(prompt), bound, Sampler(sampling), token_limit, eos_ids, cache)
+    ids = _loop(graph, list(prompt), bound, sampler, token_limit, eos_ids, cache)
     return ids if prefix_cache is None else _stored(graph, prompt, ids, cache, prefix_cache)
 
 

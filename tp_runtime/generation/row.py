@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..session import BoundPatch, KVCache, Use
-from .sampling import Sampler
+from .sampler import Sampler
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
+from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
 
@@ -15,14 +16,19 @@ __all__ = [
     "TOKENIZER_FILES",
     "Completion",
     "EncodedRequest",
+    "LikelyToken",
     "Message",
     "Request",
     "RequestOptions",
+    "Result",
     "SamplingOptions",
     "StopScanner",
     "Style",
     "TextBatch",
     "TextCodec",
     "TextStream",
+    "Timings",
+    "TokenInfo",
+    "Usage",
     "encode_request",
 ]

@@ -22,6 +22,7 @@ from ..loaded_patches import LoadedPatches
 from ..session import Graph, Use
 from .codec import Message, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, encode_request
+from .result import Result, Timings, result_of
 from .stream import StoppingDecoder
 
 
@@ -65,6 +66,25 @@ class Completion:
     def text(self) -> str:
         """The text so far; it never ends within a character."""
         return self._progress.text
+
+    @property
+    def result(self) -> Result:
+        """The result of the completion.
+
+        Raises:
+            RequestError: the completion has not ended, or it ended with an error.
+        """
+        progress = self._progress
+        if progress.finish_reason is None or progress.error is not None:
+            raise RequestError(
+                "the completion has no result",
+                field="completion",
+                got="a completion that has not ended" if progress.error is None else "a completion that failed",
+                fix="step until it has a finish_reason" if progress.error is None else "see its `error`",
+            )
+        ids = self.token_ids
+        timings = Timings(progress.seconds_to_first_token, progress.seconds, len(ids))
+        return result_of(self._request, self._batch._codec, progress.text, ids, progress.finish_reason, timings)
 
     @property
     def token_ids(self) -> list[int]:
@@ -187,7 +207,8 @@ class TextBatch:
                 got="a cache",
                 fix="leave it out, or use stream",
             )
-        request = encode_request(Request.of(prompt, **options), self._codec, self._patches)
+        vocabulary = self._graph.folder.vocab_size
+        request = encode_request(Request.of(prompt, **options), self._codec, self._patches, vocabulary)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.folder.check_ids(request.tokens)
         completion = Completion(self, request, StoppingDecoder(self._codec, request.scanner))
@@ -266,7 +287,7 @@ class TextBatch:
                 completion._row = self._batch.join(
                     request.tokens,
                     request.patch.bound,
-                    sampling=request.sampling,
+                    sampler=request.sampler,
                     max_new_tokens=request.max_new_tokens,
                     eos_ids=self._codec.eos_ids,
                 )

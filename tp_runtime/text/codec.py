@@ -23,6 +23,7 @@ from .tokenizer_files import (
     TokenizerFiles,
     check_added_tokens,
     read_eos_ids,
+    read_sampling,
     read_special_tokens,
     read_template,
     read_tokenizer,
@@ -38,6 +39,7 @@ class TextCodec:
     Attributes:
         style: "chat" (a string is one user message) or "completion" (a string is the text itself).
         eos_ids: every token id that ends a completion.
+        sampling: the model's own sampling settings, by their names in Sampling; see `read_sampling`.
         bos_id: the id of the beginning-of-sequence token; None if the model has none.
         template_source: the text of the chat template; None in completion style.
     """
@@ -51,8 +53,10 @@ class TextCodec:
         special_tokens: Mapping[str, Any],
         template: jinja2.Template | None,
         template_source: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.style: Style = style
+        self.sampling: Mapping[str, Any] = dict(sampling or {})
         self.eos_ids = eos_ids
         self.bos_id: int | None = tokenizer.token_to_id(special_tokens.get("bos_token", ""))
         self._tokenizer = tokenizer
@@ -120,6 +124,7 @@ class TextCodec:
             special_tokens=special_tokens,
             template=template,
             template_source=None if template is None else source,
+            sampling=read_sampling(files),
         )
 
     def render(

@@ -7,22 +7,25 @@ a row of a batch and the command line all use the same object.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, Unpack
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import RequestError, require_flag, require_positive, shown
-from ..generation import Sampling
+from ..generation import LogprobsMode, Sampler, Sampling, WantedLogprobs
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
 from ..patch import ENTRIES_STAND
 from .codec import Message, TextCodec
 from .detokenize import StopScanner, stop_strings
 
+CONSTRAINTS = ("json_schema", "regex", "grammar")
+_MOST_LOOKUP = 64
 _SAMPLING = frozenset(setting.name for setting in fields(Sampling))
 
 
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments for choosing tokens and for ending a completion; see `Request` and `Sampling`."""
 
+    sampling: Sampling | Literal["model"]
     max_new_tokens: int
     stop: Sequence[str] | None
     temperature: float
@@ -31,6 +34,10 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    min_new_tokens: int
 
 
 class RequestOptions(SamplingOptions, total=False):
@@ -40,6 +47,16 @@ class RequestOptions(SamplingOptions, total=False):
     raw: bool
     patch: PatchChoice
     strength: float
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
+    documents: Sequence[Mapping[str, Any]] | None
+    template_args: Mapping[str, Any] | None
+    logprobs: int | None
+    logprobs_mode: LogprobsMode
+    lookup: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +64,8 @@ class Request:
     """A request for one completion.
 
     Attributes:
-        prompt: a string or a list of {"role", "content"} messages. A string is one user message for the chat template;
-            for a completion-style model it is the text to continue.
+        prompt: a string or a list of messages, {"role", "content"} and what docs/chat-templates.md names. A string is
+            one user message for the chat template; for a completion-style model it is the text to continue.
         system: a system message in front of the prompt; for a completion-style model, the context text.
         raw: whether a string is encoded as it is, without the chat template.
         patch: the name of a loaded patch, a Patch, an expression such as `0.5 * p + q`, or None for the base model. By
@@ -58,10 +75,21 @@ class Request:
         stop: strings that end the completion and are not part of it. None takes those of the patch (PatchConfig.stop);
             an empty list means no strings, whatever the patch has.
         sampling: the settings for choosing each token; greedy by default.
+        from_model: the names of the settings that the model's own sampling decides, as far as it states them.
+        json_schema: a JSON schema, as a mapping or as JSON text; the completion is a JSON document that it accepts.
+        regex: a regular expression that the whole completion matches.
+        grammar: a grammar in llguidance's form of Lark that the whole completion follows.
+        tools: the functions that the model may call, in OpenAI's form, for the chat template.
+        tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
+        documents: documents for the chat template.
+        template_args: further variables of the chat template, such as {"enable_thinking": False}.
+        logprobs: the number of likeliest tokens to report for each token; None reports no log-probabilities.
+        logprobs_mode: "raw" or "processed"; see WantedLogprobs.
+        lookup: the largest number of ids that one step may copy from the request's own text (prompt lookup decoding,
+            docs/serving.md); 0 switches it off. A batch ignores it.
 
     Raises:
-        RequestError: `raw` is not a boolean, `max_new_tokens` is not a positive integer, or `stop` is not a list of
-            non-empty strings.
+        RequestError: a value is not valid, or two constraints are given.
     """
 
     prompt: str | Sequence[Message]
@@ -72,57 +100,113 @@ class Request:
     max_new_tokens: int = 256
     stop: Sequence[str] | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    from_model: frozenset[str] = frozenset()
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
+    documents: Sequence[Mapping[str, Any]] | None = None
+    template_args: Mapping[str, Any] | None = None
+    logprobs: int | None = None
+    logprobs_mode: LogprobsMode = "raw"
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         require_flag("raw", self.raw)
         require_positive("max_new_tokens", self.max_new_tokens)
         # An iterator can be read only once, so the strings are kept in a tuple from here on.
         object.__setattr__(self, "stop", None if self.stop is None else stop_strings(self.stop))
+        WantedLogprobs(0 if self.logprobs is None else self.logprobs, self.logprobs_mode)
+        if isinstance(self.lookup, bool) or not isinstance(self.lookup, int) or not 0 <= self.lookup <= _MOST_LOOKUP:
+            raise RequestError(
+                "the value is not a number of tokens",
+                field="lookup",
+                got=shown(self.lookup),
+                wanted=f"a whole number from 0 to {_MOST_LOOKUP}",
+            )
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(
+                "a completion can have one constraint",
+                field=given[1],
+                got=" and ".join(given),
+                wanted="one of them",
+                fix="state everything in one schema or grammar",
+            )
 
     @classmethod
     def of(cls, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
         """Build a request from keyword arguments, including those of `Sampling`.
+
+        `sampling` is "model" for what the model's generation_config.json states, or a `Sampling`. Single settings, such
+        as `temperature`, change it.
 
         Raises:
             RequestError: a value is not valid.
             TypeError: an argument has an unknown name.
         """
         given: dict[str, Any] = dict(options)
-        sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
-        return cls(prompt, sampling=Sampling(**sampling), **given)
+        settings = {name: given.pop(name) for name in _SAMPLING & given.keys()}
+        base = given.pop("sampling", Sampling())
+        if not (isinstance(base, Sampling) or base == "model"):
+            raise RequestError(
+                "the sampling is unknown", field="sampling", got=shown(base), wanted='"model", or a Sampling'
+            )
+        if isinstance(base, Sampling):
+            return cls(prompt, sampling=replace(base, **settings), **given)
+        return cls(prompt, sampling=Sampling(**settings), from_model=_SAMPLING - settings.keys(), **given)
 
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """A request that is ready to run.
+    """A request that is ready to run, once.
 
     Attributes:
         tokens: the ids of the prompt.
         patch: the patch that the request runs under.
-        sampling: the settings for choosing each token.
+        sampler: picks the ids of this completion.
         max_new_tokens: the largest number of tokens of the completion.
         scanner: the scanner that finds the stop strings in the text of this completion.
+        lookup: the largest number of ids that one step may copy.
     """
 
     tokens: list[int]
     patch: ResolvedPatch
-    sampling: Sampling
+    sampler: Sampler
     max_new_tokens: int
     scanner: StopScanner
+    lookup: int = 0
 
 
-def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches) -> EncodedRequest:
+def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches, vocabulary: int) -> EncodedRequest:
     """Encode the prompt of `request` and resolve its patch. This does not check the length of the prompt.
 
+    Args:
+        request: the request.
+        codec: the tokenizer and the chat template.
+        patches: the loaded patches, from which the request takes its own.
+        vocabulary: the number of logits.
+
     Raises:
-        RequestError: the prompt cannot be encoded, or has a system message where the patch's entries stand.
+        RequestError: the prompt cannot be encoded, has a system message where the patch's entries stand, or the
+            constraint cannot be compiled.
         PatchError: the patch is not loaded or does not fit.
     """
     patch = patches.resolve(request.patch, request.strength)
     if patch.bound.prefix is not None:
         _refuse_system(request.prompt, request.system)
     tokens = codec.render(request.prompt, request.system, raw=request.raw)
-    return EncodedRequest(tokens, patch, request.sampling, request.max_new_tokens, StopScanner(_stop(request, patch)))
+    wanted = None if request.logprobs is None else WantedLogprobs(request.logprobs, request.logprobs_mode)
+    sampler = Sampler(_sampling(request, codec), codec.eos_ids, None, wanted)
+    sampler.require_vocabulary(vocabulary)
+    scanner = StopScanner(_stop(request, patch))
+    return EncodedRequest(tokens, patch, sampler, request.max_new_tokens, scanner, request.lookup)
+
+
+def _sampling(request: Request, codec: TextCodec) -> Sampling:
+    own = codec.sampling
+    return replace(request.sampling, **{name: own[name] for name in request.from_model & own.keys()})
 
 
 def _stop(request: Request, patch: ResolvedPatch) -> Sequence[str]:

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, closing
 from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 
-from ..errors import BusyError
+from ..errors import BusyError, RequestError
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
+from .request import EncodedRequest
+from .result import Result, Timings, result_of
 
 
 class TextStream:
@@ -33,19 +35,32 @@ class TextStream:
         self,
         ids: Generator[int],
         codec: TextCodec,
-        scanner: StopScanner,
-        prompt_tokens: int,
+        request: EncodedRequest,
         using: AbstractContextManager[None],
     ) -> None:
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(request.tokens)
+        self._codec, self._request = codec, request
         self.token_ids: list[int] = []
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
         self.finish_reason: str | None = None
         self.closing = False
+        self._text = ""
         # The reference is weak: with a strong one, a stream that is dropped before its end would keep its patch in use
         # until the next garbage collection.
-        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, scanner), using)
+        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, request.scanner), using)
+
+    @property
+    def result(self) -> Result:
+        """The result of the completion.
+
+        Raises:
+            RequestError: the completion has not ended.
+        """
+        if self.finish_reason is None:
+            raise RequestError("the completion has not ended", field="stream", fix="read it to its end, or close it")
+        timings = Timings(self.seconds_to_first_token, self.seconds, len(self.token_ids))
+        return result_of(self._request, self._codec, self._text, self.token_ids, self.finish_reason, timings)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -150,12 +165,14 @@ def _run(
                 stream.seconds_to_first_token = stream.seconds
             stream.token_ids.append(token)
             text = decoder.push(token)
+            stream._text += text
             if decoder.finish_reason:
                 break
             if text:
                 yield text
         else:
             text = decoder.end("length")
+            stream._text += text
     stream.finish_reason = decoder.finish_reason
     if text:
         yield text

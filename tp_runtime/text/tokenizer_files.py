@@ -25,6 +25,8 @@ TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
 
 _FIX = "export the model again, or copy the file from its source"
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every tokenizer of transformers has a name for; others are in extra_special_tokens.
 
@@ -196,6 +198,27 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Ma
         problem, wanted = "the folder names no end-of-sequence token", "eos_token_id or eos_token"
         raise _broken(files.where, problem, got="none", wanted=wanted)
     return frozenset(ids)
+
+
+def read_sampling(files: TokenizerFiles) -> dict[str, Any]:
+    """Return the model's own sampling settings, by their names in `Sampling`, as transformers' generate takes them.
+
+    They are those of generation_config.json. `do_sample` decides whether the model samples; where it is missing, a
+    temperature, top_k or top_p says so. A model that samples has transformers' defaults for what it does not state.
+
+    Raises:
+        ModelFormatError: the file is malformed, or a setting is not a number.
+    """
+    name = EOS_FILES[0]
+    stated = files.json(name) if name in files.content else {}
+    stated = {key: stated[key] for key in ("do_sample", *_SAMPLING) if stated.get(key) is not None}
+    found = {"repetition_penalty": stated.pop("repetition_penalty")} if "repetition_penalty" in stated else {}
+    if stated.pop("do_sample", bool(stated)):
+        found |= {"temperature": 1.0, "top_k": 50, **stated}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _broken(files.path(name), f"{key} is not a number", got=shown(value), wanted="a number")
+    return found
 
 
 def _named_eos_ids(files: TokenizerFiles, name: str) -> set[int]:

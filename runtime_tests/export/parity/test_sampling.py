@@ -11,7 +11,7 @@ from transformers.generation import logits_process as hf
 
 from runtime_tests.runtime.generation.test_sampling import VOCAB, row
 from tp_runtime.generation import Sampling
-from tp_runtime.generation.sampling import candidates
+from tp_runtime.generation.scores import candidates
 
 
 @pytest.mark.parametrize("seed", range(4))

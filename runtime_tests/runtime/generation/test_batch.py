@@ -17,7 +17,7 @@ from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, StaleCacheError
-from tp_runtime.generation import Batch, Row, Sampling, engine
+from tp_runtime.generation import Batch, Row, Sampler, Sampling, engine
 from tp_runtime.generation.row_kv import StackedKV
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
@@ -31,7 +31,7 @@ GREEDY = Sampling()
 
 def join(batch: Batch, prompt: Sequence[int], bound: BoundPatch = BASE, n: Any = 8, **options: Any) -> Row:
     eos = frozenset(options.pop("eos", ()))
-    return batch.join(prompt, bound, sampling=Sampling(**options), max_new_tokens=n, eos_ids=eos)
+    return batch.join(prompt, bound, sampler=Sampler(Sampling(**options)), max_new_tokens=n, eos_ids=eos)
 
 
 def completion(row: Row) -> list[int]:
@@ -93,7 +93,9 @@ def test_a_row_ends_at_an_eos_id_a_limit_or_the_window() -> None:
 def test_draws_do_not_depend_on_the_other_rows() -> None:
     def single(seed: int, **options: Any) -> list[int]:
         sampling = Sampling(**{"temperature": 3.0, "seed": seed, **options})
-        ids = engine.generate(FakeGraph(), [3, 1, 4], BASE, sampling=sampling, max_new_tokens=8, eos_ids=frozenset())
+        ids = engine.generate(
+            FakeGraph(), [3, 1, 4], BASE, sampler=Sampler(sampling), max_new_tokens=8, eos_ids=frozenset()
+        )
         return list(ids)
 
     batch = Batch(FakeBatchGraph(), 8)

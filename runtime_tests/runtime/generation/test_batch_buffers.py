@@ -11,7 +11,7 @@ from runtime_tests.committed import private_copy
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from tp_runtime.generation import Batch, Row, Sampling, generate
+from tp_runtime.generation import Batch, Row, Sampler, Sampling, generate
 from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
 
 GREEDY = Sampling()
@@ -30,7 +30,7 @@ def bounds(graph: Graph) -> dict[int, BoundPatch]:
 
 
 def join(batch: Batch, prompt: list[int], bound: BoundPatch, new_tokens: int = 40) -> Row:
-    return batch.join(prompt, bound, sampling=GREEDY, max_new_tokens=new_tokens, eos_ids=frozenset())
+    return batch.join(prompt, bound, sampler=Sampler(GREEDY), max_new_tokens=new_tokens, eos_ids=frozenset())
 
 
 def ranks(batch: Batch) -> set[int]:
@@ -43,7 +43,12 @@ def rows_of(batch: Batch) -> Any:
 
 def assert_matches(graph: Graph, row: Row) -> None:
     wanted = generate(
-        graph, row.tokens[: row.prompt_tokens], row.bound, sampling=GREEDY, max_new_tokens=40, eos_ids=frozenset()
+        graph,
+        row.tokens[: row.prompt_tokens],
+        row.bound,
+        sampler=Sampler(GREEDY),
+        max_new_tokens=40,
+        eos_ids=frozenset(),
     )
     assert row.tokens[row.prompt_tokens :] == list(wanted)[: len(row.tokens) - row.prompt_tokens]
 

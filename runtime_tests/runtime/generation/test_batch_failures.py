@@ -11,7 +11,7 @@ from runtime_tests.committed import private_copy
 from runtime_tests.failures import Failure, run_and_repeat
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
-from tp_runtime.generation import Batch, PrefixCache, Row, Sampling, generate
+from tp_runtime.generation import Batch, PrefixCache, Row, Sampler, Sampling, generate
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
 SHARED = token_ids(5, seed=1)
@@ -35,7 +35,7 @@ class Play:
         """Add a row, unless it has joined already."""
         if number == len(self.rows):
             options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_ids": frozenset()}
-            row = self.batch.join(prompt, self.bounds[bound], sampling=Sampling(**sampling), **options)
+            row = self.batch.join(prompt, self.bounds[bound], sampler=Sampler(Sampling(**sampling)), **options)
             self.rows.append(row)
             self.returned[row] = []
 
@@ -104,7 +104,7 @@ def alone(graph: Graph, row: Row) -> list[int]:
         graph,
         row.tokens[: row.prompt_tokens],
         row.bound,
-        sampling=row.sampler._sampling,
+        sampler=Sampler(row.sampler.sampling),
         max_new_tokens=row.token_limit - row.prompt_tokens,
         eos_ids=row.eos_ids,
     )

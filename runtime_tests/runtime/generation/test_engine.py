@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime_tests.fake_graph import BASE, PATCH, VOCAB, FakeGraph, expected, next_token
 from tp_runtime.errors import BusyError, RequestError, StaleCacheError
-from tp_runtime.generation import Sampling, engine
+from tp_runtime.generation import Sampler, Sampling, engine
 from tp_runtime.session import BoundPatch, KVCache
 
 
@@ -28,7 +28,7 @@ def start(
         graph,
         prompt,
         bound,
-        sampling=Sampling(**sampling),
+        sampler=Sampler(Sampling(**sampling)),
         max_new_tokens=max_new_tokens,
         eos_ids=frozenset(eos),
         cache=cache,

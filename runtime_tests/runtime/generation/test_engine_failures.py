@@ -12,7 +12,7 @@ from runtime_tests.failures import Failure
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from tp_runtime.generation import PrefixCache, Sampling, generate
+from tp_runtime.generation import PrefixCache, Sampler, Sampling, generate
 from tp_runtime.session import BoundPatch, Graph, KVCache, ModelFolder
 
 LEAD = [5, 6, 7]
@@ -37,7 +37,7 @@ def complete(
 ) -> list[int]:
     sampling = Sampling(temperature=1.5, seed=len(prompt))
     more = {"max_new_tokens": 2, "eos_ids": frozenset(), "cache": cache, "prefix_cache": store}
-    return list(generate(graph, prompt, bound, sampling=sampling, **more))  # type: ignore[arg-type]
+    return list(generate(graph, prompt, bound, sampler=Sampler(sampling), **more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

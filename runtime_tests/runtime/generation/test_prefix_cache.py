@@ -17,7 +17,7 @@ from runtime_tests.logits import furthest, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import RequestError
-from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
+from tp_runtime.generation import Batch, PrefixCache, Sampler, engine
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, Graph, KVCache, Lengths, ModelFolder
@@ -66,7 +66,7 @@ def test_the_prefix_cache_never_changes_the_output_and_keeps_to_its_budget(queue
     graph, store = FakeStoreGraph(), PrefixCache(budget)
     for prompt, which, count, how in queue:
         bound, found = BOUNDS[which], store.hits + store.misses
-        options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": count, "eos_ids": frozenset()}
+        options: dict[str, Any] = {"sampler": Sampler(), "max_new_tokens": count, "eos_ids": frozenset()}
         if how == "batch":
             batch = Batch(graph, 2, store)
             row = batch.join(prompt, bound, **options)
@@ -199,10 +199,10 @@ def test_an_entry_keeps_the_lengths_of_each_kind_of_layer(tiny_gemma_export: Pat
         assert furthest(got, logits_of(graph, ids, bound, None)[0]) < 1e-5
     # A row of a batch starts from an entry, and its keys and values are stored at its end.
     batch, hits = Batch(graph, 2, store), store.hits
-    row = batch.join(two, bound, sampling=Sampling(), max_new_tokens=6, eos_ids=frozenset())
+    row = batch.join(two, bound, sampler=Sampler(), max_new_tokens=6, eos_ids=frozenset())
     while batch.step():
         pass
-    alone = engine.generate(graph, two, bound, sampling=Sampling(), max_new_tokens=6, eos_ids=frozenset())
+    alone = engine.generate(graph, two, bound, sampler=Sampler(), max_new_tokens=6, eos_ids=frozenset())
     assert row.tokens == [*two, *alone] and store.hits == hits + 1
     assert logits_of(graph, row.tokens, bound, store)[1] == 1
 
@@ -227,7 +227,7 @@ def test_rows_of_a_batch_use_and_fill_the_prefix_cache(graph: Graph) -> None:
     def batched(store: PrefixCache | None) -> list[list[int]]:
         batch = Batch(graph, 4, store)
         rows = [
-            batch.join(prompt, bounds[number % 2], sampling=Sampling(), max_new_tokens=5 + number, eos_ids=frozenset())
+            batch.join(prompt, bounds[number % 2], sampler=Sampler(), max_new_tokens=5 + number, eos_ids=frozenset())
             for number, prompt in enumerate(prompts)
         ]
         while batch.step():

@@ -14,7 +14,7 @@ import pytest
 from runtime_tests.fake_graph import BASE, PATCH, expected
 from runtime_tests.interrupts import interrupted_at_every_step
 from runtime_tests.runtime.generation.test_prefix_cache import FakeStoreGraph, fake_content, found, keep
-from tp_runtime.generation import PrefixCache, Sampling, engine
+from tp_runtime.generation import PrefixCache, Sampler, engine
 from tp_runtime.generation.prefix_cache import _Entry
 from tp_runtime.model import PatchedModel
 from tp_runtime.session import BoundPatch, KVCache
@@ -23,7 +23,7 @@ BYTES = 8  # of a token of the fake content
 
 
 def generated(graph: FakeStoreGraph, store: PrefixCache, prompt: Sequence[int], bound: BoundPatch) -> list[int]:
-    options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": 3, "eos_ids": frozenset()}
+    options: dict[str, Any] = {"sampler": Sampler(), "max_new_tokens": 3, "eos_ids": frozenset()}
     return list(engine.generate(graph, prompt, bound, prefix_cache=store, **options))
 
 

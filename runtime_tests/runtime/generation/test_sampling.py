@@ -14,7 +14,7 @@ import pytest
 
 from tp_runtime.errors import ModelFormatError, RequestError
 from tp_runtime.generation import Sampler, Sampling
-from tp_runtime.generation.sampling import candidates
+from tp_runtime.generation.scores import candidates
 
 VOCAB = 2000
 
@@ -104,6 +104,10 @@ def test_a_history_outside_the_vocabulary_is_refused(history: list[int]) -> None
         *(("min_p", v) for v in (-0.1, 1, 1.0, float("nan"), "0", None, False)),
         *(("repetition_penalty", v) for v in (0, -1.0, float("nan"), float("inf"), "1", None, True)),
         *(("seed", v) for v in (-1, 1.0, "1", True)),
+        *(("frequency_penalty", v) for v in (-2.1, 3, float("nan"), "1", None, True)),
+        *(("presence_penalty", v) for v in (-2.1, 3, float("nan"), "1", None, True)),
+        *(("min_new_tokens", v) for v in (-1, 1.5, "4", None, False)),
+        *(("logit_bias", v) for v in (None, [1], {-1: 1}, {"a": 1}, {1.5: 1}, {True: 1})),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
@@ -122,6 +126,8 @@ def test_numbers_are_stored_as_the_floats_and_ints_that_the_choice_computes_with
     sampling = Sampling(Fraction(1, 2), np.int64(5), Fraction(1, 4), np.float64(0.5), Fraction(3, 2), np.int64(3))  # type: ignore[arg-type]
     assert sampling == Sampling(0.5, 5, 0.25, 0.5, 1.5, 3)
     for field in fields(Sampling):
+        if field.name == "logit_bias":
+            continue
         assert type(getattr(sampling, field.name)) in (int, float)
     assert Sampler(Sampling(1.0, top_k=10**400, seed=10**400)).pick(row(0), [], 0) in range(VOCAB)
 

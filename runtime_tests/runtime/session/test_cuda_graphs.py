@@ -21,7 +21,7 @@ from runtime_tests.logits import furthest, graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import DeviceUnavailableError, RequestError
-from tp_runtime.generation import Batch, PrefixCache, Sampling, engine
+from tp_runtime.generation import Batch, PrefixCache, Sampler, engine
 from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
 from tp_runtime.session import cuda_graphs as cuda_graphs
@@ -347,7 +347,7 @@ def test_a_run_that_fails_does_not_change_the_sequence(
 
 def completion(graph: Graph, bound: BoundPatch, **options: Any) -> list[int]:
     return list(
-        engine.generate(graph, IDS[:9], bound, sampling=Sampling(), max_new_tokens=12, eos_ids=frozenset(), **options)
+        engine.generate(graph, IDS[:9], bound, sampler=Sampler(), max_new_tokens=12, eos_ids=frozenset(), **options)
     )
 
 
@@ -362,7 +362,7 @@ def test_captured_decode_works_together_with_the_prefix_cache_and_batches(plain:
     kept = capturing.new_cache(capturing.base)
     capturing.forward(IDS[:9], kept, capturing.base)  # it owns the buffers while the batch is filled and run
     rows = [
-        batch.join(IDS[:9], capturing.bind(patch), sampling=Sampling(), max_new_tokens=12, eos_ids=frozenset())
+        batch.join(IDS[:9], capturing.bind(patch), sampler=Sampler(), max_new_tokens=12, eos_ids=frozenset())
         for patch in patches
     ]
     while batch.step():
@@ -375,7 +375,7 @@ def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The garbage collector closes a completion on the very thread that another sequence waits for."""
-    store, session, options = PrefixCache(2**24), capturing.session, {"sampling": Sampling(), "eos_ids": frozenset()}
+    store, session, options = PrefixCache(2**24), capturing.session, {"sampler": Sampler(), "eos_ids": frozenset()}
     dropped: list[Any] = [
         engine.generate(capturing, IDS[:9], capturing.base, max_new_tokens=12, prefix_cache=store, **options)
     ]

@@ -1,0 +1,179 @@
+"""This module picks the next token of each request from logits.
+
+The code uses only numpy. For a given seed the result is deterministic, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import RequestError
+from .constraint import Constraint, masked
+from .logprobs import TokenLogprobs, WantedLogprobs, processed_logprobs, raw_logprobs
+from .sampling import Sampling
+from .scores import adjusted, candidates, largest
+
+_SECOND = 2**64  # from this number on are the draws of picks that a constraint made necessary
+
+
+class Sampler:
+    """Draws tokens for one completion and holds its random state, its constraint and its log-probabilities.
+
+    The draws are numbered, and the same number always gives the same draw. So a step that failed after its draw can be
+    tried again.
+
+    With a constraint, the sampler first picks as if there were none, and picks again from the allowed tokens only if
+    the constraint refuses the pick. Without top_k, top_p and min_p, the distribution is exactly that of the allowed
+    tokens: for a token of probability p, with A the probability of all allowed tokens, p + (1 - A) p / A = p / A.
+
+    Args:
+        sampling: the settings of the request.
+        eos_ids: the ids that `min_new_tokens` bans.
+        constraint: what may come next; None allows every token.
+        logprobs: what to record of each token's probability; None records nothing.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling | None = None,
+        eos_ids: Collection[int] = (),
+        constraint: Constraint | None = None,
+        logprobs: WantedLogprobs | None = None,
+    ) -> None:
+        self.sampling = Sampling() if sampling is None else sampling
+        self.constraint = constraint
+        self._eos_ids, self._wanted = tuple(eos_ids), logprobs
+        self._records: list[TokenLogprobs] = []
+        self._bits = np.random.PCG64(self.sampling.seed)
+        self._random = np.random.Generator(self._bits)
+        self._start = self._bits.state
+        self._next: int | None = 0  # the number of the draw that the generator makes next; None if that is unknown
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is always the one with the largest logit, and nothing else is wanted."""
+        plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
+        return plain and self.constraint is None and self._wanted is None
+
+    @property
+    def records(self) -> bool:
+        """Whether the request wants log-probabilities."""
+        return self._wanted is not None
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The records of the tokens picked so far, in order; empty unless the request wants them."""
+        return tuple(self._records)
+
+    def require_vocabulary(self, size: int) -> None:
+        """Raise RequestError if there is a bias on an id outside a vocabulary of that size."""
+        largest_id = max(self.sampling.logit_bias, default=0)
+        if largest_id >= size:
+            raise RequestError(
+                "the id is outside the vocabulary", field="logit_bias", got=largest_id, wanted=f"0 to {size - 1}"
+            )
+
+    def pick(self, logits: NDArray[np.floating], history: Sequence[int], draw: int) -> int:
+        """Choose the next token. If several logits are the largest, greedy choice takes the lowest id.
+
+        Args:
+            logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
+                as -inf.
+            history: the ids of the prompt and the completion so far.
+            draw: the number of ids of the completion so far. It selects the random number.
+
+        Returns:
+            The id of the token.
+
+        Raises:
+            ModelFormatError: no logit is finite.
+            RequestError: there is a repetition penalty, and an id in the history is outside the vocabulary.
+        """
+        scores = adjusted(logits, history, draw, self.sampling, self._eos_ids)
+        if self.constraint is None:
+            token = self._choose(scores, draw)
+        else:
+            token, scores = self._constrained(self.constraint, scores, history, draw)
+        if self._wanted is not None:
+            del self._records[draw:]  # a step that failed after its pick is repeated
+            self._records.append(self._record(self._wanted, logits, scores, token))
+        return token
+
+    def _constrained(
+        self, constraint: Constraint, scores: NDArray[np.floating], history: Sequence[int], draw: int
+    ) -> tuple[int, NDArray[np.floating]]:
+        """Return a token that the constraint allows, and the logits that it was picked from."""
+        constraint.follow(history[len(history) - draw :])
+        forced = constraint.forced()
+        if forced:
+            return forced[0], scores
+        if self._wanted is not None and self._wanted.mode == "processed":
+            scores = masked(scores, constraint.allowed())
+            return self._choose(scores, draw), scores
+        token = self._choose(scores, draw)
+        if not constraint.allows(token):
+            scores = masked(scores, constraint.allowed())
+            token = self._choose(scores, draw + _SECOND)
+        return token, scores
+
+    def _choose(self, scores: NDArray[np.floating], draw: int) -> int:
+        if self.sampling.temperature == 0:
+            return largest(scores)
+        ids, probabilities = candidates(scores, self.sampling)
+        cumulative = probabilities.cumsum()
+        at = cumulative.searchsorted(self._uniform(draw) * cumulative[-1], side="right")
+        return int(ids[min(at, len(ids) - 1)])  # the product above can round up to the sum
+
+    def _record(
+        self, wanted: WantedLogprobs, logits: NDArray[np.floating], scores: NDArray[np.floating], token: int
+    ) -> TokenLogprobs:
+        if wanted.mode == "raw":
+            return raw_logprobs(logits, token, wanted.top)
+        return processed_logprobs(scores, token, wanted.top, self.sampling)
+
+    def _uniform(self, draw: int) -> float:
+        """Return the random number of that draw, in [0, 1)."""
+        known, self._next = self._next, None  # an interrupt below leaves it unknown how far the generator is
+        if known != draw:
+            self._bits.state = self._start
+            self._bits.advance(draw)
+        number = self._random.random()
+        self._next = draw + 1
+        return number
+
+
+def pick_rows(
+    samplers: Sequence[Sampler],
+    logits: NDArray[np.floating],
+    histories: Sequence[Sequence[int]],
+    draws: Sequence[int],
+) -> list[int | Exception]:
+    """Pick the next token of every row with the row's own sampler; the results equal those of `Sampler.pick`.
+
+    Args:
+        samplers: the samplers of the rows.
+        logits: the logits [rows, vocab]; they are not changed.
+        histories: for each row the ids of its prompt and its completion so far.
+        draws: for each row the number of ids of its completion so far.
+
+    Returns:
+        For each row a token, or the error that the choice caused. One row that fails does not stop the others.
+    """
+    picked: list[int | Exception] = [-1] * len(samplers)
+    plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
+    if plain:
+        best = (logits if len(plain) == len(samplers) else logits[plain]).argmax(1)
+        good_rows = np.isfinite(logits[plain, best])
+        for row, token, good in zip(plain, best.tolist(), good_rows.tolist(), strict=True):
+            if good:
+                picked[row] = token
+    for row, token in enumerate(picked):
+        if token == -1:
+            try:
+                picked[row] = samplers[row].pick(logits[row], histories[row], draws[row])
+            except Exception as error:  # whatever it is, it belongs to this row
+                picked[row] = error
+    return picked
