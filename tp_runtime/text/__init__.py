@@ -3,16 +3,20 @@
 This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it hands caches and graphs to `generation`.
 """
 
+from .answer import AnswerChunk, AnswerReader
 from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .stream import TextStream
+from .tool_calls import ToolCall
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
 
 __all__ = [
     "SPECIAL_TOKENS",
     "TOKENIZER_FILES",
+    "AnswerChunk",
+    "AnswerReader",
     "Completion",
     "EncodedRequest",
     "Message",
@@ -24,5 +28,6 @@ __all__ = [
     "TextBatch",
     "TextCodec",
     "TextStream",
+    "ToolCall",
     "encode_request",
 ]
