@@ -12,7 +12,7 @@ print(model.generate("lunch with Ada on Monday at 12:30 in the park ->", patch="
 from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
 from .session import share_threads
-from .text import Completion, Result, TextBatch, TextStream
+from .text import Completion, Result, TextBatch, TextStream, ToolCall
 
 __all__ = [
     "ACTIVE",
@@ -23,5 +23,6 @@ __all__ = [
     "Result",
     "TextBatch",
     "TextStream",
+    "ToolCall",
     "share_threads",
 ]

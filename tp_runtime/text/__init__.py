@@ -3,6 +3,7 @@
 This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it hands caches and graphs to `generation`.
 """
 
+from .answer import AnswerChunk, AnswerReader
 from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
@@ -10,10 +11,13 @@ from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, e
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
+from .tool_calls import ToolCall
 
 __all__ = [
     "SPECIAL_TOKENS",
     "TOKENIZER_FILES",
+    "AnswerChunk",
+    "AnswerReader",
     "Completion",
     "EncodedRequest",
     "LikelyToken",
@@ -29,6 +33,7 @@ __all__ = [
     "TextStream",
     "Timings",
     "TokenInfo",
+    "ToolCall",
     "Usage",
     "encode_request",
 ]

@@ -16,6 +16,9 @@ from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, RequestError, library_errors, shown
 from ..session import ModelFolder
+from .messages import checked_messages, empty_prompt
+from .plain_values import check_unicode
+from .reasoning import PromptTail, ReasoningTags, recognise_reasoning_tags
 from .template import compile_template, fill_template
 from .tokenizer_files import (
     CONFIG,
@@ -28,6 +31,10 @@ from .tokenizer_files import (
     read_template,
     read_tokenizer,
 )
+from .tool_calls import ToolFormat, recognise_tool_format
+from .tools import TemplateVariables
+
+_TAIL = 32  # ids; the beginning of the assistant's message and a tag are shorter
 
 Style = Literal["chat", "completion"]
 Message = Mapping[str, Any]
@@ -42,6 +49,8 @@ class TextCodec:
         sampling: the model's own sampling settings, by their names in Sampling; see `read_sampling`.
         bos_id: the id of the beginning-of-sequence token; None if the model has none.
         template_source: the text of the chat template; None in completion style.
+        tool_format: the notation in which the model writes calls of tools; None if the template shows none.
+        reasoning_tags: the tags around the model's reasoning; None if the template shows none.
     """
 
     def __init__(
@@ -63,6 +72,11 @@ class TextCodec:
         self._special_tokens = dict(special_tokens)
         self._template = template
         self.template_source = template_source
+        special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.tool_format: ToolFormat | None = recognise_tool_format(template_source, special)
+        self.reasoning_tags: ReasoningTags | None = recognise_reasoning_tags(template_source, special)
+        markers = [part.special_ids for part in (self.tool_format, self.reasoning_tags) if part is not None]
+        self._unmarked = frozenset(special.values()).difference(*(ids.values() for ids in markers))
         # The prefix holds the ids that the tokenizer puts before a text. An EOS that it may put after the text is not
         # used, because it would end a prompt that is to be continued.
         with _tokenizer_errors("the tokenizer cannot encode text"):
@@ -134,6 +148,9 @@ class TextCodec:
         *,
         raw: bool = False,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Convert a prompt to token ids.
 
@@ -143,11 +160,14 @@ class TextCodec:
         without a context.
 
         Args:
-            messages: a string, or in chat style also a list of {"role", "content"}.
+            messages: a string, or in chat style also a list of messages, as transformers takes them.
             system: the system message, or the context of a completion.
             raw: whether to encode the string as it is, also in chat style.
             add_generation_prompt: whether the template ends with the beginning of the assistant's message. This has no
                 effect on plain text.
+            tools: the tools that the template describes to the model, each a JSON schema in OpenAI's form.
+            documents: the documents that the template quotes.
+            template_args: further variables of the template, such as {"enable_thinking": False}.
 
         Returns:
             The token ids, at least one.
@@ -169,11 +189,13 @@ class TextCodec:
                 wanted="None",
                 fix="put the text in front of the prompt, or leave raw=True out",
             )
+        variables = TemplateVariables.of(tools, documents, template_args, self._special_tokens)
         if not raw and self._template is not None:
-            chat = _as_messages(messages, system)
-            text = fill_template(self._template, chat, self._special_tokens, add_generation_prompt)
+            chat = checked_messages(messages, system)
+            text = fill_template(self._template, chat, self._special_tokens, add_generation_prompt, variables)
             ids = self._encode(text, "messages")
         else:
+            variables.refuse_without_template(raw)
             if not isinstance(messages, str):
                 raise RequestError(
                     "the raw prompt is not a string" if raw else "a completion-style model does not accept messages",
@@ -183,19 +205,35 @@ class TextCodec:
                     fix="leave raw=True out" if raw else 'pass the text itself, or load with style="chat"',
                 )
             if not messages.strip():
-                raise _empty("messages", shown(messages))
+                raise empty_prompt("messages", shown(messages))
             ids = list(self._prefix)
             if system is not None:
                 if not system.strip():
-                    raise _empty("system", shown(system), fix="pass None if there is no context")
+                    raise empty_prompt("system", shown(system), fix="pass None if there is no context")
                 ids += self._encode(system.rstrip("\n") + "\n", "system")
             ids += self._encode(messages, "messages")
         if not ids:
-            raise _empty("messages", "a prompt without tokens")
+            raise empty_prompt("messages", "a prompt without tokens")
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    def prompt_tail(self, ids: Sequence[int]) -> PromptTail:
+        """Return how a prompt ends: "open" if its last text opens reasoning, "closed" if it closes it, else "none".
+
+        Args:
+            ids: the prompt, as `render` returns it.
+        """
+        if self.reasoning_tags is None:
+            return "none"
+        return self.reasoning_tags.tail_of(self.decode(ids[-_TAIL:], skip_special_tokens=False))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, keep_markers: bool = False) -> str:
         """Convert token ids to text.
+
+        Args:
+            ids: the token ids.
+            skip_special_tokens: whether special tokens give no text.
+            keep_markers: whether those special tokens give text that mark calls of tools or reasoning, although others
+                do not.
 
         `clean_up_tokenization_spaces` of the tokenizer config is not applied. It rewrites generated text ("a ." becomes
         "a."), so a streamed text could differ from the text that is decoded at once. An id that the tokenizer does not
@@ -207,7 +245,10 @@ class TextCodec:
         """
         with _tokenizer_errors("the tokenizer cannot decode the ids"):
             try:
-                text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+                ids = list(ids)
+                if skip_special_tokens and keep_markers:
+                    ids, skip_special_tokens = [i for i in ids if i not in self._unmarked], False
+                text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
             except (TypeError, OverflowError):
                 raise RequestError(
                     "the value is not a list of token ids",
@@ -218,7 +259,7 @@ class TextCodec:
         return text
 
     def _encode(self, text: str, field: str) -> list[int]:
-        _check_unicode(text, field)
+        check_unicode(text, field)
         with _tokenizer_errors("the tokenizer cannot encode the text"):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -232,45 +273,3 @@ def _tokenizer_errors(problem: str) -> AbstractContextManager[None]:
         wanted="a file with which the tokenizers library does not fail",
         fix="export the model again, or copy the file from its source",
     )
-
-
-def _check_unicode(text: str, field: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "the text is not valid Unicode", field=field, got=repr(text[error.start]), wanted="no lone surrogates"
-        ) from None
-
-
-def _as_messages(messages: Sequence[Message] | str, system: str | None) -> list[Message]:
-    """Check the messages and return them with `system` in front.
-
-    Raises:
-        RequestError: the prompt is empty or malformed, or has two system messages.
-    """
-    if not isinstance(messages, Sequence):
-        got = type(messages).__name__
-        raise RequestError("the value is not a prompt", field="messages", got=got, wanted="str or a list of messages")
-    chat: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-    for i, message in enumerate(chat):
-        for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                got, wanted = shown(message), '{"role": str, "content": str}'
-                raise RequestError("the message is malformed", field=f"messages[{i}].{key}", got=got, wanted=wanted)
-            _check_unicode(message[key], "messages")
-    if not chat:
-        raise _empty("messages", "no messages")
-    if not chat[-1]["content"].strip():
-        raise _empty("messages", f"last content {shown(chat[-1]['content'])}")
-    if system is None:
-        return chat
-    if chat[0]["role"] == "system":
-        problem, fix = "the messages already begin with a system message", "give the system prompt once"
-        raise RequestError(problem, field="system", got=shown(system), wanted="None", fix=fix)
-    _check_unicode(system, "system")
-    return [{"role": "system", "content": system}, *chat]
-
-
-def _empty(field: str, got: str, fix: str = "pass some text") -> RequestError:
-    return RequestError("the prompt is empty", field=field, got=got, wanted="text that is not blank", fix=fix)

@@ -14,8 +14,10 @@ from ..errors import RequestError, require_flag, require_positive, shown
 from ..generation import LogprobsMode, Sampler, Sampling, WantedLogprobs
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
 from ..patch import ENTRIES_STAND
+from .answer import AnswerReader
 from .codec import Message, TextCodec
-from .detokenize import StopScanner, stop_strings
+from .detokenize import stop_strings
+from .tools import checked_tool_choice, refuse_tools_and_documents, tool_names
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
 _MOST_LOOKUP = 64
@@ -125,6 +127,7 @@ class Request:
                 got=shown(self.lookup),
                 wanted=f"a whole number from 0 to {_MOST_LOOKUP}",
             )
+        object.__setattr__(self, "tool_choice", checked_tool_choice(self.tool_choice, self.tools))
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise RequestError(
@@ -167,16 +170,18 @@ class EncodedRequest:
         patch: the patch that the request runs under.
         sampler: picks the ids of this completion.
         max_new_tokens: the largest number of tokens of the completion.
-        scanner: the scanner that finds the stop strings in the text of this completion.
+        stop: the strings that end the completion.
         lookup: the largest number of ids that one step may copy.
+        reader: tells reasoning, text and calls of tools in the answer apart; None if everything is text.
     """
 
     tokens: list[int]
     patch: ResolvedPatch
     sampler: Sampler
     max_new_tokens: int
-    scanner: StopScanner
+    stop: tuple[str, ...]
     lookup: int = 0
+    reader: AnswerReader | None = None
 
 
 def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches, vocabulary: int) -> EncodedRequest:
@@ -196,12 +201,29 @@ def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches, v
     patch = patches.resolve(request.patch, request.strength)
     if patch.bound.prefix is not None:
         _refuse_system(request.prompt, request.system)
-    tokens = codec.render(request.prompt, request.system, raw=request.raw)
+        refuse_tools_and_documents(request.tools, request.documents)
+    tokens = codec.render(
+        request.prompt,
+        request.system,
+        raw=request.raw,
+        tools=request.tools,
+        documents=request.documents,
+        template_args=request.template_args,
+    )
     wanted = None if request.logprobs is None else WantedLogprobs(request.logprobs, request.logprobs_mode)
     sampler = Sampler(_sampling(request, codec), codec.eos_ids, None, wanted)
     sampler.require_vocabulary(vocabulary)
-    scanner = StopScanner(_stop(request, patch))
-    return EncodedRequest(tokens, patch, sampler, request.max_new_tokens, scanner, request.lookup)
+    stop = tuple(_stop(request, patch))
+    reader = _reader(request, codec, tokens)
+    return EncodedRequest(tokens, patch, sampler, request.max_new_tokens, stop, request.lookup, reader)
+
+
+def _reader(request: Request, codec: TextCodec, tokens: Sequence[int]) -> AnswerReader | None:
+    calls = codec.tool_format if request.tools and request.tool_choice != "none" else None
+    tags = None if request.raw else codec.reasoning_tags
+    if calls is None and tags is None:
+        return None
+    return AnswerReader(tags, codec.prompt_tail(tokens), calls, tool_names(request.tools or ()))
 
 
 def _sampling(request: Request, codec: TextCodec) -> Sampling:

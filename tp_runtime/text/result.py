@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..generation import TokenLogprobs
+from .answer import AnswerChunk
 from .codec import TextCodec
+from .detokenize import StopScanner
 from .request import EncodedRequest
+from .tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Result:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenInfo, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str | None = None
 
 
 def result_of(
@@ -121,7 +126,16 @@ def result_of(
     """
     records = request.sampler.logprobs[: len(token_ids)]
     infos = token_infos(records, codec) if request.sampler.records else None
-    return Result(text, tuple(token_ids), finish_reason, Usage(len(request.tokens), len(token_ids)), timings, infos)
+    answer = AnswerChunk(text)
+    if request.reader is not None:
+        # The tags and markers of some families are special tokens, which the text itself leaves out.
+        scanner, reader = StopScanner(request.stop), request.reader.copy()
+        marked, _stopped = scanner.push(codec.decode(token_ids, keep_markers=True))
+        begun, rest = reader.push(marked + scanner.flush()), reader.end()
+        answer = AnswerChunk(begun.text + rest.text, begun.reasoning + rest.reasoning, rest.tool_calls)
+    usage = Usage(len(request.tokens), len(token_ids))
+    reasoning = answer.reasoning or None
+    return Result(answer.text, tuple(token_ids), finish_reason, usage, timings, infos, answer.tool_calls, reasoning)
 
 
 def token_infos(records: Sequence[TokenLogprobs], codec: TextCodec) -> tuple[TokenInfo, ...]:

@@ -48,7 +48,7 @@ class TextStream:
         self._text = ""
         # The reference is weak: with a strong one, a stream that is dropped before its end would keep its patch in use
         # until the next garbage collection.
-        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, request.scanner), using)
+        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, StopScanner(request.stop)), using)
 
     @property
     def result(self) -> Result:

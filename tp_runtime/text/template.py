@@ -20,7 +20,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from ..errors import ModelFormatError, RequestError, library_errors, library_text
+from ..errors import ModelFormatError, RequestError, library_errors, library_text, shown
+from .tools import NO_VARIABLES, TemplateVariables
 
 _LONGEST_TEXT = 1 << 24  # characters; several times the longest context window
 _MOST_STEPS = 1 << 22  # of all loops together; this takes seconds
@@ -140,21 +141,23 @@ def fill_template(
     messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool,
+    variables: TemplateVariables = NO_VARIABLES,
 ) -> str:
     """Return the text of a chat.
 
     Args:
         template: the template, as `compile_template` returns it.
-        messages: the chat; every role and content is valid Unicode.
+        messages: the chat, as `checked_messages` returns it.
         special_tokens: the special tokens by name, which are variables of the template.
         add_generation_prompt: whether the text ends with the beginning of the assistant's message.
+        variables: the tools, the documents and the further variables of the request.
 
     Raises:
-        RequestError: the template refuses these messages or cannot fill them in.
+        RequestError: the template refuses these messages, cannot fill them in, or takes a list of parts for text.
         ModelFormatError: the template tries to leave its sandbox, or it cannot fill in an ordinary message either.
     """
     try:
-        return _filled(template, messages, special_tokens, add_generation_prompt)
+        text = _filled(template, messages, special_tokens, add_generation_prompt, variables)
     except _TemplateRefusal as error:
         reason = " ".join(str(error).split())
         raise RequestError(f"the chat template refuses this prompt: {reason}", field="messages") from None
@@ -175,14 +178,34 @@ def fill_template(
         raise RequestError(
             f"the chat template cannot render this prompt: {reason}",
             field="messages",
-            fix="use the roles and keys that this model's template knows",
+            fix="use the roles, keys and kinds of content that this model's template knows",
         ) from error
+    _check_parts_were_read(text, messages)
+    return text
+
+
+def _check_parts_were_read(text: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the template did not print a list of parts as Python prints it, which no model was trained on.
+
+    Raises:
+        RequestError: the text holds the parts of a message in Python's notation.
+    """
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and str(content) in text:
+            raise RequestError(
+                "the model's chat template takes content as text, not as parts",
+                field=f"messages[{i}].content",
+                got=shown(content),
+                wanted="str",
+                fix="pass the text of the parts as one string",
+            )
 
 
 def _fills_in_an_ordinary_message(template: jinja2.Template, special_tokens: Mapping[str, Any]) -> bool:
     """Return whether the template works on one short user message, or refuses it for a reason of its own."""
     try:
-        _filled(template, _ORDINARY, special_tokens, True)
+        _filled(template, _ORDINARY, special_tokens, True, NO_VARIABLES)
     except _TemplateRefusal:
         return True
     except Exception:
@@ -195,15 +218,16 @@ def _filled(
     messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool,
+    variables: TemplateVariables,
 ) -> str:
     _steps.set(itertools.count())
     parts, size = [], 0
     # tools and documents are None and not undefined, because templates test `tools is not none`.
     for part in template.generate(
-        special_tokens,
+        {**special_tokens, **variables.args},
         messages=messages,
-        tools=None,
-        documents=None,
+        tools=variables.tools,
+        documents=variables.documents,
         add_generation_prompt=add_generation_prompt,
     ):
         size += len(part)

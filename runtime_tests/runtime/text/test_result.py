@@ -1,0 +1,118 @@
+"""The result of a completion: the same text, ids and reason as its stream, with figures and log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tp_runtime import PatchedModel
+from tp_runtime.errors import PatchTargetError, RequestError
+from tp_runtime.generation import Sampling
+
+PROMPT = "How do I learn to swim?"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_export: Path) -> PatchedModel:
+    return PatchedModel.from_pretrained(tiny_llama_export, "cpu", threads=1)
+
+
+def test_the_result_is_what_the_stream_gave(model: PatchedModel) -> None:
+    stream = model.stream(PROMPT, max_new_tokens=9)
+    with pytest.raises(RequestError, match="the completion has not ended"):
+        _ = stream.result
+    text = "".join(stream)
+    result = model.complete(PROMPT, max_new_tokens=9)
+    assert result.text == text == stream.result.text == model.generate(PROMPT, max_new_tokens=9)
+    assert list(result.token_ids) == stream.token_ids and result.finish_reason == stream.finish_reason
+    assert result.usage.prompt_tokens == stream.prompt_tokens
+    assert result.usage.total_tokens == stream.prompt_tokens + len(result.token_ids)
+    assert result.timings.first_token is not None and result.timings.tokens == len(result.token_ids)
+    assert result.logprobs is None and result.tool_calls == () and result.reasoning is None
+
+
+def test_logprobs_name_each_token_of_the_result(model: PatchedModel) -> None:
+    result = model.complete(PROMPT, max_new_tokens=6, logprobs=3)
+    assert result.logprobs is not None
+    assert [info.token for info in result.logprobs] == list(result.token_ids)
+    for info in result.logprobs:
+        assert info.top[0].token == info.token and info.top[0].logprob == info.logprob  # greedy takes the likeliest
+        assert len(info.top) == 3 and info.top[1].logprob <= info.logprob <= 0
+    prompt = model.codec.render(PROMPT)
+    logits = model.logits([*prompt, *result.token_ids])[len(prompt) - 1 : -1].astype(np.float64)
+    total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+    want = logits[np.arange(len(logits)), list(result.token_ids)] - total
+    np.testing.assert_allclose([info.logprob for info in result.logprobs], want, atol=1e-4)
+
+
+def test_logprobs_of_a_batch_are_those_of_single_requests(model: PatchedModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "logprobs": 2, "temperature": 1.0, "seed": 3}
+    prompts = [PROMPT, "How far is the moon?"]
+    for one, prompt in zip(model.complete(prompts, **options), prompts, strict=True):
+        alone = model.complete(prompt, **options)
+        assert one.token_ids == alone.token_ids and one.logprobs is not None and alone.logprobs is not None
+        for mine, other in zip(one.logprobs, alone.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_n_answers_run_the_prompt_once(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, forward = [], model.graph.forward
+
+    def counted(tokens: Any, *args: Any, **options: Any) -> Any:
+        ran.append(len(tokens))
+        return forward(tokens, *args, **options)
+
+    monkeypatch.setattr(model.graph, "forward", counted)
+    results = model.complete(PROMPT, n=3, max_new_tokens=4, temperature=1.5, seed=7)
+    assert sum(ran) == results[0].usage.prompt_tokens - 1  # the batch runs the last id of the prompt in its first step
+    assert len({result.token_ids for result in results}) == 3
+    for answer, result in enumerate(results):
+        alone = model.complete(PROMPT, max_new_tokens=4, temperature=1.5, seed=7 + answer)
+        assert alone.token_ids == result.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        (PROMPT, {"n": 0}, "n"),
+        ([PROMPT, PROMPT], {"n": 2}, "n"),
+        (PROMPT, {"logprobs": -1}, "logprobs"),
+        (PROMPT, {"lookup": True}, "lookup"),
+        (PROMPT, {"regex": "a", "grammar": "start: /a/"}, "grammar"),
+        (PROMPT, {"sampling": "best"}, "sampling"),
+        (PROMPT, {"logit_bias": {10**6: 1}}, "logit_bias"),
+        (PROMPT, {"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_bad_options_are_refused_by_name(model: PatchedModel, prompt: Any, options: Any, field: str) -> None:
+    with pytest.raises(RequestError) as error:
+        model.complete(prompt, **options)
+    assert error.value.field == field
+
+
+def test_a_completion_that_failed_has_no_result(model: PatchedModel) -> None:
+    with model.batch() as batch:
+        completion = batch.add(PROMPT, max_new_tokens=2)
+        with pytest.raises(RequestError, match="the completion has no result"):
+            _ = completion.result
+        while batch.step():
+            pass
+        assert completion.result.text == completion.text
+    with pytest.raises(PatchTargetError):
+        model.complete(PROMPT, patch="nobody")
+
+
+def test_the_models_own_sampling_is_taken_where_the_request_says_nothing(model: PatchedModel) -> None:
+    assert model.codec.sampling == {}
+    model.codec.sampling = {"temperature": 1.5, "top_k": 7}
+    try:
+        own = model.complete(PROMPT, sampling="model", seed=5, max_new_tokens=8)
+        same = model.complete(PROMPT, sampling=Sampling(temperature=1.5, top_k=7, seed=5), max_new_tokens=8)
+        assert own.token_ids == same.token_ids
+        greedy = model.complete(PROMPT, sampling="model", temperature=0, max_new_tokens=8)
+        assert greedy.token_ids == model.complete(PROMPT, max_new_tokens=8).token_ids
+    finally:
+        model.codec.sampling = {}
