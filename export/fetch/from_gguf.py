@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ def convert_weights(gguf: Path, folder: Path) -> None:
     # safetensors writes through a private temporary file (0600). The file gets the mode of config.json, which the
     # user's umask decided.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def write_sampling(settings: Mapping[str, int | float], folder: Path) -> None:
+    """Add the publisher's sampling settings, which a GGUF file does not hold, to generation_config.json."""
+    path = folder / "generation_config.json"
+    content = {**parse_json_object(path.read_bytes(), lenient=True), "do_sample": True, **settings}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def convert_tokenizer(gguf: Path, folder: Path, scratch: Path) -> None:

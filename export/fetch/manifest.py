@@ -132,6 +132,7 @@ class Manifest:
     licence: Licence
     weights: Weights
     tokenizer: Tokenizer
+    sampling: dict[str, int | float]
     digest: str
     earlier: tuple[str, ...]
 
@@ -191,11 +192,22 @@ def parse_manifest(text: str) -> Manifest:
         licence=_licence(top.fields("licence")),
         weights=_weights(top.fields("weights")),
         tokenizer=_tokenizer(top.fields("tokenizer")),
+        sampling=_sampling(top.fields("sampling")) if top.has("sampling") else {},
         digest=_digest(raw),
         earlier=top.texts("earlier", SHA256) if top.has("earlier") else (),
     )
     top.done()
     return manifest
+
+
+def _sampling(fields: _Fields) -> dict[str, int | float]:
+    """Read the publisher's sampling settings; no setting is required."""
+    found: dict[str, int | float] = {}
+    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("repetition_penalty", float)):
+        if fields.has(name):
+            found[name] = fields.take(name, kind)
+    fields.done()
+    return found
 
 
 def _folder() -> Any:

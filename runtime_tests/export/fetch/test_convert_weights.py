@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tp_export.fetch.from_gguf import convert_weights
+from tp_export.fetch.from_gguf import convert_weights, write_sampling
 from tp_runtime.errors import ModelFormatError
 
 BLOCK = {
@@ -52,6 +53,13 @@ def test_every_weight_is_converted(tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_weights(write_gguf(tmp_path / "model.gguf"), out)
     assert len(load_file(out / "model.safetensors")) == len(SHAPES)
+
+
+def test_the_publishers_sampling_settings_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": 1}')
+    write_sampling({"temperature": 0.2, "top_k": 5}, tmp_path)
+    assert json.loads(path.read_text()) == {"eos_token_id": 1, "do_sample": True, "temperature": 0.2, "top_k": 5}
 
 
 @pytest.mark.parametrize("missing", ["blk.1.attn_q", "token_embd", "output_norm"])

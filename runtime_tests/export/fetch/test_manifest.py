@@ -59,6 +59,8 @@ _BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("manifest.weights", lambda m: m.pop("weights")),
     ("manifest: the object has an unknown field; got extra", lambda m: m.update(extra=1)),
     ("manifest.style", lambda m: m.update(style="poem")),
+    ("manifest.sampling.top_k", lambda m: m["sampling"].update(top_k=0.5)),
+    ("manifest.sampling: the object has an unknown field; got beams", lambda m: m["sampling"].update(beams=2)),
     ("manifest.name", lambda m: m.update(name="../up")),
     ("manifest.licence.url", lambda m: m["licence"].update(url="")),
     ("manifest.licence.file: the object has an unknown field", lambda m: m["licence"]["file"].update(md5="")),

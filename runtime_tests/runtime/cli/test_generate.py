@@ -149,3 +149,58 @@ def test_a_patch_of_another_base_is_refused(cli: Cli, tiny_gemma_export: Path, f
     result = cli("generate", tiny_gemma_export, "hi", *SHORT, "--patch", files[0])
     assert result.code == 2
     assert "another base model" in result.err
+
+
+def test_several_answers_share_a_command(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+    sampled = ("--temperature", "1.5", "--seed", "3")
+    result = cli("generate", tiny_llama_export, "hello", *SHORT, *sampled, "-n", "2")
+    answers = model.complete("hello", n=2, temperature=1.5, seed=3, max_new_tokens=12)
+    assert result.out == answers[0].text + "\n\n---\n\n" + answers[1].text + "\n"
+    report = cli("generate", tiny_llama_export, "hello", *SHORT, *sampled, "-n", "2", "--json").json
+    assert [one["text"] for one in report["answers"]] == [answer.text for answer in answers]
+
+
+def test_json_has_the_logprobs_that_were_asked_for(cli: Cli, tiny_llama_export: Path) -> None:
+    report = cli("generate", tiny_llama_export, "hi", *SHORT, "--json", "--logprobs", "2", "--logit-bias", "5=100").json
+    assert len(report["logprobs"]) == 12
+    first = report["logprobs"][0]
+    assert first["token"] == 5 and set(first) == {"token", "text", "logprob", "top"} and len(first["top"]) == 2
+
+
+def test_settings_that_are_not_given_are_the_models_own(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
+    greedy = cli("generate", tiny_llama_export, "hello", *SHORT, "--sampling", "model")
+    assert greedy.out == model.generate("hello", max_new_tokens=12) + "\n"  # the tiny model states none
+
+
+def test_template_arguments_and_tools_are_files_and_json(
+    cli: Cli, tiny_llama_export: Path, tmp_path: Path, model: PatchedModel
+) -> None:
+    (tmp_path / "tools.json").write_text('[{"type": "function", "function": {"name": "look"}}]')
+    args = ("--tools", tmp_path / "tools.json", "--template-arg", "enable_thinking=false")
+    assert cli("generate", tiny_llama_export, "hello", *SHORT, *args).code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tools", "{folder}"], "--tools: the path is not a regular file"),
+        (["--tools", "{bad}"], "--tools: the text is not valid JSON"),
+        (["--json-schema", "{binary}"], "--json-schema: the file is not text"),
+        (["--template-arg", "x"], "--template-arg x: the text is not valid JSON"),
+        (["--logit-bias", "5"], "logit_bias: the value is not ID=BIAS"),
+        (["--logit-bias", "5=101"], "logit_bias[5]: the bias is not valid"),
+        (["--tool-choice", "required"], "tool_choice: the request has no tools to call"),
+        (["-n", "0"], "n: the value is not a positive integer"),
+        (["--lookup", "-1"], "lookup: the value is not a number of tokens"),
+        (["--json", "--logprobs", "-1"], "logprobs: the value is not a number of tokens"),
+    ],
+)
+def test_bad_forms_are_one_line_and_exit_code_2(
+    cli: Cli, tiny_llama_export: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    (tmp_path / "bad").write_text("{")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    places = {name: tmp_path / name for name in ("bad", "binary")} | {"folder": tmp_path}
+    result = cli("generate", tiny_llama_export, "hi", *(arg.format(**places) for arg in args), "--device", "cpu")
+    assert result.code == 2 and result.out == "" and result.err.count("\n") == 1
+    assert message in result.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,28 @@ def test_a_template_with_other_ends_of_lines_is_the_same_template(files: dict[st
         for text in (template, template.replace("\n", "\r\n"))
     )
     assert unix.template_source == windows.template_source and unix.render(PROMPT) == windows.render(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("stated", "taken"),
+    [
+        ({}, {}),
+        ({"do_sample": False, "temperature": 0.7}, {}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"temperature": 0.2, "top_p": 0.9, "top_k": None}, {"temperature": 0.2, "top_k": 50, "top_p": 0.9}),
+        ({"do_sample": True, "top_k": 64, "min_p": 0.1}, {"temperature": 1.0, "top_k": 64, "min_p": 0.1}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ],
+)
+def test_the_models_own_sampling_is_that_of_transformers(
+    files: dict[str, bytes], stated: dict[str, object], taken: dict[str, object]
+) -> None:
+    files["generation_config.json"] = json.dumps({"eos_token_id": 1, **stated}).encode()
+    assert TextCodec.from_files(files, "m").sampling == taken
+
+
+@pytest.mark.parametrize("setting", [{"temperature": "hot"}, {"top_k": True}, {"do_sample": True, "top_p": [1]}])
+def test_a_sampling_setting_that_is_no_number_is_refused(files: dict[str, bytes], setting: dict[str, object]) -> None:
+    files["generation_config.json"] = json.dumps({"eos_token_id": 1, **setting}).encode()
+    with pytest.raises(ModelFormatError, match="is not a number"):
+        TextCodec.from_files(files, "m")
