@@ -47,6 +47,7 @@ class FakeGraph:
         *,
         all_logits: bool = False,
         copy: bool = True,
+        last: int = 1,
         held: Use | None = None,
     ) -> np.ndarray:
         assert tokens and not all_logits
@@ -55,9 +56,10 @@ class FakeGraph:
         cache.require_free(held)
         self.runs.append(list(tokens))
         cache.tokens.extend(tokens)
-        logits = np.zeros((1, VOCAB), np.float32)
-        first = next_token(cache.tokens, bound)
-        logits[0, [first, (first + 1) % VOCAB]] = 5.0, 4.0
+        logits = np.zeros((min(last, len(tokens)), VOCAB), np.float32)
+        for row, length in enumerate(range(len(cache) - len(logits) + 1, len(cache) + 1)):
+            first = next_token(cache.tokens[:length], bound)
+            logits[row, [first, (first + 1) % VOCAB]] = 5.0, 4.0
         return logits
 
 

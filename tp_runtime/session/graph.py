@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError
+from ..errors import RequestError, require_positive
 from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
 from .bound_patch import BoundPatch, not_a_patch, require_bound
 from .cuda_graphs import CapturedDecode, check_capturable
@@ -147,8 +147,7 @@ class Graph:
         kinds = {value.name: value.type for value in self.session.get_outputs()}
         self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
         self._ones = np.ones((1, folder.context_window), np.int64)  # a mask of one sequence is a view of its front
-        from_numpy = self.ort.OrtValue.ortvalue_from_numpy
-        self._first_logit = {every: from_numpy(np.array([0 if every else -1], np.int64)) for every in (False, True)}
+        self._first_logits: dict[int, Any] = {}  # the values of FIRST_LOGIT that were used so far
         buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
         kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
@@ -173,7 +172,7 @@ class Graph:
 
     def _start_captured(self) -> None:
         assert isinstance(self.kv, InPlaceBuffers)
-        first = FIRST_LOGIT, self._first_logit[False]
+        first = self._first_logit(-1)
         kind, dtypes = self.device.kind, (self.dtype, self._logits_dtype)
         self.captured = CapturedDecode(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
         self._exclusive = self.captured.exclusive
@@ -306,6 +305,7 @@ class Graph:
         *,
         all_logits: bool = False,
         copy: bool = True,
+        last: int = 1,
         held: Use | None = None,
     ) -> NDArray[np.float32]:
         """Run `tokens` after the tokens that `cache` holds, and append them to it.
@@ -314,41 +314,47 @@ class Graph:
             tokens: at least one id.
             cache: a cache that `new_cache` made under the same patch.
             bound: the patch.
-            all_logits: whether to return the logits of every token instead of only the last token's.
+            all_logits: whether to return the logits of every token, whatever `last` says.
             copy: whether the returned logits are the caller's own array. If not, the cache's next run may overwrite
                 them. This saves a copy, which takes longer than picking a token.
+            last: the number of tokens at the end whose logits are returned, at least 1.
             held: the caller's use of the cache (KVCache.take). None takes the cache for this run only.
 
         Returns:
-            Logits [len(tokens) or 1, vocab], float32.
+            Logits [len(tokens) or at most `last`, vocab], float32.
 
         Raises:
             StaleCacheError: the cache was made under another patch or by another session.
             BusyError: another request or thread is using the cache.
-            RequestError: `tokens` is empty or has an id outside the vocabulary, or the context window cannot hold that
-                many tokens.
+            RequestError: `tokens` is empty or has an id outside the vocabulary, the context window cannot hold that
+                many tokens, or `last` is not a positive integer.
         """
         # A decode step takes well under a millisecond, so these checks call a function only where they must.
         if type(cache) is not KVCache or cache.session is not self.mark or cache.key is not getattr(bound, "key", None):
             self.require_cache(cache, bound)
         if type(tokens) is not list:
             tokens = token_list(tokens)
+        if all_logits:
+            last = len(tokens)
+        elif last != 1:
+            require_positive("last", last)
+            last = min(last, len(tokens))
         if held is not None:
             if held not in cache.uses:
                 cache.require_free(held)
-            return self._append(tokens, cache, bound, all_logits, copy)
+            return self._append(tokens, cache, bound, last, copy)
         use = Use(cache.uses)
         try:
             try:
                 cache.take(use)
-                return self._append(tokens, cache, bound, all_logits, copy)
+                return self._append(tokens, cache, bound, last, copy)
             finally:
                 use.end()
         finally:
             use.end()  # an interrupt may arrive at the first one
 
     def _append(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, all_logits: bool, copy: bool
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, last: int, copy: bool
     ) -> NDArray[np.float32]:
         position = len(cache) + cache.skipped
         self.folder.check_ids(tokens)
@@ -361,7 +367,7 @@ class Graph:
                 fix="shorten the prompt or the conversation",
             )
         with self._exclusive():
-            logits = self._run(tokens, position, cache, bound, all_logits, copy)
+            logits = self._run(tokens, position, cache, bound, last, copy)
             cache.tokens.extend(tokens)
         return logits
 
@@ -372,7 +378,7 @@ class Graph:
             use_huge_pages_soon(ranges)
 
     def _run(
-        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, all_logits: bool, copy: bool
+        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, last: int, copy: bool
     ) -> NDArray[np.float32]:
         steps, length = len(tokens), cache.filled + len(tokens)
         captured = self.captured
@@ -389,15 +395,24 @@ class Graph:
         else:
             cache.step = None  # the run below binds other values to the inputs that it had bound
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
-            logits = self.execute(cache.binding, ids, mask, positions, all_logits=all_logits)[0]
+            logits = self.execute(cache.binding, ids, mask, positions, last=last)[0]
         self.kv.adopt(cache)
         return logits
 
     def _step_io(self, cache: KVCache) -> StepIO:
         if cache.step is None or cache.step.binding is not cache.binding:
-            first = FIRST_LOGIT, self._first_logit[False]
+            first = self._first_logit(-1)
             cache.step = StepIO(self.ort, cache.binding, self.folder.vocab_size, self._logits_dtype, first)
         return cache.step
+
+    def _first_logit(self, first: int) -> tuple[str, Any]:
+        """Return the name and the value of the input that says from which position of a run logits are computed.
+
+        The graph counts a negative position from the end of the run.
+        """
+        if first not in self._first_logits:
+            self._first_logits[first] = self.ort.OrtValue.ortvalue_from_numpy(np.array([first], np.int64))
+        return FIRST_LOGIT, self._first_logits[first]
 
     def execute(
         self,
@@ -406,7 +421,7 @@ class Graph:
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
         *,
-        all_logits: bool = False,
+        last: int = 1,
     ) -> NDArray[np.float32]:
         """Run the session once over a binding that already holds keys, values and patch.
 
@@ -416,19 +431,19 @@ class Graph:
             mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right. It
                 counts the positions of full layers; `shift_values` are those of windowed layers, in the binding.
             positions: the ids' positions [B, T].
-            all_logits: whether to return the logits of every position instead of only the last position's.
+            last: the number of positions at the end whose logits are computed, from 1 to T.
 
         Returns:
-            Logits [B, T or 1, vocab], float32.
+            Logits [B, last, vocab], float32.
         """
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input("position_ids", positions)
-        binding.bind_ortvalue_input(FIRST_LOGIT, self._first_logit[all_logits])
+        rows, steps = ids.shape
+        binding.bind_ortvalue_input(*self._first_logit(0 if last == steps else -last))
         # The logits get an array of their own, because asking the binding for its outputs takes time for each of them,
         # and there are two for every layer.
-        rows, steps = ids.shape
-        logits = np.empty((rows, steps if all_logits else 1, self.folder.vocab_size), self._logits_dtype)
+        logits = np.empty((rows, last, self.folder.vocab_size), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
         run = self.session.run_with_iobinding if self.captured is None else self.captured.run
         run(binding)  # a run that fails leaves the caches' tokens as they were

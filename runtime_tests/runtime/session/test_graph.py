@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime_tests.committed import private_copy
 from runtime_tests.logits import furthest, graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from tp_runtime.errors import (
@@ -185,6 +186,29 @@ def test_a_rewound_cache_behaves_as_if_the_rest_had_never_been_run(either: Graph
         got = either.forward(ids[common:], cache, bound, all_logits=True)
         assert cache.tokens == ids
         assert furthest(got, graph_logits(either, ids, bound)[common:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-optimum", "tiny-gemma", "tiny-llama-int4"])
+def test_a_run_returns_the_logits_of_as_many_of_its_last_tokens_as_are_asked_for(name: str, tmp_path: Path) -> None:
+    graph = Graph(ModelFolder.open(private_copy(name, tmp_path)), "cpu", threads=1)
+    cache = graph.new_cache(graph.base)
+    graph.forward(IDS[:20], cache, graph.base)
+    for ids in (IDS[20:32], IDS[20:21]):  # the second one is a decode step
+        every = graph.forward(ids, cache, graph.base, all_logits=True)
+        for last in (1, 2, 7, 11, 12, 40):
+            del cache.tokens[20:]
+            got = graph.forward(ids, cache, graph.base, last=last)
+            assert len(got) == min(last, len(ids))
+            assert np.array_equal(got, every[-last:])
+        del cache.tokens[20:]
+
+
+@pytest.mark.parametrize("last", [0, -1, 1.5, None, "3"])
+def test_a_number_of_logits_that_is_not_positive_is_refused(graph: Graph, last: Any) -> None:
+    cache = graph.new_cache(graph.base)
+    with pytest.raises(RequestError) as error:
+        graph.forward(IDS[:4], cache, graph.base, last=last)
+    assert error.value.field == "last" and not cache.tokens
 
 
 def test_returned_logits_do_not_change_afterwards(graph: Graph) -> None:
