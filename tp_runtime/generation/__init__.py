@@ -5,6 +5,7 @@ This room knows nothing of text, files or the names of patches.
 
 from .batch import PREFILL_TOKENS, Batch
 from .engine import check_request, generate, prefill
+from .entries import prompt_entries
 from .prefix_cache import PrefixCache
 from .row import Row
 from .sampling import Sampler, Sampling
@@ -19,4 +20,5 @@ __all__ = [
     "check_request",
     "generate",
     "prefill",
+    "prompt_entries",
 ]

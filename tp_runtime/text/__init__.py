@@ -3,7 +3,9 @@
 This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it hands caches and graphs to `generation`.
 """
 
+from .absorb import absorb_prompt
 from .batch import Completion, TextBatch
+from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
@@ -13,6 +15,7 @@ from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
 __all__ = [
     "SPECIAL_TOKENS",
     "TOKENIZER_FILES",
+    "Beginning",
     "Completion",
     "EncodedRequest",
     "Message",
@@ -24,5 +27,9 @@ __all__ = [
     "TextBatch",
     "TextCodec",
     "TextStream",
+    "absorb_prompt",
+    "beginning_of",
+    "beginnings_of",
     "encode_request",
+    "writes_the_date",
 ]
