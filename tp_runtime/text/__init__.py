@@ -7,6 +7,8 @@ from .answer import AnswerChunk, AnswerReader
 from .batch import Completion, TextBatch
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
+from .messages import checked_messages
+from .plain_values import plain_objects
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
@@ -35,5 +37,7 @@ __all__ = [
     "TokenInfo",
     "ToolCall",
     "Usage",
+    "checked_messages",
     "encode_request",
+    "plain_objects",
 ]
