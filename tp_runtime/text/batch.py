@@ -21,7 +21,6 @@ from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
 from ..loaded_patches import LoadedPatches
 from ..session import Graph, Use
 from .codec import Message, TextCodec
-from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .result import Result, Timings, result_of
 from .stream import StoppingDecoder
@@ -212,7 +211,7 @@ class TextBatch:
         request = encode_request(Request.of(prompt, **options), self._codec, self._patches, vocabulary)
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.folder.check_ids(request.tokens)
-        completion = Completion(self, request, StoppingDecoder(self._codec, StopScanner(request.stop)))
+        completion = Completion(self, request, StoppingDecoder(self._codec, request))
         try:
             with self._lock:
                 if self._closed:

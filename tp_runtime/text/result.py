@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..generation import TokenLogprobs
 from .answer import AnswerChunk
 from .codec import TextCodec
-from .detokenize import StopScanner
 from .request import EncodedRequest
 from .tool_calls import ToolCall
 
@@ -128,10 +127,8 @@ def result_of(
     infos = token_infos(records, codec) if request.sampler.records else None
     answer = AnswerChunk(text)
     if request.reader is not None:
-        # The tags and markers of some families are special tokens, which the text itself leaves out.
-        scanner, reader = StopScanner(request.stop), request.reader.copy()
-        marked, _stopped = scanner.push(codec.decode(token_ids, keep_markers=True))
-        begun, rest = reader.push(marked + scanner.flush()), reader.end()
+        reader = request.reader.copy()
+        begun, rest = reader.push(text), reader.end()
         answer = AnswerChunk(begun.text + rest.text, begun.reasoning + rest.reasoning, rest.tool_calls)
     usage = Usage(len(request.tokens), len(token_ids))
     reasoning = answer.reasoning or None

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 
@@ -48,7 +49,7 @@ class TextStream:
         self._text = ""
         # The reference is weak: with a strong one, a stream that is dropped before its end would keep its patch in use
         # until the next garbage collection.
-        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, StopScanner(request.stop)), using)
+        self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, request), using)
 
     @property
     def result(self) -> Result:
@@ -122,10 +123,11 @@ class StoppingDecoder:
         finish_reason: "eos", "stop", or the reason passed to `end`; None before the end.
     """
 
-    def __init__(self, codec: TextCodec, scanner: StopScanner) -> None:
+    def __init__(self, codec: TextCodec, request: EncodedRequest) -> None:
         self.finish_reason: str | None = None
-        self._eos_ids, self._scanner = codec.eos_ids, scanner
-        self._decoder = IncrementalDecoder(codec.decode)
+        self._eos_ids, self._scanner = codec.eos_ids, StopScanner(request.stop)
+        # What tells reasoning and calls apart needs their markers, which can be special tokens.
+        self._decoder = IncrementalDecoder(partial(codec.decode, keep_markers=request.reader is not None))
 
     def copy(self) -> StoppingDecoder:
         """Return a decoder that continues from here, independently of this one."""
