@@ -20,6 +20,7 @@ from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
 from ..loaded_patches import LoadedPatches
 from ..session import Graph, Use
+from .answer import AnswerReader
 from .codec import Message, TextCodec
 from .request import EncodedRequest, Request, RequestOptions, encode_request
 from .result import Result, Timings, result_of
@@ -66,6 +67,13 @@ class Completion:
     def text(self) -> str:
         """The text so far; it never ends within a character."""
         return self._progress.text
+
+    def new_reader(self) -> AnswerReader | None:
+        """Return a reader that tells reasoning, text and calls of tools apart in this completion's text, from its start.
+
+        It is None if everything is text.
+        """
+        return None if self._request.reader is None else self._request.reader.copy()
 
     @property
     def result(self) -> Result:
