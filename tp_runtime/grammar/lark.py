@@ -1,0 +1,100 @@
+"""Grammars in llguidance's variant of Lark: what would not be enforced is refused, and JSON schemas inside are lowered.
+
+The rules themselves are llguidance's to read. This pass only finds what it would read and then not do: options that
+belong to sampling, texts that it would hide by taking ids back, and schemas whose keywords it would drop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from ..errors import RequestError
+from .json_schema import lower_schema
+
+# A string, a regular expression, a comment, a special token, a directive, the options of a rule, or any other text.
+_PIECES = re.compile(
+    r"""
+      (?P<string>"(?:\\.|[^"\\\n])*")
+    | (?P<comment>//[^\n]*|\#[^\n]*)
+    | (?P<regex>/(?:\\.|[^/\\\n])+/)
+    | (?P<json>%json\b\s*)
+    | (?P<setting>%llguidance\b)
+    | (?P<options>(?<=[\w-])\[[^\]"]*(?:"(?:\\.|[^"\\])*"[^\]"]*)*\])
+    | (?P<other>[\w-]+|.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+_MOST_RULES = 500  # llguidance recurses from rule to rule, and 10,000 overflow the stack
+
+_REFUSED_OPTIONS = {
+    "temperature": "set the temperature of the request",
+    "max_tokens": "bound the expression, such as /.{1,80}/, or use max_new_tokens",
+    "stop": 'use suffix="..."',
+    "stop_capture": "leave it out",
+}
+
+
+def check_lark(text: str, path: str) -> str:
+    """Return a grammar for llguidance.
+
+    Args:
+        text: the grammar.
+        path: the name of the argument, for errors.
+
+    Raises:
+        RequestError: the grammar has a part that would not be enforced, or holds a schema that is refused.
+    """
+    if text.lstrip().startswith("{"):  # llguidance would read a list of grammars with settings of their own
+        got, wanted = "a text that begins with a brace", "rules, such as start: /[0-9]+/"
+        raise RequestError("the grammar is not Lark", field=path, got=got, wanted=wanted)
+    out: list[str] = []
+    at = schemas = rules = 0
+    while piece := _PIECES.match(text, at):
+        at = piece.end()
+        kind, found = piece.lastgroup, piece.group()
+        if kind == "options":
+            _check_options(found, path)
+        elif kind == "setting":
+            _check_settings(text[at:], path)
+        elif kind == "json":
+            schemas += 1
+            schema, at = _inline_schema(text, at, f"{path}.%json[{schemas}]")
+            found += schema
+        rules += found == ":"
+        if rules > _MOST_RULES:
+            raise RequestError(
+                "the grammar is too large", field=path, got=f"{rules} rules", wanted=f"at most {_MOST_RULES}"
+            )
+        out.append(found)
+    return "".join(out)
+
+
+def _check_options(found: str, path: str) -> None:
+    for name in re.findall(r"[\w-]+(?=\s*[=,\]])", re.sub(r'"(?:\\.|[^"\\])*"', '""', found)):
+        if name in _REFUSED_OPTIONS:
+            raise RequestError(
+                "the option of a rule is not supported",
+                field=path,
+                got=found,
+                wanted="capture, lazy or suffix",
+                fix=_REFUSED_OPTIONS[name],
+            )
+
+
+def _check_settings(rest: str, path: str) -> None:
+    """Check the object after %llguidance: some of its settings switch checks off."""
+    if not re.match(r"\s*\{\s*\}", rest):
+        got, wanted = rest.strip().partition("\n")[0], "%llguidance {}"
+        raise RequestError("the settings of llguidance are the runtime's", field=path, got=got, wanted=wanted)
+
+
+def _inline_schema(text: str, at: int, path: str) -> tuple[str, int]:
+    """Return the lowered text of the schema that begins at a position, and the position after it."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        wanted = "a JSON object after %json"
+        raise RequestError("the schema is not JSON", field=path, got=str(error), wanted=wanted) from None
+    return lower_schema(text[at:end], path).text(), end
