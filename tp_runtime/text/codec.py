@@ -31,7 +31,7 @@ from .tokenizer_files import (
     read_template,
     read_tokenizer,
 )
-from .tool_calls import ToolFormat, recognise_tool_format
+from .tool_calls import recognise_tool_format
 from .tools import TemplateVariables
 
 _TAIL = 32  # ids; the beginning of the assistant's message and a tag are shorter
@@ -49,7 +49,7 @@ class TextCodec:
         sampling: the model's own sampling settings, by their names in Sampling; see `read_sampling`.
         bos_id: the id of the beginning-of-sequence token; None if the model has none.
         template_source: the text of the chat template; None in completion style.
-        tool_format: the notation in which the model writes calls of tools; None if the template shows none.
+        tool_format: the notation in which the model writes calls of tools; None in completion style.
         reasoning_tags: the tags around the model's reasoning; None if the template shows none.
     """
 
@@ -73,7 +73,7 @@ class TextCodec:
         self._template = template
         self.template_source = template_source
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tool_format: ToolFormat | None = recognise_tool_format(template_source, special)
+        self.tool_format = None if template_source is None else recognise_tool_format(template_source, special)
         self.reasoning_tags: ReasoningTags | None = recognise_reasoning_tags(template_source, special)
         markers = [part.special_ids for part in (self.tool_format, self.reasoning_tags) if part is not None]
         self._unmarked = frozenset(special.values()).difference(*(ids.values() for ids in markers))

@@ -140,7 +140,7 @@ class StopScanner:
         if found:
             self._held, self._stopped = "", True
             return text[: min(found)[1]], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         safe = len(text) - keep
         self._held = text[safe:]
         return text[:safe], False
@@ -173,6 +173,6 @@ def stop_strings(stops: Iterable[str]) -> tuple[str, ...]:
     return strings
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that is a beginning of `stop`, but not the whole of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -17,7 +17,7 @@ from ..patch import ENTRIES_STAND
 from .answer import AnswerReader
 from .codec import Message, TextCodec
 from .detokenize import stop_strings
-from .tools import checked_tool_choice, refuse_tools_and_documents, tool_names
+from .tools import checked_tool_choice, refuse_tools_and_documents
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
 _MOST_LOOKUP = 64
@@ -223,7 +223,7 @@ def _reader(request: Request, codec: TextCodec, tokens: Sequence[int]) -> Answer
     tags = None if request.raw else codec.reasoning_tags
     if calls is None and tags is None:
         return None
-    return AnswerReader(tags, codec.prompt_tail(tokens), calls, tool_names(request.tools or ()))
+    return AnswerReader(tags, codec.prompt_tail(tokens), calls, request.tools or ())
 
 
 def _sampling(request: Request, codec: TextCodec) -> Sampling:

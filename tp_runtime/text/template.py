@@ -169,7 +169,8 @@ def fill_template(
         ) from None
     except Exception as error:
         reason = library_text(error)
-        if not _fills_in_an_ordinary_message(template, special_tokens):
+        # A template for tools may fail without any, so that with tools nothing tells whose fault it is.
+        if variables == NO_VARIABLES and not _fills_in_an_ordinary_message(template, special_tokens):
             raise ModelFormatError(
                 f"the chat template cannot render any prompt: {reason}",
                 field="chat_template",

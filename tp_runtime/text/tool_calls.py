@@ -1,14 +1,21 @@
-"""Calls of tools in a model's answer: what a call is, and the notations in which families of models write calls.
+"""Calls of tools in a model's answer: what a call is, which notation a model was trained on, and how calls are found.
 
-A chat template shows which notation its model was trained on. A call that is malformed stays in the text of the answer:
-a small model errs often, and what it wrote must not be lost.
+A call that is malformed stays in the text of the answer: a small model errs often, and what it wrote must not be lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import secrets
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .tool_families import BY_FAMILY, NOTATIONS, Notation
+from .tool_json import FoundCall, Parameters, whole_answer
+
+_MALFORMED = (ValueError, SyntaxError, RecursionError, MemoryError)  # what the readers raise; ast raises the last two
+_ID_LENGTH = 9  # letters and digits; templates of Mistral's models take ids of no other length
 
 
 @dataclass(frozen=True)
@@ -29,47 +36,79 @@ class ToolCall:
 
     def message_entry(self) -> dict[str, Any]:
         """Return the call as an entry of `tool_calls` in the assistant's message of the next turn."""
-        return {
-            "type": "function",
-            "id": self.id,
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        return {"type": "function", "id": self.id, "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The notation in which one family of models writes calls.
+    """The notation in which a model writes calls.
 
     Attributes:
-        family: the name of the family, e.g. "hermes".
+        family: the name of the notation, e.g. "hermes"; "json" is an object with name and arguments and nothing else.
         special_ids: the ids of the notation's markers that are special tokens of the tokenizer, by their text.
     """
 
     family: str
     special_ids: Mapping[str, int]
 
+    @property
+    def notation(self) -> Notation:
+        """The notation itself."""
+        return BY_FAMILY[self.family]
 
-def recognise_tool_format(template: str | None, special_ids: Mapping[str, int]) -> ToolFormat | None:
-    """Return the notation of calls that a chat template shows; None if it shows none that is known.
+
+def recognise_tool_format(template: str, special_ids: Mapping[str, int]) -> ToolFormat:
+    """Return the notation of calls that a chat template shows; if it shows none that is known, that of plain JSON.
 
     Args:
         template: the text of the chat template.
         special_ids: the ids of the tokenizer's special tokens, by their text.
     """
-    return None
+    notation = next(known for known in NOTATIONS if all(part in template for part in known.shown_by))
+    return ToolFormat(notation.family, {text: special_ids[text] for text in notation.markers if text in special_ids})
 
 
 def parse_tool_calls(
-    text: str, notation: ToolFormat | None, names: Collection[str] | None = None
+    text: str, form: ToolFormat, tools: Iterable[Mapping[str, Any]] = ()
 ) -> tuple[str, list[ToolCall]]:
     """Find the calls in the text of a finished answer. This never raises: what is malformed stays in the text.
 
     Args:
         text: the answer, decoded so that the notation's markers are in it (`TextCodec.decode` with keep_markers=True).
-        notation: the notation of the model's family; None finds nothing.
-        names: the names of the request's tools; None if they are unknown.
+        form: the notation of the model.
+        tools: the tools of the request, as `checked_tools` returns them. A notation whose arguments are plain text
+            takes the types of values from them, and calls without markers count only if they name one of them.
 
     Returns:
-        The text without the calls, and the calls in order.
+        The text without the calls and the spaces around them, and the calls in order.
     """
-    return text, []
+    notation = form.notation
+    parameters: Parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    if notation.bare:
+        try:
+            return "", [_tool_call(found) for found in whole_answer(text, 0, parameters)[0]]
+        except _MALFORMED:
+            pass
+    kept, calls, done, search = "", [], 0, 0
+    while (start := first_opening(text, notation, search)) >= 0:
+        try:
+            found, end = notation.read(text, start, parameters)
+        except _MALFORMED:
+            search = start + 1
+            continue
+        kept += text[done:start].rstrip()
+        calls += [_tool_call(call) for call in found]
+        done = search = end
+    rest = text[done:]
+    return (kept + rest if rest.strip() or not calls else kept), calls
+
+
+def first_opening(text: str, notation: Notation, at: int = 0) -> int:
+    """Return the index of the first text at or after `at` that calls can begin with; -1 if there is none."""
+    return min((found for opening in notation.openings if (found := text.find(opening, at)) >= 0), default=-1)
+
+
+def _tool_call(found: FoundCall) -> ToolCall:
+    letters = string.ascii_letters + string.digits
+    new = "".join(secrets.choice(letters) for _ in range(_ID_LENGTH))
+    return ToolCall(found.id or new, found.name, found.arguments)
