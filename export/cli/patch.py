@@ -157,6 +157,13 @@ def add_parser(subparsers: Any) -> None:
         help="store the teacher's answers in this file, and reuse those that it already has",
     )
     parser.add_argument(
+        "--save-queries",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="save the queries that the patch is fitted on, which the model writes in part, in this new file: for "
+        "--queries here, and for --calibration of tp-export report",
+    )
+    parser.add_argument(
         "--refine",
         type=int,
         default=0,
@@ -183,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     from ..fit import Target, make_patch
     from ..measure import fidelity_line
     from ..quantise import check_precision
-    from ..queries import load_answers, load_questions, split_holdout
+    from ..queries import load_answers, load_questions, save_questions, split_holdout
     from ..rollout import RolloutStore
     from ..source import open_source
 
@@ -208,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_weights(source, args)
     recipe = _recipe(args, source, context, [*fitted, *held_out], stop)
     if args.queries is None and recipe.prefix and context is not None:
-        fitted = _with_own_questions(source, model, context, fitted, held_out)
+        fitted = _with_own_questions(source, model, context, fitted, held_out, args.save_queries is not None)
     patch = make_patch(
         source,
         model,
@@ -222,6 +229,8 @@ def run(args: argparse.Namespace) -> int:
         store_context=args.store_prompt,
         store=store,
     )
+    if args.save_queries is not None:
+        save_questions(args.save_queries, fitted)
     patch.save(args.out)
     if patch.config.fidelity:
         of = "the quantisation loss" if context is None else "the prompt"
@@ -279,9 +288,12 @@ def _asks_for_weights(args: argparse.Namespace) -> bool:
 
 
 def _with_own_questions(
-    source: Source, model: Any, context: str, fitted: Sequence[str], held_out: Sequence[str]
+    source: Source, model: Any, context: str, fitted: Sequence[str], held_out: Sequence[str], saved: bool
 ) -> list[str]:
-    """Replace half of the built-in questions with questions that the model writes about a long context."""
+    """Replace half of the built-in questions with questions that the model writes about a long context.
+
+    A note on stderr says so if they are not saved.
+    """
     from ..fit import LONG_CONTEXT
     from ..progress import bar
     from ..queries import statements, unlike, write_questions
@@ -296,6 +308,12 @@ def _with_own_questions(
     with bar("questions about the prompt", rounds * len(statements(context)), "answer") as shown:
         found = write_questions(source, model, context, rounds, prefix=prepared.cached, progress=shown.update)
     own = unlike(found, held_out)[:half]
+    if own and not saved:
+        print(
+            f"note: the model wrote {len(own)} of the {len(fitted)} queries; --save-queries FILE.jsonl keeps them, and "
+            "tp-export report needs them to compare methods",
+            file=sys.stderr,
+        )
     return [*own, *fitted[: len(fitted) - len(own)]]
 
 
@@ -319,7 +337,21 @@ def _size(text: str) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_patch_file(args.out, given(args.src, args.prompt_file, args.queries, args.held_out, args.rollouts))
+    from tp_runtime.storage import check_output_file
+
+    inputs = given(args.src, args.prompt_file, args.queries, args.held_out, args.rollouts)
+    check_patch_file(args.out, [*inputs, *given(args.save_queries)])
+    if args.save_queries is not None:
+        if args.save_queries.suffix.lower() != ".jsonl":
+            raise CalibrationError(
+                "the queries are saved as lines of JSON",
+                field="--save-queries",
+                got=str(args.save_queries),
+                wanted="a name that ends in .jsonl",
+            )
+        require_folder_of("--save-queries", args.save_queries)
+        # As with tp-export questions no file is replaced: nothing in it tells whose it is.
+        check_output_file(args.save_queries, inputs=inputs)
     at_least = (
         ("--rank", _RANK if args.rank is None else args.rank, 1),
         ("--limit", args.limit, 1),

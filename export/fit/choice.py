@@ -2,8 +2,9 @@
 
 Entries alone give more for their bytes than weights do (docs/fidelity.md), so the search goes over the number of
 entries: a ladder of counts, halved at each fit, because more entries are never much worse. Then fewer entries with
-weights of a low rank get a try. Candidates are fitted on one set of rows and measured on queries of the search's own;
-the figures that the file states come from other queries, which no choice has seen.
+weights of a low rank get a try. Candidates are fitted on one set of rows and measured on queries of the search's own.
+The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file states come
+from other queries, which neither the choice nor the fit has seen.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Trial:
     """A candidate that was fitted.
 
     Attributes:
-        patch: the patch as it will be stored.
+        recipe: what it is made of.
+        patch: the patch as it would be stored.
         gap: the share of the prompt's effect that it closes on the selection queries.
     """
 
+    recipe: Recipe
     patch: Patch
     gap: float
 

@@ -123,18 +123,18 @@ def make_patch(
         size_of = partial(entry_bytes, model.config, layer_windows(model), length, recipe.dtype)
         if target.gap is None:
             recipe, target = replace(recipe, method="prefix", prefix=most_entries(length, size_of, target)), None
-    if target is None:
-        patch = _fitted(model, Calibration(prepared, dialogues, again), recipe, config, student)
-    else:
+    if target is not None:
         assert prepared is not None
         rest, kept = _split(dialogues, len(fitted), selection_size(fitted))
         rows = Calibration(prepared, rest, again)
 
         def trial(candidate: Recipe) -> Trial:
             made = _fitted(model, rows, candidate, config, student)
-            return Trial(made, held.figures(made, kept, "selection").gap_closed)
+            return Trial(candidate, made, held.figures(made, kept, "selection").gap_closed)
 
-        patch = choose(recipe, target, length, size_of, trial).patch
+        recipe = choose(recipe, target, length, size_of, trial).recipe
+    # Also after a search: the queries that its candidates were measured on are worth their rows.
+    patch = _fitted(model, Calibration(prepared, dialogues, again), recipe, config, student)
     figures = held.figures(patch, evaluation, "held-out fidelity").to_dict() if evaluation else {}
     if recipe.refine_steps and patch.deltas:
         before = figures

@@ -3,7 +3,16 @@
 This room knows nothing of how a patch is fitted or measured.
 """
 
-from .questions import check_disjoint, check_unfitted, load_answers, load_questions, query_digest, split_holdout, unlike
+from .questions import (
+    check_disjoint,
+    check_unfitted,
+    load_answers,
+    load_questions,
+    query_digest,
+    save_questions,
+    split_holdout,
+    unlike,
+)
 from .self_study import statements, write_questions
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "load_answers",
     "load_questions",
     "query_digest",
+    "save_questions",
     "split_holdout",
     "statements",
     "unlike",

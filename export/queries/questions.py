@@ -7,13 +7,14 @@ text that a user might send; the module does not depend on models or tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tp_runtime.errors import CalibrationError, shown
-from tp_runtime.storage import parse_json
+from tp_runtime.storage import atomic_file, parse_json
 
 _SHOWN = 5
 
@@ -45,6 +46,17 @@ def load_questions(path: Path | None) -> list[str]:
     if not queries:
         raise CalibrationError("the file holds no query", field=name, fix="write one query per line")
     return queries
+
+
+def save_questions(path: Path, queries: Iterable[str]) -> None:
+    """Write queries to a `.jsonl` file, one JSON string per line, from which `load_questions` reads the same queries.
+
+    Raises:
+        OutputError: `path` is a folder or a device.
+        OSError: the file cannot be written; an existing one stays as it is.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(f"{json.dumps(query)}\n" for query in queries), encoding="utf-8")
 
 
 def load_answers(path: Path) -> dict[str, str]:

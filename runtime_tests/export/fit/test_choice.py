@@ -30,7 +30,7 @@ class Fits:
         with_weights = recipe.method == "output"
         if with_weights:
             gap += self.weights * (1 - gap)
-        return Trial(Sized(size_of(recipe.prefix) + 5000 * with_weights), gap)  # type: ignore[arg-type]
+        return Trial(recipe, Sized(size_of(recipe.prefix) + 5000 * with_weights), gap)  # type: ignore[arg-type]
 
 
 def size_of(entries: int) -> int:

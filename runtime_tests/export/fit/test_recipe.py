@@ -10,7 +10,10 @@ import pytest
 
 from runtime_tests.patches import random_patch
 from tp_export import cli
-from tp_export.fit import closed_form
+from tp_export.fit import Recipe, closed_form, make
+from tp_export.fit.calibration import Calibration
+from tp_export.queries import load_questions
+from tp_export.report import fitted_queries
 from tp_export.rollout import dialogues
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -148,7 +151,7 @@ def test_held_out_queries_that_are_fitted_are_refused(
 def test_evaluating_on_fitted_queries_is_refused(
     patch_file: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tp_export.queries import load_questions, split_holdout
+    from tp_export.queries import split_holdout
 
     fitted, _ = split_holdout(load_questions(None)[:8], 2, 0)
     file = tmp_path / "fitted.txt"
@@ -198,6 +201,45 @@ def test_a_full_disk_keeps_the_old_file(
     assert "No space left" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
     assert out.read_bytes() == before
+
+
+def test_a_search_fits_its_choice_again_on_the_queries_that_it_chose_by(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[tuple[int, Recipe]] = []
+
+    def recorded(model: Any, rows: Calibration, recipe: Recipe, *others: Any) -> Any:
+        fitted.append((len(rows.dialogues), recipe))
+        return closed_form.fit_patch(model, rows, recipe, *others)
+
+    monkeypatch.setattr(make, "fit_patch", recorded)
+    out = tmp_path / "p.safetensors"
+    options = {"rank": None, "limit": 20, "samples": 1, "max-new-tokens": 3, "target": "0.01"}
+    assert cli.main([*patch_arguments(tiny_llama, out, **options), "--no-restating"]) == 0
+    assert {count for count, _recipe in fitted[:-1]} == {12}  # 8 of the 20 queries are kept for the choice
+    assert fitted[-1][0] == 20
+    assert fitted[-1][1] in [recipe for _count, recipe in fitted[:-1]]
+    config = Patch.load(out).config
+    assert config.calibration is not None and config.calibration["queries"] == 20
+    assert config.fidelity is not None and config.fidelity["queries"] == 2  # the held-out ones
+
+
+def test_the_queries_of_a_fit_are_saved_for_the_report(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tp_export.queries.write_questions", lambda *_args, **_kw: ["Where is the sea?", "# Ahoy?"])
+    monkeypatch.setattr("tp_export.fit.LONG_CONTEXT", 1)
+    out, queries = tmp_path / "p.safetensors", tmp_path / "q.jsonl"
+    arguments = patch_arguments(tiny_llama, out, rank=None, prefix=4, samples=1)
+    assert cli.main(arguments) == 0
+    assert "the model wrote 2 of the 6 queries; --save-queries" in capsys.readouterr().err
+    assert cli.main([*arguments, f"--save-queries={queries}"]) == 0
+    assert "--save-queries" not in capsys.readouterr().err
+    saved = load_questions(queries)
+    assert saved[:2] == ["Where is the sea?", "# Ahoy?"] and len(saved) == 6
+    assert fitted_queries(Patch.load(out), saved) == saved
+    assert "already exists" in refused([*arguments, f"--save-queries={queries}"], capsys)
+    assert ".jsonl" in refused([*arguments, f"--save-queries={tmp_path / 'q.txt'}"], capsys)
 
 
 def test_truncated_and_missing_sources_are_refused(
