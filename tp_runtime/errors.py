@@ -112,8 +112,12 @@ class RequestError(TPError):
     """A prompt, a message, a sampling value or another setting of a call is not valid."""
 
 
+class ChatFormatError(TPError):
+    """The file of a saved chat is damaged, has another version, or belongs to another base model."""
+
+
 class BusyError(TPError):
-    """A KV cache or a stream is being used by another request or thread."""
+    """A KV cache, a stream or a chat is being used by another request or thread."""
 
 
 class CalibrationError(TPError):

@@ -12,6 +12,7 @@ from typing import Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import SAVED, ChatSession, Overflow, Saved
 from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
 from .generation import PREFILL_TOKENS, PrefixCache, Sampling, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
@@ -417,6 +418,28 @@ class PatchedModel:
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
             return absorb_prompt(self.graph, self.codec, system, resolved, name=name, dtype=dtype, progress=progress)
+
+    def chat(
+        self,
+        system: str | None = None,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+        overflow: Overflow = "error",
+        **options: Any,
+    ) -> ChatSession:
+        """Begin a chat, which keeps its keys and values between turns; see ChatSession for arguments and errors."""
+        return ChatSession(self, self._patches, system, patch, strength, overflow, **options)
+
+    def load_chat(
+        self,
+        path: str | Path,
+        patch: PatchChoice | Saved = SAVED,
+        strength: float = 1.0,
+        overflow: Overflow = "error",
+        **options: Any,
+    ) -> ChatSession:
+        """Read a chat that ChatSession.save wrote; see ChatSession.load for arguments and errors."""
+        return ChatSession.load(path, self, self._patches, patch, strength, overflow, **options)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """Return an empty KV cache for a conversation under a patch.

@@ -1,0 +1,11 @@
+"""Chats: dialogues with a model, which keep their keys and values between turns, and can be edited, saved and loaded.
+
+This room knows nothing of the command line, of ONNX Runtime, or of what a KV cache holds: a model is handed to it.
+"""
+
+from .overflow import Overflow
+from .saved import SAVED, Saved
+from .session import ChatModel, ChatSession
+from .stream import ChatStream
+
+__all__ = ["SAVED", "ChatModel", "ChatSession", "ChatStream", "Overflow", "Saved"]

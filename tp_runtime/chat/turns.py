@@ -1,0 +1,97 @@
+"""The messages of a chat and the turns that they form.
+
+A turn is a user message and everything up to the next one: the model's answers, its tool calls and the tools' results.
+Messages in front of the first user message, such as a greeting by the model, form a turn of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import RequestError, library_text, shown
+from ..text import Message
+
+Messages = tuple[dict[str, Any], ...]
+
+
+def new_messages(value: str | Message | Sequence[Message]) -> Messages:
+    """Return what is sent to a chat as messages of the chat's own, which no caller can change.
+
+    Args:
+        value: the text of a user message, a message, or a list of messages.
+
+    Raises:
+        RequestError: the value is none of these, a message is a system message or holds something that JSON cannot
+            hold, or the last message is the model's own.
+    """
+    if isinstance(value, str):
+        return ({"role": "user", "content": value},)
+    given = [value] if isinstance(value, Mapping) else value
+    if not isinstance(given, list | tuple) or not given:
+        wanted = "a text, a message, or a list of messages that is not empty"
+        raise RequestError("the value is not a message", field="message", got=shown(value), wanted=wanted)
+    messages = tuple(_own(message, f"message[{number}]") for number, message in enumerate(given))
+    for number, message in enumerate(messages):
+        if message["role"] == "system":
+            raise RequestError(
+                "a chat has one system message, which is not part of its turns",
+                field=f"message[{number}].role",
+                got="system",
+                wanted="user, tool, or another role of the model's template",
+                fix="call set_system(text)",
+            )
+    if messages[-1]["role"] == "assistant":
+        raise RequestError(
+            "the last message is the model's own, so there is nothing to answer",
+            field="message.role",
+            got="assistant",
+            wanted="user or tool",
+            fix="put the message that is to be answered last",
+        )
+    return messages
+
+
+def _own(message: object, field: str) -> dict[str, Any]:
+    """Return a copy of a message, made through JSON, in which a chat is saved."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        wanted = '{"role": str, "content": str}'
+        raise RequestError("the message is malformed", field=field, got=shown(message), wanted=wanted)
+    try:
+        text = json.dumps(dict(message), allow_nan=False, ensure_ascii=False)
+        text.encode()  # half of a surrogate pair is no text
+        copy: dict[str, Any] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            "the message holds a value that JSON cannot hold",
+            field=field,
+            got=library_text(error),
+            wanted="text that is valid Unicode, finite numbers, lists and objects",
+        ) from None
+    return copy
+
+
+def turn_starts(messages: Messages) -> list[int]:
+    """Return the index of the first message of each turn, in order."""
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    return users if not messages or users[:1] == [0] else [0, *users]
+
+
+def last_turn(messages: Messages) -> int:
+    """Return the index of the last user message.
+
+    Raises:
+        RequestError: there is none.
+    """
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise RequestError(
+            "the chat has no turn yet", field="messages", got=f"{len(messages)} messages", wanted="a turn"
+        )
+    return users[-1]
+
+
+def without_oldest(messages: Messages, turns: int) -> Messages:
+    """Return the messages without the first turns."""
+    return messages[turn_starts(messages)[turns] :] if turns else messages
