@@ -9,6 +9,7 @@ model.load_patch("build/demo/gemma-3-270m/patch.safetensors", "notes")
 print(model.generate("lunch with Ada on Monday at 12:30 in the park ->", patch="notes"))
 """
 
+from .chat import ChatResult, ChatSession, ChatStream
 from .model import ACTIVE, PatchedModel
 from .patch import Delta, Patch
 from .session import share_threads
@@ -16,6 +17,9 @@ from .text import Completion, Result, TextBatch, TextStream, ToolCall
 
 __all__ = [
     "ACTIVE",
+    "ChatResult",
+    "ChatSession",
+    "ChatStream",
     "Completion",
     "Delta",
     "Patch",

@@ -24,7 +24,7 @@ from ..text import (
 )
 from .overflow import Overflow, dropped_turns, require_overflow
 from .saved import SAVED, Saved, SavedChat, read_chat, write_chat
-from .stream import ChatStream
+from .stream import ChatResult, ChatStream
 from .turns import Messages, last_turn, new_messages, without_oldest
 
 log = logging.getLogger("tp_runtime")
@@ -172,8 +172,8 @@ class ChatSession:
         """
         return self._answer(0, lambda messages: (*messages, *new_messages(message)), overrides)
 
-    def send(self, message: str | Message | Sequence[Message], **overrides: Any) -> str:
-        """Send a message and return the text of the answer. The arguments and errors are those of `stream`."""
+    def send(self, message: str | Message | Sequence[Message], **overrides: Any) -> ChatResult:
+        """Send a message and return the answer. The arguments and errors are those of `stream`."""
         return _whole(self.stream(message, **overrides))
 
     def stream_edit(self, text: str | Message, **overrides: Any) -> ChatStream:
@@ -189,7 +189,7 @@ class ChatSession:
         """
         return self._answer(0, lambda messages: (*messages[: last_turn(messages)], *new_messages(text)), overrides)
 
-    def edit_last(self, text: str | Message, **overrides: Any) -> str:
+    def edit_last(self, text: str | Message, **overrides: Any) -> ChatResult:
         """Replace the last user message and return the new answer. Arguments and errors are those of `stream_edit`."""
         return _whole(self.stream_edit(text, **overrides))
 
@@ -206,12 +206,12 @@ class ChatSession:
             PatchError, BusyError: as for `stream`.
         """
         retries = self._state.retries + 1
-        seed = self._options.get("seed")
+        seed = Request.of("", **self._options).sampling.seed
         options = overrides if seed is None else {"seed": seed + retries, **overrides}
         return self._answer(retries, lambda messages: messages[: last_turn(messages) + 1], options)
 
-    def retry(self, **overrides: Any) -> str:
-        """Answer the last user message again and return the text. Arguments and errors are those of `stream_retry`."""
+    def retry(self, **overrides: Any) -> ChatResult:
+        """Answer the last user message again and return that. Arguments and errors are those of `stream_retry`."""
         return _whole(self.stream_retry(**overrides))
 
     def _answer(self, retries: int, change: Callable[[Messages], Messages], overrides: Mapping[str, Any]) -> ChatStream:
@@ -243,8 +243,7 @@ class ChatSession:
                     **options,
                 )
 
-                def append(text: str) -> None:
-                    answer = {"role": "assistant", "content": text}
+                def append(answer: dict[str, Any]) -> None:
                     self._state = replace(state, messages=(*messages, answer), retries=retries)
 
                 return ChatStream(stream, dropped, append, use)
@@ -393,7 +392,8 @@ class ChatSession:
 
     def _encode(self, state: _State, options: Mapping[str, Any]) -> EncodedRequest:
         given: Any = {**options, "system": state.system, "patch": state.patch, "strength": state.strength}
-        return encode_request(Request.of(list(state.messages), **given), self._model.codec, self._patches)
+        codec, folder = self._model.codec, self._model.graph.folder
+        return encode_request(Request.of(list(state.messages), **given), codec, self._patches, folder.vocab_size)
 
     def _fitting_cache(self, state: _State) -> KVCache:
         """Return the chat's cache if it was made under the patch of `state` as it is now, or else an empty one."""
@@ -413,10 +413,12 @@ def _refuse_own_settings(options: Mapping[str, Any]) -> None:
             )
 
 
-def _whole(stream: ChatStream) -> str:
+def _whole(stream: ChatStream) -> ChatResult:
     try:
         try:
-            return "".join(stream)
+            for _chunk in stream:
+                pass
+            return stream.result
         finally:
             stream.close()
     finally:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import BusyError
 from ..session import Use
-from ..text import TextStream
+from ..text import Result, TextStream
 
 _OWN_ENDS = ("eos", "stop", "length")  # the reasons for which an answer ends by itself
+
+
+@dataclass(frozen=True)
+class ChatResult(Result):
+    """An answer that has ended.
+
+    Attributes:
+        dropped_turns: the number of the chat's oldest turns that the model did not see for this answer, because the
+            context window was full (`overflow="drop_oldest"`).
+    """
+
+    dropped_turns: int = 0
 
 
 class ChatStream:
@@ -24,11 +37,12 @@ class ChatStream:
 
     Attributes:
         text_stream: the stream of the request, with its figures; see TextStream.
-        dropped_turns: the number of the chat's oldest turns that the model did not see for this answer, because the
-            context window was full (`overflow="drop_oldest"`).
+        dropped_turns: see ChatResult.
     """
 
-    def __init__(self, text_stream: TextStream, dropped_turns: int, append: Callable[[str], None], use: Use) -> None:
+    def __init__(
+        self, text_stream: TextStream, dropped_turns: int, append: Callable[[dict[str, Any]], None], use: Use
+    ) -> None:
         self.text_stream, self.dropped_turns = text_stream, dropped_turns
         self._append, self._use = append, use
         self._said: list[str] = []
@@ -38,6 +52,18 @@ class ChatStream:
     def text(self) -> str:
         """The text so far."""
         return "".join(self._said)
+
+    @property
+    def result(self) -> ChatResult:
+        """The answer with its figures.
+
+        Raises:
+            RequestError: the answer has not ended.
+        """
+        result = self.text_stream.result
+        return ChatResult(
+            **{one.name: getattr(result, one.name) for one in fields(result)}, dropped_turns=self.dropped_turns
+        )
 
     @property
     def finish_reason(self) -> str | None:
@@ -76,7 +102,7 @@ class ChatStream:
 
     def _append_if_whole(self) -> None:
         if self._state == "open" and self.finish_reason in _OWN_ENDS:
-            self._append(self.text)
+            self._append(answer_message(self.text, self.result))
             self._state = "appended"
             self._use.end()
 
@@ -88,8 +114,11 @@ class ChatStream:
             was closed or failed before.
         """
         self.text_stream.close()
+        if self.finish_reason is None:  # the reading was interrupted, or another thread still reads
+            self.text_stream.finish_reason = "closed"
         if self._state in ("open", "interrupted") and self._said:
-            self._append(self.text)
+            # Text that was computed and not handed out is not part of what was said.
+            self._append(answer_message(self.text))
             self._state = "appended"
         self.close()
         return self._state == "appended"
@@ -113,3 +142,13 @@ class ChatStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def answer_message(text: str, result: Result | None = None) -> dict[str, Any]:
+    """Return an answer as a message.
+
+    Args:
+        text: the whole text, as the model wrote it.
+        result: the result, if the answer ended by itself.
+    """
+    return {"role": "assistant", "content": text}

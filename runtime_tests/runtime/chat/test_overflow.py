@@ -25,7 +25,7 @@ def test_a_full_window_is_an_error_that_changes_nothing(model: PatchedModel, ans
     with pytest.raises(RequestError, match="leaves no room in the context window"):
         chat.send(LONG * 2)
     assert chat.messages == before
-    assert chat.send("go on") == answer([*before, user("go on")])
+    assert chat.send("go on").text == answer([*before, user("go on")])
 
 
 def test_the_oldest_turns_are_left_out_until_prompt_and_answer_fit(
@@ -111,4 +111,4 @@ def test_what_an_undo_makes_room_for_is_seen_again(model: PatchedModel, answer: 
     for _ in range(3):
         chat.undo()
     messages = [*chat.messages, user("go on")]
-    assert chat.send("go on") == answer(messages)
+    assert chat.send("go on").text == answer(messages)

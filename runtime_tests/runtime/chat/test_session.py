@@ -28,7 +28,7 @@ def test_a_chat_answers_as_a_request_with_all_messages_does(model: PatchedModel,
     chat, messages = model.chat(max_new_tokens=5), []
     for text in ("one", "two", "three"):
         messages.append(user(text))
-        assert chat.send(text) == answer(messages)
+        assert chat.send(text).text == answer(messages)
         messages.append(said(answer(messages)))
     assert chat.messages == messages
 
@@ -37,16 +37,16 @@ def test_a_turn_runs_only_its_new_tokens(model: PatchedModel, script: Script) ->
     chat = model.chat("Be brief.")
     for text in ("Where is the cat?", "And the dog?", "Thanks."):
         script.says("In the hall.")
-        assert chat.send(text) == "In the hall."
+        assert chat.send(text).text == "In the hall."
         # Every id of the dialogue ran once, up to the end-of-sequence id of the last answer and its line break.
         assert script.ran == model.codec.render(chat.messages, "Be brief.", add_generation_prompt=False)[:-2]
 
 
 def test_an_answer_with_other_ids_when_encoded_again_is_run_again(model: PatchedModel, answer: Answers) -> None:
     chat = model.chat(max_new_tokens=5)
-    text = chat.send("one")
+    text = chat.send("one").text
     assert "\ufffd" in text  # bytes that are no text
-    assert chat.send("two") == answer([user("one"), said(text), user("two")])
+    assert chat.send("two").text == answer([user("one"), said(text), user("two")])
 
 
 def test_a_tools_result_is_answered_within_the_turn(model: PatchedModel, script: Script) -> None:
@@ -54,7 +54,7 @@ def test_a_tools_result_is_answered_within_the_turn(model: PatchedModel, script:
     script.says("call add", "4", "8")
     chat.send("What is 2 + 2?")
     result = {"role": "tool", "content": "4"}
-    assert chat.send(result) == "4"
+    assert chat.send(result).text == "4"
     assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "assistant"]
     chat.send([{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}])
     assert [message["role"] for message in chat.messages][4:] == ["tool", "tool", "assistant"]
@@ -65,9 +65,9 @@ def test_the_options_of_the_chat_count_for_every_answer_and_can_be_overridden(
     model: PatchedModel, answer: Answers
 ) -> None:
     chat = model.chat(max_new_tokens=3, temperature=1.0, seed=5)
-    assert chat.send("one") == answer([user("one")], max_new_tokens=3, temperature=1.0, seed=5)
+    assert chat.send("one").text == answer([user("one")], max_new_tokens=3, temperature=1.0, seed=5)
     chat.clear()
-    assert chat.send("one", max_new_tokens=7, seed=6) == answer(
+    assert chat.send("one", max_new_tokens=7, seed=6).text == answer(
         [user("one")], max_new_tokens=7, temperature=1.0, seed=6
     )
 
@@ -139,7 +139,7 @@ def test_an_edit_runs_from_the_changed_message_on(model: PatchedModel, script: S
     chat.send("Where is the cat?")
     chat.send("What does it do?")
     script.ran.clear()
-    assert chat.edit_last("What does it see?") == "It is awake."
+    assert chat.edit_last("What does it see?").text == "It is awake."
     assert [message["content"] for message in chat.messages] == [
         "Where is the cat?", "In the hall.", "What does it see?", "It is awake."
     ]  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_retry_of_a_greedy_answer_is_the_same_answer(model: PatchedModel) -> N
     chat = model.chat(max_new_tokens=5)
     chat.send("one")
     before = chat.messages
-    assert chat.retry() == before[-1]["content"]
+    assert chat.retry().text == before[-1]["content"]
     assert chat.messages == before
 
 
@@ -161,8 +161,8 @@ def test_a_retry_of_a_sampled_answer_counts_the_seed_on(model: PatchedModel, ans
     chat.send("one")
     for seed in (8, 9):
         wanted = answer([user("one")], temperature=1.0, seed=seed)
-        assert chat.retry() == wanted == chat.messages[-1]["content"]
-    assert chat.retry(seed=3) == answer([user("one")], temperature=1.0, seed=3)
+        assert chat.retry().text == wanted == chat.messages[-1]["content"]
+    assert chat.retry(seed=3).text == answer([user("one")], temperature=1.0, seed=3)
     text = chat.messages[-1]["content"]
     chat.send("two")  # the next turn begins with the chat's own seed
     assert chat.messages[-1]["content"] == answer([user("one"), said(text), user("two")], temperature=1.0, seed=7)
@@ -173,17 +173,17 @@ def test_a_retry_answers_the_user_message_again_and_not_the_tools_result(model: 
     script.says("call add", "5", "4, I think")
     chat.send("What is 2 + 2?")
     chat.send({"role": "tool", "content": "4"})
-    assert chat.retry() == "4, I think"
+    assert chat.retry().text == "4, I think"
     assert chat.messages == [user("What is 2 + 2?"), said("4, I think")]
 
 
 def test_undo_takes_the_last_turn_back(model: PatchedModel, answer: Answers) -> None:
     chat = model.chat(max_new_tokens=5)
-    first = chat.send("one")
-    second = chat.send("two")
+    first = chat.send("one").text
+    second = chat.send("two").text
     assert chat.undo() == [user("two"), said(second)]
     assert chat.messages == [user("one"), said(first)]
-    assert chat.send("three") == answer([user("one"), said(first), user("three")])
+    assert chat.send("three").text == answer([user("one"), said(first), user("three")])
 
 
 @pytest.mark.parametrize("call", ["undo", "retry", "edit_last"])
@@ -198,7 +198,7 @@ def test_clear_forgets_the_messages_and_keeps_the_rest(model: PatchedModel, patc
     chat.send("one")
     chat.clear()
     assert chat.messages == [] and chat.system == "Be brief." and chat.patch is patch
-    assert chat.send("two") == answer([user("two")], system="Be brief.", patch=patch)
+    assert chat.send("two").text == answer([user("two")], system="Be brief.", patch=patch)
 
 
 # -- patches and the system message --------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_switch_runs_the_dialogue_again_under_the_other_patch(
         assert chat.runs_again == bool(messages)
         messages.append(user("go on"))
         wanted = answer(messages, patch=chosen, strength=strength)
-        assert chat.send("go on") == wanted
+        assert chat.send("go on").text == wanted
         assert not chat.runs_again
         messages.append(said(wanted))
     assert (chat.patch, chat.strength) == settings[-1]
@@ -237,27 +237,27 @@ def test_a_switch_to_the_same_patch_runs_nothing_again(model: PatchedModel, patc
 
 def test_a_chat_that_names_no_patch_follows_the_active_one(model: PatchedModel, patch: Patch, answer: Answers) -> None:
     chat = model.chat(max_new_tokens=5)
-    first = chat.send("one")
+    first = chat.send("one").text
     messages = [user("one"), said(first), user("two")]
     with model.patched(patch):
         assert chat.runs_again
-        second = chat.send("two")
+        second = chat.send("two").text
         assert second == answer(messages)
     messages += [said(second), user("three")]
-    assert chat.send("three") == answer(messages)
+    assert chat.send("three").text == answer(messages)
 
 
 def test_another_patch_under_the_same_name_is_another_patch(model: PatchedModel, patch: Patch, answer: Answers) -> None:
     model.load_patch(patch, "p")
     chat = model.chat(patch="p", max_new_tokens=5)
-    first = chat.send("one")
+    first = chat.send("one").text
     model.unload_patch("p")
     before = chat.messages
     with pytest.raises(PatchTargetError):
         chat.send("two")
     assert chat.messages == before
     model.load_patch(-1 * patch, "p")
-    assert chat.send("two") == answer([user("one"), said(first), user("two")], patch=-1 * patch)
+    assert chat.send("two").text == answer([user("one"), said(first), user("two")], patch=-1 * patch)
 
 
 def test_a_patch_that_cannot_be_had_changes_nothing(model: PatchedModel, patch: Patch, answer: Answers) -> None:
@@ -273,14 +273,14 @@ def test_a_patch_that_cannot_be_had_changes_nothing(model: PatchedModel, patch: 
 
 def test_a_new_system_message_stands_in_front_from_the_next_message_on(model: PatchedModel, answer: Answers) -> None:
     chat = model.chat(max_new_tokens=5)
-    first = chat.send("one")
+    first = chat.send("one").text
     messages = [user("one"), said(first), user("two")]
     chat.set_system("Be loud.")
-    second = chat.send("two")
+    second = chat.send("two").text
     assert second == answer(messages, system="Be loud.")
     chat.set_system(None)
     messages += [said(second), user("three")]
-    assert chat.send("three") == answer(messages)
+    assert chat.send("three").text == answer(messages)
     assert chat.messages[0] == user("one")
 
 

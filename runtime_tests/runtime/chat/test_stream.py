@@ -31,7 +31,7 @@ def chat(model: PatchedModel) -> ChatSession:
 def check_that_it_goes_on(chat: ChatSession, answer: Answers) -> None:
     """Check that the chat answers as a request does that runs all of its messages."""
     messages = [*chat.messages, user("go on")]
-    assert chat.send("go on") == answer(messages, **DRAWN)
+    assert chat.send("go on").text == answer(messages, **DRAWN)
     chat.undo()
 
 
@@ -253,5 +253,5 @@ def test_an_interrupt_at_any_line_changes_the_whole_chat_or_nothing(
         assert state(chat) in (before, after), place
         messages = [*chat.messages, user("go on")]
         wanted = answer(messages, system=chat.system, patch=chat.patch, strength=chat.strength, **drawn)
-        assert chat.send("go on") == wanted, place
+        assert chat.send("go on").text == wanted, place
         chat = next(chats)
