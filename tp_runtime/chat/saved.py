@@ -26,6 +26,7 @@ from ..storage import (
     parse_json_object,
     read_regular,
 )
+from ..text import checked_messages
 from .turns import Messages
 
 _FORMAT = "tp-runtime chat"
@@ -34,6 +35,7 @@ _KEYS = ("format", "version", "base_model", "base_digest", "system", "patch", "m
 _PATCH_KEYS = ("choice", "name", "strength", "terms")
 _MAX_BYTES = 2**26  # of a file; a context window of a million tokens is about a tenth of that
 _MAX_TERMS = 256
+_PROBE = {"role": "user", "content": "a"}  # the last message of a request has rules of its own, which no saved one has
 
 Choice = Literal["base", "active", "named", "given"]
 Terms = tuple[tuple[str, float], ...]
@@ -240,10 +242,14 @@ def _parse(path: str | os.PathLike[str]) -> SavedChat:
     system, messages = data["system"], data["messages"]
     _check(where, "system", system, system is None or isinstance(system, str), "a string or null")
     _check(where, "messages", messages, isinstance(messages, list), "a list of messages")
+    try:
+        checked_messages([*messages, _PROBE])
+    except RequestError as error:
+        _refuse(f"{where}: {error.field}", error.problem, error.got, error.wanted)
     for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        known = isinstance(role, str) and role != "system"
-        _check(where, f"messages[{number}]", message, known, "an object with a role other than system")
+        _check(
+            where, f"messages[{number}].role", message["role"], message["role"] != "system", "another role than system"
+        )
     return SavedChat(
         data["base_model"], data["base_digest"], tuple(messages), system, *_parse_patch(where, data["patch"])
     )

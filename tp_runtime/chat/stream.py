@@ -102,7 +102,7 @@ class ChatStream:
 
     def _append_if_whole(self) -> None:
         if self._state == "open" and self.finish_reason in _OWN_ENDS:
-            self._append(answer_message(self.text, self.result))
+            self._append(answer_message(self.result))
             self._state = "appended"
             self._use.end()
 
@@ -117,8 +117,7 @@ class ChatStream:
         if self.finish_reason is None:  # the reading was interrupted, or another thread still reads
             self.text_stream.finish_reason = "closed"
         if self._state in ("open", "interrupted") and self._said:
-            # Text that was computed and not handed out is not part of what was said.
-            self._append(answer_message(self.text))
+            self._append(answer_message(self.result))
             self._state = "appended"
         self.close()
         return self._state == "appended"
@@ -144,11 +143,11 @@ class ChatStream:
         self.close()
 
 
-def answer_message(text: str, result: Result | None = None) -> dict[str, Any]:
-    """Return an answer as a message.
-
-    Args:
-        text: the whole text, as the model wrote it.
-        result: the result, if the answer ended by itself.
-    """
-    return {"role": "assistant", "content": text}
+def answer_message(result: Result) -> dict[str, Any]:
+    """Return an answer as the message that templates expect: reasoning and calls of tools beside the text."""
+    message: dict[str, Any] = {"role": "assistant", "content": result.text}
+    if result.reasoning is not None:
+        message["reasoning_content"] = result.reasoning
+    if result.tool_calls:
+        message["tool_calls"] = [call.message_entry() for call in result.tool_calls]
+    return message

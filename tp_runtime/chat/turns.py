@@ -6,14 +6,15 @@ Messages in front of the first user message, such as a greeting by the model, fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RequestError, library_text, shown
-from ..text import Message
+from ..errors import RequestError
+from ..text import Message, plain_objects
 
 Messages = tuple[dict[str, Any], ...]
+
+_WANTED = 'a text, a message {"role": str, "content": str}, or a list of messages'
 
 
 def new_messages(value: str | Message | Sequence[Message]) -> Messages:
@@ -24,17 +25,15 @@ def new_messages(value: str | Message | Sequence[Message]) -> Messages:
 
     Raises:
         RequestError: the value is none of these, a message is a system message or holds something that JSON cannot
-            hold, or the last message is the model's own.
+            hold, or the last message is the model's own. What else a message must have is checked with the request.
     """
     if isinstance(value, str):
         return ({"role": "user", "content": value},)
-    given = [value] if isinstance(value, Mapping) else value
-    if not isinstance(given, list | tuple) or not given:
-        wanted = "a text, a message, or a list of messages that is not empty"
-        raise RequestError("the value is not a message", field="message", got=shown(value), wanted=wanted)
-    messages = tuple(_own(message, f"message[{number}]") for number, message in enumerate(given))
+    messages = plain_objects([value] if isinstance(value, Mapping) else value, "message", _WANTED)
+    if not messages:
+        raise RequestError("there is no message", field="message", got="an empty list", wanted=_WANTED)
     for number, message in enumerate(messages):
-        if message["role"] == "system":
+        if message.get("role") == "system":
             raise RequestError(
                 "a chat has one system message, which is not part of its turns",
                 field=f"message[{number}].role",
@@ -42,7 +41,7 @@ def new_messages(value: str | Message | Sequence[Message]) -> Messages:
                 wanted="user, tool, or another role of the model's template",
                 fix="call set_system(text)",
             )
-    if messages[-1]["role"] == "assistant":
+    if messages[-1].get("role") == "assistant":
         raise RequestError(
             "the last message is the model's own, so there is nothing to answer",
             field="message.role",
@@ -50,31 +49,12 @@ def new_messages(value: str | Message | Sequence[Message]) -> Messages:
             wanted="user or tool",
             fix="put the message that is to be answered last",
         )
-    return messages
-
-
-def _own(message: object, field: str) -> dict[str, Any]:
-    """Return a copy of a message, made through JSON, in which a chat is saved."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        wanted = '{"role": str, "content": str}'
-        raise RequestError("the message is malformed", field=field, got=shown(message), wanted=wanted)
-    try:
-        text = json.dumps(dict(message), allow_nan=False, ensure_ascii=False)
-        text.encode()  # half of a surrogate pair is no text
-        copy: dict[str, Any] = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(
-            "the message holds a value that JSON cannot hold",
-            field=field,
-            got=library_text(error),
-            wanted="text that is valid Unicode, finite numbers, lists and objects",
-        ) from None
-    return copy
+    return tuple(messages)
 
 
 def turn_starts(messages: Messages) -> list[int]:
     """Return the index of the first message of each turn, in order."""
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
     return users if not messages or users[:1] == [0] else [0, *users]
 
 
@@ -84,7 +64,7 @@ def last_turn(messages: Messages) -> int:
     Raises:
         RequestError: there is none.
     """
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
     if not users:
         raise RequestError(
             "the chat has no turn yet", field="messages", got=f"{len(messages)} messages", wanted="a turn"

@@ -9,6 +9,8 @@ from .batch import Completion, TextBatch
 from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
+from .messages import checked_messages
+from .plain_values import plain_objects
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
@@ -41,6 +43,8 @@ __all__ = [
     "absorb_prompt",
     "beginning_of",
     "beginnings_of",
+    "checked_messages",
     "encode_request",
+    "plain_objects",
     "writes_the_date",
 ]

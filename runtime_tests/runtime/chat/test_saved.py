@@ -192,6 +192,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a message": (lambda data: data["messages"].append("x"), r"messages\[2\]"),
     "a role": (lambda data: data["messages"][1].update(role=None), r"messages\[1\]"),
     "a system message": (lambda data: data["messages"][0].update(role="system"), r"messages\[0\]"),
+    "a content": (lambda data: data["messages"][0].update(content=5), r"messages\[0\].content"),
     "patch": (lambda data: data.update(patch=None), "patch"),
     "an unknown key of the patch": (in_patch(file="x"), "does not know"),
     "a missing key of the patch": (lambda data: data["patch"].pop("name"), "'name' is missing"),
