@@ -33,13 +33,13 @@ from .text import (
     EncodedRequest,
     Message,
     Request,
+    RequestEncoder,
     RequestOptions,
     Result,
     TextBatch,
     TextCodec,
     TextStream,
     absorb_prompt,
-    encode_request,
 )
 
 log = logging.getLogger("tp_runtime")
@@ -73,6 +73,7 @@ class PatchedModel:
     ) -> None:
         self.graph, self.codec, self.prefix_cache = graph, codec, prefix_cache
         self._patches = LoadedPatches(graph, default or graph.default)
+        self.encoder = RequestEncoder(codec, self._patches, graph.folder.vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -246,7 +247,7 @@ class PatchedModel:
         return TextStream(ids, self.codec, request, using)
 
     def _encode(self, request: Request) -> EncodedRequest:
-        return encode_request(request, self.codec, self._patches, self.graph.folder.vocab_size)
+        return self.encoder.encode(request)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
@@ -335,7 +336,7 @@ class PatchedModel:
     ) -> list[Completion]:
         """Run requests in one batch; raise the error of the first one that failed."""
         store = prefix_cache or self.prefix_cache
-        with TextBatch(self.graph, self.codec, self._patches, min(rows, len(requests)), store) as batch:
+        with TextBatch(self.graph, self.encoder, min(rows, len(requests)), store) as batch:
             completions = [batch.add(prompt, **options) for prompt, options in requests]
             while batch.step():
                 pass
@@ -356,7 +357,7 @@ class PatchedModel:
             RequestError: `rows` or `prefill_tokens` is not a positive integer, or `rows` is too large.
         """
         require_positive("rows", rows, _MOST_ROWS)
-        return TextBatch(self.graph, self.codec, self._patches, rows, self.prefix_cache, prefill_tokens)
+        return TextBatch(self.graph, self.encoder, rows, self.prefix_cache, prefill_tokens)
 
     def prefill(
         self,

@@ -17,10 +17,10 @@ from ..text import (
     EncodedRequest,
     Message,
     Request,
+    RequestEncoder,
     RequestOptions,
     TextCodec,
     TextStream,
-    encode_request,
 )
 from .overflow import Overflow, dropped_turns, require_overflow
 from .saved import SAVED, Saved, SavedChat, read_chat, write_chat
@@ -44,6 +44,7 @@ class ChatModel(Protocol):
 
     graph: Graph
     codec: TextCodec
+    encoder: RequestEncoder
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """Return an empty KV cache for requests under a patch."""
@@ -392,8 +393,7 @@ class ChatSession:
 
     def _encode(self, state: _State, options: Mapping[str, Any]) -> EncodedRequest:
         given: Any = {**options, "system": state.system, "patch": state.patch, "strength": state.strength}
-        codec, folder = self._model.codec, self._model.graph.folder
-        return encode_request(Request.of(list(state.messages), **given), codec, self._patches, folder.vocab_size)
+        return self._model.encoder.encode(Request.of(list(state.messages), **given))
 
     def _fitting_cache(self, state: _State) -> KVCache:
         """Return the chat's cache if it was made under the patch of `state` as it is now, or else an empty one."""

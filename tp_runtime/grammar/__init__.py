@@ -5,6 +5,7 @@ which ids may come next. The parser is the package llguidance, which the extra `
 """
 
 from .grammars import Grammar, Grammars
+from .json_schema import check_schema
 from .matcher import GrammarConstraint
 
-__all__ = ["Grammar", "GrammarConstraint", "Grammars"]
+__all__ = ["Grammar", "GrammarConstraint", "Grammars", "check_schema"]

@@ -59,6 +59,15 @@ def schema_text(schema: object, path: str) -> str:
         raise RequestError("the schema is not JSON", field=path, got=shown(str(error)), wanted=wanted) from None
 
 
+def check_schema(schema: Mapping[str, Any], path: str) -> None:
+    """Check that every part of a schema can be enforced.
+
+    Raises:
+        RequestError: a part cannot; the error's field is its place behind `path`.
+    """
+    lower_schema(schema_text(schema, path), path)
+
+
 @dataclass
 class LoweredSchema:
     """A schema in the words that llguidance enforces.

@@ -9,9 +9,10 @@ from .batch import Completion, TextBatch
 from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
+from .encoder import EncodedRequest, RequestEncoder
 from .messages import checked_messages
 from .plain_values import plain_objects
-from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
+from .request import Request, RequestOptions, SamplingOptions
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
@@ -28,6 +29,7 @@ __all__ = [
     "LikelyToken",
     "Message",
     "Request",
+    "RequestEncoder",
     "RequestOptions",
     "Result",
     "SamplingOptions",
@@ -44,7 +46,6 @@ __all__ = [
     "beginning_of",
     "beginnings_of",
     "checked_messages",
-    "encode_request",
     "plain_objects",
     "writes_the_date",
 ]

@@ -18,11 +18,11 @@ from typing import NamedTuple, Unpack
 
 from ..errors import RequestError
 from ..generation import PREFILL_TOKENS, Batch, PrefixCache, Row, check_request
-from ..loaded_patches import LoadedPatches
 from ..session import Graph, Use
 from .answer import AnswerReader
-from .codec import Message, TextCodec
-from .request import EncodedRequest, Request, RequestOptions, encode_request
+from .codec import Message
+from .encoder import EncodedRequest, RequestEncoder
+from .request import Request, RequestOptions
 from .result import Result, Timings, result_of
 from .stream import StoppingDecoder
 
@@ -69,9 +69,9 @@ class Completion:
         return self._progress.text
 
     def new_reader(self) -> AnswerReader | None:
-        """Return a reader that tells reasoning, text and calls of tools apart in this completion's text, from its start.
+        """Return a reader that tells reasoning, text and calls of tools apart in this completion's text.
 
-        It is None if everything is text.
+        It begins at the start of the text. It is None if everything is text.
         """
         return None if self._request.reader is None else self._request.reader.copy()
 
@@ -164,8 +164,7 @@ class TextBatch:
 
     Args:
         graph: the graph that runs the steps.
-        codec: the tokenizer and the chat template.
-        patches: the loaded patches, from which requests take theirs.
+        encoder: encodes the requests; it has the tokenizer and the loaded patches.
         rows: the largest number of completions that run at the same time.
         prefix_cache: the cache from which prompts take the keys and values of earlier runs. With None every prompt is
             run from its start.
@@ -178,13 +177,12 @@ class TextBatch:
     def __init__(
         self,
         graph: Graph,
-        codec: TextCodec,
-        patches: LoadedPatches,
+        encoder: RequestEncoder,
         rows: int,
         prefix_cache: PrefixCache | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        self._graph, self._codec, self._patches = graph, codec, patches
+        self._graph, self._encoder, self._codec = graph, encoder, encoder.codec
         self._batch = Batch(graph, rows, prefix_cache, prefill_tokens)
         # All completions that have not ended, in order of arrival: first those with a row, then those that wait.
         self._completions: list[Completion] = []
@@ -215,8 +213,7 @@ class TextBatch:
                 got="a cache",
                 fix="leave it out, or use stream",
             )
-        vocabulary = self._graph.folder.vocab_size
-        request = encode_request(Request.of(prompt, **options), self._codec, self._patches, vocabulary)
+        request = self._encoder.encode(Request.of(prompt, **options))
         check_request(self._graph.folder, request.tokens, request.patch.bound, request.max_new_tokens)
         self._graph.folder.check_ids(request.tokens)
         completion = Completion(self, request, StoppingDecoder(self._codec, request))
@@ -225,7 +222,7 @@ class TextBatch:
                 if self._closed:
                     raise RequestError("the batch is closed", field="batch", fix="make another with model.batch()")
                 if request.patch.loaded is not None and completion._use is not None:
-                    self._patches.begin(completion._use, request.patch.loaded)
+                    self._encoder.patches.begin(completion._use, request.patch.loaded)
                 self._completions.append(completion)
                 return completion
         except BaseException:

@@ -15,6 +15,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, RequestError, library_errors, shown
+from ..grammar import Grammars
 from ..session import ModelFolder
 from .messages import checked_messages, empty_prompt
 from .plain_values import check_unicode
@@ -215,6 +216,10 @@ class TextCodec:
         if not ids:
             raise empty_prompt("messages", "a prompt without tokens")
         return ids
+
+    def grammars(self, width: int) -> Grammars:
+        """Return a compiler of constraints for this tokenizer and logits of that width."""
+        return Grammars(self._tokenizer, self.eos_ids, width)
 
     def prompt_tail(self, ids: Sequence[int]) -> PromptTail:
         """Return how a prompt ends: "open" if its last text opens reasoning, "closed" if it closes it, else "none".

@@ -1,4 +1,4 @@
-"""A request for one completion, and the same request after encoding, when it is ready to run.
+"""A request for one completion.
 
 This module defines the options of a request; those for choosing tokens are the fields of `Sampling`. A call, a stream,
 a row of a batch and the command line all use the same object.
@@ -11,15 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import RequestError, require_flag, require_positive, shown
-from ..generation import LogprobsMode, Sampler, Sampling, WantedLogprobs
-from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice, ResolvedPatch
-from ..patch import ENTRIES_STAND
-from .answer import AnswerReader
-from .codec import Message, TextCodec
+from ..generation import LogprobsMode, Sampling, WantedLogprobs
+from ..loaded_patches import ACTIVE, PatchChoice
+from .codec import Message
 from .detokenize import stop_strings
-from .tools import checked_tool_choice, refuse_tools_and_documents
+from .tools import checked_tool_choice, checked_tools
 
-CONSTRAINTS = ("json_schema", "regex", "grammar")
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 _MOST_LOOKUP = 64
 _SAMPLING = frozenset(setting.name for setting in fields(Sampling))
 
@@ -127,8 +125,12 @@ class Request:
                 got=shown(self.lookup),
                 wanted=f"a whole number from 0 to {_MOST_LOOKUP}",
             )
+        if self.tools is not None:
+            object.__setattr__(self, "tools", checked_tools(self.tools))
         object.__setattr__(self, "tool_choice", checked_tool_choice(self.tool_choice, self.tools))
-        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if given and self.tools and self.tool_choice not in ("auto", "none"):
+            given.append("tool_choice")
         if len(given) > 1:
             raise RequestError(
                 "a completion can have one constraint",
@@ -137,6 +139,11 @@ class Request:
                 wanted="one of them",
                 fix="state everything in one schema or grammar",
             )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the request states a schema, an expression or a grammar."""
+        return any(getattr(self, name) is not None for name in _CONSTRAINTS)
 
     @classmethod
     def of(cls, prompt: str | Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
@@ -159,96 +166,3 @@ class Request:
         if isinstance(base, Sampling):
             return cls(prompt, sampling=replace(base, **settings), **given)
         return cls(prompt, sampling=Sampling(**settings), from_model=_SAMPLING - settings.keys(), **given)
-
-
-@dataclass(frozen=True)
-class EncodedRequest:
-    """A request that is ready to run, once.
-
-    Attributes:
-        tokens: the ids of the prompt.
-        patch: the patch that the request runs under.
-        sampler: picks the ids of this completion.
-        max_new_tokens: the largest number of tokens of the completion.
-        stop: the strings that end the completion.
-        lookup: the largest number of ids that one step may copy.
-        reader: tells reasoning, text and calls of tools in the answer apart; None if everything is text.
-    """
-
-    tokens: list[int]
-    patch: ResolvedPatch
-    sampler: Sampler
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    lookup: int = 0
-    reader: AnswerReader | None = None
-
-
-def encode_request(request: Request, codec: TextCodec, patches: LoadedPatches, vocabulary: int) -> EncodedRequest:
-    """Encode the prompt of `request` and resolve its patch. This does not check the length of the prompt.
-
-    Args:
-        request: the request.
-        codec: the tokenizer and the chat template.
-        patches: the loaded patches, from which the request takes its own.
-        vocabulary: the number of logits.
-
-    Raises:
-        RequestError: the prompt cannot be encoded, has a system message where the patch's entries stand, or the
-            constraint cannot be compiled.
-        PatchError: the patch is not loaded or does not fit.
-    """
-    patch = patches.resolve(request.patch, request.strength)
-    if patch.bound.prefix is not None:
-        _refuse_system(request.prompt, request.system)
-        refuse_tools_and_documents(request.tools, request.documents)
-    tokens = codec.render(
-        request.prompt,
-        request.system,
-        raw=request.raw,
-        tools=request.tools,
-        documents=request.documents,
-        template_args=request.template_args,
-    )
-    wanted = None if request.logprobs is None else WantedLogprobs(request.logprobs, request.logprobs_mode)
-    sampler = Sampler(_sampling(request, codec), codec.eos_ids, None, wanted)
-    sampler.require_vocabulary(vocabulary)
-    stop = tuple(_stop(request, patch))
-    reader = _reader(request, codec, tokens)
-    return EncodedRequest(tokens, patch, sampler, request.max_new_tokens, stop, request.lookup, reader)
-
-
-def _reader(request: Request, codec: TextCodec, tokens: Sequence[int]) -> AnswerReader | None:
-    calls = codec.tool_format if request.tools and request.tool_choice != "none" else None
-    tags = None if request.raw else codec.reasoning_tags
-    if calls is None and tags is None:
-        return None
-    return AnswerReader(tags, codec.prompt_tail(tokens), calls, request.tools or ())
-
-
-def _sampling(request: Request, codec: TextCodec) -> Sampling:
-    own = codec.sampling
-    return replace(request.sampling, **{name: own[name] for name in request.from_model & own.keys()})
-
-
-def _stop(request: Request, patch: ResolvedPatch) -> Sequence[str]:
-    """Return the request's stop strings, or, if it does not name any, those of its patch."""
-    if request.stop is not None:
-        return request.stop
-    return () if patch.patch is None else patch.patch.config.stop
-
-
-def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
-    """Refuse a system message under a patch with entries, which stand in its place.
-
-    The ids do not show a system message, except if the template has a default system message.
-    """
-    first = prompt[0] if not isinstance(prompt, str) and prompt else {}
-    if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
-        raise RequestError(
-            f"the request has a system message, but {ENTRIES_STAND}",
-            field="system",
-            got=shown(system if system is not None else first.get("content")),
-            wanted="user messages without a system prompt",
-            fix="leave it out, or use a patch of weights alone",
-        )

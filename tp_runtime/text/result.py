@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..generation import TokenLogprobs
 from .answer import AnswerChunk
 from .codec import TextCodec
-from .request import EncodedRequest
+from .encoder import EncodedRequest
 from .tool_calls import ToolCall
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from ..errors import BusyError, RequestError
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
-from .request import EncodedRequest
+from .encoder import EncodedRequest
 from .result import Result, Timings, result_of
 
 

@@ -17,8 +17,6 @@ from .tool_calls import ToolFormat
 from .tool_families import Braces, Layout, Tags
 from .tool_values import Value, object_parts, refuse_other_keys, value_kinds
 
-# The spaces that json.dumps writes, and with it the filter tojson of every template.
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Beside these keys, additionalProperties would not mean what it means beside properties alone.
 _COMBINED = frozenset(("additionalProperties", "$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if"))
 _DEFINITIONS = ("$defs", "definitions")
@@ -109,8 +107,8 @@ class _Writer:
         return self.rule("TEXT", f"[suffix={_quoted(closing)}]")
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Return the expression of a value of JSON."""
-        return self.rule(f"%json {json.dumps({'x-guidance': _SPACES, **schema})}")
+        """Return the expression of a value of JSON, with the spaces of json.dumps, as the room grammar compiles it."""
+        return self.rule(f"%json {json.dumps(schema)}")
 
     def reasoning(self, tags: ReasoningTags | None, tail: PromptTail) -> str:
         """Return the expression of what may come before the calls."""

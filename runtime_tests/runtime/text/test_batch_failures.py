@@ -158,7 +158,7 @@ def test_another_thread_that_steps_after_a_failure_gets_each_text_once_and_in_or
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 4}
     text = "".join(failing.stream("Hi", **options))
     for at in count():
-        batch, got = TextBatch(failing.graph, failing.codec, failing._patches, 1), [""]
+        batch, got = TextBatch(failing.graph, failing.encoder, 1), [""]
         completion = batch.add("Hi", **options)
 
         def step(batch: TextBatch = batch, got: list[str] = got) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,63 @@ def test_the_models_own_sampling_is_taken_where_the_request_says_nothing(model: 
         assert greedy.token_ids == model.complete(PROMPT, max_new_tokens=8).token_ids
     finally:
         model.codec.sampling = {}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_a_constrained_completion_that_ends_is_what_the_schema_accepts(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    for seed in range(4):
+        options: dict[str, Any] = {"json_schema": SCHEMA, "temperature": 1.5, "seed": seed, "max_new_tokens": 64}
+        result = model.complete(PROMPT, **options)
+        assert result.finish_reason == "eos"
+        value = json.loads(result.text)
+        assert value["name"] in ("Ada", "Bob") and 0 <= value["age"] <= 99
+        (row,) = model.complete([PROMPT], **options)
+        assert row.text == result.text
+
+
+def test_each_row_of_a_batch_has_a_constraint_of_its_own(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    options: dict[str, Any] = {"regex": ["(yes|no)", None, "[0-9]{3}"], "max_new_tokens": 12, "temperature": 1.0}
+    one, free, digits = model.generate([PROMPT, PROMPT, PROMPT], seed=[1, 2, 3], **options)
+    assert one in ("yes", "no") and len(digits) == 3 and digits.isdigit()
+    assert free == model.generate(PROMPT, temperature=1.0, seed=2, max_new_tokens=12)
+
+
+def test_a_completion_that_is_cut_says_so(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    result = model.complete(PROMPT, regex="[a-z]{200}", max_new_tokens=5)
+    assert result.finish_reason == "length"
+
+
+def test_a_required_tool_is_called_with_arguments_that_its_schema_accepts(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    tool = {"type": "function", "function": {"name": "remember", "parameters": SCHEMA}}
+    choice = {"type": "function", "function": {"name": "remember"}}
+    result = model.complete(PROMPT, tools=[tool], tool_choice=choice, temperature=1.0, seed=1, max_new_tokens=99)
+    assert result.finish_reason == "eos" and result.text.strip() == ""
+    assert [call.name for call in result.tool_calls] == ["remember"]
+    assert result.tool_calls[0].arguments["name"] in ("Ada", "Bob")
+
+
+def test_a_tool_whose_schema_cannot_be_kept_to_is_refused_by_its_place(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    tool = {"type": "function", "function": {"name": "remember", "parameters": {"not": {}}}}
+    with pytest.raises(RequestError) as error:
+        model.complete(PROMPT, tools=[tool], tool_choice="required")
+    assert error.value.field == "tools[0].function.parameters.not"
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_runs(model: PatchedModel) -> None:
+    pytest.importorskip("llguidance")
+    with model.batch() as batch:
+        with pytest.raises(RequestError, match="json_schema"):
+            batch.add(PROMPT, json_schema={"not": {"type": "string"}})
+        assert batch.step() == []
