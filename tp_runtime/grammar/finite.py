@@ -5,7 +5,7 @@ A part that must hold itself has none. llguidance would let a completion into it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..errors import RequestError
@@ -14,11 +14,11 @@ _JOINED = ("allOf", "anyOf", "oneOf")
 
 
 def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str], path: str) -> None:
-    """Check a lowered schema, and replace each definition without a finite value by false, which excludes it.
+    """Check a lowered schema, and replace references to definitions without a finite value by false: they exclude all.
 
     Args:
-        root: the schema, in the words of llguidance.
-        definitions: its definitions by name; this dictionary is changed.
+        root: the schema, in the words of llguidance; it is changed.
+        definitions: its definitions by name; they are changed.
         paths: the path of each definition, for errors.
         path: the path of the schema, for errors.
 
@@ -37,6 +37,8 @@ def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str
             got="a recursion without an end",
             wanted="a recursion that an optional property, an empty list or another option ends",
         )
+    for part in (root, *definitions.values()):
+        _exclude(part, endless)
     for name in endless:
         definitions[name] = False
 
@@ -102,6 +104,23 @@ def _is_finite(part: Any, finite: set[str]) -> bool:
         rest = least <= len(placed) or _is_finite(part.get("items", True), finite)
         return rest and all(_is_finite(each, finite) for each in placed[:least])
     return True
+
+
+def _exclude(part: Any, endless: Collection[str]) -> None:
+    """Replace the parts inside a part that refer to an endless definition by false."""
+    if isinstance(part, bool):
+        return
+    inside: list[tuple[Any, Any]] = [(part, key) for key in ("items", "additionalProperties") if key in part]
+    for key in (*_JOINED, "prefixItems"):
+        inside += [(part[key], at) for at in range(len(part.get(key, ())))]
+    for key in ("properties", "patternProperties"):
+        inside += [(part[key], name) for name in part.get(key, ())]
+    for container, at in inside:
+        each = container[at]
+        if isinstance(each, dict) and "$ref" in each and _name(each) in endless:
+            container[at] = False
+        else:
+            _exclude(each, endless)
 
 
 def _name(part: Mapping[str, Any]) -> str:
