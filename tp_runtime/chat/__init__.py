@@ -4,8 +4,8 @@ This room knows nothing of the command line, of ONNX Runtime, or of what a KV ca
 """
 
 from .overflow import Overflow
-from .saved import SAVED, Saved
+from .saved import SAVED, Saved, SavedChat
 from .session import ChatModel, ChatSession
 from .stream import ChatResult, ChatStream
 
-__all__ = ["SAVED", "ChatModel", "ChatResult", "ChatSession", "ChatStream", "Overflow", "Saved"]
+__all__ = ["SAVED", "ChatModel", "ChatResult", "ChatSession", "ChatStream", "Overflow", "Saved", "SavedChat"]

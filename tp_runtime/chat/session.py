@@ -93,6 +93,9 @@ class ChatSession:
             the answer without the oldest turns, as many as needed for the prompt and `max_new_tokens` to fit.
         options: the options of every answer, such as `temperature`; see Request and Sampling.
 
+    Attributes:
+        loaded_from: the saved chat that this one was loaded from; None for a new one.
+
     Raises:
         RequestError: the model has no chat template, an option is not valid, or the patch or the template allows no
             system message.
@@ -123,6 +126,7 @@ class ChatSession:
         self._overflow, self._options = overflow, options
         self._uses = Uses()
         self._cache: KVCache | None = None
+        self.loaded_from: SavedChat | None = None
         self._state = self._checked(_State((), system, patch, strength))
 
     # -- what the chat is ------------------------------------------------------------------------------------
@@ -357,7 +361,7 @@ class ChatSession:
         if isinstance(patch, Saved):
             patch, strength = saved.find_patch(patches, str(path))
         chat = cls(model, patches, saved.system, patch, strength, overflow, **options)
-        chat._state = replace(chat._state, messages=saved.messages)
+        chat._state, chat.loaded_from = replace(chat._state, messages=saved.messages), saved
         return chat
 
     # -- inside ----------------------------------------------------------------------------------------------

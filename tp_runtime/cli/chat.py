@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
+from ..chat import ChatSession, ChatStream, Overflow
 from ..errors import PatchTargetError, RequestError, TPError, printable
-from ..model import ACTIVE, PatchedModel
+from ..model import ACTIVE, PatchedModel, TextStream
 from ..patch import Patch
 from ..text import SamplingOptions
+from .continuations import Continuations
+from .lines import read_lines
 from .options import (
     NONE,
     Selection,
@@ -26,17 +26,27 @@ from .options import (
     read_patches,
     sampling_options,
 )
-from .printing import emit, note
+from .printing import emit, note, plural
 
 _HELP = """\
 /patch FILE[@STRENGTH]...  run under the sum of these patches; without a FILE, or with `none`, run the base model
 /strength S                scale the strengths given with /patch by S; a negative S inverts the effect
+/system TEXT               set the system message; without TEXT, remove it
+/retry                     answer the last message again
+/undo                      take the last message back, and its answer
+/save FILE                 save the conversation
+/load FILE                 go on with a saved conversation, under the patches selected here
 /reset                     forget the conversation
 /help                      show this list
 /quit                      leave the chat (Ctrl-D does the same)
-Every other line is a message to the model; //text sends the message /text. Ctrl-C stops an answer."""
+Everything else is a message to the model; //text sends the message /text. Ctrl-C stops an answer and keeps what was
+said. On a terminal, with the extra [chat], Alt-Enter begins a new line of a message, and the arrow keys find earlier
+ones."""
 
-_USAGE = "/patch [FILE[@STRENGTH]...], /strength S, /reset, /help or /quit"
+_USAGE = (
+    "/patch [FILE[@STRENGTH]...], /strength S, /system [TEXT], /retry, /undo, /save FILE, /load FILE, /reset, /help or "
+    "/quit"
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,7 +63,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--system", metavar="TEXT", help="a system message; for a completion-style model, text in front of each line"
     )
-    add_sampling_options(parser)
+    parser.add_argument(
+        "--drop-oldest",
+        action="store_true",
+        help="when the conversation has filled the context window, answer without its oldest turns instead of refusing "
+        "the message",
+    )
+    add_sampling_options(parser, "model")
     parser.set_defaults(run=run)
 
 
@@ -61,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     """Talk until stdin ends."""
     options = sampling_options(args)
     selection = read_patches(args.patch)
-    chat = Chat(open_model(args), selection, args.system, options)
+    chat = Chat(open_model(args), selection, args.system, options, args.drop_oldest)
     note(f"{chat.describe()}. /help lists the commands.")
-    lines = _lines()
+    lines = read_lines()
     while (line := next(lines, None)) is not None:
         try:
             if not chat.take(line):
@@ -78,77 +94,111 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation: its messages, the patches that it runs under, and its KV cache.
+    """A conversation as the command line sees it: entries go in, and answers and notes are printed.
 
     Args:
         model: the open model.
         selection: the patches to start under.
         system: the system message.
-        options: the sampling options of every request; see SamplingOptions.
+        options: the sampling options of every answer; see SamplingOptions.
+        drop_oldest: whether to answer without the oldest turns when the context window is full.
+
+    Attributes:
+        session: the chat itself; with a completion-style model, what continues each line.
 
     Raises:
+        RequestError: the system message does not go with the patches or the model.
         PatchError: the selection does not fit the model.
     """
 
-    def __init__(self, model: PatchedModel, selection: Selection, system: str | None, options: SamplingOptions) -> None:
-        self._model, self._system, self._options = model, system, options
-        self._remembers = model.codec.style == "chat"
-        self.messages: list[dict[str, str]] = []
+    def __init__(
+        self,
+        model: PatchedModel,
+        selection: Selection,
+        system: str | None,
+        options: SamplingOptions,
+        drop_oldest: bool = False,
+    ) -> None:
+        self._model, self._options = model, options
+        self._overflow: Overflow = "drop_oldest" if drop_oldest else "error"
         self.selection, self.strength = selection, 1.0
-        self.cache = model.new_cache(selection.choice)
+        self.session: ChatSession | Continuations
+        if model.codec.style == "chat":
+            self.session = model.chat(system, selection.choice, overflow=self._overflow, **options)
+        else:
+            self.session = Continuations(model, system, selection.choice, **options)
 
     def describe(self) -> str:
         """Return the model, the device and the patches, in one line."""
         graph = self._model.graph
         return f"{graph.folder.base_model} {graph.folder.precision} on {graph.device.kind}, {self._under()}"
 
-    def take(self, line: str) -> bool:
+    def take(self, entry: str) -> bool:
         """Run a command or answer a message. An error leaves everything unchanged.
 
         Args:
-            line: a line of input.
+            entry: one or several lines of input.
 
         Returns:
-            False if the line ends the conversation; otherwise True.
+            False if the entry ends the conversation; otherwise True.
 
         Raises:
             TPError: the command or the message is not valid.
+            OSError: a file cannot be read or written.
         """
-        if not line.strip():
+        if not entry.strip():
             return True
-        if line.startswith("//"):
-            self._answer(line[1:])
-        elif line.startswith("/"):
-            return self._command(line[1:])
+        if entry.startswith("//"):
+            self._answer(entry[1:])
+        elif entry.startswith("/"):
+            return self._command(entry[1:])
         else:
-            self._answer(line)
+            self._answer(entry)
         return True
 
     # -- commands ----------------------------------------------------------------------------------------------
 
     def _command(self, text: str) -> bool:
+        command, _space, rest = text.partition(" ")
+        if command == "system":  # its text is taken as it is, quotes and line breaks included
+            self._set_system(rest.strip() or None)
+            return True
         try:
             name, *words = shlex.split(text) or [""]
         except ValueError as error:
             raise RequestError(
                 str(error), field="command", got=repr(text), fix='put names with spaces in quotes: "a b"'
             ) from None
-        if name == "patch":
-            self._switch(read_patches([os.path.expanduser(word) for word in words] or [NONE]), 1.0)
-        elif name == "strength" and len(words) == 1:
-            self._scale(parse_strength(words[0]))
-        elif name == "reset" and not words:
-            self.cache = self._model.new_cache(self.selection.choice, self.strength)
-            self.messages = []
-            note("the conversation is forgotten")
-        elif name == "help" and not words:
-            note(_HELP)
-        elif name == "quit" and not words:
-            return False
-        else:
-            got = repr(f"/{text}")
-            raise RequestError("the command is unknown", field="command", got=got, wanted=_USAGE, fix="type /help")
+        match name, words:
+            case "patch", files:
+                self._switch(read_patches([os.path.expanduser(file) for file in files] or [NONE]), 1.0)
+            case "strength", [factor]:
+                self._scale(parse_strength(factor))
+            case "retry", []:
+                self._print(self.session.stream_retry(), "the old answer stays")
+            case "undo", []:
+                self.session.undo()
+                note("the last message and its answer are taken back")
+            case "save", [file]:
+                self.session.save(os.path.expanduser(file))
+                note(f"saved to {printable(file)}")
+            case "load", [file]:
+                self._load(os.path.expanduser(file))
+            case "reset", []:
+                self.session.clear()
+                note("the conversation is forgotten")
+            case "help", []:
+                note(_HELP)
+            case "quit", []:
+                return False
+            case _:
+                got = repr(f"/{text}")
+                raise RequestError("the command is unknown", field="command", got=got, wanted=_USAGE, fix="type /help")
         return True
+
+    def _set_system(self, text: str | None) -> None:
+        self.session.set_system(text)
+        note("there is no system message now" if text is None else "the system message is changed")
 
     def _scale(self, strength: float) -> None:
         own = self.selection.choice is ACTIVE and self._model.graph.default_patch is not None
@@ -158,12 +208,22 @@ class Chat:
         self._switch(self.selection, strength)
 
     def _switch(self, selection: Selection, strength: float) -> None:
-        # new_cache binds the patch or raises, before anything changes. Keys and values made under one patch are wrong
-        # under another, so the history is run again together with the next message.
-        cache = self._model.new_cache(selection.choice, strength)
-        again = bool(self.messages) and cache.key != self.cache.key
-        self.selection, self.strength, self.cache = selection, strength, cache
-        note(self._under() + ("; the next answer first runs the conversation again under it" if again else ""))
+        self.session.switch(selection.choice, strength)
+        self.selection, self.strength = selection, strength
+        again = "; the next answer first runs the conversation again under it" if self.session.runs_again else ""
+        note(self._under() + again)
+
+    def _load(self, file: str) -> None:
+        if isinstance(self.session, Continuations):
+            self.session.load(file)
+        session = self._model.load_chat(file, self.selection.choice, self.strength, self._overflow, **self._options)
+        self.session = session
+        turns = sum(message["role"] == "user" for message in session.messages)
+        note(f"loaded {plural(turns, 'turn')}" + ("" if session.system is None else " and a system message"))
+        folder, saved = self._model.graph.folder, session.loaded_from
+        terms = tuple((part.identity, part.strength) for part in self.selection.applied(folder, self.strength))
+        if saved is not None and saved.terms != terms:
+            note(f"the conversation was saved under {printable(saved.describe_patch())}, and goes on {self._under()}")
 
     def _under(self) -> str:
         return "under " + self.selection.describe(self._model.graph.folder, self.strength)
@@ -171,59 +231,32 @@ class Chat:
     # -- answers -----------------------------------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
-        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            stream = self._model.stream(
-                messages if self._remembers else text,
-                system=self._system,
-                patch=self.selection.choice,
-                strength=self.strength,
-                cache=self.cache,
-                **self._options,
-            )
+            stream = self.session.stream(text)
         except RequestError as error:
-            if error.field == "prompt" and self.messages:
+            if error.field == "prompt" and isinstance(self.session, ChatSession) and self.session.messages:
                 note("the conversation has filled the context window: /reset forgets it")
             raise
-        answer: list[str] = []
-        stopped = False
+        self._print(stream, "the message is forgotten")
+
+    def _print(self, stream: ChatStream | TextStream, if_nothing: str) -> None:
+        """Print an answer while it is given.
+
+        Args:
+            stream: the answer.
+            if_nothing: what becomes of the conversation if Ctrl-C comes before the first word.
+        """
+        kept: bool | None = None  # whether Ctrl-C left a part of the answer; None if it did not come
         try:
             for chunk in stream:
-                answer.append(chunk)
                 emit(chunk)
         except KeyboardInterrupt:
-            stopped = True
+            kept = stream.stop() if isinstance(stream, ChatStream) else bool(stream.token_ids)
         finally:
             stream.close()
             emit("\n")
-        if stopped:
-            note("stopped" if answer else "stopped before the first word; the message is forgotten")
+        if kept is None:
+            figures = stream.text_stream if isinstance(stream, ChatStream) else stream
+            note_if_cut(figures, self._options["max_new_tokens"])
         else:
-            note_if_cut(stream, self._options["max_new_tokens"])
-        if self._remembers and (answer or not stopped):
-            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
-
-
-def _lines() -> Iterator[str]:
-    """Yield the lines of stdin. On a terminal there is a prompt and, if available, a line editor."""
-    if sys.stdin is None:
-        return
-    if not (sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()):
-        if hasattr(sys.stdin, "reconfigure"):
-            # Bytes that are not UTF-8 reach the codec, which refuses them with a clear message.
-            sys.stdin.reconfigure(errors="surrogateescape")
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-        return
-    with suppress(ImportError):  # Windows has its own line editor
-        import readline  # noqa: F401 - input() uses it to edit lines
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            emit("\n")
-            return
-        except KeyboardInterrupt:
-            note("\n(type Ctrl-D or /quit to leave the chat)")
-        except UnicodeDecodeError:
-            note("error: the line is not valid UTF-8")
+            note("stopped" if kept else f"stopped before the first word; {if_nothing}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime_tests.cli import Cli, Result
 from runtime_tests.committed import private_copy
 from runtime_tests.patches import patch_for
+from tp_runtime.chat import ChatSession
 from tp_runtime.cli import chat as chat_module
 from tp_runtime.cli.chat import Chat
-from tp_runtime.cli.options import Selection, read_patches
-from tp_runtime.errors import PatchFormatError, PatchTargetError, RequestError
+from tp_runtime.cli.options import Selection
+from tp_runtime.errors import ChatFormatError, OutputError, PatchFormatError, PatchTargetError, RequestError
 from tp_runtime.model import ACTIVE, PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import DEFAULT_FILE, ModelFolder
+from tp_runtime.session import DEFAULT_FILE, ModelFolder, describe_files, write_slots_file
 
 Talk = Callable[..., Result]
 
@@ -46,6 +50,19 @@ def talk(cli: Cli, tiny_llama_export: Path) -> Talk:
 
 def new_chat(model: PatchedModel, selection: Selection | None = None, tokens: int = 5) -> Chat:
     return Chat(model, selection or Selection(ACTIVE), None, {"max_new_tokens": tokens})
+
+
+def with_own_sampling(folder: Path, **values: Any) -> None:
+    """State sampling settings in a folder's generation_config.json."""
+    described, file = ModelFolder.open(folder), folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    write_slots_file(replace(described, files=describe_files(folder, list(described.files))))
+
+
+def state(chat: Chat) -> tuple[Any, ...]:
+    assert isinstance(chat.session, ChatSession)
+    session = chat.session
+    return chat.selection, chat.strength, session, session.messages, session.system, session.patch, session.strength
 
 
 def answers(model: PatchedModel, *queries: tuple[str, Patch | None], system: str | None = None) -> list[str]:
@@ -94,23 +111,11 @@ def test_a_chat_starts_with_the_patches_of_the_command_line(talk: Talk, model: P
     assert "under random-1@0.5 + random-1@1." in result.err
 
 
-def test_a_cache_is_kept_until_the_patch_changes(model: PatchedModel, file: Path) -> None:
-    chat = new_chat(model)
-    chat.take("one")
-    cache = chat.cache
-    chat.take("two")
-    assert chat.cache is cache
-    assert len(cache) > 0
-    chat.take(f'/patch "{file}"')
-    assert chat.cache is not cache
-    assert chat.cache.key != cache.key
-
-
-def test_strength_is_relative_to_the_patch_as_it_was_given(model: PatchedModel, file: Path) -> None:
-    chat = new_chat(model, read_patches([f"{file}@0.5"]))
-    for strength in ("0", "3", "-1", "2"):
-        chat.take(f"/strength {strength}")
-    assert chat.cache.key[1] == Patch.load(file).terms
+def test_strength_is_relative_to_the_patch_as_it_was_given(talk: Talk, model: PatchedModel, file: Path) -> None:
+    patch = Patch.load(file)
+    result = talk("/strength 0", "/strength 3", "/strength -1", "/strength 2", "one", args=("--patch", f"{file}@0.5"))
+    assert result.out == answers(model, ("one", patch))[0] + "\n"
+    assert "under random-1@1\n" in result.err
 
 
 def test_reset_forgets_the_conversation(talk: Talk, model: PatchedModel) -> None:
@@ -143,6 +148,81 @@ def test_a_repair_belongs_to_the_base_and_cannot_be_scaled(talk: Talk, tmp_path:
     assert "there is no patch to scale" in result.err and "no patch" in result.err.splitlines()[0]
 
 
+# -- the last turn, the system message, and files --------------------------------------------------------------
+
+
+def test_undo_takes_the_last_message_and_its_answer_back(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", "two", "/undo", "three")
+    first, second = answers(model, ("one", None), ("two", None))
+    third = answers(model, ("one", None), ("three", None))[1]
+    assert result.out == f"{first}\n{second}\n{third}\n"
+
+
+def test_retry_gives_the_last_answer_again(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", "/retry", args=("--temperature", "1", "--seed", "5"))
+    drawn = [model.generate("one", max_new_tokens=5, temperature=1.0, seed=seed) for seed in (5, 6)]
+    assert result.out == "".join(f"{answer}\n" for answer in drawn)
+
+
+def test_the_system_message_can_be_changed_and_removed(talk: Talk, model: PatchedModel) -> None:
+    result = talk("one", '/system  Be "loud".', "/reset", "two", "/system", "/reset", "three")
+    expected = [("one", "Be brief."), ("two", 'Be "loud".'), ("three", None)]
+    assert result.out == "".join(f"{answers(model, (text, None), system=system)[0]}\n" for text, system in expected)
+
+
+def test_a_saved_conversation_goes_on_after_a_load(talk: Talk, model: PatchedModel, tmp_path: Path) -> None:
+    file = tmp_path / "my chat.json"
+    talk("one", f'/save "{file}"', args=("--system", "Be brief."))
+    result = talk("other", f'/load "{file}"', "two")
+    assert result.out.splitlines()[1] == answers(model, ("one", None), ("two", None), system="Be brief.")[1]
+    assert "loaded 1 turn and a system message" in result.err
+    assert "saved under" not in result.err
+
+
+def test_a_conversation_that_was_saved_under_another_patch_says_so(
+    talk: Talk, model: PatchedModel, file: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "chat.json"
+    talk("one", f"/save {saved}", args=("--patch", f"{file}@0.5"))
+    result = talk(f"/load {saved}", "two")
+    assert "the conversation was saved under random-1@0.5, and goes on under no patch" in result.err
+    first = json.loads(saved.read_text())["messages"]
+    wanted = model.generate([*first, {"role": "user", "content": "two"}], max_new_tokens=5)
+    assert result.out == f"{wanted}\n"
+    again = talk(f'/patch "{file}"', "/strength 0.5", f"/load {saved}", "two")
+    assert "saved under" not in again.err
+
+
+def test_drop_oldest_answers_without_the_oldest_turns(talk: Talk, model: PatchedModel) -> None:
+    half = model.graph.folder.context_window // 2 + 1  # one token per byte
+    result = talk("x" * half, "y" * half, args=("--drop-oldest",))
+    assert result.out.splitlines() == [*answers(model, ("x" * half, None)), *answers(model, ("y" * half, None))]
+    assert "does not see the oldest turns (1)" in result.err
+
+
+def test_a_chat_samples_as_the_model_says_unless_the_command_line_says_otherwise(talk: Talk, tmp_path: Path) -> None:
+    folder = private_copy("tiny-llama", tmp_path)
+    with_own_sampling(folder, do_sample=True, temperature=0.7, top_k=20)
+    model = PatchedModel.from_pretrained(folder, "cpu")
+    options: dict[str, Any] = {"max_new_tokens": 5, "seed": 3}
+    own = model.generate("one", sampling="model", **options)
+    hot = model.generate("one", sampling="model", temperature=1.5, **options)
+    greedy = model.generate("one", **options)
+    assert len({own, hot, greedy}) == 3
+    seed = ("--seed", "3")
+    assert talk("one", model=folder, args=seed).out == f"{own}\n"
+    assert talk("one", model=folder, args=(*seed, "--temperature", "1.5")).out == f"{hot}\n"
+    assert talk("one", model=folder, args=(*seed, "--sampling", "greedy")).out == f"{greedy}\n"
+
+
+@pytest.mark.parametrize("line", ["/retry", "/undo", "/save chat.json", "/load chat.json"])
+def test_a_completion_style_model_has_no_conversation_to_change(talk: Talk, tiny_gemma_export: Path, line: str) -> None:
+    result = talk(line, "/system Once.", "/reset", "one", model=tiny_gemma_export)
+    assert "continues each line separately and remembers none" in result.err
+    model = PatchedModel.from_pretrained(tiny_gemma_export, "cpu")
+    assert result.out == model.generate("one", system="Once.", max_new_tokens=5) + "\n"
+
+
 # -- errors --------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +239,14 @@ def test_a_repair_belongs_to_the_base_and_cannot_be_scaled(talk: Talk, tmp_path:
         ("/strength", RequestError),
         ("/strength 1 2", RequestError),
         ("/reset now", RequestError),
+        ("/retry now", RequestError),
+        ("/undo 2", RequestError),
+        ("/save", RequestError),
+        ("/save a b", RequestError),
+        ("/save .", OutputError),
+        ("/load", RequestError),
+        ("/load nothing.json", ChatFormatError),
+        ("/system \ud800", RequestError),
         ("/quit now", RequestError),
         ("/strength 2", PatchTargetError),
     ],
@@ -166,10 +254,10 @@ def test_a_repair_belongs_to_the_base_and_cannot_be_scaled(talk: Talk, tmp_path:
 def test_a_command_that_fails_changes_nothing(model: PatchedModel, line: str, error: type[Exception]) -> None:
     chat = new_chat(model)
     chat.take("one")
-    before = chat.selection, chat.strength, chat.cache, list(chat.messages), list(chat.cache.tokens)
+    before = state(chat)
     with pytest.raises(error):
         chat.take(line)
-    assert (chat.selection, chat.strength, chat.cache, chat.messages, chat.cache.tokens) == before
+    assert state(chat) == before
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "x", "1e99"])
@@ -213,11 +301,11 @@ def test_a_full_context_window_is_reported_and_reset_empties_it(talk: Talk, mode
 def test_a_message_that_is_refused_is_not_remembered(model: PatchedModel) -> None:
     chat = new_chat(model)
     chat.take("one")
-    before = list(chat.messages)
+    before = state(chat)
     for bad in ("x" * 100_000, "\udcff"):
         with pytest.raises(RequestError):
             chat.take(bad)
-    assert chat.messages == before
+    assert state(chat) == before
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------
@@ -243,7 +331,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_text_so_far(
     chat = new_chat(model, tokens=20)
     interrupt_after(monkeypatch, 2)
     chat.take("one")
-    partial = chat.messages[1]["content"]
+    partial = chat.session.messages[1]["content"]
     assert partial == "".join(chunks[:2])
     assert partial != whole
     assert "stopped" in capsys.readouterr().err
@@ -253,7 +341,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_text_so_far(
         {"role": "assistant", "content": partial},
         {"role": "user", "content": "two"},
     ]
-    assert chat.messages[3]["content"] == model.generate(messages, max_new_tokens=20)
+    assert chat.session.messages[3]["content"] == model.generate(messages, max_new_tokens=20)
 
 
 def test_ctrl_c_before_the_first_word_forgets_the_message(
@@ -266,10 +354,10 @@ def test_ctrl_c_before_the_first_word_forgets_the_message(
     with monkeypatch.context() as patched:
         patched.setattr(model.graph, "forward", interrupted)
         chat.take("one")
-    assert chat.messages == []
+    assert chat.session.messages == []
     assert "the message is forgotten" in capsys.readouterr().err
     chat.take("two")
-    assert chat.messages[1]["content"] == model.generate("two", max_new_tokens=5)
+    assert chat.session.messages[1]["content"] == model.generate("two", max_new_tokens=5)
 
 
 def test_ctrl_c_during_a_command_changes_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
