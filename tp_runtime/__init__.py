@@ -1,6 +1,6 @@
 """The edge runtime: it runs one ONNX graph under many thought patches.
 
-It needs onnxruntime, numpy, tokenizers, jinja2 and safetensors, and it never imports torch or onnx.
+It needs onnxruntime, numpy, tokenizers and jinja2, and it never imports torch or onnx.
 
 from tp_runtime import PatchedModel
 

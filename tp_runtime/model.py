@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack, overload
@@ -37,6 +37,7 @@ from .text import (
     TextBatch,
     TextCodec,
     TextStream,
+    absorb_prompt,
     encode_request,
 )
 
@@ -385,6 +386,37 @@ class PatchedModel:
         request = self._encode(Request(prompt, system, raw, patch, strength))
         with self._patches.using(request.patch.loaded):
             prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
+
+    def absorb(
+        self,
+        system: str,
+        name: str = "absorbed",
+        *,
+        patch: PatchChoice = ACTIVE,
+        strength: float = 1.0,
+        dtype: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Patch:
+        """Return a patch that stands in for a system prompt: the prompt's own keys and values, which are exact.
+
+        Args:
+            system: the system message; for a completion-style model, the text in front of every prompt.
+            name: the name of the patch.
+            patch: a patch of weights alone under which the keys and values are computed. The result holds these weights
+                too, so it is used instead of that patch.
+            strength: a factor on that patch.
+            dtype: the dtype of the patch, as for `Patch.save`; None takes that of the session's keys and values, which
+                rounds nothing.
+            progress: a function that is called with the number of tokens that have run and that of all tokens.
+
+        Raises:
+            RequestError: the prompt is empty or does not fit the context window, or the template cannot put it in front
+                of every query.
+            PatchError: the patch is not loaded, does not fit or has entries, or the name or the dtype is not valid.
+        """
+        resolved = self._patches.resolve(patch, strength)
+        with self._patches.using(resolved.loaded):
+            return absorb_prompt(self.graph, self.codec, system, resolved, name=name, dtype=dtype, progress=progress)
 
     def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
         """Return an empty KV cache for a conversation under a patch.

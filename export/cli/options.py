@@ -152,10 +152,10 @@ def check_measurable(
         BaseMismatchError: the patch was fitted on another base or precision.
         PatchError: the patch does not fit the graph.
     """
+    from tp_runtime.patch import context_digest
     from tp_runtime.session import check_base
 
     from ..queries import check_unfitted
-    from ..rollout import context_digest
 
     check_unfitted(queries, (patch.config.calibration or {}).get("query_digests", ()))
     if context is not None and patch.config.context_digest not in ("", context_digest(context)):

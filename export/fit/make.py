@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey
+from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey, context_digest
 
 from ..decoder import TorchDelta, TorchPrefix, blocks_of, layer_deltas, layer_windows, torch_prefix
 from ..measure import (
@@ -27,7 +27,7 @@ from ..measure import (
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
 from ..queries import check_disjoint, query_digest
-from ..rollout import Context, Dialogue, RolloutStore, check_beginning, check_text, context_digest, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, check_beginning, check_text, dialogues_for
 from ..source import Source
 from .calibration import Calibration, restate
 from .choice import Target, Trial, choose, most_entries, selection_size

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tp_runtime.text import beginning_of
+
 from ..decoder import cached_prompt
-from ..rollout import Dialogue, beginning_of
+from ..rollout import Dialogue
 from .students import Student, TorchStudent
 
 

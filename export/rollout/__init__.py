@@ -3,10 +3,9 @@
 This room knows nothing of how a patch is fitted or measured.
 """
 
-from .beginning import Beginning, beginning_of, beginnings_of
 from .completions import complete
 from .context import Context, check_beginning, check_text, context_length
-from .dialogues import check_prompts, context_digest, dialogues_for
+from .dialogues import check_prompts, dialogues_for
 from .ending import Ending
 from .restated import restated_dialogues
 from .sequences import Batch, Dialogue, batches
@@ -14,19 +13,15 @@ from .store import RolloutStore
 
 __all__ = [
     "Batch",
-    "Beginning",
     "Context",
     "Dialogue",
     "Ending",
     "RolloutStore",
     "batches",
-    "beginning_of",
-    "beginnings_of",
     "check_beginning",
     "check_prompts",
     "check_text",
     "complete",
-    "context_digest",
     "context_length",
     "dialogues_for",
     "restated_dialogues",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.text import Beginning, beginning_of, beginnings_of, writes_the_date
 
 from ..decoder import TorchPrefix, cached_prompt
 from ..source import Source
-from .beginning import Beginning, beginning_of, beginnings_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beg
     beginning = beginning_of(prompts)
     if beginning is None:
         raise no_beginning(f"{len(beginnings_of(prompts))} different beginnings")
-    if "strftime_now" in (source.codec.template_source or ""):
+    if writes_the_date(source.codec.template_source):
         raise CalibrationError(
             "the chat template writes the date, so tomorrow's prompts would begin differently",
             field="--prefix",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,8 +136,3 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, model: Any)
             wanted=f"an id below {size}",
             fix="leave out the added token that has this id in tokenizer.json or tokenizer_config.json",
         )
-
-
-def context_digest(context: str) -> str:
-    """Return the SHA-256 of the context text, 64 hex digits."""
-    return hashlib.sha256(context.encode()).hexdigest()

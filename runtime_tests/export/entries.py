@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tp_export.decoder import TorchPrefix, cached_prompt
-from tp_export.rollout import Dialogue, beginning_of
+from tp_export.rollout import Dialogue
+from tp_runtime.text import beginning_of
 
 
 def all_entries(model: Any, dialogues: Sequence[Dialogue]) -> TorchPrefix:

@@ -15,7 +15,7 @@ __all__ = ["main", "run_program"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand of `tp-runtime`; see `run_program` for the arguments and the exit codes."""
-    from . import bench, chat, generate, inspect, prepare  # here, because `tp-export` needs only `run_program`
+    from . import absorb, bench, chat, generate, inspect, prepare  # here, because `tp-export` needs only `run_program`
 
     description = "Run a language model and switch thought patches on and off (edge side)."
-    return run_program("tp-runtime", description, (generate, chat, inspect, prepare, bench), argv)
+    return run_program("tp-runtime", description, (generate, chat, absorb, inspect, prepare, bench), argv)

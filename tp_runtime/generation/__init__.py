@@ -6,6 +6,7 @@ This room knows nothing of text, files or the names of patches.
 from .batch import PREFILL_TOKENS, Batch
 from .constraint import Constraint
 from .engine import check_request, generate, prefill
+from .entries import prompt_entries
 from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
 from .prefix_cache import PrefixCache
 from .row import Row
@@ -26,4 +27,5 @@ __all__ = [
     "check_request",
     "generate",
     "prefill",
+    "prompt_entries",
 ]

@@ -4,7 +4,7 @@ This room knows nothing of graphs, sessions, devices or text.
 """
 
 from .capabilities import ADDS_TO_WEIGHTS, AT_A_COST, ENTRIES_STAND, FLOAT_PRECISIONS, Capabilities
-from .config import PatchConfig
+from .config import PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
 from .dtypes import DTYPES
@@ -30,6 +30,7 @@ __all__ = [
     "Patch",
     "PatchConfig",
     "SlotKey",
+    "context_digest",
     "read_tensors",
     "round_to_int8",
     "slot_name",

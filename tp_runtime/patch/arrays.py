@@ -20,7 +20,7 @@ def unchangeable(values: NDArray[Any]) -> NDArray[np.float32]:
     if isinstance(memory, bytes) and values.dtype == np.float32 and values.flags.c_contiguous:
         return values
     with np.errstate(over="ignore"):  # the caller's check of the values reports infinity
-        array = np.array(values, np.float32, order="C")
+        array = np.asarray(values, np.float32, order="C")
     if array.size == 0:  # numpy makes no array over an empty bytes object, and there is no value to protect
         return array
     return np.frombuffer(array.tobytes(), np.float32).reshape(array.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import hashlib
 import re
 import sys
 from collections.abc import Mapping
@@ -161,6 +162,11 @@ class PatchConfig:
                 wanted=" and ".join(wanted),
                 fix="export the patch again with this version of tp-export",
             )
+
+
+def context_digest(context: str) -> str:
+    """Return the SHA-256 of the text of a context, 64 hex digits."""
+    return hashlib.sha256(context.encode()).hexdigest()
 
 
 def _bad(key: str, got: object, wanted: str) -> PatchFormatError:

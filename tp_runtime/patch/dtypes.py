@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PatchValueError
+from ..storage import StoredRange
 
 DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "i8": "I8"}
 """The dtypes that a patch can be saved in, with their names in the file. With i8 some tensors are F16; see int8.py."""
@@ -17,14 +18,18 @@ ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
 _LARGEST = {"F16": "65504", "BF16": "3.38953e38", "F32": "3.40282e38"}
 
 
-def decode(data: bytes, dtype: str, shape: list[int]) -> NDArray[Any]:
-    """Return the array that the bytes of a tensor hold: int8 for I8, float32 for every other dtype."""
-    if dtype == "I8":
-        return np.frombuffer(data, np.int8).reshape(shape)
+def decode(raw: bytes, place: StoredRange) -> NDArray[Any]:
+    """Return a tensor of a file: int8 values for I8, float32 values for every other dtype.
+
+    Values of I8 and F32 are not copied, if they are aligned: the array shares the memory of `raw`.
+    """
+    dtype, shape, begin, end = place
+    kind = np.dtype({"I8": "i1", "BF16": "<u2", "F16": "<f2", "F32": "<f4"}[dtype])
+    values = np.frombuffer(raw, kind, (end - begin) // kind.itemsize, begin) if end > begin else np.empty(0, kind)
     if dtype == "BF16":
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif dtype != "I8":
+        values = np.require(values, np.float32, "A")
     return values.reshape(shape)
 
 

@@ -96,9 +96,9 @@ def parse_patch(raw: bytes, file: Path) -> PatchFile:
     Raises:
         PatchFormatError, PatchVersionError, PatchTargetError, PatchShapeError, PatchValueError: as for `read_patch`.
     """
-    header = checked_header(raw, file, tuple(ITEM_BYTES))
-    version, config = _checked_metadata(header.get("__metadata__"), file)
-    stored = stored_tensors(raw, file)
+    metadata, ranges = checked_header(raw, file, tuple(ITEM_BYTES))
+    version, config = _checked_metadata(metadata, file)
+    stored = stored_tensors(raw, ranges)
     check_version(str(file), version, config, stored)
     tensors = _decoded(stored)
     if not tensors:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..storage import Kind, parse_json_object
+from ..storage import MAX_HEADER_BYTES, Kind, parse_json_object
 
 FORMAT = "tp-patch"
-MAX_HEADER_BYTES = 16 << 20
 
 
 def _no_patch(file: Path) -> str | None:

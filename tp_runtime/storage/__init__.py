@@ -9,15 +9,28 @@ from .digests import SHA256, sha256_file
 from .home import user_folder
 from .regular_file import UnreadableFileError, open_regular, read_regular
 from .safe_path import REEXPORT, check_name, checked_file
+from .safetensors_file import (
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    SafetensorsError,
+    StoredRange,
+    parse_safetensors,
+    safetensors_header,
+    write_safetensors,
+)
 from .strict_json import MAX_JSON_BYTES, StrictJSONError, parse_json, parse_json_object, read_json_object
 from .write_errors import check_writable, system_errors
 
 __all__ = [
     "ANY_FILE",
+    "MAX_FILE_BYTES",
+    "MAX_HEADER_BYTES",
     "MAX_JSON_BYTES",
     "REEXPORT",
     "SHA256",
     "Kind",
+    "SafetensorsError",
+    "StoredRange",
     "StrictJSONError",
     "UnreadableFileError",
     "atomic_file",
@@ -32,10 +45,13 @@ __all__ = [
     "open_regular",
     "parse_json",
     "parse_json_object",
+    "parse_safetensors",
     "read_json_object",
     "read_regular",
+    "safetensors_header",
     "sha256_file",
     "system_errors",
     "temporary_folder",
     "user_folder",
+    "write_safetensors",
 ]

@@ -3,8 +3,10 @@
 This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it hands caches and graphs to `generation`.
 """
 
+from .absorb import absorb_prompt
 from .answer import AnswerChunk, AnswerReader
 from .batch import Completion, TextBatch
+from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
 from .request import EncodedRequest, Request, RequestOptions, SamplingOptions, encode_request
@@ -18,6 +20,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "AnswerChunk",
     "AnswerReader",
+    "Beginning",
     "Completion",
     "EncodedRequest",
     "LikelyToken",
@@ -35,5 +38,9 @@ __all__ = [
     "TokenInfo",
     "ToolCall",
     "Usage",
+    "absorb_prompt",
+    "beginning_of",
+    "beginnings_of",
     "encode_request",
+    "writes_the_date",
 ]

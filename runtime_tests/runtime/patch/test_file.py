@@ -12,8 +12,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
 
 from runtime_tests.bad_patches import BIAS, CONFIG, METADATA, container, entry, malformed, refused, tensors
 from tp_runtime.errors import PatchFormatError
@@ -162,14 +160,6 @@ def test_a_file_over_the_size_limit_is_refused(tmp_path):
         handle.truncate(patch_container.MAX_FILE_BYTES + 1)  # the file is sparse, so it needs no disk space
     with pytest.raises(PatchFormatError, match="the file is too large"):
         Patch.load(path)
-
-
-def test_a_file_that_the_safetensors_library_refuses_is_refused(tmp_path, monkeypatch):
-    def refuse(_):
-        raise safetensors.SafetensorError("no")
-
-    monkeypatch.setattr(safetensors, "deserialize", refuse)
-    malformed(tmp_path, tensors(), "the safetensors library refuses the file; got SafetensorError: no")
 
 
 def test_half_a_surrogate_in_a_name_is_refused(tmp_path):

@@ -1,4 +1,8 @@
-"""The fixed beginning in which prompts with a context and prompts without it differ."""
+"""The fixed beginning in which prompts with a context and prompts without it differ.
+
+A patch with entries replaces this beginning, so the exporter and the runtime have to find the same one. Only token ids
+matter here: a chat template may write a default system message, or put the context into the first user message.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +44,12 @@ def beginning_of(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Begi
     beginning = found.pop()
     followed = all(len(teacher) > len(beginning.teacher) for teacher, _student in prompts)
     return beginning if beginning.teacher and followed else None
+
+
+def writes_the_date(template_source: str | None) -> bool:
+    """Return whether a chat template writes the date, so that tomorrow's prompts begin differently.
+
+    Args:
+        template_source: the text of the template; None in completion style.
+    """
+    return "strftime_now" in (template_source or "")
