@@ -112,6 +112,10 @@ class RequestError(TPError):
     """A prompt, a message, a sampling value or another setting of a call is not valid."""
 
 
+class CacheFormatError(TPError):
+    """A file of keys and values, such as one of a prefix cache, is not well formed or does not fit the model."""
+
+
 class BusyError(TPError):
     """A KV cache or a stream is being used by another request or thread."""
 
