@@ -116,6 +116,10 @@ class ChatFormatError(TPError):
     """The file of a saved chat is damaged, has another version, or belongs to another base model."""
 
 
+class CacheFormatError(TPError):
+    """A file of keys and values, such as one of a prefix cache, is not well formed or does not fit the model."""
+
+
 class BusyError(TPError):
     """A KV cache, a stream or a chat is being used by another request or thread."""
 

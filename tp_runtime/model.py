@@ -377,6 +377,38 @@ class PatchedModel:
                 is not valid (see `stream`).
             PatchError: the patch is not loaded or does not fit.
         """
+        store = self._require_prefix_cache()
+        request = self._encode(Request(prompt, system, raw, patch, strength))
+        with self._patches.using(request.patch.loaded):
+            prefill(self.graph, request.tokens, request.patch.bound, store)
+
+    def save_prefix_cache(self, path: str | Path) -> None:
+        """Write the prefix cache to a file, whole or not at all; an existing file of a prefix cache is replaced.
+
+        Raises:
+            RequestError: the model was opened without a prefix cache.
+            CacheFormatError: `path` does not end in .safetensors, or the file would be too large.
+            OutputError: `path` holds something that is not a file of a prefix cache.
+            OSError: the operating system refuses the write. No file is left behind.
+        """
+        self._require_prefix_cache().save(path, self.graph.folder)
+
+    def load_prefix_cache(self, path: str | Path) -> int:
+        """Add the entries of a file that `save_prefix_cache` wrote. An error leaves the prefix cache unchanged.
+
+        Whoever writes the file decides what the model answers, as with a patch file.
+
+        Returns:
+            The number of entries that were added; the budget may leave out those that were used least recently.
+
+        Raises:
+            RequestError: the model was opened without a prefix cache.
+            CacheFormatError: the file is missing or damaged, is no file of a prefix cache, or does not fit the model.
+            StaleCacheError: it holds keys and values of another graph.
+        """
+        return self._require_prefix_cache().load(path, self.graph.folder)
+
+    def _require_prefix_cache(self) -> PrefixCache:
         if self.prefix_cache is None:
             raise RequestError(
                 "the model was opened without a prefix cache",
@@ -385,9 +417,7 @@ class PatchedModel:
                 wanted="a number of bytes",
                 fix="open it with from_pretrained(..., prefix_cache_bytes=...)",
             )
-        request = self._encode(Request(prompt, system, raw, patch, strength))
-        with self._patches.using(request.patch.loaded):
-            prefill(self.graph, request.tokens, request.patch.bound, self.prefix_cache)
+        return self.prefix_cache
 
     def absorb(
         self,

@@ -1,6 +1,6 @@
 """Generation on token ids over a graph: the generation loop, sampling, the prefix cache and batches.
 
-This room knows nothing of text, files or the names of patches.
+This room knows nothing of text or the names of patches, and of no file but that of a prefix cache.
 """
 
 from .batch import PREFILL_TOKENS, Batch

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
 from ..session import BoundPatch, KVCache, ModelFolder, Use
-from .prefix_cache import Content, PrefixCache
+from .prefix_cache import PrefixCache
+from .prefix_entry import Content
 from .sampler import Sampler
 
 

@@ -8,39 +8,20 @@ ids into buffers of its own. An entry is never written to. This module does not 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import library_text, require_positive
-from ..session import CacheKey, KVCache
+from ..session import KVCache, ModelFolder
+from .prefix_cache_file import read_prefix_cache, write_prefix_cache
+from .prefix_entry import Content, PrefixEntry
 
 log = logging.getLogger("tp_runtime")
-
-Content = Mapping[str, NDArray[Any]]  # graph input name -> [heads, filled, head dim], `filled` by kind of layer
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    key: CacheKey
-    tokens: NDArray[np.int64]
-    content: Content
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.content.values())
-
-    def common(self, key: CacheKey, tokens: NDArray[np.int64]) -> int:
-        """Return the number of ids that both start with; 0 under another key."""
-        if key != self.key:
-            return 0
-        length = min(len(tokens), len(self.tokens))
-        differ = self.tokens[:length] != tokens[:length]
-        return int(differ.argmax()) if differ.any() else length
 
 
 class PrefixCache:
@@ -62,7 +43,9 @@ class PrefixCache:
         require_positive("prefix_cache_bytes", budget)
         self.budget = budget
         self.hits = self.misses = 0
-        self._entries: tuple[_Entry, ...] = ()  # the least recently used first; the tuple is replaced, never changed
+        self._entries: tuple[
+            PrefixEntry, ...
+        ] = ()  # the least recently used first; the tuple is replaced, never changed
         # The lock is reentrant because the garbage collector may run at any line, end a dropped completion there and
         # store its keys and values.
         self._lock = threading.RLock()
@@ -99,8 +82,13 @@ class PrefixCache:
             if common <= len(cache):
                 self.misses += 1
                 return
-            self.hits += 1
             entry = entries[best]
+            if not entry.fits(cache):  # only a file can hold such an entry
+                log.warning("an entry of the prefix cache does not fit its patch and was dropped: load another file")
+                self._change(lambda held: tuple(other for other in held if other is not entry))
+                self.misses += 1
+                return
+            self.hits += 1
             self._touch(entry)
         # Layers of different kinds may hold different numbers of positions, and each drops those of the other ids.
         dropped = len(entry.tokens) - common
@@ -137,9 +125,9 @@ class PrefixCache:
         found = content()
         if sum(array.nbytes for array in found.values()) > self.budget:
             return False
-        new = _Entry(cache.key, tokens, {name: _frozen(array) for name, array in found.items()})
+        new = PrefixEntry(cache.key, tokens, {name: _frozen(array) for name, array in found.items()})
 
-        def added(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+        def added(entries: tuple[PrefixEntry, ...]) -> tuple[PrefixEntry, ...]:
             kept = [entry for entry in entries if entry.common(new.key, tokens) < len(entry.tokens)]
             room = self.budget - new.nbytes - sum(entry.nbytes for entry in kept)
             while room < 0:
@@ -149,14 +137,69 @@ class PrefixCache:
         self._change(added)
         return True
 
-    def _touch(self, entry: _Entry) -> None:
-        def touched(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], folder: ModelFolder) -> None:
+        """Write the entries of one folder's graph to a file, whole or not at all; see prefix_cache_file.py.
+
+        Args:
+            path: the file, which ends in .safetensors. An existing file of a prefix cache is replaced.
+            folder: the folder. Entries of other folders' graphs are left out.
+
+        Raises:
+            CacheFormatError: `path` has another suffix, or the file would be larger than the reader accepts.
+            OutputError: `path` holds something that is not a file of a prefix cache.
+            OSError: the operating system refuses the write. No file is left behind.
+        """
+        write_prefix_cache(path, folder, [entry for entry in self._entries if entry.key[0] == folder.graph_digest])
+
+    def load(self, path: str | os.PathLike[str], folder: ModelFolder) -> int:
+        """Add the entries of a file that `save` wrote. An error leaves the cache unchanged.
+
+        The entries count as used before those that the cache holds, in the order that they had when they were saved. If
+        the budget does not hold them all, the least recently used ones are left out.
+
+        Args:
+            path: the file.
+            folder: the folder that the entries have to belong to.
+
+        Returns:
+            The number of entries that were added; those that the cache already holds do not count.
+
+        Raises:
+            CacheFormatError: the file is missing or damaged, is no file of a prefix cache, or does not fit the folder.
+            StaleCacheError: the entries belong to another graph.
+            OSError: the operating system refuses to read an existing file.
+        """
+        read = read_prefix_cache(path, folder, self.budget)
+        added = 0
+
+        def joined(entries: tuple[PrefixEntry, ...]) -> tuple[PrefixEntry, ...]:
+            nonlocal added
+            fresh: list[PrefixEntry] = []
+            for entry in read:
+                if not any(entry.within(own) for own in entries):
+                    fresh = [*(one for one in fresh if not one.within(entry)), entry]
+            kept = [own for own in entries if not any(own.within(entry) for entry in fresh)]
+            room = self.budget - sum(entry.nbytes for entry in (*fresh, *kept))
+            while room < 0:
+                room += fresh.pop(0).nbytes
+            added = len(fresh)
+            return (*fresh, *kept)
+
+        self._change(joined)
+        return added
+
+    # -- changes ---------------------------------------------------------------------------------------------
+
+    def _touch(self, entry: PrefixEntry) -> None:
+        def touched(entries: tuple[PrefixEntry, ...]) -> tuple[PrefixEntry, ...]:
             others = tuple(other for other in entries if other is not entry)
             return entries if len(others) == len(entries) else (*others, entry)
 
         self._change(touched)
 
-    def _change(self, change: Callable[[tuple[_Entry, ...]], tuple[_Entry, ...]]) -> None:
+    def _change(self, change: Callable[[tuple[PrefixEntry, ...]], tuple[PrefixEntry, ...]]) -> None:
         """Replace the entries by `change` of them.
 
         If the garbage collector changes them meanwhile, on this thread and under the same lock, the change starts again

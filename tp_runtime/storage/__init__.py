@@ -16,6 +16,7 @@ from .safetensors_file import (
     StoredRange,
     parse_safetensors,
     safetensors_header,
+    safetensors_metadata,
     write_safetensors,
 )
 from .strict_json import MAX_JSON_BYTES, StrictJSONError, parse_json, parse_json_object, read_json_object
@@ -49,6 +50,7 @@ __all__ = [
     "read_json_object",
     "read_regular",
     "safetensors_header",
+    "safetensors_metadata",
     "sha256_file",
     "system_errors",
     "temporary_folder",

@@ -56,12 +56,15 @@ class StoredRange(NamedTuple):
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def parse_safetensors(raw: bytes, item_bytes: Mapping[str, int]) -> tuple[Any, dict[str, StoredRange]]:
+def parse_safetensors(
+    raw: bytes, item_bytes: Mapping[str, int], file_bytes: int | None = None
+) -> tuple[Any, dict[str, StoredRange]]:
     """Check that the header is well-formed and that its tensors fill the rest of the file exactly.
 
     Args:
-        raw: the bytes of the file.
+        raw: the bytes of the file, at least up to the end of the header.
         item_bytes: the accepted dtypes, with the number of bytes of a value.
+        file_bytes: the number of bytes of the file; None if `raw` is the whole file.
 
     Returns:
         The value of `__metadata__`, which is not checked, and the place of every tensor, in the order of the header.
@@ -69,13 +72,14 @@ def parse_safetensors(raw: bytes, item_bytes: Mapping[str, int]) -> tuple[Any, d
     Raises:
         SafetensorsError: the header is damaged.
     """
+    whole = len(raw) if file_bytes is None else file_bytes
     if len(raw) < 8:
         _refuse("the file is truncated", f"{len(raw)} bytes", ">= 8 bytes")
     length = int.from_bytes(raw[:8], "little")
     if length > MAX_HEADER_BYTES:
         _refuse("the header length is over the limit", length, f"<= {MAX_HEADER_BYTES} bytes")
     if length > len(raw) - 8:
-        _refuse("the header length goes past the end of the file", length, f"<= {len(raw) - 8} bytes")
+        _refuse("the header length goes past the end of the file", length, f"<= {whole - 8} bytes")
     try:
         header = parse_json_object(raw[8 : 8 + length])
     except StrictJSONError as error:
@@ -83,7 +87,7 @@ def parse_safetensors(raw: bytes, item_bytes: Mapping[str, int]) -> tuple[Any, d
     metadata = header.pop("__metadata__", None)
     first = 8 + length
     ranges = {name: _checked_entry(name, entry, first, item_bytes) for name, entry in header.items()}
-    position, size = 0, len(raw) - first
+    position, size = 0, whole - first
     for begin, end, name in sorted((found.begin - first, found.end - first, name) for name, found in ranges.items()):
         if begin < position:
             _refuse(f"tensor {shown(name)} overlaps another", f"begin {begin}", f"begin {position}")
@@ -95,6 +99,19 @@ def parse_safetensors(raw: bytes, item_bytes: Mapping[str, int]) -> tuple[Any, d
     if position < size:
         _refuse("there are trailing bytes after the tensors", f"{size} bytes", f"{position} bytes")
     return metadata, ranges
+
+
+def safetensors_metadata(file: Path) -> Any:
+    """Return the value of `__metadata__` in a file's header, which is all that is read and checked.
+
+    Raises:
+        StrictJSONError: the header is not a JSON object.
+        OSError: the operating system refuses to read the file.
+    """
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = parse_json_object(handle.read(min(length, MAX_HEADER_BYTES)))
+    return header.get("__metadata__")
 
 
 def _checked_entry(name: str, entry: Any, first: int, item_bytes: Mapping[str, int]) -> StoredRange:

@@ -15,7 +15,7 @@ from runtime_tests.fake_graph import BASE, PATCH, expected
 from runtime_tests.interrupts import interrupted_at_every_step
 from runtime_tests.runtime.generation.test_prefix_cache import FakeStoreGraph, fake_content, found, keep
 from tp_runtime.generation import PrefixCache, Sampler, engine
-from tp_runtime.generation.prefix_cache import _Entry
+from tp_runtime.generation.prefix_entry import PrefixEntry
 from tp_runtime.model import PatchedModel
 from tp_runtime.session import BoundPatch, KVCache
 
@@ -65,9 +65,9 @@ def test_an_entry_that_the_garbage_collector_stores_meanwhile_confuses_nothing(
 ) -> None:
     """The collector may end a dropped completion inside any call, and that one stores its keys and values."""
     store = PrefixCache(12 * BYTES)
-    original, left = getattr(_Entry, place), [3]
+    original, left = getattr(PrefixEntry, place), [3]
 
-    def collect(self: _Entry, *args: Any) -> Any:
+    def collect(self: PrefixEntry, *args: Any) -> Any:
         if left[0] > 0:
             left[0] -= 1
             assert keep(store, [7, 7, left[0]])  # this drops older entries, whose places the outer call knows
@@ -75,7 +75,7 @@ def test_an_entry_that_the_garbage_collector_stores_meanwhile_confuses_nothing(
 
     for tokens in ([1, 2, 3], [4, 5], [6, 6]):
         assert keep(store, tokens)
-    monkeypatch.setattr(_Entry, place, collect if place == "common" else property(collect))
+    monkeypatch.setattr(PrefixEntry, place, collect if place == "common" else property(collect))
     cache = KVCache(BASE.key)
     store.fill(cache, [4, 5, 6])
     if cache.tokens:
