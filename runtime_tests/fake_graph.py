@@ -30,7 +30,7 @@ class FakeGraph:
     """
 
     def __init__(self, window: int = 64) -> None:
-        self.folder: Any = SimpleNamespace(context_window=window, vocab_size=VOCAB)
+        self.folder: Any = SimpleNamespace(context_window=window, vocab_size=VOCAB, precision="fp32")
         self.runs: list[list[int]] = []
 
     def new_cache(self, bound: BoundPatch) -> KVCache:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .chat import SAVED, ChatSession, Overflow, Saved
 from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
-from .generation import PREFILL_TOKENS, PrefixCache, Sampling, generate, prefill
+from .generation import PREFILL_TOKENS, LookupStats, PrefixCache, Sampling, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
 from .patch import Patch
 from .session import (
@@ -233,6 +233,7 @@ class PatchedModel:
             BusyError: another request is using `cache`. If it begins after this call, reading the stream raises it.
         """
         request = self._encode(Request.of(prompt, **options))
+        stats = LookupStats()
         ids = generate(
             self.graph,
             request.tokens,
@@ -242,9 +243,11 @@ class PatchedModel:
             eos_ids=self.codec.eos_ids,
             cache=cache,
             prefix_cache=self.prefix_cache,
+            lookup=request.lookup,
+            stats=stats,
         )
         using = self._patches.using(request.patch.loaded)
-        return TextStream(ids, self.codec, request, using)
+        return TextStream(ids, self.codec, request, using, stats)
 
     def _encode(self, request: Request) -> EncodedRequest:
         return self.encoder.encode(request)

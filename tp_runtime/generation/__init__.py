@@ -8,6 +8,7 @@ from .constraint import Constraint
 from .engine import check_request, generate, prefill
 from .entries import prompt_entries
 from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
+from .lookup import LookupStats
 from .prefix_cache import PrefixCache
 from .row import Row
 from .sampler import Sampler
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "Constraint",
     "LogprobsMode",
+    "LookupStats",
     "PrefixCache",
     "Row",
     "Sampler",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
 from ..session import BoundPatch, KVCache, ModelFolder, Use
+from .lookup import Drafter, LookupStats, cost_of
 from .prefix_cache import PrefixCache
 from .prefix_entry import Content
 from .sampler import Sampler
@@ -39,9 +40,10 @@ class Steps(Protocol):
         *,
         all_logits: bool = False,
         copy: bool = True,
+        last: int = 1,
         held: Use | None = None,
     ) -> NDArray[np.float32]:
-        """Run `tokens` after the tokens in `cache` and return logits [1 or len(tokens), vocab]; see Graph.forward."""
+        """Run `tokens` after the tokens in `cache` and return logits [at most `last`, vocab]; see Graph.forward."""
 
     def content(self, cache: KVCache) -> Content:
         """Return the keys and values that `cache` holds."""
@@ -57,11 +59,15 @@ def generate(
     eos_ids: frozenset[int],
     cache: KVCache | None = None,
     prefix_cache: PrefixCache | None = None,
+    lookup: int = 0,
+    stats: LookupStats | None = None,
 ) -> Generator[int]:
     """Yield the ids of a completion, including the end-of-sequence id if it is reached.
 
     The prompt is run when the first id is requested. The loop ends at an id of `eos_ids`, after `max_new_tokens`, or
     when prompt and completion fill the context window.
+
+    Ids that the sampler's constraint forces go through the model in one run, together with the id that they follow.
 
     Args:
         graph: the graph that runs the steps.
@@ -75,13 +81,19 @@ def generate(
             the first id to the end of the completion, or until it is closed, no other request can use the cache.
         prefix_cache: the store of earlier prompts' keys and values, which the prompt starts from; it is ignored if
             `cache` is passed. This completion's keys and values are stored in it after the prompt and at the end.
+        lookup: the largest number of ids that are drafted from prompt and completion and verified in one run; see
+            lookup.py. With 0 nothing is drafted. The ids are the same with any number, apart from rounding.
+        stats: counts the runs and the drafts of this completion.
 
     Raises:
-        RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix, or
-            `max_new_tokens` is not a positive integer, or a bias is on an id outside the vocabulary.
+        RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix,
+            `max_new_tokens` is not a positive integer, `lookup` is not a whole number of at least 0, or a bias is on an
+            id outside the vocabulary.
         StaleCacheError: `cache` was made under another patch or by another graph.
         BusyError: another request is using `cache`. If it begins after this call, the first id raises it.
     """
+    if lookup != 0:
+        require_positive("lookup", lookup)
     if cache is not None:
         graph.require_cache(cache, bound)  # this must come before anything in the cache is dropped
         cache.require_free()
@@ -90,7 +102,9 @@ def generate(
     sampler.require_vocabulary(graph.folder.vocab_size)
     if cache is None:
         cache = graph.new_cache(bound)
-    ids = _loop(graph, list(prompt), bound, sampler, token_limit, eos_ids, cache)
+    drafter = Drafter(lookup, cost_of(graph.folder.precision)) if lookup else None
+    completion = _Completion(graph, list(prompt), bound, sampler, token_limit, eos_ids, drafter, stats or LookupStats())
+    ids = _held(completion, cache)
     return ids if prefix_cache is None else _stored(graph, prompt, ids, cache, prefix_cache)
 
 
@@ -142,31 +156,95 @@ def check_request(folder: ModelFolder, prompt: Sequence[int], bound: BoundPatch,
     return min(len(prompt) + max_new_tokens, window)
 
 
-def _loop(
-    graph: Steps,
-    tokens: list[int],
-    bound: BoundPatch,
-    sampler: Sampler,
-    token_limit: int,
-    eos_ids: frozenset[int],
-    cache: KVCache,
-) -> Generator[int]:
-    prompt_tokens = len(tokens)
+class _Completion:
+    """One completion: its ids so far, and how it gets the next ones. The arguments are those of `generate`.
+
+    Attributes:
+        tokens: the ids of the prompt and of the completion so far.
+    """
+
+    def __init__(
+        self,
+        graph: Steps,
+        tokens: list[int],
+        bound: BoundPatch,
+        sampler: Sampler,
+        token_limit: int,
+        eos_ids: frozenset[int],
+        drafter: Drafter | None,
+        stats: LookupStats,
+    ) -> None:
+        self.tokens = tokens
+        self._graph, self._bound, self._sampler = graph, bound, sampler
+        self._token_limit, self._eos_ids = token_limit, eos_ids
+        self._drafter, self._stats = drafter, stats
+        self._prompt_tokens = len(tokens)
+
+    def ids(self, cache: KVCache, held: Use) -> Generator[int]:
+        """Yield the ids. They run in `cache`, which the use `held` holds."""
+        tokens = self.tokens
+        copied = 0  # ids of the draft that are copies; forced ids are no guess
+        draft = self._forced()  # the first ones are verified like a draft, so that they run together with the prompt
+        while True:
+            # 1. Run the ids that the cache does not hold, in the first round the prompt or its end, and the draft
+            #    behind them. Only the logits of the last of these ids and of the draft are needed.
+            kept = cache.keep_prefix(tokens, held)
+            run = [*tokens[kept:], *draft] if draft else tokens[kept:]
+            logits = self._graph.forward(run, cache, self._bound, copy=False, last=len(draft) + 1, held=held)
+            self._stats.runs += 1
+            self._stats.drafted += copied
+            # 2. Pick the next ids in order, as long as the pick is what the draft says; the pick after that is new.
+            for row, drafted in zip(logits, (*draft, None), strict=True):
+                token = self._sampler.pick(row, tokens, len(tokens) - self._prompt_tokens)
+                tokens.append(token)
+                if token != drafted:
+                    del cache.tokens[len(tokens) - 1 :]  # what follows in the draft is wrong
+                elif copied:
+                    self._stats.accepted += 1
+                yield token
+                if self._ends(token):
+                    return
+                if token != drafted:
+                    break
+            # 3. Add the ids that must come next. Without their log-probabilities they need no pick, so they wait for
+            #    the next run.
+            draft = self._forced()
+            if not self._sampler.records:
+                for token in draft:
+                    tokens.append(token)
+                    yield token
+                    if self._ends(token):
+                        return
+                draft = []
+            # 4. Draft.
+            copied = 0
+            if self._drafter is not None and not draft:
+                draft = self._drafter.draft(tokens, self._token_limit - len(tokens) - 1)
+                copied = len(draft)
+
+    def _ends(self, token: int) -> bool:
+        return token in self._eos_ids or len(self.tokens) == self._token_limit
+
+    def _forced(self) -> list[int]:
+        """Return the ids that must come next, as many as there is room for."""
+        constraint = self._sampler.constraint
+        if constraint is None:
+            return []
+        constraint.follow(self.tokens[self._prompt_tokens :])
+        return constraint.forced()[: self._token_limit - len(self.tokens)]
+
+
+def _held(completion: _Completion, cache: KVCache) -> Generator[int]:
+    """Yield the ids of a completion, which holds `cache` from the first id to the end."""
     held = Use(cache.uses)
     try:
         try:
             cache.take(held)
-            while True:
-                # 1. Run the ids that the cache does not hold: in the first round the prompt or its end, then the last
-                #    token. Only the logits of the last position are needed.
-                kept = cache.keep_prefix(tokens, held)
-                logits = graph.forward(tokens[kept:], cache, bound, copy=False, held=held)
-                # 2. Pick the next token, yield it, and stop if the completion has ended.
-                token = sampler.pick(logits[-1], tokens, len(tokens) - prompt_tokens)
-                tokens.append(token)
-                yield token
-                if token in eos_ids or len(tokens) == token_limit:
-                    return
+            try:
+                yield from completion.ids(cache, held)
+            finally:
+                # A draft may go on behind the end of the completion, and the last id of a completion is never run.
+                del cache.tokens[len(completion.tokens) - 1 :]
         finally:
             held.end()
     finally:
@@ -190,6 +268,7 @@ def _stored(
             try:
                 yield token
             except GeneratorExit:  # the caller stopped early; after a run that failed nothing is stored
+                ids.close()  # this drops the ids of a draft from the cache
                 prefix_cache.offer(cache, lambda: graph.content(cache))
                 raise
     prefix_cache.offer(cache, lambda: graph.content(cache))

@@ -276,25 +276,26 @@ class CapturedDecode:
         """Whether `cache` owns the buffers."""
         return cache.buffers is self.buffers
 
-    def take(self, cache: KVCache, length: int, patch: dict[str, Any]) -> bool:
+    def take(self, cache: KVCache, length: int, patch: dict[str, Any], decoding: bool) -> bool:
         """Make a sequence the owner of the buffers, if they have room for it.
 
         A fresh cache, or one with tokens to prefill, becomes the owner, and the previous owner gets its own copy of its
-        keys and values. A decode step of a sequence that lost the buffers does not take them back: if two sequences
-        alternated, each step would copy both through the host.
+        keys and values. A decode step of a sequence that lost the buffers does not take them back, nor does a run that
+        verifies a draft: if two sequences alternated, each step would copy both through the host.
 
         Args:
             cache: the sequence's cache.
             length: the number of filled positions of full layers after the run that follows. A sequence of which any
                 layer holds more than `capacity` does not become the owner.
             patch: the patch's OrtValues by graph input name, which ordinary runs bind.
+            decoding: whether the run that follows is a decode step, or one that verifies a draft.
 
         Returns:
             Whether the sequence owns the buffers now.
         """
         if length + max(0, cache.shift) > self.capacity:
             return False
-        if self.holds(cache) or (cache.buffers and length == cache.filled + 1):
+        if self.holds(cache) or (cache.buffers and decoding):
             return self.holds(cache)
         content = {past: self._kv.content(cache, past) for past in self.buffers}
         self._evict()

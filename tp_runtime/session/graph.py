@@ -383,7 +383,8 @@ class Graph:
         steps, length = len(tokens), cache.filled + len(tokens)
         captured = self.captured
         if captured is not None:
-            owned = captured.take(cache, length, bound.values)
+            # A run that returns the logits of every id has one id that the cache lacks, and verifies the others.
+            owned = captured.take(cache, length, bound.values, steps == last)
             if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
                 return captured.step(tokens[0], position, length, cache.shift)
         self.kv.prepare(cache, length, bound.values)

@@ -23,7 +23,7 @@ from .answer import AnswerReader
 from .codec import Message
 from .encoder import EncodedRequest, RequestEncoder
 from .request import Request, RequestOptions
-from .result import Result, Timings, result_of
+from .result import Result, Timings, Usage, result_of
 from .stream import StoppingDecoder
 
 
@@ -92,7 +92,8 @@ class Completion:
             )
         ids = self.token_ids
         timings = Timings(progress.seconds_to_first_token, progress.seconds, len(ids))
-        return result_of(self._request, self._batch._codec, progress.text, ids, progress.finish_reason, timings)
+        usage = Usage(self.prompt_tokens, len(ids))
+        return result_of(self._request, self._batch._codec, progress.text, ids, progress.finish_reason, usage, timings)
 
     @property
     def token_ids(self) -> list[int]:

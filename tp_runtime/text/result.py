@@ -19,10 +19,12 @@ class Usage:
     Attributes:
         prompt_tokens: the tokens of the prompt.
         completion_tokens: the tokens of the completion, including the end-of-sequence id.
+        copied_tokens: those of them that lookup decoding copied from the request's own text.
     """
 
     prompt_tokens: int
     completion_tokens: int
+    copied_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -111,6 +113,7 @@ def result_of(
     text: str,
     token_ids: Sequence[int],
     finish_reason: str,
+    usage: Usage,
     timings: Timings,
 ) -> Result:
     """Return the result of a completion.
@@ -121,6 +124,7 @@ def result_of(
         text: the text of the completion.
         token_ids: its ids, including the end-of-sequence id.
         finish_reason: why it ended.
+        usage: the numbers of tokens.
         timings: how long it took.
     """
     records = request.sampler.logprobs[: len(token_ids)]
@@ -130,7 +134,6 @@ def result_of(
         reader = request.reader.copy()
         begun, rest = reader.push(text), reader.end()
         answer = AnswerChunk(begun.text + rest.text, begun.reasoning + rest.reasoning, rest.tool_calls)
-    usage = Usage(len(request.tokens), len(token_ids))
     reasoning = answer.reasoning or None
     return Result(answer.text, tuple(token_ids), finish_reason, usage, timings, infos, answer.tool_calls, reasoning)
 

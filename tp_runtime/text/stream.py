@@ -11,10 +11,11 @@ from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 
 from ..errors import BusyError, RequestError
+from ..generation import LookupStats
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
 from .encoder import EncodedRequest
-from .result import Result, Timings, result_of
+from .result import Result, Timings, Usage, result_of
 
 
 class TextStream:
@@ -38,9 +39,10 @@ class TextStream:
         codec: TextCodec,
         request: EncodedRequest,
         using: AbstractContextManager[None],
+        stats: LookupStats,
     ) -> None:
         self.prompt_tokens = len(request.tokens)
-        self._codec, self._request = codec, request
+        self._codec, self._request, self._stats = codec, request, stats
         self.token_ids: list[int] = []
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
@@ -61,7 +63,8 @@ class TextStream:
         if self.finish_reason is None:
             raise RequestError("the completion has not ended", field="stream", fix="read it to its end, or close it")
         timings = Timings(self.seconds_to_first_token, self.seconds, len(self.token_ids))
-        return result_of(self._request, self._codec, self._text, self.token_ids, self.finish_reason, timings)
+        usage = Usage(self.prompt_tokens, len(self.token_ids), self._stats.accepted)
+        return result_of(self._request, self._codec, self._text, self.token_ids, self.finish_reason, usage, timings)
 
     def __iter__(self) -> Iterator[str]:
         return self
