@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tp_runtime": "tp_runtime", "export": "tp_export", "models": "tp_export/manifests"}
-SHIPPED = {".py", ".txt", ".json", ".j2"}
+SHIPPED = {".py", ".txt", ".json", ".j2", ".html", ".css", ".js", ".svg"}
 
 
 def test_the_wheel_contains_exactly_the_files_of_the_tree(tmp_path: Path) -> None:

@@ -102,23 +102,29 @@ class LoadedPatches:
         with self.lock:
             return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
 
-    def add(self, name: str, patch: Patch, bound: BoundPatch) -> None:
+    def add(self, name: str, patch: Patch, bound: BoundPatch, replace: bool = False) -> None:
         """Store a bound patch under a name.
+
+        Args:
+            name: the name.
+            patch: the patch.
+            bound: the patch as bound to the graph.
+            replace: whether it may take the place of another patch of that name. Requests that run keep that one.
 
         Raises:
             RequestError: the name is not a string.
-            PatchInUseError: the name is taken.
+            PatchInUseError: the name is taken, and `replace` is not set.
         """
         if not isinstance(name, str):
             raise RequestError("the name is not a string", field="name", got=shown(name), wanted="a str")
         with self.lock:
-            if name in self._loaded:
+            if name in self._loaded and not replace:
                 raise PatchInUseError(
                     "the name is taken",
                     field="name",
                     got=shown(name),
                     wanted=f"none of {sorted(self._loaded)}",
-                    fix="call unload_patch first, or load_patch(..., name='another')",
+                    fix="call unload_patch first, or load_patch(..., name='another') or load_patch(..., replace=True)",
                 )
             self._loaded[name] = LoadedPatch(name, patch, bound)
 

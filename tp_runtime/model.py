@@ -133,7 +133,9 @@ class PatchedModel:
         """The loaded patches by name."""
         return self._patches.view()
 
-    def load_patch(self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False) -> str:
+    def load_patch(
+        self, patch: str | Path | Patch, name: str | None = None, *, check: bool = False, replace: bool = False
+    ) -> str:
         """Load a patch, so that requests can select it by its name. An error leaves the loaded patches unchanged.
 
         Args:
@@ -141,17 +143,20 @@ class PatchedModel:
             name: the name to load it under; by default the patch's own name.
             check: whether to also run the patch's probe, which proves that the patch has the same effect on this device
                 as on the host.
+            replace: whether the patch may take the place of a loaded one of that name. New requests then get the new
+                patch, and requests that run keep the old one to their end.
 
         Returns:
             The name.
 
         Raises:
-            PatchInUseError: the name is taken.
+            PatchInUseError: the name is taken, and `replace` is not set.
             PatchError: the file is damaged or the patch does not fit this model; or `check` is set, and the patch has
                 no probe or the device does not reproduce it.
-            RequestError: the name is not a string, or `check` is not a boolean.
+            RequestError: the name is not a string, or `check` or `replace` is not a boolean.
         """
         require_flag("check", check)
+        require_flag("replace", replace)
         if isinstance(patch, str | os.PathLike):
             patch = Patch.load(patch)
         if not isinstance(patch, Patch):
@@ -160,7 +165,7 @@ class PatchedModel:
         bound = self.graph.bind(patch)
         if check:
             self._require_live(patch)
-        self._patches.add(name, patch, bound)
+        self._patches.add(name, patch, bound, replace)
         return name
 
     def unload_patch(self, name: str) -> None:

@@ -15,7 +15,8 @@ __all__ = ["main", "run_program"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand of `tp-runtime`; see `run_program` for the arguments and the exit codes."""
-    from . import absorb, bench, chat, generate, inspect, prepare  # here, because `tp-export` needs only `run_program`
+    # The import is here, because `tp-export` needs only `run_program`.
+    from . import absorb, bench, chat, generate, inspect, prepare, serve
 
     description = "Run a language model and switch thought patches on and off (edge side)."
-    return run_program("tp-runtime", description, (generate, chat, absorb, inspect, prepare, bench), argv)
+    return run_program("tp-runtime", description, (generate, chat, serve, absorb, inspect, prepare, bench), argv)

@@ -12,11 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import TPError, library_text
 from ..model import PatchedModel
-from ..text import AnswerChunk, Completion, Result
+from ..text import AnswerChunk, Completion, Result, TokenInfo
 
 log = logging.getLogger("tp_runtime.serve")
 
@@ -36,6 +36,18 @@ class TimedOutError(TPError):
     """The request took longer than the server allows."""
 
 
+class Piece(NamedTuple):
+    """What an answer grows by.
+
+    Attributes:
+        chunk: the text, reasoning and calls.
+        infos: the log-probabilities of the new tokens; empty unless the request wants them.
+    """
+
+    chunk: AnswerChunk
+    infos: tuple[TokenInfo, ...] = ()
+
+
 class Ticket:
     """One request in the batch, as a handler in the event loop sees it.
 
@@ -52,24 +64,25 @@ class Ticket:
         self._loop = loop
         self._reader = completion.new_reader()
         self._sent = 0  # characters of the text that were handed on
-        self._chunks: asyncio.Queue[AnswerChunk | None] = asyncio.Queue()
+        self._infos = 0  # tokens whose log-probabilities were handed on
+        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         self._error: Exception | None = None
 
-    async def chunks(self) -> AsyncIterator[AnswerChunk]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """Yield what the answer grows by, until it ends.
 
         Raises:
             TimedOutError: the request took too long.
             Exception: the completion failed.
         """
-        while (chunk := await self._chunks.get()) is not None:
-            yield chunk
+        while (piece := await self._pieces.get()) is not None:
+            yield piece
         if self._error is not None:
             raise self._error
 
     async def result(self) -> Result:
-        """Wait for the end of the completion, and return its result. The errors are those of `chunks`."""
-        async for _chunk in self.chunks():
+        """Wait for the end of the completion, and return its result. The errors are those of `pieces`."""
+        async for _piece in self.pieces():
             pass
         return self.completion.result
 
@@ -83,23 +96,25 @@ class Ticket:
         """Hand on the text that the completion has grown by, and its end; return whether it has ended."""
         reason, text = self.completion.finish_reason, self.completion.text
         grown, self._sent = text[self._sent :], len(text)
-        if grown:
-            self._put(AnswerChunk(grown) if self._reader is None else self._reader.push(grown))
+        infos = self.completion.token_infos(self._infos)
+        self._infos += len(infos)
+        if grown or infos:
+            self._put(Piece(AnswerChunk(grown) if self._reader is None else self._reader.push(grown), infos))
         if reason is None:
             return False
         if self._reader is not None:
-            self._put(self._reader.end())
+            self._put(Piece(self._reader.end()))
         self.finish(self.completion.error)
         return True
 
     def finish(self, error: Exception | None) -> None:
-        """End the chunks, with an error if there is one."""
+        """End the pieces, with an error if there is one."""
         self._error = error
         self._put(None)
 
-    def _put(self, chunk: AnswerChunk | None) -> None:
-        if (chunk is None or any(chunk)) and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+    def _put(self, piece: Piece | None) -> None:
+        if (piece is None or any(piece.chunk) or piece.infos) and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
 
 class Worker:

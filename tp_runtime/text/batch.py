@@ -23,7 +23,7 @@ from .answer import AnswerReader
 from .codec import Message
 from .encoder import EncodedRequest, RequestEncoder
 from .request import Request, RequestOptions
-from .result import Result, Timings, Usage, result_of
+from .result import Result, Timings, TokenInfo, Usage, result_of, token_infos
 from .stream import StoppingDecoder
 
 
@@ -74,6 +74,11 @@ class Completion:
         It begins at the start of the text. It is None if everything is text.
         """
         return None if self._request.reader is None else self._request.reader.copy()
+
+    def token_infos(self, start: int) -> tuple[TokenInfo, ...]:
+        """Return the log-probabilities of the ids from number `start` on; empty unless the request wants them."""
+        sampler = self._request.sampler
+        return token_infos(sampler.logprobs[start : self._progress.ids], self._batch._codec) if sampler.records else ()
 
     @property
     def result(self) -> Result:
