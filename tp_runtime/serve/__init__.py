@@ -5,6 +5,7 @@ This room knows nothing of graphs, slots or token ids: it hands requests to an o
 """
 
 from .app import create_app
+from .patches import PATCH_SUFFIX, ServedPatches, require_name
 from .settings import ServerSettings
 
-__all__ = ["ServerSettings", "create_app"]
+__all__ = ["PATCH_SUFFIX", "ServedPatches", "ServerSettings", "create_app", "require_name"]

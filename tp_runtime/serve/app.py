@@ -36,19 +36,22 @@ _POLICY = (
 _LOCAL = frozenset(("localhost", "127.0.0.1", "::1", "testserver"))
 
 
-def create_app(model: PatchedModel, settings: ServerSettings, name: str | None = None) -> FastAPI:
+def create_app(
+    model: PatchedModel, settings: ServerSettings, name: str | None = None, patches: ServedPatches | None = None
+) -> FastAPI:
     """Return the ASGI application of a server.
 
     Args:
         model: the open model, with the patches that are loaded already.
         settings: what the server accepts.
         name: the name of the model in requests; by default the name of its base model.
+        patches: what requests can name; by default the loaded patches and those of the settings' folder.
 
     Raises:
         RequestError: a patch has a name that requests cannot name.
     """
     folder = model.graph.folder
-    patches = ServedPatches(model, name or Path(folder.base_model).name, settings.patch_dir)
+    patches = patches or ServedPatches(model, name or Path(folder.base_model).name, settings.patch_dir)
     patches.scan()
     metrics = Metrics(model.graph.device.kind)
     worker = Worker(model, settings.rows, settings.queue, settings.timeout, metrics.ended)

@@ -15,7 +15,7 @@ from ..patch import Patch
 
 log = logging.getLogger("tp_runtime.serve")
 
-_SUFFIX = ".safetensors"
+PATCH_SUFFIX = ".safetensors"
 _RESERVED = "+@/\\"  # characters that a name of a patch cannot have: they mean something in the name of a model
 
 
@@ -61,12 +61,7 @@ class ServedPatches:
                 wanted=f"null, or the model {self.base!r}",
                 fix="name the patches in one of them",
             )
-        if isinstance(patch, Mapping):
-            parts = [(name, float(strength)) for name, strength in patch.items()]
-        elif patch is None and model == self.base:
-            parts = []
-        else:
-            parts = [self._part(part, "model" if patch is None else "patch") for part in (patch or model).split("+")]
+        parts = self.parts(model, patch)
         if not parts:
             return None, self.base
         loaded = self.names()
@@ -83,6 +78,18 @@ class ServedPatches:
             return parts[0][0], parts[0][0]
         label = "+".join(f"{name}@{strength:g}" for name, strength in parts)
         return reduce(add, [strength * loaded[name] for name, strength in parts]), label
+
+    def parts(self, model: str, patch: str | Mapping[str, float] | None) -> list[tuple[str, float]]:
+        """Return the names and strengths that a request names, whether they are loaded or not.
+
+        Raises:
+            RequestError: a strength is not a number.
+        """
+        if isinstance(patch, Mapping):
+            return [(name, float(strength)) for name, strength in patch.items()]
+        if patch is None and model == self.base:
+            return []
+        return [self._part(part, "model" if patch is None else "patch") for part in (patch or model).split("+")]
 
     def _part(self, text: str, field: str) -> tuple[str, float]:
         name, at, strength = text.partition("@")
@@ -104,9 +111,12 @@ class ServedPatches:
         """
         assert self._folder is not None
         require_name(name, self.base)
-        if Path(file).name != file or not file.endswith(_SUFFIX):
+        if Path(file).name != file or not file.endswith(PATCH_SUFFIX):
             raise RequestError(
-                "the file is not a plain name", field="file", got=shown(file), wanted=f"NAME{_SUFFIX}, without a folder"
+                "the file is not a plain name",
+                field="file",
+                got=shown(file),
+                wanted=f"NAME{PATCH_SUFFIX}, without a folder",
             )
         self._model.load_patch(self._folder / file, name)
 
@@ -129,7 +139,7 @@ class ServedPatches:
             return
         with self._lock:
             for file in [file for file in self._seen if not (self._folder / file).exists()]:
-                name = file.removesuffix(_SUFFIX)
+                name = file.removesuffix(PATCH_SUFFIX)
                 try:
                     if name in self.names():
                         self._model.unload_patch(name)
@@ -137,7 +147,7 @@ class ServedPatches:
                     del self._seen[file]
                 except PatchInUseError:
                     continue  # the next scan tries again
-            for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            for path in sorted(self._folder.glob(f"*{PATCH_SUFFIX}")):
                 try:
                     status = path.stat()
                 except OSError:
@@ -146,7 +156,7 @@ class ServedPatches:
                 if self._seen.get(path.name) == mark:
                     continue
                 self._seen[path.name] = mark
-                name = path.name.removesuffix(_SUFFIX)
+                name = path.name.removesuffix(PATCH_SUFFIX)
                 try:
                     require_name(name, self.base)
                     self._model.load_patch(path, name, replace=True)
