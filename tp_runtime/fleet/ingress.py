@@ -11,27 +11,23 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .messages import Call, Head
 
 log = logging.getLogger("tp_runtime.fleet")
 
-_METHODS = ["GET", "POST", "DELETE", "OPTIONS", "HEAD"]
 _HOP = {b"host", b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade"}
 _LOST = (RayError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSE_SECONDS = 0.5  # before another replica is tried: Ray takes a moment to notice that one is gone
 
-routes = FastAPI(title="tp-runtime fleet", openapi_url=None)
-
 
 @serve.deployment  # type: ignore[untyped-decorator]
-@serve.ingress(routes)
 class Ingress:
     """Hands requests to replicas.
 
@@ -44,8 +40,7 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle, tries: int, body_bytes: int) -> None:
         self._replicas, self._tries, self._most = replicas.options(method_name="call", stream=True), tries, body_bytes
 
-    @routes.api_route("/{path:path}", methods=_METHODS)
-    async def forward(self, path: str, request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer any request by a replica."""
         body = bytearray()
         async for part in request.stream():
@@ -54,7 +49,7 @@ class Ingress:
                 return _failure(413, f"the body is larger than {self._most} bytes", "invalid_request_error")
         headers = tuple((name, value) for name, value in request.headers.raw if name not in _HOP)
         headers += ((b"host", b"localhost"), (b"content-length", str(len(body)).encode()))
-        call = Call(request.method, "/" + path, request.url.query.encode(), headers, bytes(body))
+        call = Call(request.method, request.url.path, request.url.query.encode(), headers, bytes(body))
         return await self._answer(call)
 
     async def _answer(self, call: Call) -> Response:

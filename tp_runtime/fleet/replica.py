@@ -77,7 +77,7 @@ def replica_class(patches_per_replica: int) -> type:
         async def check_health(self) -> None:
             """Raise if the replica cannot answer; Ray then replaces it."""
             head = None
-            async for piece in self.call(Call("GET", "/ready", b"", (), b"")):
+            async for piece in self.call(Call("GET", "/ready", b"", ((b"host", b"localhost"),), b"")):
                 head = head or piece
             if not isinstance(head, Head) or head.status != 200:
                 raise RuntimeError("the replica is not ready")
