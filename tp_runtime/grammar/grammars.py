@@ -17,6 +17,7 @@ from .lark import check_lark
 from .library import llguidance
 from .matcher import GrammarConstraint
 from .pattern import translate
+from .problems import has_a_place, refused, same_kind
 from .vocabulary import Vocabulary
 
 _KEPT = 16  # the number of compiled grammars that are kept: an application has a few schemas and uses them again
@@ -134,16 +135,16 @@ def _compile_schema(text: str, vocabulary: Vocabulary) -> Any:
     matcher, problem = _matcher(library, tree, _json_grammar(library, lowered.text()))
     if problem is None:
         return matcher
-    if not any(text in problem for text in _OF_THE_WHOLE):
+    if has_a_place(problem):
         # llguidance does not say where in the schema its problem lies. The smallest part that fails alone is the place.
         deadline = time.monotonic() + _SEARCH_S
-        for path, part in lowered.parts():
-            _, cause = _matcher(library, tree, _json_grammar(library, part))
-            if cause is not None and (_kind(cause) or cause) == (_kind(problem) or problem):
-                raise _refused(cause, path)
+        for path, part, text_of_part in lowered.parts():
+            _, cause = _matcher(library, tree, _json_grammar(library, text_of_part))
+            if cause is not None and same_kind(cause, problem):
+                raise refused(cause, path, part)
             if time.monotonic() > deadline:
                 break
-    raise _refused(problem, "json_schema")
+    raise refused(problem, "json_schema")
 
 
 def _json_grammar(library: Any, schema: str) -> str:
@@ -157,7 +158,7 @@ def _compile_regex(text: str, vocabulary: Vocabulary) -> Any:
     translated = translate(text, "regex")
     matcher, problem = _matcher(library, vocabulary.tree("regex"), library.LLMatcher.grammar_from_regex(translated))
     if problem is not None:
-        raise _refused(problem, "regex")
+        raise refused(problem, "regex")
     return matcher
 
 
@@ -166,7 +167,7 @@ def _compile_lark(text: str, vocabulary: Vocabulary) -> Any:
     checked = check_lark(text, "grammar")
     matcher, problem = _matcher(library, vocabulary.tree("grammar"), library.LLMatcher.grammar_from_lark(checked))
     if problem is not None:
-        raise _refused(problem, "grammar")
+        raise refused(problem, "grammar")
     return matcher
 
 
@@ -197,68 +198,3 @@ def _matcher(library: Any, tree: Any, grammar: str) -> tuple[Any, str | None]:
             return matcher, None
         matcher = probe
     return matcher, str(matcher.get_error())
-
-
-def _refused(problem: str, field: str) -> RequestError:
-    """Return the error for what llguidance said about a part of a constraint."""
-    lines = [line.strip() for line in problem.strip().splitlines() if line.strip()]
-    kind = _kind(problem)
-    if kind is None:
-        text = " ".join(lines[:4])
-        return RequestError("llguidance cannot compile this part", field=field, got=text, wanted="a supported part")
-    _, keyword, what, fix = kind
-    return RequestError(what, field=f"{field}{keyword}", got=lines[0], wanted="a supported part", fix=fix)
-
-
-def _kind(problem: str) -> tuple[str, str, str, str] | None:
-    """Return the row of `_PROBLEMS` for what llguidance said; None if there is none."""
-    return next((kind for kind in _PROBLEMS if kind[0] in problem), None)
-
-
-_OF_THE_WHOLE = ("schema too large", "stack level exceeded", "recursion limit exceeded")
-
-# What llguidance says, the keyword at fault, the problem, and what to do.
-_PROBLEMS = (
-    (
-        "oneOf constraints are not supported",
-        ".oneOf",
-        "the options of oneOf could overlap",
-        "give each option a required property with a const of its own, or use anyOf",
-    ),
-    (
-        "are not disjoint",
-        ".patternProperties",
-        "the patterns of patternProperties could match one name",
-        "use patterns of which at most one matches, such as different beginnings",
-    ),
-    (
-        "are disjoint",
-        ".patternProperties",
-        "it cannot be found out whether the patterns of patternProperties overlap",
-        "use simpler patterns",
-    ),
-    (
-        "circular references with sibling keys",
-        ".$ref",
-        "a reference to a part that holds it has other keywords beside it",
-        "write $ref alone",
-    ),
-    (
-        "min/maxProperties only supported",
-        "",
-        "minProperties and maxProperties need all properties to be required",
-        "make the properties required, or leave the bounds out",
-    ),
-    (
-        "Unsatisfiable schema",
-        "",
-        "no value satisfies this part",
-        "correct the bounds, or the parts that exclude each other",
-    ),
-    ("no text satisfies", "", "no text satisfies this part", "give the recursion an end"),
-    ("schema too large", "", "the schema is too large", "use fewer alternatives inside allOf"),
-    ("stack level exceeded", "", "the schema is nested too deep", "use fewer references inside allOf"),
-    ("recursion limit exceeded", "", "the schema is nested too deep", "move inner parts to $defs"),
-    ("Unable to determine if regex is empty", "", "the pattern is too complex", "use a simpler pattern or no length"),
-    ("lookarounds not supported", "", "the pattern looks ahead or behind", "use ^ and $ only at the ends"),
-)

@@ -86,10 +86,10 @@ class LoweredSchema:
         """Return the schema for llguidance, as JSON text."""
         return self._text(self.root)
 
-    def parts(self) -> Iterator[tuple[str, str]]:
-        """Yield the paths and the JSON texts of the parts, each as a schema of its own: small parts come first."""
+    def parts(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yield the paths, the keywords and the JSON texts of the parts, each as a schema: small parts come first."""
         for path, part in self.places[:_MOST_PLACES]:
-            yield path, self._text(part)
+            yield path, part, self._text(part)
 
     def _text(self, part: dict[str, Any]) -> str:
         return json.dumps({"x-guidance": _FORM, "$defs": self.definitions, **part}, ensure_ascii=False)

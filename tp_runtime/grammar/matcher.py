@@ -74,6 +74,8 @@ class GrammarConstraint:
     def allowed(self) -> NDArray[np.uint32]:
         """Return the ids that may come next as bits [ceil(vocab / 32)]: bit i % 32 of word i // 32 stands for id i.
 
+        Where the next text is forced, the mask has one id of `forced`, and `allows` accepts other spellings too.
+
         Raises:
             RequestError: the constraint has become too complex, or no id of this vocabulary can go on.
         """
@@ -122,6 +124,8 @@ class GrammarConstraint:
         """Raise RequestError if the matcher has failed."""
         if self._matcher.is_error():
             lines = str(self._matcher.get_error()).strip().splitlines() or [""]
+            if lines[0].startswith("NoExtension"):
+                raise self._unfinished()
             raise RequestError(
                 "the constraint has become too complex to follow",
                 field=self._field,

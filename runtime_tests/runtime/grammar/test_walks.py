@@ -161,7 +161,7 @@ def test_every_completion_of_a_random_schema_that_ends_is_valid(
     assert ended > 20
 
 
-@pytest.mark.filterwarnings("ignore:Possible set:FutureWarning", "ignore:Possible nested set:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_completion_of_a_special_schema_that_ends_is_valid(
     name: str, grammars: Grammars, tokenizer: Tokenizer, eos_ids: tuple[int, ...], width: int
