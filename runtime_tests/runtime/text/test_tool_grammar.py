@@ -10,12 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from runtime_tests.runtime.text.notations import ANSWERS, ARGUMENTS, PARAMETERS, TOOLS, form_of
 from tp_runtime.errors import RequestError
+from tp_runtime.grammar import Grammars
 from tp_runtime.text.reasoning import PromptTail, ReasoningTags
 from tp_runtime.text.tool_calls import ToolFormat, parse_tool_calls
 from tp_runtime.text.tool_families import NOTATIONS, Layout
 from tp_runtime.text.tool_grammar import tool_constraint
 
-llguidance = pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 jsonschema = pytest.importorskip("jsonschema", reason="the test extra is not installed")
 
 GET_WEATHER = {"type": "function", "function": {"name": "get_weather"}}
@@ -37,30 +38,33 @@ def tokenizer_with(special: tuple[str, ...]) -> Tokenizer:
 
 
 class Matcher:
-    """One grammar over one tokenizer."""
+    """One grammar over one tokenizer, as the room `grammar` compiles it."""
 
     def __init__(self, grammar: str | None, tokenizer: Tokenizer) -> None:
         assert grammar is not None
         self.tokenizer = tokenizer
-        self.matcher = llguidance.LLMatcher(llguidance.LLTokenizer(tokenizer.to_str(), eos_token=0), grammar)
-        assert not self.matcher.is_error(), self.matcher.get_error()
+        compiled = Grammars(tokenizer, frozenset([0]), tokenizer.get_vocab_size()).compile(grammar=grammar)
+        self.constraint = compiled.constraint()
 
     def accepts(self, text: str) -> bool:
-        ids = self.tokenizer.encode(text).ids
-        return self.matcher.try_consume_tokens(ids) == len(ids) and self.matcher.is_accepting()
+        ids = [*self.tokenizer.encode(text).ids, 0]
+        for i, token in enumerate(ids):
+            self.constraint.follow(ids[:i])
+            if not self.constraint.allows(token):
+                return False
+        return True
 
     def answer(self, seed: int, longest: int = 300) -> str | None:
         """Return a random answer that ends by itself; None if it does not."""
         generator, ids = np.random.default_rng(seed), []
         closing = [self.tokenizer.token_to_id(text) for text in ('"', "}", "]", "<eos>")]
         for _ in range(longest):
-            bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")
-            allowed = np.flatnonzero(bits)
+            self.constraint.follow(ids)
+            allowed = np.flatnonzero(np.unpackbits(self.constraint.allowed().view(np.uint8), bitorder="little"))
             close = [token for token in closing if token in allowed]
             token = int(generator.choice(close if close and generator.random() < 0.4 else allowed))
             if token == 0:
                 return self.tokenizer.decode(ids, skip_special_tokens=False)
-            assert self.matcher.consume_token(token)
             ids.append(token)
         return None
 
