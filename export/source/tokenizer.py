@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from tp_runtime.errors import ModelFormatError, library_errors
 from tp_runtime.storage import StrictJSONError, check_name, parse_json_object, temporary_folder
-from tp_runtime.text import SPECIAL_TOKENS, TOKENIZER_FILES, Style, TextCodec
+from tp_runtime.text import SPECIAL_TOKENS, TOKENIZER_FILES, TOOL_TEMPLATE, Style, TextCodec
 
 from .files import read_file
 from .token_ids import Difference, first_change, first_difference, load_tokenizer, short
@@ -97,16 +97,18 @@ def effective_tokenizer(path: Path, recorded_style: Style | None = None) -> Effe
     loaded = load_tokenizer(path)
     _check_dropout(loaded, path)
     _check_added_ids(config, loaded, path)
-    template = _template(loaded, path)
+    template, tool_template = _template(loaded, path), _tool_template(loaded)
     tokenizer = _tokenizer_json(own[_TOKENIZER], loaded, path)
     problem: ModelFormatError | None = None
     style: Style = recorded_style or ("completion" if template is None else "chat")
-    for files in _candidates(own, config, tokenizer, template, loaded):
+    for files in _candidates(own, config, tokenizer, template, tool_template, loaded):
         try:
             codec = TextCodec.from_files(files | ends, str(path), style)
         except ModelFormatError as error:
             problem = problem or error
             continue
+        if style == "chat" and codec.tool_template_source != tool_template:
+            continue  # the source has it in a folder of templates, and a later candidate in its config
         # The source's own files need not be loaded again: transformers has just loaded them.
         difference = first_difference(codec, loaded) or (None if files == own else _reloaded(files | ends, loaded))
         if difference is None:
@@ -150,6 +152,13 @@ def _template(loaded: Any, path: Path) -> str | None:
             fix="write the template for ordinary chats to chat_template.jinja",
         )
     return template
+
+
+def _tool_template(loaded: Any) -> str | None:
+    """Return the chat template that `apply_chat_template` takes with tools; None if it is the same one as without."""
+    found = loaded.chat_template
+    template = found.get(TOOL_TEMPLATE) if isinstance(found, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _tokenizer_json(own: bytes, loaded: Any, path: Path) -> bytes:
@@ -236,7 +245,12 @@ def _check_vocabulary(codec: TextCodec, ends: Mapping[str, bytes], path: Path) -
 
 
 def _candidates(
-    own: Mapping[str, bytes], config: dict[str, Any], tokenizer: bytes, template: str | None, loaded: Any
+    own: Mapping[str, bytes],
+    config: dict[str, Any],
+    tokenizer: bytes,
+    template: str | None,
+    tool_template: str | None,
+    loaded: Any,
 ) -> Iterator[dict[str, bytes]]:
     """Yield sets of files that could give transformers' ids, the ones nearest to the source's own first."""
     tokens = loaded.special_tokens_map
@@ -253,7 +267,11 @@ def _candidates(
         resolved["extra_special_tokens"] = extra
     added = loaded.added_tokens_decoder
     resolved["added_tokens_decoder"] = {str(index): _flags(token) for index, token in sorted(added.items())}
-    if template is not None:
+    if template is not None and tool_template is not None:
+        files.pop(_TEMPLATE, None)
+        named = {"default": template, TOOL_TEMPLATE: tool_template}
+        resolved["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    elif template is not None:
         files[_TEMPLATE] = template.encode()
     yield {**files, _CONFIG: _json(resolved)}
     # Some classes change the tokenizer when they are loaded. The last candidate names the class that does not.

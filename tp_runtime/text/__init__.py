@@ -15,12 +15,13 @@ from .plain_values import plain_objects
 from .request import Request, RequestOptions, SamplingOptions
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .stream import TextStream
-from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES
+from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES, TOOL_TEMPLATE
 from .tool_calls import ToolCall
 
 __all__ = [
     "SPECIAL_TOKENS",
     "TOKENIZER_FILES",
+    "TOOL_TEMPLATE",
     "AnswerChunk",
     "AnswerReader",
     "Beginning",

@@ -31,6 +31,7 @@ from .tokenizer_files import (
     read_special_tokens,
     read_template,
     read_tokenizer,
+    read_tool_template,
 )
 from .tool_calls import recognise_tool_format
 from .tools import TemplateVariables
@@ -50,6 +51,7 @@ class TextCodec:
         sampling: the model's own sampling settings, by their names in Sampling; see `read_sampling`.
         bos_id: the id of the beginning-of-sequence token; None if the model has none.
         template_source: the text of the chat template; None in completion style.
+        tool_template_source: the text of the chat template for requests with tools; None if they have the same one.
         tool_format: the notation in which the model writes calls of tools; None in completion style.
         reasoning_tags: the tags around the model's reasoning; None if the template shows none.
     """
@@ -63,6 +65,8 @@ class TextCodec:
         special_tokens: Mapping[str, Any],
         template: jinja2.Template | None,
         template_source: str | None = None,
+        tool_template: jinja2.Template | None = None,
+        tool_source: str | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.style: Style = style
@@ -71,11 +75,13 @@ class TextCodec:
         self.bos_id: int | None = tokenizer.token_to_id(special_tokens.get("bos_token", ""))
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
-        self._template = template
+        self._template, self._tool_template = template, tool_template or template
+        self.tool_template_source = tool_source
         self.template_source = template_source
         special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tool_format = None if template_source is None else recognise_tool_format(template_source, special)
-        self.reasoning_tags: ReasoningTags | None = recognise_reasoning_tags(template_source, special)
+        shows = None if template_source is None else template_source + (tool_source or "")
+        self.tool_format = None if shows is None else recognise_tool_format(shows, special)
+        self.reasoning_tags: ReasoningTags | None = recognise_reasoning_tags(shows, special)
         markers = [part.special_ids for part in (self.tool_format, self.reasoning_tags) if part is not None]
         self._unmarked = frozenset(special.values()).difference(*(ids.values() for ids in markers))
         # The prefix holds the ids that the tokenizer puts before a text. An EOS that it may put after the text is not
@@ -122,7 +128,8 @@ class TextCodec:
         special_tokens = read_special_tokens(tokenizer, config, config_path)
         source = read_template(files, config)
         style = style or ("completion" if source is None else "chat")
-        template = None
+        tool_source = read_tool_template(files, config)
+        template = tool_template = None
         if style == "chat":
             if source is None:
                 raise ModelFormatError(
@@ -132,6 +139,8 @@ class TextCodec:
                     fix='use style="completion"',
                 )
             template = compile_template(source, where)
+            if tool_source is not None:
+                tool_template = compile_template(tool_source, where)
         return cls(
             tokenizer,
             style=style,
@@ -139,6 +148,8 @@ class TextCodec:
             special_tokens=special_tokens,
             template=template,
             template_source=None if template is None else source,
+            tool_template=tool_template,
+            tool_source=None if tool_template is None else tool_source,
             sampling=read_sampling(files),
         )
 
@@ -193,7 +204,9 @@ class TextCodec:
         variables = TemplateVariables.of(tools, documents, template_args, self._special_tokens)
         if not raw and self._template is not None:
             chat = checked_messages(messages, system)
-            text = fill_template(self._template, chat, self._special_tokens, add_generation_prompt, variables)
+            template = self._template if variables.tools is None else self._tool_template
+            assert template is not None
+            text = fill_template(template, chat, self._special_tokens, add_generation_prompt, variables)
             ids = self._encode(text, "messages")
         else:
             variables.refuse_without_template(raw)

@@ -104,7 +104,8 @@ class RequestEncoder:
 
 def _reader(request: Request, codec: TextCodec, tokens: Sequence[int]) -> AnswerReader | None:
     calls = codec.tool_format if request.tools and request.tool_choice != "none" else None
-    tags = None if request.raw else codec.reasoning_tags
+    # A completion that a schema or a grammar holds to its form has no room for reasoning.
+    tags = None if request.raw or request.constrained else codec.reasoning_tags
     if calls is None and tags is None:
         return None
     return AnswerReader(tags, codec.prompt_tail(tokens), calls, request.tools or ())

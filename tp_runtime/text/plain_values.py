@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import RequestError, shown
 
 _DEEPEST = 64  # levels of lists and objects; jinja2 and json recurse, and no schema in use comes close
-_MOST_VALUES = 1 << 20  # of one argument; a list that holds another one twice, many times over, has endless values
+_MOST_VALUES = 1 << 18  # of one argument; a list that holds another one twice, many times over, has endless values
 
 
 def plain_value(value: object, field: str) -> Any:

@@ -19,6 +19,7 @@ from ..storage import StrictJSONError, parse_json_object
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+TOOL_TEMPLATE = "tool_use"  # the name that transformers gives the template for requests with tools
 EOS_FILES = ("generation_config.json", "config.json")
 TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
 """The names of the files that a codec reads; the first two must exist."""
@@ -163,12 +164,35 @@ def read_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
             raise _broken(files.path(TEMPLATE), "the file cannot be read", got=error, wanted="UTF-8 text") from None
     template = value = config.get("chat_template")
     if isinstance(value, list):
-        named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
-        template = named[-1] if named else None
+        template = _named_template(value, "default")
     if value is not None and not isinstance(template, str):
         got, wanted = shown(value), 'str, or a list with a template named "default"'
         raise _broken(files.path(CONFIG), "chat_template is malformed", got, wanted)
     return template
+
+
+def read_tool_template(files: TokenizerFiles, config: dict[str, Any]) -> str | None:
+    """Return the text of the chat template for requests with tools; None if they have the same one as all others.
+
+    Args:
+        files: the tokenizer files.
+        config: the content of tokenizer_config.json.
+
+    Raises:
+        ModelFormatError: the entry of the config is malformed.
+    """
+    value = config.get("chat_template")
+    if TEMPLATE in files.content or not isinstance(value, list):
+        return None
+    template = _named_template(value, TOOL_TEMPLATE)
+    if template is not None and not isinstance(template, str):
+        raise _broken(files.path(CONFIG), "the template named tool_use is malformed", shown(template), "str")
+    return template
+
+
+def _named_template(templates: list[Any], name: str) -> Any:
+    named = [item.get("template") for item in templates if isinstance(item, dict) and item.get("name") == name]
+    return named[-1] if named else None
 
 
 def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:

@@ -198,7 +198,9 @@ def tagged(opening: str, head: str, argument: str, tail: str) -> Reader:
 def _tagged_value(text: str, schema: object) -> Any:
     """Return the value that a text between tags stands for: the schema tells the text "5" from the number 5."""
     types = types_of(schema)
-    if "string" in types and not ("null" in types and text.strip() == "null"):
+    is_text = "string" in types and not ("null" in types and text.strip() == "null")
+    choices = schema.get("enum") if isinstance(schema, Mapping) else None
+    if is_text and (not isinstance(choices, list) or text in choices):
         return text
     try:
         value, end = json_at(text, 0)
@@ -221,11 +223,12 @@ def types_of(schema: object) -> set[str]:
     if not isinstance(schema, Mapping):
         return set()
     kinds = schema.get("type")
-    types = {kinds} if isinstance(kinds, str) else set(kinds) if isinstance(kinds, list) else set()
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    types = {kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)}
+    choices = schema.get("enum", [schema.get("const")])
     if not types and isinstance(choices, list) and any(isinstance(choice, str) for choice in choices):
         types.add("string")
     for key in ("anyOf", "oneOf"):
-        for part in schema.get(key) or ():
+        parts = schema.get(key)
+        for part in parts if isinstance(parts, list) else ():
             types |= types_of(part)
     return types

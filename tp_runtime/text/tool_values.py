@@ -58,6 +58,8 @@ def value_kinds(schema: object, field: str) -> list[Value]:
     if "enum" in schema or "const" in schema:
         return _choices(schema, field)
     types = schema.get("type")
+    if types is None:
+        refuse_other_keys(schema, ("type",), field)
     names = types if isinstance(types, list) else [types]
     return [_of_type(name, schema, field) for name in names]
 

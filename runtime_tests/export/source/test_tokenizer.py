@@ -291,6 +291,30 @@ def test_what_the_edge_reader_refuses_and_transformers_accepts_is_written_as_the
         assert effective.codec.template_source == CHATML
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("layout", ["list", "dict", "folder"])
+def test_a_template_for_tools_is_exported_and_used_for_requests_with_tools(layout: str, tmp_path: Path) -> None:
+    template = "{{ tools[0].function.name }}" + CHATML
+    if layout == "folder":
+        source = with_templates(folder_of(tmp_path, byte_level()), tool_use=template)
+        (source / TEMPLATE).write_text(CHATML)
+    else:
+        named: Any = {"tool_use": template, "default": CHATML}
+        if layout == "list":
+            named = [{"name": name, "template": text} for name, text in named.items()]
+        source = folder_of(tmp_path, byte_level(), chat_template=named)
+    effective = same_everywhere(source, tmp_path / "export")
+    assert effective.reason is None and effective.codec.template_source == CHATML
+    chat = [{"role": "user", "content": "x"}]
+    codec, wanted = codec_of(tmp_path / "export"), AutoTokenizer.from_pretrained(source)
+    for tools in (None, TOOLS):
+        want = wanted.apply_chat_template(chat, tools=tools, add_generation_prompt=True)
+        assert codec.render(chat, tools=tools) == want
+    assert codec.render(chat) != codec.render(chat, tools=TOOLS)
+
+
 # -- refusals ------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {

@@ -244,6 +244,13 @@ def test_the_template_file_has_priority_and_a_list_uses_its_default(tmp_path: Pa
     assert codec_of(folder).decode(codec_of(folder).render("x")) == "from the file"
 
 
+def test_requests_with_tools_have_the_template_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "{{ tools | length }}"}, {"name": "default", "template": "yes"}]
+    codec = codec_of(byte_level_folder(tmp_path / "model", named))
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert [codec.decode(codec.render("x", tools=tools)) for tools in (None, [], [tool])] == ["yes", "0", "1"]
+
+
 def test_a_folder_without_a_template_is_completion_style(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "model", None)
     assert codec_of(folder).style == "completion"
@@ -274,6 +281,9 @@ BREAKS: dict[str, Callable[[Path], object]] = {
     "added tokens are a list": lambda f: edit(f, CONFIG, added_tokens_decoder=["<new>"]),
     "template is a number": lambda f: edit(f, CONFIG, chat_template=1),
     "template list without default": lambda f: edit(f, CONFIG, chat_template=[{"name": "a", "template": "b"}]),
+    "tool template is a number": lambda f: edit(
+        f, CONFIG, chat_template=[{"name": "tool_use", "template": 1}, {"name": "default", "template": "x"}]
+    ),
     "template is not Jinja": lambda f: edit(f, CONFIG, chat_template="{% if %}"),
     "template file is not UTF-8": lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"),
 }
