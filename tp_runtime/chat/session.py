@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Unpack
 
 from ..errors import BusyError, RequestError, shown
+from ..generation import check_request
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice
 from ..session import Graph, KVCache, Use, Uses
 from ..text import (
@@ -391,8 +392,9 @@ class ChatSession:
             use.end()  # an interrupt may arrive at the first one
 
     def _checked(self, state: _State) -> _State:
-        """Return a state after a trial that its system message and its patch are accepted."""
-        self._encode(replace(state, messages=_PROBE), self._options)
+        """Return a state after a trial that its system message and its patch are accepted, and leave room for more."""
+        request = self._encode(replace(state, messages=_PROBE), self._options)
+        check_request(self._model.graph.folder, request.tokens, request.patch.bound, 1)
         return state
 
     def _encode(self, state: _State, options: Mapping[str, Any]) -> EncodedRequest:
