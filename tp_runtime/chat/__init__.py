@@ -5,7 +5,8 @@ This room knows nothing of the command line, of ONNX Runtime, or of what a KV ca
 
 from .overflow import Overflow
 from .saved import SAVED, Saved, SavedChat
-from .session import ChatModel, ChatSession
+from .session import ChatSession
+from .state import ChatModel
 from .stream import ChatResult, ChatStream
 
 __all__ = ["SAVED", "ChatModel", "ChatResult", "ChatSession", "ChatStream", "Overflow", "Saved", "SavedChat"]

@@ -17,7 +17,7 @@ _CHOICES = ("error", "drop_oldest")
 
 def require_overflow(value: object) -> None:
     """Raise RequestError unless the value says what to do about a full context window."""
-    if value not in _CHOICES:
+    if not isinstance(value, str) or value not in _CHOICES:
         wanted = " or ".join(map(repr, _CHOICES))
         raise RequestError("the value is unknown", field="overflow", got=shown(value), wanted=wanted)
 

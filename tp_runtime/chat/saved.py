@@ -221,7 +221,7 @@ def read_chat(path: str | os.PathLike[str], folder: ModelFolder) -> SavedChat:
 def _parse(path: str | os.PathLike[str]) -> SavedChat:
     if not isinstance(path, str | os.PathLike):
         raise ChatFormatError("the value is not a path", field="path", got=shown(path), wanted="a saved chat")
-    where = os.fspath(path)
+    where = os.fspath(path) or "path"
     try:
         data = parse_json_object(read_regular(path, _MAX_BYTES))
     except FileNotFoundError:

@@ -7,71 +7,20 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Unpack
+from dataclasses import replace
+from typing import Any
 
-from ..errors import BusyError, RequestError, shown
+from ..errors import BusyError, RequestError
 from ..loaded_patches import ACTIVE, LoadedPatches, PatchChoice
-from ..session import Graph, KVCache, Use, Uses
-from ..text import (
-    EncodedRequest,
-    Message,
-    Request,
-    RequestEncoder,
-    RequestOptions,
-    TextCodec,
-    TextStream,
-)
+from ..session import KVCache, Use, Uses
+from ..text import EncodedRequest, Message, Request
 from .overflow import Overflow, dropped_turns, require_overflow
 from .saved import SAVED, Saved, SavedChat, read_chat, write_chat
+from .state import ChatModel, ChatState, refuse_own_settings
 from .stream import ChatResult, ChatStream
 from .turns import Messages, last_turn, new_messages, without_oldest
 
 log = logging.getLogger("tp_runtime")
-
-_OWN_SETTINGS = {
-    "system": "set_system(text)",
-    "patch": "switch(patch, strength)",
-    "strength": "switch(patch, strength)",
-    "raw": "the model's stream method",
-    "cache": "the model's stream method",
-}
-_PROBE: Messages = ({"role": "user", "content": "a"},)
-
-
-class ChatModel(Protocol):
-    """The parts of an open model that a chat uses; see PatchedModel."""
-
-    graph: Graph
-    codec: TextCodec
-    encoder: RequestEncoder
-
-    def new_cache(self, patch: PatchChoice = ACTIVE, strength: float = 1.0) -> KVCache:
-        """Return an empty KV cache for requests under a patch."""
-
-    def stream(
-        self, prompt: str | Sequence[Message], *, cache: KVCache | None = None, **options: Unpack[RequestOptions]
-    ) -> TextStream:
-        """Start a completion."""
-
-
-@dataclass(frozen=True)
-class _State:
-    """Everything that a chat is, apart from its keys and values. A chat changes by taking another state, in one step.
-
-    Attributes:
-        messages: the messages, without the system message.
-        system: the system message.
-        patch: the patch, as a request names it.
-        strength: the factor on the patch.
-        retries: how often the last answer was given again.
-    """
-
-    messages: Messages
-    system: str | None
-    patch: PatchChoice
-    strength: float
-    retries: int = 0
 
 
 class ChatSession:
@@ -121,13 +70,13 @@ class ChatSession:
                 fix="call generate or stream with the whole text",
             )
         require_overflow(overflow)
-        _refuse_own_settings(options)
+        refuse_own_settings(options)
         self._model, self._patches = model, patches
         self._overflow, self._options = overflow, options
         self._uses = Uses()
         self._cache: KVCache | None = None
         self.loaded_from: SavedChat | None = None
-        self._state = self._checked(_State((), system, patch, strength))
+        self._state = ChatState((), system, patch, strength).checked(model, options)
 
     # -- what the chat is ------------------------------------------------------------------------------------
 
@@ -221,7 +170,7 @@ class ChatSession:
 
     def _answer(self, retries: int, change: Callable[[Messages], Messages], overrides: Mapping[str, Any]) -> ChatStream:
         """Start the answer to what `change` makes of the messages."""
-        _refuse_own_settings(overrides)
+        refuse_own_settings(overrides)
         options: Any = {**self._options, **overrides}
         use = Use(self._uses)
         try:
@@ -233,7 +182,7 @@ class ChatSession:
                 if self._overflow == "drop_oldest":
 
                     def encode(some: Messages) -> EncodedRequest:
-                        return self._encode(replace(state, messages=some), options)
+                        return replace(state, messages=some).encode(self._model, options)
 
                     dropped = dropped_turns(messages, encode, self._model.graph.folder.context_window)
                     if dropped:
@@ -242,10 +191,7 @@ class ChatSession:
                 stream = self._model.stream(
                     list(without_oldest(messages, dropped)),
                     cache=self._cache,
-                    system=state.system,
-                    patch=state.patch,
-                    strength=state.strength,
-                    **options,
+                    **{**options, **state.settings},
                 )
 
                 def append(answer: dict[str, Any]) -> None:
@@ -274,7 +220,8 @@ class ChatSession:
             BusyError: an answer is being given.
         """
         with self._changing():
-            self._state = self._checked(replace(self._state, patch=patch, strength=strength))
+            state = replace(self._state, patch=patch, strength=strength)
+            self._state = state.checked(self._model, self._options)
 
     def set_system(self, system: str | None) -> None:
         """Change the system message; None removes it. The next message runs the dialogue again behind it.
@@ -284,7 +231,7 @@ class ChatSession:
             BusyError: an answer is being given.
         """
         with self._changing():
-            self._state = self._checked(replace(self._state, system=system))
+            self._state = replace(self._state, system=system).checked(self._model, self._options)
 
     def undo(self) -> list[dict[str, Any]]:
         """Take the last turn back: the last user message and everything after it.
@@ -390,31 +337,10 @@ class ChatSession:
         finally:
             use.end()  # an interrupt may arrive at the first one
 
-    def _checked(self, state: _State) -> _State:
-        """Return a state after a trial that its system message and its patch are accepted."""
-        self._encode(replace(state, messages=_PROBE), self._options)
-        return state
-
-    def _encode(self, state: _State, options: Mapping[str, Any]) -> EncodedRequest:
-        given: Any = {**options, "system": state.system, "patch": state.patch, "strength": state.strength}
-        return self._model.encoder.encode(Request.of(list(state.messages), **given))
-
-    def _fitting_cache(self, state: _State) -> KVCache:
+    def _fitting_cache(self, state: ChatState) -> KVCache:
         """Return the chat's cache if it was made under the patch of `state` as it is now, or else an empty one."""
         fresh, cache = self._model.new_cache(state.patch, state.strength), self._cache
         return fresh if cache is None or (cache.key, cache.session) != (fresh.key, fresh.session) else cache
-
-
-def _refuse_own_settings(options: Mapping[str, Any]) -> None:
-    for name, fix in _OWN_SETTINGS.items():
-        if name in options:
-            raise RequestError(
-                "this is a setting of the whole chat and not of one answer",
-                field=name,
-                got=shown(options[name]),
-                wanted="the options of sampling and of the end of an answer",
-                fix=f"call {fix}",
-            )
 
 
 def _whole(stream: ChatStream) -> ChatResult:

@@ -46,6 +46,7 @@ class ChatStream:
         self.text_stream, self.dropped_turns = text_stream, dropped_turns
         self._append, self._use = append, use
         self._said: list[str] = []
+        self._result: ChatResult | None = None
         self._state: Literal["open", "interrupted", "appended", "forgotten"] = "open"
 
     @property
@@ -60,10 +61,11 @@ class ChatStream:
         Raises:
             RequestError: the answer has not ended.
         """
-        result = self.text_stream.result
-        return ChatResult(
-            **{one.name: getattr(result, one.name) for one in fields(result)}, dropped_turns=self.dropped_turns
-        )
+        if self._result is None:  # it is made once, because the ids of its calls are drawn
+            result = self.text_stream.result
+            values = {one.name: getattr(result, one.name) for one in fields(result)}
+            self._result = ChatResult(**values, dropped_turns=self.dropped_turns)
+        return self._result
 
     @property
     def finish_reason(self) -> str | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime_tests.prefixes import with_prefix
 from runtime_tests.runtime.chat.conftest import Answers, Script
+from tp_runtime.chat.stream import answer_message
 from tp_runtime.errors import PatchTargetError, RequestError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
+from tp_runtime.text import Result, Timings, Usage
 
 
 def user(text: str) -> dict[str, Any]:
@@ -59,6 +62,27 @@ def test_a_tools_result_is_answered_within_the_turn(model: PatchedModel, script:
     chat.send([{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}])
     assert [message["role"] for message in chat.messages][4:] == ["tool", "tool", "assistant"]
     assert len(chat.undo()) == 7 and chat.messages == []  # all of it is one turn
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_a_call_of_a_tool_is_part_of_the_answers_message(model: PatchedModel, script: Script, tmp_path: Path) -> None:
+    chat = model.chat(tools=[ADD])
+    script.says('{"name": "add", "arguments": {"a": 2, "b": 2}}', "It is 4.")
+    result = chat.send("What is 2 + 2?")
+    (call,) = result.tool_calls
+    assert (call.name, call.arguments) == ("add", {"a": 2, "b": 2})
+    assert chat.messages[1] == {"role": "assistant", "content": result.text, "tool_calls": [call.message_entry()]}
+    chat.send({"role": "tool", "content": "4", "tool_call_id": call.id})
+    chat.save(tmp_path / "chat.json")
+    assert model.load_chat(tmp_path / "chat.json").messages == chat.messages
+    assert [message["role"] for message in chat.undo()] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_reasoning_stands_beside_the_answers_text() -> None:
+    result = Result("Yes.", (1, 2), "eos", Usage(3, 2), Timings(0.1, 0.2, 2), reasoning="Is it so?")
+    assert answer_message(result) == {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it so?"}
 
 
 def test_the_options_of_the_chat_count_for_every_answer_and_can_be_overridden(

@@ -204,7 +204,7 @@ def test_another_thread_may_end_an_answer(
 
 # -- Ctrl-C at every line ------------------------------------------------------------------------------------
 
-FILES = ("tp_runtime/chat/session.py", "chat/stream.py", "chat/turns.py", "chat/overflow.py", "text/stream.py")
+FILES = ("tp_runtime/chat/session.py", "chat/stream.py", "chat/state.py", "chat/turns.py")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
