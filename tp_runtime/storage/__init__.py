@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes and what they may replace, checked paths, files opened once, digests, and JSON.
+"""Files on disk: atomic writes and what they may replace, checked paths, files opened once, digests, JSON, safetensors.
 
 This room knows nothing of what a patch, a graph or a model folder contains.
 """
