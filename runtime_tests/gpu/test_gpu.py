@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from tp_export.graph import export_model
 from tp_export.source import open_source
 from tp_runtime.bench import switch_seconds
 from tp_runtime.errors import DeviceUnavailableError
-from tp_runtime.generation import Row, Sampler
+from tp_runtime.generation import Row, Sampler, prompt_entries
 from tp_runtime.generation.rows import new_rows
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -180,6 +180,18 @@ def prefixed(pair: Pair) -> list[Patch]:
 def test_a_kv_prefix_matches_the_cpu(pair: Pair) -> None:
     for patch in prefixed(pair):
         pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
+
+
+def test_a_prompt_runs_into_the_entries_that_the_cpu_gives(pair: Pair) -> None:
+    """A patch that was absorbed on either device runs on both."""
+    made = [
+        Patch({}, replace(pair.patch(4).config, method="prefix"), prompt_entries(graph, IDS, (7, 8), graph.base))
+        for graph in (pair.cpu, pair.cuda)
+    ]
+    wanted = prefixed_logits(pair.cpu, made[0])
+    for patch in made:
+        for graph in (pair.cpu, pair.cuda):
+            pair.require_close(prefixed_logits(graph, patch), wanted)
 
 
 def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:

@@ -25,6 +25,7 @@ from ..session import ModelFolder, past_name
 from ..storage import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
+    NO_FILE,
     SHA256,
     Kind,
     SafetensorsError,
@@ -71,7 +72,7 @@ def write_prefix_cache(path: str | os.PathLike[str], folder: ModelFolder, entrie
         OutputError: `path` holds something that is not a file of a prefix cache.
         OSError: the operating system refuses the write. No file is left behind.
     """
-    file = Path(path)
+    file = _path(path)
     if file.suffix != ".safetensors":
         _refuse(file, "the file's name does not end in .safetensors", repr(file.suffix), ".safetensors", "rename it")
     dtype = DTYPES[folder.kv.dtype]
@@ -108,7 +109,7 @@ def read_prefix_cache(path: str | os.PathLike[str], folder: ModelFolder, budget:
         StaleCacheError: the entries belong to another graph.
         OSError: the operating system refuses to read an existing file.
     """
-    file = Path(path)
+    file = _path(path)
     try:
         with open_regular(file) as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -135,7 +136,9 @@ def read_prefix_cache(path: str | os.PathLike[str], folder: ModelFolder, budget:
                 entries.append(PrefixEntry((folder.graph_digest, terms), np.array(tokens, np.int64), content))
     except UnreadableFileError as error:
         _refuse(file, error.problem, error.got, error.wanted, "check the path")
-    except FileNotFoundError as error:
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
         _refuse(file, "there is no such file", error.strerror, "a file that save wrote", "check the path")
     except SafetensorsError as error:
         _refuse(file, error.problem, error.got, error.wanted)
@@ -244,6 +247,12 @@ def _array(file: Path, past: str, place: StoredRange, raw: bytes) -> np.ndarray:
     if not np.isfinite(array).all():
         _refuse(file, f"{past} of an entry holds NaN or infinity", "a value that is not finite", "finite numbers")
     return array
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise CacheFormatError("the value is not a path", field="path", got=shown(path), wanted="the path of a file")
+    return Path(path)
 
 
 def _refuse(file: Path, problem: str, got: object, wanted: object, fix: str = _MAKE_AGAIN) -> NoReturn:

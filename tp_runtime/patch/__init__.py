@@ -8,6 +8,7 @@ from .config import PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
 from .dtypes import DTYPES
+from .file import check_dtype
 from .int8 import round_to_int8
 from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
@@ -30,6 +31,7 @@ __all__ = [
     "Patch",
     "PatchConfig",
     "SlotKey",
+    "check_dtype",
     "context_digest",
     "read_tensors",
     "round_to_int8",

@@ -7,7 +7,6 @@ has.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..errors import PatchFormatError
 from ..storage import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
+    NO_FILE,
     Kind,
     SafetensorsError,
     StoredRange,
@@ -35,8 +35,6 @@ from .dtypes import FLOATS, ITEM_BYTES, decode, encode
 
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
-# There is nothing at the path. Any other error of the system is raised unchanged.
-_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _COPY_AGAIN = "the file is damaged or is not a patch: copy or export it again"
 
 
@@ -102,7 +100,7 @@ def read_file(file: Path) -> bytes:
     except UnreadableFileError as error:
         malformed(file, error.problem, error.got, error.wanted, "check the path")
     except OSError as error:
-        if error.errno not in _NO_FILE:
+        if error.errno not in NO_FILE:
             raise
         malformed(file, "there is no such file", error.strerror, "a .safetensors patch file", "check the path")
 

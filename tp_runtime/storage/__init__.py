@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes and what they may replace, checked paths, files opened once, digests, and JSON.
+"""Files on disk: atomic writes and what they may replace, checked paths, files opened once, digests, JSON, safetensors.
 
 This room knows nothing of what a patch, a graph or a model folder contains.
 """
@@ -7,7 +7,7 @@ from .atomic import atomic_file, atomic_folder, is_temporary_name, temporary_fol
 from .destination import ANY_FILE, Kind, check_output_file, check_output_folder, foreign_entries
 from .digests import SHA256, sha256_file
 from .home import user_folder
-from .regular_file import UnreadableFileError, open_regular, read_regular
+from .regular_file import NO_FILE, UnreadableFileError, open_regular, read_regular
 from .safe_path import REEXPORT, check_name, checked_file
 from .safetensors_file import (
     MAX_FILE_BYTES,
@@ -27,6 +27,7 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_JSON_BYTES",
+    "NO_FILE",
     "REEXPORT",
     "SHA256",
     "Kind",

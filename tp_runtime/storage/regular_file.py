@@ -13,6 +13,9 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""The numbers of the errors that say that there is nothing at a path."""
+
 # What opening a socket, or a device without hardware, gives.
 _NOT_OPENED = (errno.ENXIO, errno.ENODEV)
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from ..errors import PatchValueError, RequestError, shown
 from ..generation import prompt_entries
 from ..loaded_patches import ResolvedPatch
-from ..patch import ADDS_TO_WEIGHTS, Patch, PatchConfig, context_digest
+from ..patch import ADDS_TO_WEIGHTS, Patch, PatchConfig, check_dtype, context_digest
 from ..session import Graph, measure_probe
 from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
 from .codec import TextCodec
@@ -68,6 +68,8 @@ def absorb_prompt(
             wanted="the base, or a patch of weights alone",
             fix="absorb both prompts as one text, with patch=None",
         )
+    stored = graph.folder.kv.dtype if dtype is None else dtype
+    check_dtype(stored)
     beginning = _beginning(codec, system)
     folder = graph.folder
     length = len(beginning.teacher)
@@ -92,7 +94,6 @@ def absorb_prompt(
         stop=() if weights.patch is None else weights.patch.config.stop,
     )
     prefix = prompt_entries(graph, beginning.teacher, beginning.student, weights.bound, progress)
-    stored = folder.kv.dtype if dtype is None else dtype
     patch = Patch(weights.bound.deltas, config, prefix).rounded(stored)
     ids = codec.render(_PROBE)[: len(beginning.student) + min(_PROBE_TOKENS, folder.context_window - length)]
     probe = measure_probe(ids, graph.run(ids, graph.bind(patch)))
