@@ -1,4 +1,4 @@
-"""Drafts on exported graphs: a rewind leaves nothing behind in buffers that grow in place, or that are returned anew."""
+"""Drafts on exported graphs: a rewind leaves nothing behind, neither in place nor in buffers that each run returns."""
 
 from __future__ import annotations
 
