@@ -198,7 +198,7 @@ class _Completion:
                 token = self._sampler.pick(row, tokens, len(tokens) - self._prompt_tokens)
                 tokens.append(token)
                 if token != drafted:
-                    del cache.tokens[len(tokens) - 1 :]  # what follows in the draft is wrong
+                    del cache.tokens[len(tokens) - 1 :]  # the next round would have to search where they differ
                 elif copied:
                     self._stats.accepted += 1
                 yield token

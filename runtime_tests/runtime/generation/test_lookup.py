@@ -251,7 +251,7 @@ def test_a_copy_in_progress_is_drafted_further_and_one_that_ended_is_not() -> No
     runs = decoded(FLOAT_COST, [*source, 2001, *source[:50], *other], 60, most=16)
     lengths = [drafted for drafted, _right in runs]
     assert lengths[:2] == [0, 0] and 0 < lengths[2] < lengths[3] <= 16
-    assert len(lengths) < 10 + len(other) and not any(lengths[-len(other) :])
+    assert len(lengths) < 10 + len(other) and not any(lengths[1 - len(other) :])
 
 
 def added_time(cost: RunCost, tokens: list[int], prompt: int) -> float:

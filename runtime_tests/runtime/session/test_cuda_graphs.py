@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime_tests.drafts import Scripted, after
 from runtime_tests.logits import furthest, graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
@@ -369,6 +370,38 @@ def test_captured_decode_works_together_with_the_prefix_cache_and_batches(plain:
         pass
     assert [row.tokens[9:] for row in rows] == wanted
     assert furthest(capturing.forward(IDS[9:10], kept, capturing.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
+
+
+def test_drafts_take_turns_with_captured_steps_in_the_same_buffers(
+    plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that verifies a draft is an ordinary run in the captured buffers, and copies nothing."""
+    size = plain.folder.vocab_size
+    stepped = Counted(monkeypatch, capturing.captured, "step")
+    refilled = Counted(monkeypatch, capturing.kv, "refill")
+    for patch in (None, with_prefix(rank_patches(plain, 3)[0], plain.folder, IDS[:2], 5, position=9)):
+        wanted = completion(plain, plain.bind(patch))
+        for script in ([(2, 0), (0, 0), (1, 2), (0, 0), (0, 0)], [(0, 3), (0, 0)]):
+            drafter = Scripted(after([*IDS[:9], *wanted], size), script, size)
+            monkeypatch.setattr(engine, "Drafter", drafter)
+            stepped.calls = refilled.calls = 0
+            assert completion(capturing, capturing.bind(patch), lookup=8) == wanted
+            assert stepped.calls > 1
+            assert refilled.calls == (0 if patch is None else len(plain.kv.names))  # the entries, once
+
+
+def test_a_draft_of_a_sequence_that_lost_the_captured_buffers_does_not_take_them_back(
+    plain: Graph, capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = completion(plain, plain.base)
+    size = plain.folder.vocab_size
+    monkeypatch.setattr(engine, "Drafter", Scripted(after([*IDS[:9], *wanted], size), [(2, 1), (0, 0)], size))
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_ids": frozenset(), "lookup": 8}
+    one = engine.generate(capturing, IDS[:9], capturing.base, sampler=Sampler(), **options)
+    two = engine.generate(capturing, IDS[:9], capturing.base, sampler=Sampler(), **options)
+    refilled = Counted(monkeypatch, capturing.kv, "refill")
+    assert list(zip(one, two, strict=True)) == list(zip(wanted, wanted, strict=True))
+    assert refilled.calls == 0
 
 
 def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
