@@ -25,6 +25,7 @@ from .options import (
     require_folder_of,
     stop_strings,
 )
+from .patch_many import add_many_options, run_many
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,10 +181,20 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--name", help="the name of the patch (default: the file's name)")
     parser.add_argument("--store-prompt", action="store_true", help="store the prompt's text in the patch file")
+    add_many_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compute one patch, or one for each prompt of a folder."""
+    if args.prompts is not None:
+        return run_many(args, fit_one)
+    if args.ray is not None:
+        raise CalibrationError("Ray fits many patches", field="--ray", got=args.ray, wanted="--prompts DIR beside it")
+    return fit_one(args)
+
+
+def fit_one(args: argparse.Namespace) -> int:
     """Compute the patch, write it and print its path; its figures go to stderr."""
     from tp_runtime.patch import FLOAT_PRECISIONS
 
