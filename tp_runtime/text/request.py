@@ -159,7 +159,7 @@ class Request:
         given: dict[str, Any] = dict(options)
         settings = {name: given.pop(name) for name in _SAMPLING & given.keys()}
         base = given.pop("sampling", Sampling())
-        if not (isinstance(base, Sampling) or base == "model"):
+        if not isinstance(base, Sampling) and not (isinstance(base, str) and base == "model"):
             raise RequestError(
                 "the sampling is unknown", field="sampling", got=shown(base), wanted='"model", or a Sampling'
             )
