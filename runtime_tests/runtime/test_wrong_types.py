@@ -76,6 +76,20 @@ OPTIONS = {
     "top_p": set(),
     "min_p": {"0"},
     "seed": {"None", "0", *COUNTS},
+    "frequency_penalty": {"-1", "0", "1.5"},
+    "presence_penalty": {"-1", "0", "1.5"},
+    "logit_bias": {"empty dict"},
+    "min_new_tokens": {"0", *COUNTS},
+    "json_schema": {"None", "empty dict"},
+    "regex": {"None", "string", "long string", "NUL"},
+    "grammar": {"None"},
+    "tools": {"None", "empty list"},
+    "tool_choice": set(),
+    "documents": {"None", "empty list"},
+    "template_args": {"None", "empty dict", "dict"},
+    "logprobs": {"None", "0", *COUNTS},
+    "logprobs_mode": set(),
+    "lookup": {"0", "5"},
 }
 
 
@@ -215,7 +229,7 @@ def test_every_wrong_value_of_every_argument_is_refused_by_an_error_of_the_proje
 def test_the_table_has_every_option_of_a_request_and_of_a_session(opened: Calls) -> None:
     sampling = {"temperature", "repetition_penalty"}  # test_sampling.py has their values
     named = {field.name for setting in (Request, Sampling) for field in fields(setting)}
-    assert named - sampling - {"prompt", "sampling"} == set(OPTIONS)
+    assert named - sampling - {"prompt", "sampling", "from_model"} == set(OPTIONS)
     assert {f"from_pretrained {field.name}" for field in fields(SessionSettings)} <= opened.table().keys()
 
 

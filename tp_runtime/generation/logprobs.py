@@ -39,7 +39,7 @@ class WantedLogprobs:
                 got=shown(self.top),
                 wanted="a whole number, 0 or more, or None",
             )
-        if self.mode not in get_args(LogprobsMode):
+        if not isinstance(self.mode, str) or self.mode not in get_args(LogprobsMode):
             raise RequestError(
                 "the mode is unknown", field="logprobs_mode", got=shown(self.mode), wanted="raw or processed"
             )
