@@ -271,7 +271,8 @@ class PatchedModel:
                 `stream`. Several prompts are a list of strings or a list of lists of messages.
             rows: with several prompts, the largest number that runs at the same time.
             options: see Request. With several prompts, every option except `stop` may be a list with a value for each
-                prompt (`patch=["pirate", None]`). A single value applies to all prompts.
+                prompt (`patch=["pirate", None]`). A single value applies to all prompts; for `tools` and `documents`
+                that is a list of objects, and a list of lists is one for each prompt.
 
         Returns:
             The text. With several prompts, a list of texts in the order of the prompts; each text is the same as if its
@@ -515,11 +516,20 @@ def _is_several(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
 
 
+def _is_for_each(name: str, value: object) -> bool:
+    """Return whether the value of an option is a list with a value for each prompt."""
+    if name == "stop" or not isinstance(value, list | tuple):
+        return False
+    if name in ("tools", "documents"):  # these are lists themselves
+        return bool(value) and all(item is None or isinstance(item, list | tuple) for item in value)
+    return True
+
+
 def _spread(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """Return each prompt's options: from a list the prompt's own item, and any other value unchanged."""
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():
-        values = value if name != "stop" and isinstance(value, list | tuple) else [value] * count
+        values = value if _is_for_each(name, value) else [value] * count
         if len(values) != count:
             raise RequestError(
                 "the list does not have one value for each prompt",

@@ -86,12 +86,23 @@ def test_n_answers_run_the_prompt_once(model: PatchedModel, monkeypatch: pytest.
         (PROMPT, {"sampling": "best"}, "sampling"),
         (PROMPT, {"logit_bias": {10**6: 1}}, "logit_bias"),
         (PROMPT, {"tool_choice": "required"}, "tool_choice"),
+        (PROMPT, {"tools": [3], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools[0]"),
+        ([PROMPT, PROMPT], {"tools": [[], None, None]}, "tools"),
+        ([PROMPT, PROMPT], {"documents": [{"text": "x"}, 3]}, "documents[1]"),
     ],
 )
 def test_bad_options_are_refused_by_name(model: PatchedModel, prompt: Any, options: Any, field: str) -> None:
     with pytest.raises(RequestError) as error:
         model.complete(prompt, **options)
     assert error.value.field == field
+
+
+def test_a_list_of_tools_is_for_all_prompts_and_lists_of_them_are_for_each(model: PatchedModel) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    options: dict[str, Any] = {"max_new_tokens": 3, "documents": [{"text": "x"}]}
+    alone = model.complete(PROMPT, tools=[tool], **options).token_ids
+    for tools in ([tool], [[tool], None], [[], [tool]]):
+        assert [one.token_ids for one in model.complete([PROMPT, PROMPT], tools=tools, **options)] == [alone, alone]
 
 
 def test_a_completion_that_failed_has_no_result(model: PatchedModel) -> None:
