@@ -8,7 +8,7 @@ from .constraint import Constraint
 from .engine import check_request, generate, prefill
 from .entries import prompt_entries
 from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
-from .lookup import LookupStats
+from .lookup import LookupStats, check_lookup
 from .prefix_cache import PrefixCache
 from .row import Row
 from .sampler import Sampler
@@ -26,6 +26,7 @@ __all__ = [
     "Sampling",
     "TokenLogprobs",
     "WantedLogprobs",
+    "check_lookup",
     "check_request",
     "generate",
     "prefill",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
 from ..session import BoundPatch, KVCache, ModelFolder, Use
-from .lookup import Drafter, LookupStats, cost_of
+from .lookup import Drafter, LookupStats, check_lookup, cost_of
 from .prefix_cache import PrefixCache
 from .prefix_entry import Content
 from .sampler import Sampler
@@ -87,13 +87,12 @@ def generate(
 
     Raises:
         RequestError: the prompt is empty, leaves no room for a token, or cannot follow the patch's KV prefix,
-            `max_new_tokens` is not a positive integer, `lookup` is not a whole number of at least 0, or a bias is on an
+            `max_new_tokens` is not a positive integer, `lookup` is not a whole number from 0 to 64, or a bias is on an
             id outside the vocabulary.
         StaleCacheError: `cache` was made under another patch or by another graph.
         BusyError: another request is using `cache`. If it begins after this call, the first id raises it.
     """
-    if lookup != 0:
-        require_positive("lookup", lookup)
+    check_lookup(lookup)
     if cache is not None:
         graph.require_cache(cache, bound)  # this must come before anything in the cache is dropped
         cache.require_free()

@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import RequestError, shown
 from ..patch import FLOAT_PRECISIONS
 
+_MOST = 64  # ids of a draft
 _GRAMS = (3, 2)  # the numbers of ids by which an earlier occurrence is found; the longest one is looked up first
 _LONGEST_MATCH = 16  # ids; longer matches are as sure as this one
 # The classes of matches by the number of ids that agree, and how often the next id agrees too before anything is known
@@ -55,23 +57,34 @@ class RunCost:
     A run of one id waits for the memory that holds the weights; a few more ids are computed meanwhile.
 
     Attributes:
-        second: the share that the second id adds.
-        third: the share that each further id adds, as long as the sum stays above `each` for every id.
-        each: the share that each id adds once computing takes longer than reading the weights.
+        first: the share that the first added id adds.
+        more: the share that each further one adds, as long as reading the weights takes longer than computing.
+        each: the share that each one adds, from the first on, where computing takes longer.
     """
 
-    second: float
-    third: float
+    first: float
+    more: float
     each: float
 
     def added(self, ids: int) -> float:
-        """Return the share that `ids` ids add to a run, at least 1."""
-        return max(self.second + self.third * (ids - 1), self.each * ids)
+        """Return the share that `ids` more ids add to a run of one id; `ids` is at least 1."""
+        return max(self.first + self.more * (ids - 1), self.each * ids)
 
 
-# Medians on the CPU, on one and two threads (benchmarks/lookup.py --cost).
+# From `python -m benchmarks.lookup MODEL_DIR --cost`, on one thread of a CPU.
 FLOAT_COST = RunCost(0.16, 0.03, 0.08)
-QUANTISED_COST = RunCost(0.2, 0.2, 0.22)
+QUANTISED_COST = RunCost(0.24, 0.24, 0.24)
+
+
+def check_lookup(lookup: object) -> None:
+    """Raise RequestError unless the value is a number of ids that a request may draft at once."""
+    if isinstance(lookup, bool) or not isinstance(lookup, int) or not 0 <= lookup <= _MOST:
+        raise RequestError(
+            "the value is not a number of tokens",
+            field="lookup",
+            got=shown(lookup),
+            wanted=f"a whole number from 0 to {_MOST}",
+        )
 
 
 def cost_of(precision: str) -> RunCost:

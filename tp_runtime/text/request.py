@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 from ..errors import RequestError, require_flag, require_positive, shown
-from ..generation import LogprobsMode, Sampling, WantedLogprobs
+from ..generation import LogprobsMode, Sampling, WantedLogprobs, check_lookup
 from ..loaded_patches import ACTIVE, PatchChoice
 from .codec import Message
 from .detokenize import stop_strings
 from .tools import checked_tool_choice, checked_tools
 
 _CONSTRAINTS = ("json_schema", "regex", "grammar")
-_MOST_LOOKUP = 64
 _SAMPLING = frozenset(setting.name for setting in fields(Sampling))
 
 
@@ -118,13 +117,7 @@ class Request:
         # An iterator can be read only once, so the strings are kept in a tuple from here on.
         object.__setattr__(self, "stop", None if self.stop is None else stop_strings(self.stop))
         WantedLogprobs(0 if self.logprobs is None else self.logprobs, self.logprobs_mode)
-        if isinstance(self.lookup, bool) or not isinstance(self.lookup, int) or not 0 <= self.lookup <= _MOST_LOOKUP:
-            raise RequestError(
-                "the value is not a number of tokens",
-                field="lookup",
-                got=shown(self.lookup),
-                wanted=f"a whole number from 0 to {_MOST_LOOKUP}",
-            )
+        check_lookup(self.lookup)
         if self.tools is not None:
             object.__setattr__(self, "tools", checked_tools(self.tools))
         object.__setattr__(self, "tool_choice", checked_tool_choice(self.tool_choice, self.tools))

@@ -136,7 +136,7 @@ def test_ids_before_a_bad_row_are_handed_out_as_without_a_draft(monkeypatch: pyt
         assert got == expected(PROMPT, 4) and cache.tokens == [*PROMPT, *got[:-1]]
 
 
-@pytest.mark.parametrize("lookup", [-1, 1.5, True, None, "3"])
+@pytest.mark.parametrize("lookup", [-1, 65, 10**30, 1.5, True, None, "3"])
 def test_a_bad_number_is_refused_before_anything_runs(lookup: Any) -> None:
     graph = FakeGraph()
     with pytest.raises(RequestError) as error:
