@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.generation.constraint import masked
+from tp_runtime.generation import masked
 from tp_runtime.grammar import Grammars
 from tp_runtime.text import TOKENIZER_FILES, TextCodec
 

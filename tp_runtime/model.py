@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .chat import SAVED, ChatSession, Overflow, Saved
 from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
-from .generation import PREFILL_TOKENS, LookupStats, PrefixCache, Sampling, generate, prefill
+from .generation import PREFILL_TOKENS, LookupStats, PrefixCache, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
 from .patch import Patch
 from .session import (
@@ -29,7 +29,6 @@ from .session import (
     not_a_patch,
 )
 from .text import (
-    Completion,
     EncodedRequest,
     Message,
     Request,
@@ -40,11 +39,15 @@ from .text import (
     TextCodec,
     TextStream,
     absorb_prompt,
+    each_answer,
+    each_prompt,
+    is_several,
+    run_together,
+    shared_cache,
 )
 
 log = logging.getLogger("tp_runtime")
 
-_SPARE_TOKENS = 64  # of a prefix cache for several answers to one prompt
 _MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
 
 
@@ -283,10 +286,10 @@ class PatchedModel:
                 or too large. With several prompts these are raised before any prompt is run.
         """
         require_positive("rows", rows, _MOST_ROWS)
-        if not _is_several(prompt):
+        if not is_several(prompt):
             return "".join(self.stream(prompt, **options))
-        each = _spread(options, len(prompt))
-        return [completion.text for completion in self._together(list(zip(prompt, each, strict=True)), rows)]
+        requests = each_prompt(prompt, options)
+        return [one.text for one in run_together(self.graph, self.encoder, requests, rows, self.prefix_cache)]
 
     @overload
     def complete(self, prompt: str | Sequence[Message], *, n: int, rows: int = 8, **options: Any) -> list[Result]: ...
@@ -317,42 +320,16 @@ class PatchedModel:
         require_positive("rows", rows, _MOST_ROWS)
         if n is not None:
             require_positive("n", n, _MOST_ROWS)
-            if _is_several(prompt):
-                raise RequestError("n is for one prompt", field="n", got=n, wanted="None", fix="repeat the prompts")
-            seed = Sampling(seed=options.get("seed")).seed
-            seeds = [None if seed is None else seed + answer for answer in range(n)]
-            requests = [(prompt, {**options, "seed": own}) for own in seeds]
-            return [completion.result for completion in self._together(requests, rows, self._shared(prompt, options))]
-        if _is_several(prompt):
-            each = _spread(options, len(prompt))
-            return [one.result for one in self._together(list(zip(prompt, each, strict=True)), rows)]
+            requests = each_answer(prompt, n, options)
+            store = shared_cache(self.graph, self.encoder, prompt, options, self.prefix_cache)
+            return [one.result for one in run_together(self.graph, self.encoder, requests, rows, store)]
+        if is_several(prompt):
+            requests = each_prompt(prompt, options)
+            return [one.result for one in run_together(self.graph, self.encoder, requests, rows, self.prefix_cache)]
         with self.stream(prompt, **options) as stream:
             for _chunk in stream:
                 pass
         return stream.result
-
-    def _shared(self, prompt: Any, options: dict[str, Any]) -> PrefixCache:
-        """Return a prefix cache that holds the prompt, so that several answers to it run it once."""
-        tokens = len(self._encode(Request.of(prompt, **{**options, "logprobs": None})).tokens)
-        folder = self.graph.folder
-        kv = folder.kv
-        needed = 2 * folder.layers * kv.heads * kv.head_dim * kv.numpy_dtype.itemsize * (tokens + _SPARE_TOKENS)
-        own = self.prefix_cache
-        return own if own is not None and own.budget >= needed else PrefixCache(needed)
-
-    def _together(
-        self, requests: Sequence[tuple[Any, dict[str, Any]]], rows: int, prefix_cache: PrefixCache | None = None
-    ) -> list[Completion]:
-        """Run requests in one batch; raise the error of the first one that failed."""
-        store = prefix_cache or self.prefix_cache
-        with TextBatch(self.graph, self.encoder, min(rows, len(requests)), store) as batch:
-            completions = [batch.add(prompt, **options) for prompt, options in requests]
-            while batch.step():
-                pass
-        for completion in completions:
-            if completion.error is not None:
-                raise completion.error
-        return completions
 
     def batch(self, rows: int = 8, prefill_tokens: int = PREFILL_TOKENS) -> TextBatch:
         """Return a batch, whose completions run together and may join and leave: `with model.batch() as batch:`.
@@ -509,34 +486,3 @@ class PatchedModel:
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
             return self.graph.run(token_ids, resolved.bound)
-
-
-def _is_several(prompt: Any) -> bool:
-    """Return whether `prompt` holds several prompts. A list of messages is one prompt: one conversation."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
-
-
-def _is_for_each(name: str, value: object) -> bool:
-    """Return whether the value of an option is a list with a value for each prompt."""
-    if name == "stop" or not isinstance(value, list | tuple):
-        return False
-    if name in ("tools", "documents"):  # these are lists themselves
-        return bool(value) and all(item is None or isinstance(item, list | tuple) for item in value)
-    return True
-
-
-def _spread(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return each prompt's options: from a list the prompt's own item, and any other value unchanged."""
-    each: list[dict[str, Any]] = [{} for _ in range(count)]
-    for name, value in options.items():
-        values = value if _is_for_each(name, value) else [value] * count
-        if len(values) != count:
-            raise RequestError(
-                "the list does not have one value for each prompt",
-                field=name,
-                got=f"{len(values)} values",
-                wanted=f"{count} values, or one value for all prompts",
-            )
-        for own, item in zip(each, values, strict=True):
-            own[name] = item
-    return each

@@ -4,7 +4,7 @@ This room knows nothing of text or the names of patches, and of no file but that
 """
 
 from .batch import PREFILL_TOKENS, Batch
-from .constraint import Constraint
+from .constraint import Constraint, masked
 from .engine import check_request, generate, prefill
 from .entries import prompt_entries
 from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
@@ -29,6 +29,7 @@ __all__ = [
     "check_lookup",
     "check_request",
     "generate",
+    "masked",
     "prefill",
     "prompt_entries",
 ]

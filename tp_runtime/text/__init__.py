@@ -14,6 +14,7 @@ from .messages import checked_messages
 from .plain_values import plain_objects
 from .request import Request, RequestOptions, SamplingOptions
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
+from .several import each_answer, each_prompt, is_several, run_together, shared_cache
 from .stream import TextStream
 from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES, TOOL_TEMPLATE
 from .tool_calls import ToolCall
@@ -47,6 +48,11 @@ __all__ = [
     "beginning_of",
     "beginnings_of",
     "checked_messages",
+    "each_answer",
+    "each_prompt",
+    "is_several",
     "plain_objects",
+    "run_together",
+    "shared_cache",
     "writes_the_date",
 ]
