@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple, Unpack
 
@@ -80,7 +81,7 @@ class Completion:
         sampler = self._request.sampler
         return token_infos(sampler.logprobs[start : self._progress.ids], self._batch._codec) if sampler.records else ()
 
-    @property
+    @cached_property  # the ids of its tool calls are drawn
     def result(self) -> Result:
         """The result of the completion.
 

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing
-from functools import partial
+from functools import cached_property, partial
 from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 
@@ -53,7 +53,7 @@ class TextStream:
         # until the next garbage collection.
         self._chunks = _run(weakref.proxy(self), ids, StoppingDecoder(codec, request), using)
 
-    @property
+    @cached_property  # the ids of its tool calls are drawn
     def result(self) -> Result:
         """The result of the completion.
 

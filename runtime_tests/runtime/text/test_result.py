@@ -171,6 +171,8 @@ def test_a_required_tool_is_called_with_arguments_that_its_schema_accepts(model:
     result = model.complete(PROMPT, tools=[tool], tool_choice=choice, temperature=1.0, seed=1, max_new_tokens=99)
     assert result.finish_reason == "eos" and result.text.strip() == ""
     assert [call.name for call in result.tool_calls] == ["remember"]
+    stream = model.stream(PROMPT, tools=[tool], tool_choice=choice, temperature=1.0, seed=1, max_new_tokens=99)
+    assert "".join(stream) and stream.result.tool_calls == stream.result.tool_calls
     assert result.tool_calls[0].arguments["name"] in ("Ada", "Bob")
 
 
