@@ -16,7 +16,7 @@ _ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"enable_thinking": False},
     {"enable_thinking": True},
     {"thinking": True},
-    {"date_string": "1 Jan 2030", "tools_in_user_message": False},
+    {"date_string": "1 Jan 2030", "tools_in_user_message": False, "functions": "f", "datetime": "noon"},
     {"reasoning_effort": "high", "model_identity": "x", "preserve_thinking": True},
     {"controls": {"length": "short"}, "enable_citations": True},
 )
