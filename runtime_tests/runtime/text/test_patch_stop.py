@@ -118,7 +118,7 @@ def test_a_chat_uses_the_stop_strings_of_its_patch(
     chat = Chat(model, Selection(stopping(patch, stop)), None, LENGTH)  # type: ignore[arg-type]
     chat.take(PROMPT)
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
-    assert chat.messages[-1]["content"] == whole[: whole.index(stop)]
+    assert chat.session.messages[-1]["content"] == whole[: whole.index(stop)]
     Chat(model, BASE, None, LENGTH).take(PROMPT)  # type: ignore[arg-type]
     assert capsys.readouterr().out == model.generate(PROMPT, patch=None, **LENGTH) + "\n"
 
