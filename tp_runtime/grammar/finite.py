@@ -13,14 +13,13 @@ from ..errors import RequestError
 _JOINED = ("allOf", "anyOf", "oneOf")
 
 
-def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str], path: str) -> None:
+def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str]) -> None:
     """Check a lowered schema, and replace references to definitions without a finite value by false: they exclude all.
 
     Args:
         root: the schema, in the words of llguidance; it is changed.
         definitions: its definitions by name; they are changed.
         paths: the path of each definition, for errors.
-        path: the path of the schema, for errors.
 
     Raises:
         RequestError: a definition refers to itself without a value between, or no finite value is valid.
@@ -30,10 +29,12 @@ def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str
     while more := {name for name, part in definitions.items() if name not in finite and _is_finite(part, finite)}:
         finite |= more
     endless = [name for name in definitions if name not in finite]
+    if not endless:
+        return  # what excludes every value without a recursion, llguidance finds
     if not _is_finite(root, finite):
         raise RequestError(
-            "no finite value is valid: a part must hold itself",
-            field=paths[endless[0]] if endless else path,
+            "no finite value is valid: a part must hold itself, or excludes every value",
+            field=paths[endless[0]],
             got="a recursion without an end",
             wanted="a recursion that an optional property, an empty list or another option ends",
         )

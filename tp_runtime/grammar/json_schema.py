@@ -18,7 +18,7 @@ from ..storage import StrictJSONError, parse_json
 from .finite import check_finite
 from .formats import BUILT_IN, PATTERNS
 from .keywords import ANNOTATIONS, DEFINITIONS, DRAFTS, REFUSED
-from .numbers import Multiples, count, exact_number
+from .numbers import Multiples, beside, count, exact_number
 from .pattern import translate
 
 _DEEPEST = 128  # parts inside parts, references followed; llguidance recurses, and 5,000 levels overflow the stack
@@ -116,7 +116,7 @@ def lower_schema(text: str, path: str) -> LoweredSchema:
         )
     lowering = _Lowering(schema, path)
     lowered = LoweredSchema(lowering.lower_root(), lowering.definitions, lowering.places)
-    check_finite(lowered.root, lowered.definitions, lowering.paths, path)
+    check_finite(lowered.root, lowered.definitions, lowering.paths)
     return lowered
 
 
@@ -323,7 +323,17 @@ class _Lowering:
         out[key] = count(value, path)
 
     def _lower_number(self, out: dict[str, Any], key: str, value: Any, path: str, depth: int) -> None:
-        out[key] = exact_number(value, path)
+        if not key.startswith("exclusive"):
+            out[key] = self._tightest(out, key, exact_number(value, path))
+            return
+        bound = "minimum" if key == "exclusiveMinimum" else "maximum"
+        out[bound] = self._tightest(out, bound, beside(value, path, 1 if bound == "minimum" else -1))
+
+    def _tightest(self, out: dict[str, Any], bound: str, value: int | float) -> int | float:
+        """Return the tighter one of a bound that is there already and another one."""
+        if bound not in out:
+            return value
+        return max(out[bound], value) if bound == "minimum" else min(out[bound], value)
 
     def _lower_multiple(self, out: dict[str, Any], key: str, value: Any, path: str, depth: int) -> None:
         out[key] = self._multiples.add(value, path)

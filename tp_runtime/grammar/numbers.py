@@ -35,6 +35,26 @@ def exact_number(value: Any, path: str) -> int | float:
     return int(value) if value == int(value) else value
 
 
+def beside(value: Any, path: str, sign: int) -> int | float:
+    """Return the number beside an exclusive bound, which is an inclusive bound for all numbers of up to 14 digits.
+
+    llguidance lets the bound itself through if the other bound has the same integer part: 0 where a number is above 0
+    and at most 0.5.
+
+    Args:
+        value: the exclusive bound.
+        path: its place, for errors.
+        sign: 1 for a number above it, -1 for one below it.
+
+    Raises:
+        RequestError: as for `exact_number`.
+    """
+    bound = exact_number(value, path)
+    places = max(0, 15 - len(str(abs(int(bound)))))
+    shifted = Decimal(repr(bound)) + sign * Decimal(1).scaleb(-places)
+    return int(shifted) if places == 0 else float(shifted)
+
+
 def count(value: Any, path: str) -> int:
     """Return a number of items, characters or properties.
 
