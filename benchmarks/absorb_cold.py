@@ -44,20 +44,24 @@ def main() -> None:
     parser.add_argument("--prompt-file", type=Path, required=True)
     parser.add_argument("--queries", type=Path, required=True, help="one query per line")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--compare", nargs="+", choices=SIDES[1:], default=SIDES[1:], help="with no prompt; default: both"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48, help="the length of the answers that are compared")
     parser.add_argument("--dtype", choices=DTYPES, help="the dtype of the patch file; default: the exact one")
     args = parser.parse_args()
+    sides = (SIDES[0], *args.compare)
     system = args.prompt_file.read_text(encoding="utf-8").rstrip("\r\n")
     model = PatchedModel.from_pretrained(args.model, "cpu", threads=args.threads)
     with temporary_folder() as folder:
         file = folder / "absorbed.safetensors"
         made = model.absorb(system, dtype=args.dtype)
         made.save(file)
-        found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+        found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for number in range(args.rounds + 1):  # the first one fills the system's file cache
-            turn = number % len(SIDES)
-            for side in (*SIDES[turn:], *SIDES[:turn]):
+            turn = number % len(sides)
+            for side in (*sides[turn:], *sides[:turn]):
                 took = _cold(args, side, file)
                 if number:
                     found[side].append(took)

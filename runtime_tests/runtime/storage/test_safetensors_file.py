@@ -1,4 +1,4 @@
-"""The container of tensors, which the safetensors library reads too; runtime/patch tests each kind of damage."""
+"""The container of tensors, which the safetensors library reads too; runtime/patch has a test for each damage."""
 
 from __future__ import annotations
 
