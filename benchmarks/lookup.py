@@ -1,12 +1,14 @@
 """Measures prompt-lookup decoding: the time per token with and without it, on tasks that copy and on free text.
 
-    python -m benchmarks.lookup MODEL_DIR... [--lookup N] [--tokens N] [--rounds N] [--threads N]
+    python -m benchmarks.lookup MODEL_DIR... [--lookup N] [--tokens N] [--rounds N]
     python -m benchmarks.lookup MODEL_DIR... --cost
 
-Both sides run in one process and take turns, so that the other work of the machine meets both. A ratio compares the two
-times of one round, and the table has the medians over rounds and tasks. The first token is left out: it is the prompt's
-run, which lookup does not change. Free text is sampled, because a small model that decodes greedily soon repeats
-itself, and repeated text is copied text. `--cost` measures the time of a run of several ids instead, in runs of one id.
+Both sides of a task run in one process and take turns id by id, so that the other work of the machine meets both. A
+ratio compares the two times of one completion, and the table has the medians over rounds and tasks. Times are those of
+the processor: on one thread they are the times of a machine that has nothing else to do, apart from caches. The first
+token is left out: it is the prompt's run, which lookup does not change. Free text is sampled, because a small model
+that decodes greedily soon repeats itself, and repeated text is copied text. `--cost` measures the time of a run of
+several ids instead, in runs of one id.
 """
 
 from __future__ import annotations
@@ -142,8 +144,8 @@ class Round:
     """Both sides of one task in one round.
 
     Attributes:
-        plain: the seconds per token without lookup.
-        drafting: the seconds per token with it.
+        plain: the seconds of the processor per token without lookup.
+        drafting: the same with it.
         same: whether the ids are the same.
         stats: the drafts.
         tokens: the tokens of the completion.
@@ -156,28 +158,40 @@ class Round:
     tokens: int
 
 
-def complete(model: PatchedModel, task: Task, tokens: int, lookup: int) -> tuple[list[int], float, LookupStats]:
-    """Return the ids of a completion, the seconds per token after the first one, and what became of the drafts."""
-    stats, sampler = LookupStats(), Sampler(FREE if task.kind == "free" else Sampling())
-    options: dict[str, Any] = {"max_new_tokens": tokens, "eos_ids": model.codec.eos_ids, "lookup": lookup}
+def compare(model: PatchedModel, task: Task, tokens: int, lookup: int, first: int) -> Round:
+    """Run one task without lookup and with it, in turns; `first` is the side that begins."""
     prompt = model.codec.render(task.prompt(model.graph.folder.style))
-    ids = generate(model.graph, prompt, model.graph.base, sampler=sampler, stats=stats, **options)
-    got = [next(ids)]
-    start = time.perf_counter()
-    got += ids
-    return got, (time.perf_counter() - start) / max(1, len(got) - 1), stats
+    stats = LookupStats(), LookupStats()
+    options: dict[str, Any] = {"max_new_tokens": tokens, "eos_ids": model.codec.eos_ids}
+    sides = [
+        generate(model.graph, prompt, model.graph.base, sampler=sampler, stats=own, lookup=most, **options)
+        for most, own in zip((0, lookup), stats, strict=True)
+        for sampler in [Sampler(FREE if task.kind == "free" else Sampling())]
+    ]
+    got = [[next(side)] for side in sides]
+    seconds, running = [0.0, 0.0], {0, 1}
+    while running:
+        for side in (first, 1 - first):
+            if side in running:
+                start = time.process_time()
+                token = next(sides[side], None)
+                seconds[side] += time.process_time() - start
+                if token is None:
+                    running.remove(side)
+                else:
+                    got[side].append(token)
+    plain, drafting = (own / max(1, len(ids) - 1) for own, ids in zip(seconds, got, strict=True))
+    return Round(plain, drafting, got[0] == got[1], stats[1], len(got[0]))
 
 
 def measure(model: PatchedModel, tokens: int, lookup: int, rounds: int) -> dict[str, list[Round]]:
-    """Return the rounds of all tasks by kind. The side that goes first changes from round to round."""
+    """Return the rounds of all tasks by kind. The side that begins changes from round to round."""
     found: dict[str, list[Round]] = {}
-    for task in TASKS:  # the first runs of a session allocate
-        complete(model, task, 4, lookup)
+    for task in TASKS[:2]:  # the first runs of a session allocate
+        compare(model, task, 8, lookup, 0)
     for number in range(rounds):
         for task in TASKS:
-            sides = {side: complete(model, task, tokens, side) for side in ((0, lookup), (lookup, 0))[number % 2]}
-            (plain, slow, _none), (drafting, fast, stats) = sides[0], sides[lookup]
-            found.setdefault(task.kind, []).append(Round(slow, fast, plain == drafting, stats, len(plain)))
+            found.setdefault(task.kind, []).append(compare(model, task, tokens, lookup, number % 2))
     return found
 
 
@@ -219,7 +233,6 @@ def main() -> None:
     parser.add_argument("--lookup", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cost", action="store_true")
     args = parser.parse_args()
     if args.cost:
@@ -229,7 +242,7 @@ def main() -> None:
         print("| model | task | ms per token | with lookup | times as fast | ids per run | drafts right | same ids |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for path in args.model_dir:
-        model = PatchedModel.from_pretrained(path, "cpu", threads=args.threads)
+        model = PatchedModel.from_pretrained(path, "cpu", threads=1)
         name = f"{model.graph.folder.base_model} {model.graph.folder.precision}"
         if args.cost:
             print(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in costs(model).values()) + " |", flush=True)
