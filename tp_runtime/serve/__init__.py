@@ -5,6 +5,8 @@ This room knows nothing of graphs, slots or token ids: it hands requests to an o
 """
 
 from .app import create_app
+from .logs import log_as_json
+from .server import Server, new_server
 from .settings import ServerSettings
 
-__all__ = ["ServerSettings", "create_app"]
+__all__ = ["Server", "ServerSettings", "create_app", "log_as_json", "new_server"]
