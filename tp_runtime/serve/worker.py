@@ -112,7 +112,7 @@ class Ticket:
     # -- called in the worker's thread ------------------------------------------------------------------------------
 
     def advance(self) -> bool:
-        """Hand on the text that the completion has grown by, and its end; return whether it has ended."""
+        """Hand on the text that the completion has grown by; return whether it has ended, which `finish` hands on."""
         reason, text = self.completion.finish_reason, self.completion.text
         grown, self._sent = text[self._sent :], len(text)
         infos = self.completion.token_infos(self._infos)
@@ -123,7 +123,6 @@ class Ticket:
             return False
         if self._reader is not None:
             self._put(Piece(self._reader.end()))
-        self.finish(self.completion.error)
         return True
 
     def finish(self, error: Exception | None) -> None:
@@ -253,15 +252,16 @@ class Worker:
                 if self._stopping:
                     raise _shutting_down()
                 self._tickets += tickets
+                self._reserved -= len(asked)
+                self._changed.notify_all()
             return tickets
         except BaseException as error:
+            self.release(len(asked))
             for completion in completions:
                 completion.close()
             if self._stopping and isinstance(error, RequestError):  # the batch is closed
                 raise _shutting_down() from error
             raise
-        finally:
-            self.release(len(asked))
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -338,21 +338,19 @@ class Worker:
                     failures = 0
                     self._leave(tickets, RuntimeError(f"a step of the model failed: {library_text(error)}"))
                     continue
-            self._remove([ticket for ticket in tickets if self._advance(ticket)])
+            ended = [ticket for ticket in tickets if self._advance(ticket)]
+            self._end([(ticket, ticket.completion.error) for ticket in ended])
             if wanted:
                 time.sleep(_GIVE_WAY_SECONDS)
 
     def _advance(self, ticket: Ticket) -> bool:
-        """Hand on what a ticket has grown by; return whether it has ended. If that fails, only this ticket fails."""
+        """Hand on what a ticket has grown by; return whether it has ended. If that fails, only this ticket leaves."""
         try:
-            if not ticket.advance():
-                return False
+            return ticket.advance()
         except BaseException as error:
             log.error("an answer could not be read", exc_info=error)
             self._leave([ticket], RuntimeError(f"the answer could not be read: {library_text(error)}"))
-            return True
-        self._count(ticket)
-        return True
+            return False
 
     def _leave(self, tickets: Sequence[Ticket], error: Exception | None) -> None:
         """Take answers out of the batch before their end."""
@@ -361,15 +359,20 @@ class Worker:
                 ticket.completion.close()
             except BaseException as failure:  # the others must leave all the same
                 log.error("an answer could not be closed", exc_info=failure)
-            ticket.finish(error)
-            self._count(ticket)
-        self._remove(tickets)
+        self._end([(ticket, error) for ticket in tickets])
 
-    def _count(self, ticket: Ticket) -> None:
-        try:
-            self._ended(ticket, ticket.error)
-        except Exception as failure:
-            log.error("the metrics of an answer could not be counted", exc_info=failure)
+    def _end(self, ended: Sequence[tuple[Ticket, Exception | None]]) -> None:
+        """Give back the places of answers that have ended, count them, and then let their handlers know.
+
+        A client that has its answer finds its place free, and finds the answer among the metrics.
+        """
+        self._remove([ticket for ticket, _error in ended])
+        for ticket, error in ended:
+            try:
+                self._ended(ticket, error)
+            except Exception as failure:
+                log.error("the metrics of an answer could not be counted", exc_info=failure)
+            ticket.finish(error)
 
     def _remove(self, tickets: Sequence[Ticket]) -> None:
         if tickets:

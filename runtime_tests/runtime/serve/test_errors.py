@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from runtime_tests.patches import patch_for
@@ -51,13 +52,10 @@ def error_of(response: httpx.Response, status: int, field: str | None) -> dict[s
         ({"model": "pirate@nan"}, "strength"),
         ({"model": "+".join(["pirate"] * 9)}, "model"),
         ({"n": 65}, "n"),
-        ({"chat_template_kwargs": {"a": {1: 2}}}, None),
         ({"min_tokens": -1}, "min_tokens"),
     ],
 )
-def test_400_names_the_field(model: PatchedModel, change: dict[str, Any], field: str | None) -> None:
-    if field is None:
-        return
+def test_400_names_the_field(model: PatchedModel, change: dict[str, Any], field: str) -> None:
     error = error_of(ask(model, "POST", "/v1/chat/completions", json={**CHAT, **change}), 400, field)
     assert error["type"] == "invalid_request_error" and error["got"] is not None and error["wanted"] is not None
 
@@ -91,8 +89,6 @@ def test_400_answers_values_that_are_nested_too_deep(model: PatchedModel, field:
 def test_400_says_what_a_patch_cannot_in_the_patchs_own_words(model: PatchedModel) -> None:
     folder = model.graph.folder
     kv = folder.kv
-    import numpy as np
-
     rng = np.random.default_rng(0)
     entries = {
         (layer, part): rng.standard_normal((2, kv.heads, kv.head_dim)).astype(np.float32)
@@ -105,8 +101,8 @@ def test_400_says_what_a_patch_cannot_in_the_patchs_own_words(model: PatchedMode
     model.load_patch(made, "policy2")
     try:
         words = made.capabilities
-        half = error_of(ask(model, "POST", "/v1/chat/completions", json={**CHAT, "model": "policy@0.5"}), 400, "strength")
-        assert words.strength in half["message"]
+        half = ask(model, "POST", "/v1/chat/completions", json={**CHAT, "model": "policy@0.5"})
+        assert half.status_code == 400 and words.strength in half.json()["error"]["wanted"]
         both = ask(model, "POST", "/v1/chat/completions", json={**CHAT, "model": "policy+policy2"})
         assert both.status_code == 400 and "entries" in both.text
         system = [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]
@@ -326,6 +322,7 @@ def test_open_requests_are_bounded(model: PatchedModel, monkeypatch: pytest.Monk
             )
             response = await made.get("/v1/models")
             while response.status_code != 429:
+                await asyncio.sleep(0.001)
                 response = await made.get("/v1/models")
             assert response.headers["retry-after"] == "1"
             error_of(response, 429, "server")
