@@ -79,9 +79,7 @@ def test_400_answers_values_that_are_nested_too_deep(model: PatchedModel, field:
         "kwargs": '"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": DEEP}',
     }
     body = '{"model": "tiny-llama", "max_tokens": 2, ' + bodies[field].replace("DEEP", deep) + "}"
-    response = ask(
-        model, "POST", "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    response = ask(model, "POST", "/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and len(response.content) < 10_000
     ErrorBody.model_validate(response.json())
 
@@ -193,9 +191,7 @@ def test_408_gives_up_a_body_that_does_not_arrive(model: PatchedModel) -> None:
         await asyncio.sleep(60)
 
     headers = {"content-type": "application/json"}
-    response = ask(
-        model, "POST", "/v1/chat/completions", content=never(), headers=headers, settings={"stall": 0.05}
-    )
+    response = ask(model, "POST", "/v1/chat/completions", content=never(), headers=headers, settings={"stall": 0.05})
     error_of(response, 408, "body")
 
 
@@ -237,9 +233,7 @@ def test_a_request_that_is_refused_leaves_no_place_taken(model: PatchedModel) ->
                     assert (await made.post("/v1/chat/completions", json=body)).status_code in (400, 404)
                 two = ["fine", "\ud800"]
                 body = json.dumps({"model": "tiny-llama", "prompt": two, "max_tokens": 300})
-                refused = await made.post(
-                    "/v1/completions", content=body, headers={"content-type": "application/json"}
-                )
+                refused = await made.post("/v1/completions", content=body, headers={"content-type": "application/json"})
                 assert refused.status_code == 400
             assert (await made.post("/v1/chat/completions", json={**CHAT, "n": 2})).status_code == 200
 

@@ -1,4 +1,4 @@
-"""The official `openai` client, unchanged: chats, streams, tools, parsed answers, completions, and patches as models."""
+"""The official `openai` client, unchanged: chats, streams, tools, parsed answers, completions, patches as models."""
 
 from __future__ import annotations
 
