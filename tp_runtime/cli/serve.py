@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -53,6 +52,13 @@ def add_parser(subparsers: Any) -> None:
     network.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call the server"
     )
+    network.add_argument(
+        "--host-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that clients call the server by",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--rows", type=int, default=8, metavar="N", help="requests that run together (default 8)")
     limits.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default 64)")
@@ -61,6 +67,13 @@ def add_parser(subparsers: Any) -> None:
     )
     limits.add_argument(
         "--drain", type=float, default=30.0, metavar="S", help="seconds to end requests after SIGTERM (default 30)"
+    )
+    limits.add_argument(
+        "--stall",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds after which a client that does not send or take anything is given up (default 30)",
     )
     limits.add_argument(
         "--max-tokens", type=int, default=1024, metavar="N", help="new tokens of a request (default 1024)"
@@ -81,9 +94,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     try:
-        import uvicorn
-
-        from ..serve import ServerSettings, create_app
+        from ..serve import ServerSettings, create_app, log_as_json, new_server
     except ImportError as error:
         raise RequestError(
             "the server needs packages that are not installed",
@@ -98,10 +109,12 @@ def run(args: argparse.Namespace) -> int:
         patch_dir=_folder(args.patch_dir),
         manage_patches=args.manage_patches,
         origins=args.cors_origin,
+        host_names=args.host_name,
         rows=args.rows,
         queue=args.queue,
         timeout=args.timeout,
         drain=args.drain,
+        stall=args.stall,
         body_bytes=args.max_body,
         max_tokens=args.max_tokens,
     )
@@ -113,30 +126,16 @@ def run(args: argparse.Namespace) -> int:
     )
     for name, patch in named:
         model.load_patch(patch, name)
+    log_as_json(sys.stderr)
     app = create_app(model, settings, args.name)
-    _log_requests()
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.drain) + 1,
-        lifespan="on",
-    )
-    server = uvicorn.Server(config)
-    note(f"serving {args.model} on http://{settings.host}:{settings.port} (Ctrl-C ends it)")
+
+    def started(host: str, port: int) -> None:
+        shown_host = f"[{host}]" if ":" in host else host
+        note(f"serving {args.model} on http://{shown_host}:{port} (Ctrl-C ends it)")
+
+    server = new_server(app, settings, started)
     server.run()
-    return 0
-
-
-def _log_requests() -> None:
-    """Write the lines of requests, which are JSON, on stderr as they are."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access = logging.getLogger("tp_runtime.serve.access")
-    access.handlers, access.propagate = [handler], False
-    access.setLevel(logging.INFO)
+    return 0 if server.started else 1
 
 
 def _named(spec: str) -> tuple[str, Patch]:

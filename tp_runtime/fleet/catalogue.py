@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import PatchInUseError, TPError, printable
 from ..model import PatchedModel
 from ..patch import Patch
-from ..serve import PATCH_SUFFIX, ServedPatches, require_name
+from ..serve import SUFFIX, ServedPatches, require_name
 
 log = logging.getLogger("tp_runtime.fleet")
 
@@ -35,11 +35,14 @@ class Catalogue(ServedPatches):
         """Return the patches of the folder by name."""
         return {name: patch for name, (_mark, patch) in self._known.items()}
 
-    def scan(self) -> None:
-        """Read the files that are new or have changed, and forget those that are gone."""
+    def scan(self, settle: bool = True) -> None:
+        """Read the files that are new or have changed, and forget those that are gone.
+
+        A file that is still being written is damaged, and is read again once it has changed.
+        """
         for name in self._model.patches.keys() - self._held:
             self._try_unload(name)  # a request was using it when it was let go
-        found = {path.name.removesuffix(PATCH_SUFFIX): path for path in self._where.glob(f"*{PATCH_SUFFIX}")}
+        found = {path.name.removesuffix(SUFFIX): path for path in self._where.glob(f"*{SUFFIX}")}
         for name in self._known.keys() - found.keys():
             if self._try_unload(name):
                 del self._known[name]

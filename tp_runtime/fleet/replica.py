@@ -51,7 +51,7 @@ def replica_class(patches_per_replica: int) -> type:
             model = await asyncio.to_thread(PatchedModel.from_pretrained, model_dir, **options)
             base = name or Path(model.graph.folder.base_model).name
             self._catalogue = Catalogue(model, base, Path(patches))
-            self._app = create_app(model, settings, patches=self._catalogue)
+            self._app = create_app(model, settings, catalogue=(self._catalogue, self._catalogue))
             self._lifespan = self._app.router.lifespan_context(self._app)
             await self._lifespan.__aenter__()
 

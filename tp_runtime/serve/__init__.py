@@ -5,7 +5,18 @@ This room knows nothing of graphs, slots or token ids: it hands requests to an o
 """
 
 from .app import create_app
-from .patches import PATCH_SUFFIX, ServedPatches, require_name
+from .logs import log_as_json
+from .patches import SUFFIX, ServedPatches, require_name
+from .server import Server, new_server
 from .settings import ServerSettings
 
-__all__ = ["PATCH_SUFFIX", "ServedPatches", "ServerSettings", "create_app", "require_name"]
+__all__ = [
+    "SUFFIX",
+    "ServedPatches",
+    "Server",
+    "ServerSettings",
+    "create_app",
+    "log_as_json",
+    "new_server",
+    "require_name",
+]

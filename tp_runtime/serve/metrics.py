@@ -17,7 +17,7 @@ _PACES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own.
+    """The metrics of one server, in a registry of their own. Any thread may count and read.
 
     Args:
         device: "cpu" or "cuda".
@@ -42,6 +42,9 @@ class Metrics:
         )
         self._switches = Counter(
             "tp_patch_switches", "Answers whose patch was not that of the answer before.", registry=self._registry
+        )
+        self._answers = Counter(
+            "tp_http_answers", "Answers by HTTP status.", labelnames=["status"], registry=self._registry
         )
         Gauge("tp_device_info", "The device.", labelnames=["device"], registry=self._registry).labels(device).set(1)
         self._last: str | None = None
@@ -79,11 +82,17 @@ class Metrics:
             if tokens > 1:
                 self._pace.labels(label).observe((completion.seconds - first) / (tokens - 1))
 
+    def answered(self, status: int) -> None:
+        """Count an HTTP answer; 499 is a client that hung up before it."""
+        self._answers.labels(str(status)).inc()
+
     def text(self) -> bytes:
         """Return the metrics in Prometheus' text form."""
         return generate_latest(self._registry)
 
-    def _label(self, name: str) -> str:
+    def _label(self, label: str) -> str:
+        """Return the label of a patch or a sum: its names without strengths, of which there are too many."""
+        name = "+".join(part.partition("@")[0] for part in label.split("+"))
         if name not in self._labels:
             if len(self._labels) >= _MOST_LABELS:
                 return "other"

@@ -10,16 +10,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 
 from ..patch import Patch
 from ..text import Result
-from .failures import error_body
+from .answers import ChatCompletion, TextCompletion
+from .failures import documented, error_body
 from .patches import ServedPatches
 from .requests import answer_options, chat_options, completion_options
 from .responses import Answering, event
 from .schema import ChatBody, CompletionBody, Json, Sampled
 from .settings import ServerSettings
-from .worker import Ticket, Worker
+from .worker import Asked, Ticket, Worker
 
 _ENCODERS = 4  # threads that encode prompts: tokenizers and llguidance work outside Python's lock
 _GONE = 499  # what a log says of a request whose client has hung up
@@ -40,16 +42,24 @@ class Completions:
         self._worker, self._patches, self._settings, self._fingerprint = worker, patches, settings, fingerprint
         self._encoders = ThreadPoolExecutor(_ENCODERS, "tp-runtime encoder")
 
+    def close(self) -> None:
+        """End the threads that encode prompts."""
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
     def router(self) -> APIRouter:
         """Return the routes."""
         router = APIRouter(prefix="/v1")
 
-        @router.post("/chat/completions", response_model=None, summary="Answer a chat")
+        @router.post(
+            "/chat/completions", response_model=None, summary="Answer a chat", responses=_documented(ChatCompletion)
+        )
         async def chat(body: ChatBody, request: Request) -> Response:
             options = chat_options(body, self._settings.max_tokens)
             return await self._answer(request, body, [body.messages], options, [""])
 
-        @router.post("/completions", response_model=None, summary="Continue a text")
+        @router.post(
+            "/completions", response_model=None, summary="Continue a text", responses=_documented(TextCompletion)
+        )
         async def completions(body: CompletionBody, request: Request) -> Response:
             options = completion_options(body, self._settings.max_tokens)
             prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -70,8 +80,7 @@ class Completions:
             options: the options of each answer.
             before: for each prompt, the text in front of its answers.
         """
-        choice, label = self._patches.choice(body.model, body.patch)
-        tickets = await self._submit(prompts, body.n, {**options, "patch": choice}, label)
+        tickets, label = await self._submit(prompts, body, options)
         request.state.label, request.state.tickets = label, tickets
         answering = Answering.begin(body.model, self._fingerprint, isinstance(body, ChatBody))
         texts = [text for text in before for _answer in range(body.n)]
@@ -84,21 +93,41 @@ class Completions:
             return Response(status_code=_GONE)
         return JSONResponse(answering.body(results, len(prompts), texts))
 
-    async def _submit(self, prompts: Sequence[Any], n: int, options: dict[str, Any], label: str) -> list[Ticket]:
-        """Add every answer to the batch, or none of them."""
-        loop = asyncio.get_running_loop()
-        tickets: list[Ticket] = []
+    async def _submit(self, prompts: Sequence[Any], body: Sampled, options: dict[str, Any]) -> tuple[list[Ticket], str]:
+        """Add every answer to the batch, or none of them; return them and the name of their patch."""
+        loop, answers = asyncio.get_running_loop(), len(prompts) * body.n
+        deadline = self._worker.reserve(answers)
+
+        def submit() -> tuple[list[Ticket], str]:
+            try:
+                choice, label = self._patches.choice(body.model, body.patch)
+                asked = [
+                    Asked(prompt, answer_options({**options, "patch": choice}, answer))
+                    for prompt in prompts
+                    for answer in range(body.n)
+                ]
+            except BaseException:
+                self._worker.release(answers)
+                raise
+            return self._worker.submit(asked, label, deadline, loop), label
+
         try:
-            for prompt in prompts:
-                for answer in range(n):
-                    own = answer_options(options, answer)
-                    added = loop.run_in_executor(self._encoders, self._worker.submit, prompt, own, label, loop)
-                    tickets.append(await asyncio.shield(added))
+            added = loop.run_in_executor(self._encoders, submit)
         except BaseException:
-            for ticket in tickets:
-                ticket.cancel()
+            self._worker.release(answers)
             raise
-        return tickets
+        try:
+            return await asyncio.shield(added)
+        except asyncio.CancelledError:
+            added.add_done_callback(_cancel)
+            raise
+
+
+def _cancel(added: asyncio.Future[tuple[list[Ticket], str]]) -> None:
+    """Cancel the tickets of a request whose handler has ended before it got them."""
+    if not added.cancelled() and added.exception() is None:
+        for ticket in added.result()[0]:
+            ticket.cancel()
 
 
 async def _results(request: Request, tickets: Sequence[Ticket]) -> list[Result] | None:
@@ -123,7 +152,7 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a response whose answers grow at the same time.
 
-    Starlette closes the generator when the client hangs up.
+    A client that hangs up cancels the task that reads this. The events that wait are at most those of the tickets.
     """
     events: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
@@ -156,6 +185,12 @@ async def _events(
             ticket.cancel()
         for reader in readers:
             reader.cancel()
+
+
+def _documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    stream = {"text/event-stream": {"schema": {"type": "string", "description": "events, each with a chunk"}}}
+    answer = {"model": body, "description": "The answer; with `stream`, its chunks as events.", "content": stream}
+    return {200: answer, **documented(400, 404, 408, 413, 503, 504)}
 
 
 def model_card(name: str, patch: Patch | None, created: int) -> Json:

@@ -106,7 +106,9 @@ class ChatBody(Sampled):
 class CompletionBody(Sampled):
     """The body of a completion."""
 
-    prompt: str | list[str] = Field(description="the text to continue, as it is; several texts get an answer each")
+    prompt: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="the text to continue, as it is; several texts get an answer each"
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = Field(False, description="send the prompt in front of the answer")
 

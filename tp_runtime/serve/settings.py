@@ -22,10 +22,12 @@ class ServerSettings:
         patch_dir: the folder whose patch files are loaded and watched.
         manage_patches: whether /v1/patches loads and unloads patches of `patch_dir`.
         origins: the origins whose pages may call the server from a browser; its own page needs none.
+        host_names: further names by which clients call the server, such as that of a proxy in front of it.
         rows: the largest number of requests that run at the same time.
         queue: the largest number of requests that wait.
         timeout: the seconds that a request may take, waiting included.
         drain: the seconds that running requests get to end after SIGTERM.
+        stall: the seconds after which a client is given up that does not send its body, or takes nothing of an answer.
         body_bytes: the largest size of a request's body.
         max_tokens: the largest number of new tokens of a request, and the number if the request names none.
 
@@ -39,17 +41,19 @@ class ServerSettings:
     patch_dir: Path | None = None
     manage_patches: bool = False
     origins: Sequence[str] = ()
+    host_names: Sequence[str] = ()
     rows: int = 8
     queue: int = 64
     timeout: float = 300.0
     drain: float = 30.0
+    stall: float = 30.0
     body_bytes: int = 4 * 2**20
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("rows", "queue", "body_bytes", "max_tokens"):
             require_positive(name, getattr(self, name))
-        for name in ("timeout", "drain"):
+        for name in ("timeout", "drain", "stall"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise RequestError(
