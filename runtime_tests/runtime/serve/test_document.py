@@ -41,7 +41,7 @@ def test_no_answer_is_a_failure_or_undocumented(server: Running, mode: Generatio
         try:
             cases = operation.as_strategy(generation_mode=mode)
 
-            @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+            @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
             @given(case=cases)
             def check(case: schemathesis.Case) -> None:
                 if mode is GenerationMode.POSITIVE and isinstance(case.body, dict) and "model" in case.body:
