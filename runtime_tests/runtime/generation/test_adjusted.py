@@ -39,6 +39,13 @@ def test_a_bias_out_of_range_is_refused_by_its_id(bias: dict[int, Any], field: s
     assert error.value.field == field
 
 
+@pytest.mark.parametrize("key", [-1, "a", 1.5, True, "1.0", "-1"])
+def test_a_key_that_is_no_id_is_refused(key: Any) -> None:
+    with pytest.raises(RequestError, match="the key is not a token id") as error:
+        Sampling(logit_bias={key: 1})
+    assert error.value.field == "logit_bias" and error.value.got == repr(key)
+
+
 def test_an_id_with_two_biases_is_refused() -> None:
     with pytest.raises(RequestError, match="two biases"):
         Sampling(logit_bias={1: 1, "1": 2})  # type: ignore[dict-item]

@@ -18,7 +18,7 @@ from runtime_tests.logits import furthest, graph_logits, plain_session_logits, t
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
 from tp_runtime.errors import ModelFormatError, PatchTargetError, PatchValueError, StaleCacheError
-from tp_runtime.generation import Batch, Sampling, generate
+from tp_runtime.generation import Batch, Sampler, generate
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files
@@ -124,7 +124,7 @@ def test_a_batch_mixes_the_default_patch_with_others(exported: Path, patch: Patc
     graph = Graph(ModelFolder.open(exported), "cpu")
     bounds = [graph.default, graph.base, graph.bind(other)]
     batch = Batch(graph, 3)
-    options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": 4, "eos_ids": frozenset()}
+    options: dict[str, Any] = {"sampler": Sampler(), "max_new_tokens": 4, "eos_ids": frozenset()}
     rows = [batch.join(IDS[:10], bound, **options) for bound in bounds]
     while batch.rows or batch.joining:
         batch.step()

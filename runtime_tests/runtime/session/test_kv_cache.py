@@ -17,7 +17,7 @@ import pytest
 from runtime_tests.committed import private_copy
 from runtime_tests.logits import furthest, graph_logits, token_ids
 from tp_runtime.errors import BusyError, RequestError, StaleCacheError
-from tp_runtime.generation import Batch, Sampling
+from tp_runtime.generation import Batch, Sampler
 from tp_runtime.model import PatchedModel
 from tp_runtime.session import Graph, KVCache, ModelFolder, Use
 
@@ -111,7 +111,7 @@ def test_a_cache_that_was_rebuilt_from_the_fields_of_another_is_refused(graph: G
 
 def test_the_cache_of_a_batch_row_is_refused_after_the_batch_took_it_over(graph: Graph) -> None:
     batch = Batch(graph, 2)
-    options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": 4, "eos_ids": frozenset()}
+    options: dict[str, Any] = {"sampler": Sampler(), "max_new_tokens": 4, "eos_ids": frozenset()}
     row, alone = (batch.join(IDS, graph.base, **options) for _ in range(2))
     batch.step()
     for _ in range(2):
