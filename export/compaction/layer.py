@@ -15,7 +15,7 @@ from ..decoder import Entry
 from .joint import fit_joint
 from .mass import fold, fold_direction, mass_factors
 from .rows import QueryRows
-from .selection import select
+from .selection import select_forward, select_seen
 from .values import fit_values
 
 _JOINT_COLUMNS = 12_288  # heads * entries up to which the joint fit's Gram matrix (600 MB) is made
@@ -48,7 +48,9 @@ class Target:
     weight: Tensor
 
 
-def compact(rows: QueryRows, context: Entry, count: int, target: Target, ridges: Ridges) -> Entry:
+def compact(
+    rows: QueryRows, context: Entry, count: int, target: Target, ridges: Ridges, *, forward: bool = False
+) -> Entry:
     """Return `count` entries for each key/value head that stand in for the context's.
 
     Args:
@@ -57,6 +59,7 @@ def compact(rows: QueryRows, context: Entry, count: int, target: Target, ridges:
         count: the number of entries to keep, at most n.
         target: what the entries are fitted to.
         ridges: the ridges of the fit.
+        forward: whether entries are selected one after another (selection.py); it costs a Gram matrix for each head.
 
     Returns:
         Keys and values, [kv heads, count, head dim].
@@ -65,7 +68,7 @@ def compact(rows: QueryRows, context: Entry, count: int, target: Target, ridges:
     tokens = target.weight if target.length is None else target.weight / target.length.square().clamp(min=1e-20)
     weight = (tokens / tokens.mean()).repeat_interleave(rows.group)
     pairs = [
-        _compact_head(rows, head, (context[0][head], context[1][head]), count, target, weight, ridges)
+        _compact_head(rows, head, (context[0][head], context[1][head]), count, target, weight, ridges, forward)
         for head in range(rows.kv_heads)
     ]
     keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
@@ -75,11 +78,18 @@ def compact(rows: QueryRows, context: Entry, count: int, target: Target, ridges:
 
 
 def _compact_head(
-    rows: QueryRows, head: int, context: Entry, count: int, target: Target, weight: Tensor, ridges: Ridges
+    rows: QueryRows,
+    head: int,
+    context: Entry,
+    count: int,
+    target: Target,
+    weight: Tensor,
+    ridges: Ridges,
+    forward: bool,
 ) -> Entry:
     keys, values = context
     shares, text = rows.shares(head, keys)
-    kept = select(shares, weight, count)
+    kept = select_forward(shares, weight, values, count) if forward else select_seen(shares, weight, count)
     keys, values, shares = keys[kept], values[kept], shares[:, kept]
     weighted = shares * weight[:, None]
     factors = mass_factors(weighted.T @ shares, weighted.T @ (1 - text), ridges.mass)

@@ -79,7 +79,8 @@ def _behind(model: Any, context: Context, recipe: Recipe, restated: bool, exact:
     weight = recipe.answer_weight
     if weight is None:
         weight = _RESTATED_WEIGHT if restated else ANSWER_WEIGHT
-    compaction = Compaction(counts, recipe.ridges, weight, exact, partial(_stored, dtype=recipe.dtype))
+    stored = partial(_stored, dtype=recipe.dtype)
+    compaction = Compaction(counts, recipe.ridges, weight, forward=restated, exact=exact, stored=stored)
     return Behind(context.cached, replace(entries, entries=kept), compaction)
 
 

@@ -31,6 +31,7 @@ class Compaction:
         counts: the number of entries of each layer.
         ridges: the ridges of the fit.
         answer_weight: the weight of a row that predicts a token of an answer; other rows have 1.
+        forward: whether entries are selected one after another; otherwise each one by itself.
         exact: whether a layer that keeps all entries keeps them as they are. They are exact for the teacher's weights;
             a student of other weights gets values that are fitted to it.
         stored: a function that rounds the entries of a layer to what the file stores, so that the layers above see it.
@@ -39,6 +40,7 @@ class Compaction:
     counts: tuple[int, ...]
     ridges: Ridges = field(default_factory=Ridges)
     answer_weight: float = ANSWER_WEIGHT
+    forward: bool = False
     exact: bool = True
     stored: Callable[[Entry], Entry] = lambda entry: entry
 
@@ -177,4 +179,4 @@ def fit_entries(
     if bias is not None:
         change = change - (bias if length is None else bias / length[:, None])
     target = Target(teacher_heads, change, projection, length, weight.to(teacher_heads))
-    return compaction.stored(compact(rows, context, count, target, compaction.ridges))
+    return compaction.stored(compact(rows, context, count, target, compaction.ridges, forward=compaction.forward))

@@ -10,7 +10,7 @@ import torch
 from runtime_tests.export.compaction.layers import Layer, random_layer, split
 from tp_export.compaction import Ridges, compact
 from tp_export.compaction import layer as layer_module
-from tp_export.compaction.selection import select
+from tp_export.compaction.selection import select_seen
 from tp_export.decoder import Entry
 
 DESIGNS = {
@@ -35,7 +35,7 @@ def selected(layer: Layer, count: int) -> Entry:
     rows, parts = layer.rows(), []
     weight = torch.ones(len(rows.query) * rows.group).double()
     for head in range(rows.kv_heads):
-        kept = select(rows.shares(head, layer.context[0][head])[0], weight, count)
+        kept = select_seen(rows.shares(head, layer.context[0][head])[0], weight, count)
         parts.append((layer.context[0][head][kept], layer.context[1][head][kept]))
     keys, values = zip(*parts, strict=True)
     return torch.stack(keys), torch.stack(values)

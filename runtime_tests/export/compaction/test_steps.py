@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tp_export.compaction import selection
 from tp_export.compaction.joint import fit_joint
 from tp_export.compaction.mass import fold, fold_direction, mass_factors
-from tp_export.compaction.selection import select
+from tp_export.compaction.selection import select_forward, select_seen
 from tp_export.compaction.values import fit_values
 
 LEAST, MOST = 0.05, 200.0
@@ -34,7 +35,7 @@ def test_the_entries_with_the_largest_weighted_mean_square_share_are_kept_in_ord
     weight = torch.rand(30, generator=generator(1), dtype=torch.float64)
     score = [sum(float(weight[i] * shares[i, j] ** 2) for i in range(30)) for j in range(12)]
     for count in (1, 4, 12):
-        assert select(shares, weight, count).tolist() == sorted(sorted(range(12), key=lambda j: -score[j])[:count])
+        assert select_seen(shares, weight, count).tolist() == sorted(sorted(range(12), key=lambda j: -score[j])[:count])
 
 
 def test_what_some_rows_look_at_closely_is_kept_before_what_all_rows_look_at_a_little() -> None:
@@ -42,7 +43,41 @@ def test_what_some_rows_look_at_closely_is_kept_before_what_all_rows_look_at_a_l
     shares[:, 1] = 0
     shares[:4, 1] = 0.9
     ones = torch.ones(100).double()
-    assert shares[:, 0].mean() > shares[:, 1].mean() and select(shares, ones, 1).tolist() == [1]
+    assert shares[:, 0].mean() > shares[:, 1].mean() and select_seen(shares, ones, 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_forward_step_takes_the_entry_that_leaves_the_least_unexplained(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_CANDIDATES", 15)  # all of them
+    g = generator(seed + 100)
+    shares = random_shares(80, 15, seed, sharpness=2.5) * torch.rand(80, 1, generator=g, dtype=torch.float64)
+    weight = torch.rand(80, generator=g, dtype=torch.float64)
+    values = torch.randn(15, 4, generator=g, dtype=torch.float64)
+    root = weight.sqrt()[:, None]
+    output, mass = root * (shares @ values), root * shares.sum(1, keepdim=True)
+    wanted = torch.cat([output, mass * output.norm() / mass.norm()], 1)
+
+    def unexplained(kept: list[int]) -> float:
+        part = root * shares[:, kept]
+        return float((wanted - part @ torch.linalg.lstsq(part, wanted).solution).square().sum())
+
+    kept: list[int] = []
+    for count in range(1, 6):
+        kept.append(min(set(range(15)) - set(kept), key=lambda j: unexplained([*kept, j])))
+        assert select_forward(shares, weight, values, count).tolist() == sorted(kept)
+
+
+def test_forward_selection_keeps_one_of_two_entries_that_the_same_rows_look_at() -> None:
+    shares = torch.zeros(100, 6, dtype=torch.float64)
+    shares[:90, 0] = shares[:90, 1] = 0.4
+    shares[90:, 2] = 0.8
+    ones, values = torch.ones(100).double(), torch.eye(6).double()
+    assert select_seen(shares, ones, 2).tolist() == [0, 1]
+    assert select_forward(shares, ones, values, 2).tolist() in ([0, 2], [1, 2])
+    assert len(set(select_forward(shares, ones, values, 6).tolist())) == 6  # also where nothing is left to explain
+    assert len(set(select_forward(0 * shares, ones, values, 4).tolist())) == 4  # a window hides them all
 
 
 # -- mass ----------------------------------------------------------------------------------------------------

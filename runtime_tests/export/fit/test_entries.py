@@ -79,9 +79,10 @@ def counts_for(model: Any, full: int = 6, windowed: int = 4) -> tuple[int, ...]:
 # -- the entries ---------------------------------------------------------------------------------------------
 
 
-def test_fitted_entries_close_more_of_the_gap_than_the_contexts_own(model: Any) -> None:
+@pytest.mark.parametrize("forward", [False, True])
+def test_fitted_entries_close_more_of_the_gap_than_the_contexts_own(model: Any, forward: bool) -> None:
     counts = counts_for(model)
-    _deltas, prefix = fit(model, behind(model, counts))
+    _deltas, prefix = fit(model, behind(model, counts, forward=forward))
     assert prefix.counts == counts and (prefix.replaces, prefix.position) == ((1, 7), 25)
     assert all(part.isfinite().all() for entry in prefix.entries for part in entry)
     whole = all_entries(model, FITTED)

@@ -10,8 +10,9 @@ import pytest
 
 from runtime_tests.patches import random_patch
 from tp_export import cli
-from tp_export.fit import Recipe, closed_form, make
+from tp_export.fit import Recipe, calibration, closed_form, fit_lockstep, make
 from tp_export.fit.calibration import Calibration
+from tp_export.fit.lockstep import Behind
 from tp_export.queries import load_questions
 from tp_export.report import fitted_queries
 from tp_export.rollout import dialogues
@@ -222,6 +223,27 @@ def test_a_search_fits_its_choice_again_on_the_queries_that_it_chose_by(
     config = Patch.load(out).config
     assert config.calibration is not None and config.calibration["queries"] == 20
     assert config.fidelity is not None and config.fidelity["queries"] == 2  # the held-out ones
+
+
+@pytest.mark.parametrize("restating", [True, False])
+def test_entries_of_a_context_that_is_restated_are_selected_one_after_another(
+    restating: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Behind] = []
+
+    def recorded(*args: Any, behind: Behind, **options: Any) -> Any:
+        found.append(behind)
+        return fit_lockstep(*args, behind=behind, **options)
+
+    monkeypatch.setattr(closed_form, "fit_lockstep", recorded)
+    monkeypatch.setattr(calibration, "LONG_CONTEXT", 1)
+    options = patch_arguments(tiny_llama, tmp_path / "p.safetensors", rank=None, prefix=4, samples=1)
+    queries = tmp_path / "q.txt"
+    queries.write_text("".join(f"What is {i}?\n" for i in range(8)))
+    assert cli.main([*options, f"--queries={queries}", *([] if restating else ["--no-restating"])]) == 0
+    compaction = found[0].compaction
+    assert compaction is not None
+    assert (compaction.forward, compaction.answer_weight) == (restating, 1.0 if restating else 5.0)
 
 
 def test_the_queries_of_a_fit_are_saved_for_the_report(
