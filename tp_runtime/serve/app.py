@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -18,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import RequestError
 from ..model import PatchedModel
+from .cards import model_facts
 from .failures import install
 from .guard import Guard
 from .metrics import Metrics
@@ -75,9 +77,10 @@ def create_app(
     )
     install(app)
     app.include_router(Completions(worker, patches, settings, folder.graph_digest[:12]).router())
-    app.include_router(_models(patches, settings))
+    facts = model_facts(folder, settings, model.prefix_cache is not None)
+    app.include_router(_models(patches, settings, facts))
     app.include_router(_state(worker, metrics))
-    app.mount("/static", StaticFiles(directory=_PAGE), name="page")
+    app.mount("/static", _Fresh(directory=_PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -92,12 +95,21 @@ def create_app(
     return app
 
 
-def _models(patches: ServedPatches, settings: ServerSettings) -> APIRouter:
+class _Fresh(StaticFiles):
+    """The files of the page, which a browser asks for anew: those of two versions do not work together."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+def _models(patches: ServedPatches, settings: ServerSettings, facts: Json) -> APIRouter:
     router, started = APIRouter(prefix="/v1"), int(time.time())
 
     def cards() -> list[Json]:
-        named = [(patches.base, None), *sorted(patches.names().items())]
-        return [model_card(name, patch, started) for name, patch in named]
+        own = {**model_card(patches.base, None, started), "model": facts}
+        return [own, *(model_card(name, patch, started) for name, patch in sorted(patches.names().items()))]
 
     @router.get("/models", summary="List what the field model can name")
     async def models() -> Json:

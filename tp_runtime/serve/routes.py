@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..patch import Patch
 from ..text import Result
+from .cards import patch_facts
 from .failures import error_body
 from .patches import ServedPatches
 from .requests import answer_options, chat_options, completion_options
@@ -180,5 +181,6 @@ def model_card(name: str, patch: Patch | None, created: int) -> Json:
                 "system": shown.system,
                 "precision": shown.precision,
             },
+            **patch_facts(patch),
         },
     }
