@@ -12,14 +12,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from ..patch import Patch
 from ..text import Result
 from .answers import ChatCompletion, TextCompletion
 from .failures import documented, error_body
 from .patches import ServedPatches
 from .requests import answer_options, chat_options, completion_options
 from .responses import Answering, event
-from .schema import ChatBody, CompletionBody, Json, Sampled
+from .schema import ChatBody, CompletionBody, Sampled
 from .settings import ServerSettings
 from .worker import Asked, Ticket, Worker
 
@@ -188,32 +187,7 @@ async def _events(
 
 
 def _documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    stream = {"text/event-stream": {"schema": {"type": "string", "description": "events, each with a chunk"}}}
+    data = {"type": "string", "description": "a chunk as JSON, or [DONE] at the end"}
+    stream = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}}
     answer = {"model": body, "description": "The answer; with `stream`, its chunks as events.", "content": stream}
     return {200: answer, **documented(400, 404, 408, 413, 503, 504)}
-
-
-def model_card(name: str, patch: Patch | None, created: int) -> Json:
-    """Return the entry of /v1/models for the model itself or for a patch: what it is, can and keeps."""
-    card: Json = {"id": name, "object": "model", "created": created, "owned_by": "tp-runtime"}
-    if patch is None:
-        return card
-    shown = patch.capabilities
-    return {
-        **card,
-        "patch": {
-            "name": patch.name,
-            "identity": patch.identity,
-            "bytes": patch.nbytes,
-            "method": patch.config.method,
-            "fidelity": patch.config.fidelity,
-            "stop": list(patch.config.stop),
-            "capabilities": {
-                "form": shown.form,
-                "strength": shown.strength,
-                "sums": shown.sums,
-                "system": shown.system,
-                "precision": shown.precision,
-            },
-        },
-    }
