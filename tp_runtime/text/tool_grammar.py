@@ -19,6 +19,7 @@ from .tool_values import Value, object_parts, refuse_other_keys, value_kinds
 
 # Beside these keys, additionalProperties would not mean what it means beside properties alone.
 _COMBINED = frozenset(("additionalProperties", "$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if"))
+_MOST_CALLS = 4  # of one answer: a small model that repeats its call would go on until its tokens are used up
 _DEFINITIONS = ("$defs", "definitions")
 _PLAIN_NAME = re.compile(r"[\w./:-]+")
 
@@ -36,7 +37,7 @@ def tool_constraint(
 
     Args:
         tools: the tools of the request, as `checked_tools` returns them.
-        tool_choice: the choice, as `checked_tool_choice` returns it: "required" means one call or more of any tools, an
+        tool_choice: the choice, as `checked_tool_choice` returns it: "required" means one call to four of any tools, an
             object means one call of that tool; "auto" and "none" constrain nothing.
         form: the notation of the model (`TextCodec.tool_format`).
         tags: the tags around reasoning (`TextCodec.reasoning_tags`).
@@ -63,7 +64,7 @@ def tool_constraint(
         section, separator, end = layout.section, layout.separator, layout.section_end
     elif isinstance(layout, Tags):
         separator = "\n"
-    more = "" if chosen else f"({writer.text(separator)} {call})*"
+    more = "" if chosen else f"({writer.text(separator)} {call}){{0,{_MOST_CALLS - 1}}}"
     return writer.grammar(f"{writer.reasoning(tags, tail)} {writer.text(section)} {call} {more} {writer.text(end)}")
 
 
