@@ -5,12 +5,16 @@ The tensors and their dtype stay unchanged, int8 with its scales included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tp_runtime.patch import Patch
+from tp_runtime.patch import MAX_REPORT, Patch
 
-from .figures import NO_PROMPT, PATCH, PROMPT, PatchReport
+from .figures import BOTH, ENTRIES, EXACT, NO_PROMPT, PATCH, PROMPT, WEIGHTS, PatchReport, Point
+
+# The names of series in the keys of a stored frontier, which the server's page draws.
+_SERIES = {WEIGHTS: "weights", ENTRIES: "entries", BOTH: "both", EXACT: "exact"}
 
 
 def store_summary(file: Path, patch: Patch, report: PatchReport) -> None:
@@ -60,4 +64,28 @@ def summary(report: PatchReport) -> dict[str, float]:
             f"gap_closed_turn_{turn.turn}": turn.own.gap_closed,
             f"gap_closed_turn_{turn.turn}_se": turn.own.gap_closed_se,
         }
+    if report.frontier is not None:
+        room = MAX_REPORT - sum(value is not None for value in figures.values())
+        figures |= frontier_figures(report.frontier.points, room)
     return {name: round(value, 6) for name, value in figures.items() if value is not None}
+
+
+def frontier_figures(points: Sequence[Point], room: int) -> dict[str, float | None]:
+    """Return the frontier as figures: `frontier_SERIES_BYTES` is the gap that a file of this size closes.
+
+    Only the frontier itself is kept: a file that closes less than a smaller one is left out. So is what has no file (a
+    shorter prompt) and the patch of the report, whose own figures stand beside these.
+
+    Args:
+        points: the points of the plot.
+        room: the largest number of figures; if there are more, the smallest files are left out.
+    """
+    kept: list[dict[str, float | None]] = []
+    most = float("-inf")
+    files = [(point.bytes, point) for point in points if point.bytes is not None and point.series in _SERIES]
+    for size, point in sorted(files, key=lambda pair: pair[0]):
+        gap = point.held_out.gap_closed
+        if gap is not None and gap > most:
+            most, name = gap, f"frontier_{_SERIES[point.series]}_{size}"
+            kept.append({name: gap, f"{name}_se": point.held_out.gap_closed_se})
+    return {name: value for pair in kept[len(kept) - min(len(kept), room // 2) :] for name, value in pair.items()}

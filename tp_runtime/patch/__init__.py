@@ -4,7 +4,7 @@ This room knows nothing of graphs, sessions, devices or text.
 """
 
 from .capabilities import ADDS_TO_WEIGHTS, AT_A_COST, ENTRIES_STAND, FLOAT_PRECISIONS, Capabilities
-from .config import PatchConfig, context_digest
+from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
 from .dtypes import DTYPES
@@ -23,6 +23,7 @@ __all__ = [
     "FLOAT_PRECISIONS",
     "KV_PARTS",
     "MAX_FILE_BYTES",
+    "MAX_REPORT",
     "PATCH_FILE",
     "SITES",
     "Capabilities",
