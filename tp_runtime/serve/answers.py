@@ -134,6 +134,13 @@ class CapabilitiesPart(Answer):
     precision: str
 
 
+class EntriesPart(Answer):
+    """The entries of a patch: their mean number over the layers, and how many first ids of a prompt they replace."""
+
+    mean: float
+    replaces: int
+
+
 class PatchPart(Answer):
     """A patch: what it is, can do and keeps."""
 
@@ -144,6 +151,20 @@ class PatchPart(Answer):
     fidelity: dict[str, Any] | None
     stop: list[str]
     capabilities: CapabilitiesPart
+    context_digest: str | None
+    report: dict[str, Any] | None
+    entries: EntriesPart | None
+
+
+class ModelPart(Answer):
+    """The model itself: how it is asked, and what a token costs; see cards.py."""
+
+    style: Literal["chat", "completion"]
+    precision: str
+    context_window: int
+    max_tokens: int
+    kv_bytes_per_token: int
+    keeps_prompts: bool
 
 
 class ModelCard(Answer):
@@ -153,6 +174,7 @@ class ModelCard(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    model: ModelPart | None = None
     patch: PatchPart | None = None
 
 

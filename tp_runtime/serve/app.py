@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -18,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..model import PatchedModel
 from .answers import ModelCard, ModelList, State
+from .cards import model_facts
 from .failures import DisabledError, documented, install
 from .guard import Guard
 from .metrics import Metrics
@@ -85,9 +87,10 @@ def create_app(
     app.state.worker = worker
     install(app)
     app.include_router(completions.router())
-    app.include_router(_models(patches, settings))
+    facts = model_facts(folder, settings, model.prefix_cache is not None)
+    app.include_router(_models(patches, settings, facts))
     app.include_router(_state(worker, metrics))
-    app.mount("/static", StaticFiles(directory=_PAGE), name="page")
+    app.mount("/static", _Fresh(directory=_PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -129,11 +132,23 @@ def _document(app: FastAPI, settings: ServerSettings) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _models(patches: ServedPatches, settings: ServerSettings) -> APIRouter:
+class _Fresh(StaticFiles):
+    """The files of the page, which a browser asks for anew: those of two versions do not work together."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+def _models(patches: ServedPatches, settings: ServerSettings, facts: Json) -> APIRouter:
     router, started = APIRouter(prefix="/v1"), int(time.time())
 
+    def own_card() -> Json:
+        return {**model_card(patches.base, None, started), "model": facts}
+
     def cards() -> list[Json]:
-        return [model_card(patches.base, None, started), *patch_cards()]
+        return [own_card(), *patch_cards()]
 
     def patch_cards() -> list[Json]:
         return [model_card(name, patch, started) for name, patch in sorted(patches.names().items())]
@@ -153,7 +168,7 @@ def _models(patches: ServedPatches, settings: ServerSettings) -> APIRouter:
     async def one(name: str) -> JSONResponse:
         choice, _label = await asyncio.to_thread(patches.choice, name, None)
         patch = patches.names().get(choice) if isinstance(choice, str) else choice
-        return JSONResponse(model_card(name, patch, started))
+        return JSONResponse(own_card() if name == patches.base else model_card(name, patch, started))
 
     @router.get("/patches", summary="List the loaded patches", response_model=ModelList, responses=documented())
     async def listed() -> JSONResponse:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from ..patch import Patch
 from ..text import Result
 from .answers import ChatCompletion, TextCompletion
+from .cards import patch_facts
 from .failures import documented, error_body
 from .patches import ServedPatches
 from .requests import answer_options, chat_options, completion_options
@@ -215,5 +216,6 @@ def model_card(name: str, patch: Patch | None, created: int) -> Json:
                 "system": shown.system,
                 "precision": shown.precision,
             },
+            **patch_facts(patch),
         },
     }
