@@ -31,8 +31,11 @@ function row(choice, name, card, id, changed) {
     el(
       "dl",
       { class: "words", id: `${id}-words` },
-      ...[["strength", can.strength], ["sums", can.sums], ["system message", can.system]]
-        .flatMap(([what, words]) => [el("dt", {}, what), el("dd", {}, words)]),
+      ...[
+        ["strength", can.strength],
+        ["sums", can.sums],
+        ["system message", can.system],
+      ].flatMap(([what, words]) => [el("dt", {}, what), el("dd", {}, words)]),
     ),
     el("p", { class: "refusal" }),
   );
