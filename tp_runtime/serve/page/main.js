@@ -29,7 +29,7 @@ async function load() {
     listed = await models();
   } catch (error) {
     showError(byId("page-error"), error);
-    failed(error);
+    if (error.status !== 404) failed(error); // after 404 it would load again
     return false;
   }
   const gone = choice.load(listed);
