@@ -27,7 +27,7 @@ from tp_export.decoder import patched
 from tp_export.graph import export_model
 from tp_export.quantise import QuantisedStudent, quantised
 from tp_export.source import Source, load_model, open_source
-from tp_runtime.generation import Batch, Sampling
+from tp_runtime.generation import Batch, Sampler
 from tp_runtime.patch import FLOAT_PRECISIONS, KV_PARTS, KVPrefix, Patch
 from tp_runtime.session import Graph, Lengths, ModelFolder
 
@@ -165,7 +165,7 @@ def test_a_batch_of_rows_with_other_counts_matches_torch(pair: tuple[Any, Graph]
     batch._rows.step = recorded  # type: ignore[method-assign]
     rows = []
     for number, patch in enumerate(patches):  # rows join one after the other, with prompts of other lengths
-        options = {"sampling": Sampling(), "max_new_tokens": steps, "eos_ids": frozenset()}
+        options = {"sampler": Sampler(), "max_new_tokens": steps, "eos_ids": frozenset()}
         rows.append(batch.join(IDS[: 5 + 3 * number], graph.bind(patch), **options))  # type: ignore[arg-type]
         batch.step()
         batch.step()

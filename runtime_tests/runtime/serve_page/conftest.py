@@ -5,7 +5,6 @@ Playwright runs an event loop in the thread of the tests as long as it is open, 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.patches import patch_for
+from runtime_tests.runtime.serve_page.chromium import FLAGS, NAMES, find_chromium
 from runtime_tests.runtime.serve_page.serving import Pace, Served
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -29,19 +29,17 @@ FIDELITY = {
     "queries": 16,
 }
 FRONTIER = {"frontier_entries_4000": 0.8, "frontier_entries_4000_se": 0.05, "frontier_exact_9000": 1.0}
-_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 
 
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
     """Headless Chromium with a profile of its own, which is deleted at the end."""
-    found = next(filter(None, map(shutil.which, _CHROMIUM)), None)
+    found = find_chromium()
     if found is None:
-        pytest.skip(f"the page's tests need a browser: none of {', '.join(_CHROMIUM)} is installed")
+        pytest.skip(f"the page's tests need a browser: none of {', '.join(NAMES)} is installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=list(_FLAGS))
+        browser = driver.chromium.launch(executable_path=found, args=list(FLAGS))
         yield browser
         browser.close()
 

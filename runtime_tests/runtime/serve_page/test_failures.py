@@ -155,3 +155,34 @@ def test_a_server_without_patches_says_how_to_load_some(
 ) -> None:
     page = open_page(serve(PatchedModel.from_pretrained(tiny_llama_export, "cpu")))
     page.get_by_text("Start the server with --patch NAME=FILE").wait_for()
+
+
+def test_what_is_no_server_of_this_kind_is_asked_once(page: Any) -> None:
+    asked: list[str] = []
+
+    def nothing_here(route: Any) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=404, body="<h1>nothing here</h1>")
+
+    page.route("**/v1/models", nothing_here)
+    page.get_by_role("button", name="Reload").click()
+    page.locator("#page-error .error").wait_for()
+    said = page.locator("#page-error").text_content()
+    assert "the server answered with status 404 and no explanation" in said and "<h1>" not in said
+    assert len(asked) == 1
+
+
+def test_a_form_that_changed_on_the_server_changes_the_choice(
+    serve: Serve, open_page: OpenPage, chat_model: PatchedModel
+) -> None:
+    page = open_page(serve(chat_model))
+    weights = chat_model.patches["pirate"]
+    choose(page, "pirate", 0.5)
+    try:
+        chat_model.load_patch(chat_model.patches["facts"], "pirate", replace=True)
+        page.get_by_role("button", name="Reload").click()
+        page.locator("#patch-list input[type=range][max='1'] >> nth=2").wait_for()
+        slider = row(page, "pirate").get_by_role("slider")
+        assert slider.input_value() == "1" and row(page, "pirate").locator("output").text_content() == "1"
+    finally:
+        chat_model.load_patch(weights, "pirate", replace=True)

@@ -124,5 +124,9 @@ export class Chat {
 function turn(who, content) {
   const text = el("div", { class: "text" }, ...(content === "" ? [] : [content]));
   const meta = el("p", { class: "note" });
-  return { node: el("article", { class: who === "You" ? "turn you" : "turn" }, el("h3", {}, who), text, meta), text, meta };
+  return {
+    node: el("article", { class: who === "You" ? "turn you" : "turn" }, el("h3", {}, who), text, meta),
+    text,
+    meta,
+  };
 }

@@ -79,7 +79,13 @@ export class Compare {
       const { first_token_ms: first, ms_per_token: pace } = end.timings;
       const kept = costs.perToken === null ? null : held * costs.perToken;
       one.ended = { first, held, kept, text: one.output.textContent };
-      set(one, [duration(first), duration(pace), tokens(held), kept === null ? "–" : bytes(kept), costs.fileBytes ? bytes(costs.fileBytes) : "none"]);
+      set(one, [
+        duration(first),
+        duration(pace),
+        tokens(held),
+        kept === null ? "–" : bytes(kept),
+        costs.fileBytes ? bytes(costs.fileBytes) : "none",
+      ]);
       const why = end.reason === "length" ? ", cut at the limit" : "";
       one.status.textContent = `done, ${tokens(end.usage.completion_tokens)}${why}`;
     } catch (error) {
@@ -114,11 +120,35 @@ export function grow(output, text, kind) {
 
 function arm(name, at) {
   const title = `arm-${at}`;
-  const output = el("div", { class: "answer", "aria-live": "polite", "aria-busy": "false", role: "region", "aria-label": `Answer: ${name}`, tabindex: "0" });
-  const [about, status, error] = [el("p", { class: "note about" }), el("p", { class: "status", role: "status" }), el("div", { role: "alert" })];
+  const output = el("div", {
+    class: "answer",
+    "aria-live": "polite",
+    "aria-busy": "false",
+    role: "region",
+    "aria-label": `Answer: ${name}`,
+    tabindex: "0",
+  });
+  const [about, status, error] = [
+    el("p", { class: "note about" }),
+    el("p", { class: "status", role: "status" }),
+    el("div", { role: "alert" }),
+  ];
   const values = FIGURES.map(() => el("dd", {}, "–"));
-  const costs = el("dl", { class: "costs" }, ...FIGURES.flatMap((figure, index) => [el("dt", {}, figure), values[index]]));
-  const node = el("section", { class: "arm", "aria-labelledby": title }, el("h3", { id: title }, name), about, costs, output, status, error);
+  const costs = el(
+    "dl",
+    { class: "costs" },
+    ...FIGURES.flatMap((figure, index) => [el("dt", {}, figure), values[index]]),
+  );
+  const node = el(
+    "section",
+    { class: "arm", "aria-labelledby": title },
+    el("h3", { id: title }, name),
+    about,
+    costs,
+    output,
+    status,
+    error,
+  );
   return { node, about, output, status, error, values, ended: null };
 }
 
@@ -127,7 +157,10 @@ function clear(one) {
   one.output.replaceChildren();
   one.status.textContent = "";
   showError(one.error, null);
-  set(one, FIGURES.map(() => "–"));
+  set(
+    one,
+    FIGURES.map(() => "–"),
+  );
 }
 
 function set(one, texts) {
@@ -146,13 +179,15 @@ function difference(prompt, patch, label, alone) {
   if (alone && prompt.first && patch.first) {
     const sooner = prompt.first >= patch.first;
     const times = sooner ? prompt.first / patch.first : patch.first / prompt.first;
-    parts.push(times < 1.05 ? "its first token came at the same time" : `its first token came ${times.toFixed(1)} times ${sooner ? "sooner" : "later"}`);
+    parts.push(
+      times < 1.05
+        ? "its first token came at the same time"
+        : `its first token came ${times.toFixed(1)} times ${sooner ? "sooner" : "later"}`,
+    );
   }
   const fewer = prompt.held - patch.held;
-  parts.push(`a session holds ${tokens(Math.abs(fewer))} of context ${fewer >= 0 ? "fewer" : "more"}`);
-  if (prompt.kept !== null) {
-    parts.push(`${bytes(Math.abs(prompt.kept - patch.kept))} of keys and values ${prompt.kept >= patch.kept ? "less" : "more"}`);
-  }
+  const kept = prompt.kept === null ? "" : ` (${bytes(Math.abs(prompt.kept - patch.kept))} of keys and values)`;
+  parts.push(`a session holds ${tokens(Math.abs(fewer))} of context ${fewer >= 0 ? "fewer" : "more"}${kept}`);
   const same = prompt.text === patch.text ? " The two answers are the same, letter for letter." : "";
   const times = alone ? "" : " The three ran in one batch, so their times include each other's work.";
   return `${label} against the prompt: ${parts.join(", ")}.${same}${times}`;
@@ -163,11 +198,15 @@ async function standsFor(choice, prompt) {
   const chosen = choice.active.filter(([name]) => choice.cards.get(name).context_digest);
   // Browsers hash only on pages that come from this machine or over HTTPS.
   if (prompt.trim() === "" || !chosen.length || !globalThis.crypto?.subtle) return "";
-  const digests = await Promise.all([prompt, prompt.replace(/\n+$/, ""), `${prompt.replace(/\n+$/, "")}\n`].map(sha256));
+  const digests = await Promise.all(
+    [prompt, prompt.replace(/\n+$/, ""), `${prompt.replace(/\n+$/, "")}\n`].map(sha256),
+  );
   return chosen
-    .map(([name]) => (digests.includes(choice.cards.get(name).context_digest)
-      ? `${name} was made from this text.`
-      : `${name} was made from another text, so the two answers are not expected to agree.`))
+    .map(([name]) =>
+      digests.includes(choice.cards.get(name).context_digest)
+        ? `${name} was made from this text.`
+        : `${name} was made from another text, so the two answers are not expected to agree.`,
+    )
     .join(" ");
 }
 

@@ -6,16 +6,31 @@ import { drawFrontier, frontierPoints } from "./frontier.js";
 
 /** The figures that are shown, each with the first of its names that a patch has and with what it means. */
 const SHOWN = [
-  [["gap_closed"], "gap closed", (share) => `Over all tokens of an answer, the patch closes ${percent(share)} of the distance between no prompt and the prompt.`],
-  [["gap_closed_first"], "first token", (share) => `At the first token of an answer, which often is the one that chooses, it closes ${percent(share)}.`],
-  [["accuracy_exact_kept", "accuracy_kept"], "kept", (share) => `Of the answers that are right with the prompt, ${percent(share)} are right with the patch.`],
+  [
+    ["gap_closed"],
+    "gap closed",
+    (share) =>
+      `Over all tokens of an answer, the patch closes ${percent(share)} of the distance between no prompt and the prompt.`,
+  ],
+  [
+    ["gap_closed_first"],
+    "first token",
+    (share) => `At the first token of an answer, which often is the one that chooses, it closes ${percent(share)}.`,
+  ],
+  [
+    ["accuracy_exact_kept", "accuracy_kept"],
+    "kept",
+    (share) => `Of the answers that are right with the prompt, ${percent(share)} are right with the patch.`,
+  ],
 ];
 
 /** Show the figures of every patch. */
 export function showFigures(choice) {
   const cards = [...choice.cards];
   byId("figures").replaceChildren(
-    ...(cards.length ? [table(cards), ...cards.map(([name, card]) => details(name, card))] : [el("p", {}, "No patch is loaded.")]),
+    ...(cards.length
+      ? [table(cards), ...cards.map(([name, card]) => details(name, card))]
+      : [el("p", {}, "No patch is loaded.")]),
   );
 }
 
@@ -40,7 +55,12 @@ function table(cards) {
   return el(
     "div",
     { class: "scroll", tabindex: "0", role: "region", "aria-label": "Figures of all patches" },
-    el("table", {}, el("thead", {}, el("tr", {}, ...head.map((title) => el("th", { scope: "col" }, title)))), el("tbody", {}, ...rows)),
+    el(
+      "table",
+      {},
+      el("thead", {}, el("tr", {}, ...head.map((title) => el("th", { scope: "col" }, title)))),
+      el("tbody", {}, ...rows),
+    ),
   );
 }
 
@@ -65,7 +85,13 @@ function sentences(card) {
   if (!said.length) return ["The file holds no figures of its fidelity."];
   const queries = card.fidelity.queries;
   const questions = card.fidelity.accuracy_questions;
-  const kept = found(card, SHOWN[2][0]) === null ? "Kept answers were not counted: the answers of its queries are not known, or none was right." : null;
-  const measured = queries === undefined ? null : `Measured on ${queries} held-out queries${questions === undefined ? "" : `, ${questions} of them with known answers`}.`;
+  const kept =
+    found(card, SHOWN[2][0]) === null
+      ? "Kept answers were not counted: the answers of its queries are not known, or none was right."
+      : null;
+  const measured =
+    queries === undefined
+      ? null
+      : `Measured on ${queries} held-out queries${questions === undefined ? "" : `, ${questions} of them with known answers`}.`;
   return [...said, ...[kept, measured].filter((text) => text !== null)];
 }

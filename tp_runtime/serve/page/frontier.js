@@ -1,13 +1,19 @@
-// The frontier of a patch: how much of the prompt's effect a file of some size keeps, drawn from the patch's own figures.
+// The frontier of a patch: how much of the prompt's effect a file of some size keeps, from the patch's own figures.
 
 import { el, svg } from "./dom.js";
 import { bytes, figure } from "./format.js";
 
 // `tp-export report --store --frontier` writes frontier_SERIES_BYTES, and the same with _se for its standard error.
 const KEY = /^frontier_(weights|entries|both|exact)_(\d+)$/;
-const NAMES = { weights: "weights", entries: "entries", both: "weights and entries", exact: "all entries", this: "this patch" };
+const NAMES = {
+  weights: "weights",
+  entries: "entries",
+  both: "weights and entries",
+  exact: "all entries",
+  this: "this patch",
+};
 const [WIDTH, HEIGHT] = [460, 240];
-const EDGE = { left: 46, right: 14, top: 12, bottom: 36 };
+const EDGE = { left: 46, right: 116, top: 12, bottom: 36 };
 
 /** Return the points of a patch's frontier, from the smallest file on; empty if its figures hold none. */
 export function frontierPoints(card) {
@@ -24,20 +30,31 @@ export function drawFrontier(name, card, points) {
   const gap = card.report?.gap_closed ?? card.fidelity?.gap_closed;
   const error = card.report?.gap_closed_se ?? card.fidelity?.gap_closed_se;
   const all = gap === undefined ? points : [...points, { series: "this", bytes: card.bytes, gap, error }];
-  const rows = all.map((point) => el(
-    "tr",
-    {},
-    el("td", {}, NAMES[point.series]),
-    el("td", { class: "number" }, bytes(point.bytes)),
-    el("td", { class: "number" }, figure(point.gap, point.error)),
-  ));
+  const rows = all.map((point) =>
+    el(
+      "tr",
+      {},
+      el("td", {}, NAMES[point.series]),
+      el("td", { class: "number" }, bytes(point.bytes)),
+      el("td", { class: "number" }, figure(point.gap, point.error)),
+    ),
+  );
   const head = ["form", "file", "gap closed"].map((title) => el("th", { scope: "col" }, title));
   return el(
     "figure",
     {},
     picture(name, all),
-    el("figcaption", {}, "Gap closed against the size of the file. A point on the line keeps more than any smaller file; bars are one standard error."),
-    el("details", {}, el("summary", {}, "The numbers"), el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows))),
+    el(
+      "figcaption",
+      {},
+      "Gap closed against the size of the file. A point on the line keeps more than any smaller file; bars are one standard error.",
+    ),
+    el(
+      "details",
+      {},
+      el("summary", {}, "The numbers"),
+      el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)),
+    ),
   );
 }
 
@@ -54,22 +71,43 @@ function picture(name, points) {
       svg("line", { class: "grid", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: y.at(tick), y2: y.at(tick) }),
       svg("text", { x: EDGE.left - 6, y: y.at(tick) + 4, "text-anchor": "end" }, tick.toFixed(y.digits)),
     ]),
-    ...x.ticks.map((tick) => svg("text", { x: x.at(tick), y: HEIGHT - EDGE.bottom + 16, "text-anchor": "middle" }, bytes(tick))),
-    svg("text", { x: (EDGE.left + WIDTH - EDGE.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, "size of the file"),
-    svg("polyline", { class: "line", points: line.map((point) => `${x.at(point.bytes)},${y.at(point.gap)}`).join(" ") }),
+    ...x.ticks.map((tick) =>
+      svg("text", { x: x.at(tick), y: HEIGHT - EDGE.bottom + 16, "text-anchor": "middle" }, bytes(tick)),
+    ),
+    svg(
+      "text",
+      { x: (EDGE.left + WIDTH - EDGE.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" },
+      "size of the file",
+    ),
+    svg("polyline", {
+      class: "line",
+      points: line.map((point) => `${x.at(point.bytes)},${y.at(point.gap)}`).join(" "),
+    }),
     ...points.flatMap((point) => marks(point, x.at(point.bytes), y)),
   );
 }
 
 function marks(point, x, y) {
-  const bar = point.error > 0
-    ? [svg("line", { class: "bar", x1: x, x2: x, y1: y.at(point.gap - point.error), y2: y.at(point.gap + point.error) })]
-    : [];
+  const bar =
+    point.error > 0
+      ? [
+          svg("line", {
+            class: "bar",
+            x1: x,
+            x2: x,
+            y1: y.at(point.gap - point.error),
+            y2: y.at(point.gap + point.error),
+          }),
+        ]
+      : [];
   const title = svg("title", {}, `${NAMES[point.series]}, ${bytes(point.bytes)}: ${figure(point.gap, point.error)}`);
-  const shape = point.series === "this"
-    ? svg("rect", { class: "point this", x: x - 5, y: y.at(point.gap) - 5, width: 10, height: 10 }, title)
-    : svg("circle", { class: "point", cx: x, cy: y.at(point.gap), r: 4 }, title);
-  const label = svg("text", { x: x < WIDTH / 2 ? x + 9 : x - 9, y: y.at(point.gap) + 15, "text-anchor": x < WIDTH / 2 ? "start" : "end" }, NAMES[point.series]);
+  const shape =
+    point.series === "this"
+      ? svg("rect", { class: "point this", x: x - 5, y: y.at(point.gap) - 5, width: 10, height: 10 }, title)
+      : svg("circle", { class: "point", cx: x, cy: y.at(point.gap), r: 4 }, title);
+  // A frontier rises to the right, so there is room below and to the right of a point; this patch may lie on another.
+  const below = point.series === "this" ? -9 : 15;
+  const label = svg("text", { x: x + 8, y: y.at(point.gap) + below }, NAMES[point.series]);
   return [...bar, shape, label];
 }
 
@@ -77,7 +115,8 @@ function marks(point, x, y) {
 function sizes(points) {
   const logs = points.map((point) => Math.log(Math.max(1, point.bytes)));
   const [low, high] = [Math.min(...logs) - 0.15, Math.max(...logs) + 0.15];
-  const at = (size) => EDGE.left + ((Math.log(Math.max(1, size)) - low) / (high - low)) * (WIDTH - EDGE.left - EDGE.right);
+  const at = (size) =>
+    EDGE.left + ((Math.log(Math.max(1, size)) - low) / (high - low)) * (WIDTH - EDGE.left - EDGE.right);
   const ticks = [0.06, 0.5, 0.94].map((part) => rounded(Math.exp(low + part * (high - low))));
   return { at, ticks: [...new Set(ticks)] };
 }
@@ -90,7 +129,11 @@ function shares(points) {
   const bottom = Math.floor(lowest / step) * step;
   const count = Math.ceil((highest - bottom) / step - 1e-9);
   const at = (share) => HEIGHT - EDGE.bottom - ((share - bottom) / (count * step)) * (HEIGHT - EDGE.top - EDGE.bottom);
-  return { at, digits: step < 0.1 || step === 0.25 ? 2 : 1, ticks: Array.from({ length: count + 1 }, (_, index) => bottom + index * step) };
+  return {
+    at,
+    digits: step < 0.1 || step === 0.25 ? 2 : 1,
+    ticks: Array.from({ length: count + 1 }, (_, index) => bottom + index * step),
+  };
 }
 
 const rounded = (value) => Number(value.toPrecision(2));

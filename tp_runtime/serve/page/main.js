@@ -29,7 +29,7 @@ async function load() {
     listed = await models();
   } catch (error) {
     showError(byId("page-error"), error);
-    failed(error);
+    if (error.status !== 404) failed(error); // after 404 it would load again
     return false;
   }
   const gone = choice.load(listed);
@@ -37,7 +37,10 @@ async function load() {
   byId("links").hidden = hasKey(); // a link sends no key
   byId("connection").textContent = "connected";
   byId("connection").classList.remove("lost");
-  showError(byId("page-error"), gone.length ? { title: "A patch is gone.", message: `The server no longer has ${gone.join(", ")}.` } : null);
+  showError(
+    byId("page-error"),
+    gone.length ? { title: "A patch is gone.", message: `The server no longer has ${gone.join(", ")}.` } : null,
+  );
   showModel(choice.base);
   showPatches(choice, describe);
   showFigures(choice);
@@ -47,7 +50,13 @@ async function load() {
 
 function showModel(base) {
   const facts = base?.model;
-  byId("model").textContent = base === null ? "…" : [base.id, ...(facts ? [facts.precision, `${facts.style} model`, `window of ${facts.context_window} tokens`] : [])].join(" · ");
+  byId("model").textContent =
+    base === null
+      ? "…"
+      : [
+          base.id,
+          ...(facts ? [facts.precision, `${facts.style} model`, `window of ${facts.context_window} tokens`] : []),
+        ].join(" · ");
   if (facts) byId("max-tokens").max = facts.max_tokens;
   const completes = facts?.style === "completion";
   byId("ask-form").querySelector("label[for=prompt]").textContent = completes

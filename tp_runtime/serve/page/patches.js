@@ -10,9 +10,11 @@ const STEP = 0.05;
 /** Show the patches of a choice, and call `changed` when the user changes it. */
 export function showPatches(choice, changed) {
   const list = byId("patch-list");
+  const focused = list.contains(document.activeElement) ? document.activeElement.id : null;
   list.replaceChildren(...[...choice.cards].map(([name, card], at) => row(choice, name, card, `patch-${at}`, changed)));
   byId("no-patches").hidden = choice.cards.size > 0;
   update(choice);
+  if (focused !== null) byId(focused)?.focus();
 }
 
 function row(choice, name, card, id, changed) {
@@ -31,8 +33,11 @@ function row(choice, name, card, id, changed) {
     el(
       "dl",
       { class: "words", id: `${id}-words` },
-      ...[["strength", can.strength], ["sums", can.sums], ["system message", can.system]]
-        .flatMap(([what, words]) => [el("dt", {}, what), el("dd", {}, words)]),
+      ...[
+        ["strength", can.strength],
+        ["sums", can.sums],
+        ["system message", can.system],
+      ].flatMap(([what, words]) => [el("dt", {}, what), el("dd", {}, words)]),
     ),
     el("p", { class: "refusal" }),
   );
