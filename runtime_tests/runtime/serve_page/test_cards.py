@@ -13,13 +13,15 @@ from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.serve import ServerSettings, create_app
 
+URL = "http://127.0.0.1"  # the server is called by this name alone
+
 
 def test_the_model_says_what_a_token_costs_and_how_it_is_asked(
     tiny_llama_export: Path, tiny_gemma_export: Path
 ) -> None:
     for export, style, cache in ((tiny_llama_export, "chat", 2**20), (tiny_gemma_export, "completion", 0)):
         model = PatchedModel.from_pretrained(export, "cpu", prefix_cache_bytes=cache)
-        with TestClient(create_app(model, ServerSettings(max_tokens=7))) as client:
+        with TestClient(create_app(model, ServerSettings(max_tokens=7)), base_url=URL) as client:
             own, *patches = client.get("/v1/models").json()["data"]
         folder = model.graph.folder
         one_token = 2 * folder.layers * folder.kv.heads * folder.kv.head_dim * folder.kv.numpy_dtype.itemsize
@@ -40,7 +42,7 @@ def test_a_patch_says_its_entries_its_report_and_the_digest_of_its_context(tiny_
     reported = Patch(weights.deltas, replace(weights.config, report={"gap_closed": 0.5}, context_digest=""))
     model.load_patch(reported, "weights")
     model.load_patch(with_prefix(weights, model.graph.folder, [1, 2], entries=5), "entries")
-    with TestClient(create_app(model, ServerSettings())) as client:
+    with TestClient(create_app(model, ServerSettings()), base_url=URL) as client:
         cards = {card["id"]: card.get("patch") for card in client.get("/v1/models").json()["data"]}
     assert cards["weights"]["entries"] is None and cards["weights"]["report"] == {"gap_closed": 0.5}
     assert cards["weights"]["context_digest"] is None

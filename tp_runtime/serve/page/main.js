@@ -34,7 +34,7 @@ async function load() {
   }
   const gone = choice.load(listed);
   byId("key-form").hidden = true;
-  byId("links").hidden = hasKey(); // a link sends no key
+  byId("metrics").hidden = hasKey(); // a link sends no key
   byId("connection").textContent = "connected";
   byId("connection").classList.remove("lost");
   showError(
@@ -73,7 +73,7 @@ function showModel(base) {
 function failed(error) {
   if (error.status === 401) {
     byId("key-form").hidden = false;
-    byId("links").hidden = true;
+    byId("metrics").hidden = true;
     byId("key").focus();
   } else if (error.status === 404) {
     load(); // a patch that is gone should not stand in the list
