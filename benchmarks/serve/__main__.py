@@ -150,7 +150,8 @@ def measure_rival(
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [python, "-m", "llama_cpp.server", "--model", str(gguf), "--port", str(port), "--n_ctx", "2048"]
-    command += ["--n_threads", str(threads)]
+    # By default a new request cuts the stream of the one that runs.
+    command += ["--n_threads", str(threads), "--interrupt_requests", "false"]
     command += ["--model_alias", "model"] + ([] if lora is None else ["--lora_path", str(lora)])
     with running(command, url, scratch / "rival.log") as pid:
         asked = bodies(["model"], tokens)
