@@ -62,11 +62,14 @@ def run_many(args: argparse.Namespace, fit: One) -> int:
         CalibrationError: the options contradict each other, or the folder holds no prompts.
     """
     from ..progress import bar
+    from ..source import open_source
 
     jobs = _jobs(args)
-    todo = [job for job in jobs if not _is_done(job)]
+    digest = open_source(args.src).digest if any(job.out.exists() for job in jobs) else ""
+    todo = [job for job in jobs if not _is_done(job, digest)]
     if len(todo) < len(jobs):
-        print(f"note: {len(jobs) - len(todo)} of {len(jobs)} patches are there already", file=sys.stderr)
+        kept = f"{len(jobs) - len(todo)} of {len(jobs)} patches are there already, whatever their other options were"
+        print(f"note: {kept}; delete those that you want anew", file=sys.stderr)
     failures: dict[str, str] = {}
     with bar("patches", len(jobs), "patch") as shown, _runner(args, fit) as run:
         shown.update(len(jobs) - len(todo))
@@ -103,29 +106,33 @@ def _jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
     for path in prompts:
         job = copy(args)
         job.prompts, job.ray = None, None
-        job.name, job.prompt_file, job.out = path.stem, path, args.out / f"{path.stem}.safetensors"
+        # Paths are absolute, because a task on Ray runs in another folder.
+        job.name, job.prompt_file = path.stem, path.resolve()
+        job.out = args.out.resolve() / f"{path.stem}.safetensors"
+        if Path(args.src).is_dir():
+            job.src = str(Path(args.src).resolve())
         for option, suffix in _OWN.items():
-            own = path.with_name(path.stem + suffix)
+            own, shared = path.with_name(path.stem + suffix), getattr(args, option)
             if own.is_file():
-                setattr(job, option, own)
+                setattr(job, option, own.resolve())
+            elif shared is not None:
+                setattr(job, option, shared.resolve())
         jobs.append(job)
     return jobs
 
 
-def _is_done(job: argparse.Namespace) -> bool:
+def _is_done(job: argparse.Namespace, base_digest: str) -> bool:
     """Return whether the patch of this prompt, text and base is there already."""
     from tp_runtime.patch import Patch, context_digest
-
-    from ..source import open_source
 
     if not job.out.exists():
         return False
     try:
         config = Patch.load(job.out).config
+        text = read_prompt_file(job.prompt_file)
     except TPError:
         return False  # the fit says what is wrong with the file, or replaces it
-    same_text = config.context_digest == context_digest(read_prompt_file(job.prompt_file))
-    return same_text and config.base_digest == open_source(job.src).digest
+    return config.context_digest == context_digest(text) and config.base_digest == base_digest
 
 
 Run = Callable[[Sequence[argparse.Namespace]], Iterator[tuple[argparse.Namespace, str | None]]]
@@ -182,4 +189,6 @@ def _problem(fit: One, job: argparse.Namespace) -> str | None:
             fit(job)
     except (TPError, OSError) as error:
         return str(error)
+    except Exception as error:  # one prompt for which torch has no memory, say, does not end the others
+        return f"{type(error).__name__}: {error}"
     return None

@@ -18,7 +18,7 @@ from ..progress import bar
 from ..quantise import QuantisedStudent
 from ..rollout import Context
 from .calibration import Calibration
-from .entries import ANSWER_WEIGHT, Compaction
+from .entries import ANSWER_WEIGHT, LEAST_FORWARD, Compaction
 from .lockstep import Behind, fit_lockstep
 from .recipe import ALL, Recipe
 
@@ -80,7 +80,8 @@ def _behind(model: Any, context: Context, recipe: Recipe, restated: bool, exact:
     if weight is None:
         weight = _RESTATED_WEIGHT if restated else ANSWER_WEIGHT
     stored = partial(_stored, dtype=recipe.dtype)
-    compaction = Compaction(counts, recipe.ridges, weight, forward=restated, exact=exact, stored=stored)
+    forward = restated and min(counts) >= LEAST_FORWARD
+    compaction = Compaction(counts, recipe.ridges, weight, forward=forward, exact=exact, stored=stored)
     return Behind(context.cached, replace(entries, entries=kept), compaction)
 
 

@@ -19,6 +19,7 @@ from ..decoder import Block, Entry, Heads
 from ..rollout import Batch
 
 ANSWER_WEIGHT = 5.0
+LEAST_FORWARD = 96  # entries; below, the selection one after another lost on the policy (docs/fidelity.md)
 MOST_ROWS = 8192
 _MOST_SHARES = 2**26  # of one key/value head: rows * query heads of its group * entries of the context; 256 MiB
 

@@ -14,6 +14,8 @@ from ..serve import ServerSettings
 from .ingress import Ingress
 from .replica import replica_class
 
+_SPARE_REQUESTS = 64  # beside those that replicas run: pages, metrics, and bodies that arrive
+
 
 def app(
     model_dir: str | Path,
@@ -59,14 +61,20 @@ def app(
         if not Path(path).is_dir():
             raise RequestError("the path is not a folder", field=field, got=str(path), wanted="a folder")
     accepted = replace(settings or ServerSettings(), host="127.0.0.1", patch_dir=None, manage_patches=False)
+    at_once = accepted.rows + accepted.queue
     deployment = serve.deployment(
         name="Replica",
         autoscaling_config={"min_replicas": least, "max_replicas": most, **(autoscaling or {})},
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        max_ongoing_requests=accepted.rows + accepted.queue,
+        max_ongoing_requests=at_once,
+        max_queued_requests=accepted.queue,
         graceful_shutdown_timeout_s=accepted.drain,
     )
     folder, files = str(Path(model_dir).resolve()), str(Path(patches).resolve())
     behind = deployment(replica_class(patches_per_replica)).bind(folder, files, name, accepted, options)
-    front = Ingress.options(ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
-    return front.bind(behind, tries, accepted.body_bytes)  # type: ignore[no-any-return]
+    front = Ingress.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=most * at_once + _SPARE_REQUESTS,  # Ray's own default is 5
+        max_queued_requests=accepted.queue,
+    )
+    return front.bind(behind, tries, accepted)  # type: ignore[no-any-return]

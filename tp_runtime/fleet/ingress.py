@@ -12,19 +12,22 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ..serve import Guard, ServerSettings, refusal_body
 from .messages import Call, Head
 
 log = logging.getLogger("tp_runtime.fleet")
 
-_HOP = {b"host", b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade"}
+_HOP = {b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade"}
 _LOST = (RayError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSE_SECONDS = 0.5  # before another replica is tried: Ray takes a moment to notice that one is gone
+_GONE = 499  # the status for a client that has hung up, which nobody reads
+_RETRY = {"Retry-After": "1"}
 
 
 @serve.deployment  # type: ignore[untyped-decorator]
@@ -34,42 +37,64 @@ class Ingress:
     Args:
         replicas: the handle of the replicas.
         tries: how often a request is handed to a replica before it fails.
-        body_bytes: the largest size of a body.
+        settings: what the replicas accept. The ingress checks names, keys and sizes before a replica is asked.
     """
 
-    def __init__(self, replicas: DeploymentHandle, tries: int, body_bytes: int) -> None:
-        self._replicas, self._tries, self._most = replicas.options(method_name="call", stream=True), tries, body_bytes
+    def __init__(self, replicas: DeploymentHandle, tries: int, settings: ServerSettings) -> None:
+        self._replicas, self._tries = replicas.options(method_name="call", stream=True), tries
+        self._most, self._stall, self._timeout = settings.body_bytes, settings.stall, settings.timeout
+        self._guard = Guard(_nothing, settings, lambda status: None)
 
     async def __call__(self, request: Request) -> Response:
         """Answer any request by a replica."""
+        refusal = self._guard.refusal(request.scope, dict(request.headers.raw))
+        if refusal is not None:
+            return JSONResponse(refusal_body(refusal), refusal.status, _RETRY if refusal.status == 429 else None)
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self._most:
-                return _failure(413, f"the body is larger than {self._most} bytes", "invalid_request_error")
+        try:
+            async with asyncio.timeout(self._stall):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self._most:
+                        return _failure(413, f"the body is larger than {self._most} bytes", "invalid_request_error")
+        except TimeoutError:
+            return _failure(408, f"the body did not arrive within {self._stall:g} seconds", "invalid_request_error")
+        except ClientDisconnect:
+            return Response(status_code=_GONE)
         headers = tuple((name, value) for name, value in request.headers.raw if name not in _HOP)
-        headers += ((b"host", b"localhost"), (b"content-length", str(len(body)).encode()))
-        call = Call(request.method, request.url.path, request.url.query.encode(), headers, bytes(body))
-        return await self._answer(call)
+        headers += ((b"content-length", str(len(body)).encode()),)
+        scope = request.scope
+        return await self._answer(Call(request.method, scope["path"], scope["query_string"], headers, bytes(body)))
 
     async def _answer(self, call: Call) -> Response:
         handle = self._replicas.options(multiplexed_model_id=call.affinity())
         for attempt in range(1, self._tries + 1):
             pieces: Any = handle.remote(call)
             try:
-                head = await anext(aiter(pieces))
-                first = await anext(aiter(pieces), None)
+                async with asyncio.timeout(self._timeout):
+                    head = await anext(aiter(pieces))
+                    first = await anext(aiter(pieces), None)
             except BackPressureError:
-                return _failure(429, "the queue is full", "rate_limit_error", {"Retry-After": "1"})
+                return _failure(429, "the queue is full", "rate_limit_error", _RETRY)
+            except TimeoutError:
+                pieces.cancel()
+                return _failure(504, f"no answer came within {self._timeout:g} seconds", "timeout_error")
+            except RayTaskError:  # the replica lives, and failed on this request as it would again
+                log.exception("a replica failed on a request")
+                return _failure(500, "the replica failed; its log says more", "server_error")
             except _LOST as error:
+                pieces.cancel()
                 log.warning("a replica was lost before it answered, try %d: %s", attempt, type(error).__name__)
                 await asyncio.sleep(_PAUSE_SECONDS * attempt)
                 continue
+            except BaseException:  # the client has hung up
+                pieces.cancel()
+                raise
             assert isinstance(head, Head)
             response = StreamingResponse(_body(pieces, first), head.status)
             response.raw_headers = [(name, value) for name, value in head.headers if name not in _HOP]
             return response
-        return _failure(503, "no replica could answer", "server_error", {"Retry-After": "1"})
+        return _failure(503, "no replica could answer", "server_error", _RETRY)
 
 
 async def _body(pieces: Any, first: bytes | None) -> AsyncIterator[bytes]:
@@ -81,6 +106,10 @@ async def _body(pieces: Any, first: bytes | None) -> AsyncIterator[bytes]:
                 yield piece
     finally:
         pieces.cancel()
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    """Do nothing: the ingress asks the guard, and has no application."""
 
 
 def _failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _BODY_METHODS = ("POST",)
+_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+_LONGEST_NAME = 200  # characters; Ray keeps the names that it chose replicas by
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class Call:
         A sum goes where the first of its patches is.
         """
         found = self.named()
-        if found is None:
+        if found is None or self.path not in _COMPLETIONS:
             return ""
         model, patch = found
         first = next(iter(patch), "") if isinstance(patch, Mapping) else (patch or model).split("+")[0]
-        return str(first).partition("@")[0]
+        name = str(first).partition("@")[0]
+        return name if len(name) <= _LONGEST_NAME else ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ class _Held:
     """A patch that this replica holds, for as long as Ray keeps the object."""
 
     def __init__(self, catalogue: Catalogue, name: str) -> None:
-        self._catalogue, self._name = catalogue, name
         catalogue.hold(name)
-
-    def __del__(self) -> None:
-        self._catalogue.let_go(self._name)
+        # Not __del__: Ray calls that itself when it drops the object, also while a request still holds it.
+        weakref.finalize(self, catalogue.let_go, name).atexit = False
 
 
 def replica_class(patches_per_replica: int) -> type:
@@ -63,7 +62,12 @@ def replica_class(patches_per_replica: int) -> type:
         async def call(self, call: Call) -> AsyncIterator[Head | bytes]:
             """Answer a request: first its head, then the pieces of its body."""
             # The patches are held until the end, so that none of them is let go under a request.
-            kept = [await self.held(name) for name in await self._named(call)]
+            kept = []
+            for name in await self._named(call):
+                try:
+                    kept.append(await self.held(name))
+                except (TPError, KeyError):
+                    break  # it went away meanwhile; the application says what is wrong
             pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue(maxsize=16)
             running = asyncio.create_task(self._run(call, pieces))
             try:
@@ -72,7 +76,7 @@ def replica_class(patches_per_replica: int) -> type:
                 await running
             finally:
                 running.cancel()
-                del kept
+                kept.clear()
 
         async def check_health(self) -> None:
             """Raise if the replica cannot answer; Ray then replaces it."""
@@ -89,7 +93,7 @@ def replica_class(patches_per_replica: int) -> type:
                 return []
             try:
                 names = [name for name, _strength in self._catalogue.parts(*found)]
-            except (TPError, TypeError, ValueError):
+            except (TPError, TypeError, ValueError, OverflowError):
                 return []
             if any(name not in self._catalogue.names() for name in names):
                 await asyncio.to_thread(self._catalogue.scan)  # a file that has just been added
@@ -128,7 +132,9 @@ def replica_class(patches_per_replica: int) -> type:
 
             try:
                 await self._app(scope, receive, send)  # type: ignore[arg-type]
-            finally:
+            except Exception:
                 await pieces.put(None)
+                raise
+            await pieces.put(None)  # not after a cancellation: then nobody takes the pieces any more
 
     return Replica

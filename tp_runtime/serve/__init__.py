@@ -5,6 +5,8 @@ This room knows nothing of graphs, slots or token ids: it hands requests to an o
 """
 
 from .app import create_app
+from .failures import refusal_body
+from .guard import Guard
 from .logs import log_as_json
 from .patches import SUFFIX, ServedPatches, require_name
 from .server import Server, new_server
@@ -12,11 +14,13 @@ from .settings import ServerSettings
 
 __all__ = [
     "SUFFIX",
+    "Guard",
     "ServedPatches",
     "Server",
     "ServerSettings",
     "create_app",
     "log_as_json",
     "new_server",
+    "refusal_body",
     "require_name",
 ]

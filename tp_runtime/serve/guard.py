@@ -59,7 +59,7 @@ class Guard:
         REQUEST_ID.set(exchange.request_id)
         self._open += 1
         try:
-            refusal = self._refusal(scope, headers)
+            refusal = self.refusal(scope, headers)
             if refusal is None:
                 await self._app(scope, exchange.receive, exchange.send)
             else:
@@ -77,7 +77,8 @@ class Guard:
             self._answered(exchange.status)
             _log(scope, exchange.status, time.perf_counter() - start)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:
+    def refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:
+        """Return why a request is refused before it is read; None if it is not."""
         host = _host(headers.get(b"host", b"").decode("latin-1"))
         if self._hosts is not None and host not in self._hosts:
             return Refusal(
