@@ -6,6 +6,7 @@ The code uses only numpy. For a given seed the result is deterministic, whatever
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,27 +97,38 @@ class Sampler:
         if self.constraint is None:
             token = self._choose(scores, draw)
         else:
-            token, scores = self._constrained(self.constraint, scores, history, draw)
+            token, scores = self._constrained(self.constraint, logits, scores, history, draw)
         if self._wanted is not None:
             del self._records[draw:]  # a step that failed after its pick is repeated
             self._records.append(self._record(self._wanted, logits, scores, token))
         return token
 
     def _constrained(
-        self, constraint: Constraint, scores: NDArray[np.floating], history: Sequence[int], draw: int
+        self,
+        constraint: Constraint,
+        logits: NDArray[np.floating],
+        scores: NDArray[np.floating],
+        history: Sequence[int],
+        draw: int,
     ) -> tuple[int, NDArray[np.floating]]:
-        """Return a token that the constraint allows, and the logits that it was picked from."""
+        """Return a token that the constraint allows, and the logits that a record of it is made from.
+
+        What is recorded does not change what is picked.
+        """
         constraint.follow(history[len(history) - draw :])
+        recorded = self._wanted is not None and self._wanted.mode == "processed"
         forced = constraint.forced()
-        if forced:
-            return forced[0], scores
-        if self._wanted is not None and self._wanted.mode == "processed":
-            scores = masked(scores, constraint.allowed())
-            return self._choose(scores, draw), scores
-        token = self._choose(scores, draw)
-        if not constraint.allows(token):
-            scores = masked(scores, constraint.allowed())
-            token = self._choose(scores, draw + _SECOND)
+        token = forced[0] if forced else self._choose(scores, draw)
+        refused = not forced and not constraint.allows(token)
+        if refused or recorded:
+            allowed = constraint.allowed()
+            masked_scores = masked(scores, allowed)
+            if not np.isfinite(masked_scores).any():  # only the end may come, and min_new_tokens bans it: it comes
+                free = replace(self.sampling, min_new_tokens=0)
+                masked_scores = masked(adjusted(logits, history, draw, free), allowed)
+            scores = masked_scores
+            if refused:
+                token = self._choose(scores, draw + _SECOND)
         return token, scores
 
     def _choose(self, scores: NDArray[np.floating], draw: int) -> int:

@@ -48,8 +48,12 @@ def each_answer(prompt: Any, n: int, options: dict[str, Any]) -> list[One]:
     """Return `n` times the same prompt; answer i has the seed `seed` + i.
 
     Raises:
-        RequestError: `prompt` holds several prompts, or the seed is not valid.
+        RequestError: `prompt` holds several prompts, there is a cache, or the seed is not valid.
     """
+    if options.get("cache") is not None:
+        raise RequestError(
+            "several answers have caches of their own", field="cache", got="a cache", wanted="None", fix="leave it out"
+        )
     if is_several(prompt):
         raise RequestError("n is for one prompt", field="n", got=n, wanted="None", fix="repeat the prompts")
     seed = Sampling(seed=options.get("seed")).seed
@@ -96,7 +100,9 @@ def shared_cache(
         options: its options.
         own: the model's prefix cache, which is taken if it is large enough.
     """
-    tokens, folder = len(encoder.encode(Request.of(prompt, **options)).tokens) + _SPARE_TOKENS, graph.folder
+    request, folder = encoder.encode(Request.of(prompt, **options)), graph.folder
+    prefix = request.patch.bound.prefix
+    tokens = len(request.tokens) + (0 if prefix is None else prefix.longest) + _SPARE_TOKENS
     needed = 2 * folder.layers * folder.kv.heads * folder.kv.head_dim * folder.kv.numpy_dtype.itemsize * tokens
     return own if own is not None and own.budget >= needed else PrefixCache(needed)
 

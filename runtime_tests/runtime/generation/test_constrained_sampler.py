@@ -71,6 +71,25 @@ def test_a_draw_that_is_repeated_gives_the_same_id() -> None:
         assert sampler.pick(LOGITS, [0] * (draw + 1), draw) == once[draw]
 
 
+def test_what_is_recorded_does_not_change_what_is_picked() -> None:
+    def picks(logprobs: WantedLogprobs | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, seed=3), constraint=Fixed([4, 7, 30]), logprobs=logprobs)
+        return [sampler.pick(LOGITS, [0] * (draw + 1), draw) for draw in range(12)]
+
+    assert picks(None) == picks(WantedLogprobs(2)) == picks(WantedLogprobs(2, "processed"))
+
+
+def test_a_forced_id_is_certain_in_what_it_was_picked_from() -> None:
+    sampler = Sampler(constraint=Fixed([7], forced=[7]), logprobs=WantedLogprobs(2, "processed"))
+    assert sampler.pick(LOGITS, [0], 0) == 7
+    assert sampler.logprobs[0].top == ((7, 0.0), (0, -np.inf)) and sampler.logprobs[0].logprob == 0.0
+
+
+def test_the_end_comes_where_nothing_else_may_whatever_the_smallest_length_is() -> None:
+    sampler = Sampler(Sampling(min_new_tokens=9), frozenset({5}), Fixed([5]))
+    assert sampler.pick(LOGITS, [0], 0) == 5
+
+
 def test_forced_ids_are_taken_as_they_are() -> None:
     constraint = Fixed(range(VOCAB), forced=[7, 3])
     sampler = Sampler(Sampling(temperature=1.0, min_new_tokens=9), frozenset({3}), constraint)

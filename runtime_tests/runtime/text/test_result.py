@@ -75,11 +75,28 @@ def test_n_answers_run_the_prompt_once(model: PatchedModel, monkeypatch: pytest.
         assert alone.token_ids == result.token_ids
 
 
+def test_n_answers_under_many_entries_run_the_prompt_once(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    absorbed = model.absorb("Be brief. " * 40)
+    ran, forward = [], model.graph.forward
+
+    def counted(tokens: Any, *args: Any, **options: Any) -> Any:
+        ran.append(len(tokens))
+        return forward(tokens, *args, **options)
+
+    monkeypatch.setattr(model.graph, "forward", counted)
+    model.complete(PROMPT, n=3, patch=absorbed, max_new_tokens=3)
+    once = sum(ran)
+    ran.clear()
+    model.complete(PROMPT, n=1, patch=absorbed, max_new_tokens=3)
+    assert once == sum(ran)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "field"),
     [
         (PROMPT, {"n": 0}, "n"),
         ([PROMPT, PROMPT], {"n": 2}, "n"),
+        (PROMPT, {"n": 2, "cache": object()}, "cache"),
         (PROMPT, {"logprobs": -1}, "logprobs"),
         (PROMPT, {"lookup": True}, "lookup"),
         (PROMPT, {"regex": "a", "grammar": "start: /a/"}, "grammar"),
