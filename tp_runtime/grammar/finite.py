@@ -25,21 +25,22 @@ def check_finite(root: Any, definitions: dict[str, Any], paths: Mapping[str, str
         RequestError: a definition refers to itself without a value between, or no finite value is valid.
     """
     _check_circles(definitions, paths)
-    finite: set[str] = set()
-    while more := {name for name, part in definitions.items() if name not in finite and _is_finite(part, finite)}:
-        finite |= more
-    endless = [name for name in definitions if name not in finite]
+    conditions = _Conditions(definitions)
+    holds = conditions.add(root)
+    conditions.resolve()
+    endless = [name for name, condition in conditions.definitions.items() if not conditions.met(condition)]
     if not endless:
         return  # what excludes every value without a recursion, llguidance finds
-    if not _is_finite(root, finite):
+    if not conditions.met(holds):
         raise RequestError(
             "no finite value is valid: a part must hold itself, or excludes every value",
             field=paths[endless[0]],
             got="a recursion without an end",
             wanted="a recursion that an optional property, an empty list or another option ends",
         )
+    without_end = frozenset(endless)
     for part in (root, *definitions.values()):
-        _exclude(part, endless)
+        _exclude(part, without_end)
     for name in endless:
         definitions[name] = False
 
@@ -83,28 +84,77 @@ def _same_value(part: Any) -> Iterator[str]:
                 yield from _same_value(each)
 
 
-def _is_finite(part: Any, finite: set[str]) -> bool:
-    """Return whether a part has a finite value, given the definitions that are known to have one."""
-    if isinstance(part, bool):
-        return part
-    if "$ref" in part and _name(part) not in finite:
-        return False
-    if not all(_is_finite(each, finite) for each in part.get("allOf", ())):
-        return False
-    for key in ("anyOf", "oneOf"):
-        if key in part and not any(_is_finite(each, finite) for each in part[key]):
-            return False
-    types = part.get("type")
-    if types in ("object", ["object"]):
-        properties, other = part.get("properties", {}), part.get("additionalProperties", True)
-        others = True if part.get("patternProperties") else other
-        return all(_is_finite(properties.get(name, others), finite) for name in part.get("required", ()))
-    if types in ("array", ["array"]):
-        placed = part.get("prefixItems", [])
-        least = part.get("minItems", 0)
-        rest = least <= len(placed) or _is_finite(part.get("items", True), finite)
-        return rest and all(_is_finite(each, finite) for each in placed[:least])
-    return True
+class _Conditions:
+    """What has to be finite for each part to be finite: all of some other parts, or one of them.
+
+    Each condition is a number, and is visited once when it is met and once for each condition that waits for it. So the
+    time is linear, whatever the order of the definitions.
+
+    Args:
+        definitions: the definitions by name.
+
+    Attributes:
+        definitions: the condition of each definition.
+    """
+
+    def __init__(self, definitions: Mapping[str, Any]) -> None:
+        self._missing: list[int] = []  # for each condition how many others it waits for; 0 and less if it is met
+        self._waiting: list[list[int]] = []  # for each condition those that wait for it
+        self._never = self._new(1)
+        self._always = self._new(0)
+        self.definitions = {name: self._new(1) for name in definitions}
+        for name, part in definitions.items():
+            self._waiting[self.add(part)].append(self.definitions[name])
+
+    def add(self, part: Any) -> int:
+        """Return the condition of a part."""
+        if isinstance(part, bool):
+            return self._always if part else self._never
+        wanted = [self.definitions[_name(part)]] if "$ref" in part else []
+        wanted += [self.add(each) for each in part.get("allOf", ())]
+        wanted += [self._after([self.add(each) for each in part[key]], 1) for key in ("anyOf", "oneOf") if key in part]
+        types = part.get("type")
+        if types in ("object", ["object"]):
+            wanted += self._properties(part)
+        elif types in ("array", ["array"]):
+            placed, least = part.get("prefixItems", []), part.get("minItems", 0)
+            wanted += [self.add(each) for each in placed[:least]]
+            if least > len(placed):
+                wanted.append(self.add(part.get("items", True)))
+        return self._after(wanted, len(wanted))
+
+    def _properties(self, part: Mapping[str, Any]) -> list[int]:
+        """Return the conditions of the properties that an object must have."""
+        required, properties = set(part.get("required", ())), part.get("properties", {})
+        wanted = [self.add(properties[name]) for name in properties.keys() & required]
+        if required - properties.keys() and not part.get("patternProperties"):
+            wanted.append(self.add(part.get("additionalProperties", True)))
+        return wanted
+
+    def _new(self, missing: int) -> int:
+        self._missing.append(missing)
+        self._waiting.append([])
+        return len(self._missing) - 1
+
+    def _after(self, wanted: list[int], missing: int) -> int:
+        """Return a condition that is met after so many of the wanted ones."""
+        made = self._new(missing)
+        for each in wanted:
+            self._waiting[each].append(made)
+        return made
+
+    def resolve(self) -> None:
+        """Find out which conditions are met."""
+        pending = [each for each, missing in enumerate(self._missing) if not missing]
+        while pending:
+            for each in self._waiting[pending.pop()]:
+                self._missing[each] -= 1
+                if self._missing[each] == 0:
+                    pending.append(each)
+
+    def met(self, condition: int) -> bool:
+        """Return whether a condition is met."""
+        return self._missing[condition] <= 0
 
 
 def _exclude(part: Any, endless: Collection[str]) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from ..errors import RequestError, shown
 from ..storage import StrictJSONError, parse_json
+from .budget import MOST_PARTS, MOST_PATTERNS, Budget
 from .finite import check_finite
 from .formats import BUILT_IN, PATTERNS
 from .keywords import ANNOTATIONS, DEFINITIONS, DRAFTS, REFUSED
@@ -22,11 +23,9 @@ from .numbers import Multiples, beside, count, exact_number
 from .pattern import translate
 
 _DEEPEST = 128  # parts inside parts, references followed; llguidance recurses, and 5,000 levels overflow the stack
-_MOST_PARTS = 20_000  # schemas and literal values
 _MOST_PROPERTIES = 1_000  # of one object
 _MOST_OPTIONAL = 400  # of one object: all of them can come next, and llguidance follows at most 2,000 ways at once
 _MOST_ONE_OF = 500  # llguidance compares every two of them
-_MOST_PATTERNS = 100  # of patternProperties, which llguidance compares as automata: 100 take 0.4 s, 1,000 minutes
 _NESTED_LITERAL = 10  # what a list or an object in enum counts for: each becomes rules of its own
 _MOST_PLACES = 300  # parts that are compiled one by one to find a problem
 
@@ -95,12 +94,13 @@ class LoweredSchema:
         return json.dumps({"x-guidance": _FORM, "$defs": self.definitions, **part}, ensure_ascii=False)
 
 
-def lower_schema(text: str, path: str) -> LoweredSchema:
+def lower_schema(text: str, path: str, budget: Budget | None = None) -> LoweredSchema:
     """Check a schema and write it down for llguidance.
 
     Args:
         text: the schema as JSON text.
         path: the name of the argument, which begins every path in an error.
+        budget: what the grammar that holds the schema may still hold; None if the schema is the whole grammar.
 
     Raises:
         RequestError: the text is no JSON object, or a part is malformed, not supported, too large, or excludes every
@@ -114,7 +114,7 @@ def lower_schema(text: str, path: str) -> LoweredSchema:
         raise RequestError(
             "the schema is not an object", field=path, got=shown(schema), wanted='such as {"type": "object"}'
         )
-    lowering = _Lowering(schema, path)
+    lowering = _Lowering(schema, path, budget or Budget())
     lowered = LoweredSchema(lowering.lower_root(), lowering.definitions, lowering.places)
     check_finite(lowered.root, lowered.definitions, lowering.paths)
     return lowered
@@ -123,15 +123,15 @@ def lower_schema(text: str, path: str) -> LoweredSchema:
 class _Lowering:
     """One pass over a schema. Each method `_lower_...` takes a value, its path and the depth."""
 
-    def __init__(self, root: dict[str, Any], path: str) -> None:
+    def __init__(self, root: dict[str, Any], path: str, budget: Budget) -> None:
         self._root = root
         self._path = path
         self.definitions: dict[str, Any] = {}
         self.paths: dict[str, str] = {}  # for each definition the path of the part
         self.places: list[tuple[str, dict[str, Any]]] = []
         self._names: dict[tuple[str, ...], str] = {}
-        self._parts = self._patterns = 0
-        self._multiples = Multiples()
+        self._budget = budget
+        self._multiples = Multiples(budget)
         self._draft = self._read_draft()
 
     def lower_root(self) -> dict[str, Any]:
@@ -180,14 +180,16 @@ class _Lowering:
             else:
                 fix = 'correct the name; a note of your own may begin with "x-"'
                 raise self._refused("the keyword is not known", where, value, "a keyword of JSON Schema", fix)
+        rest = out.pop("additionalItems", None)
+        if rest is not None and "prefixItems" in out:  # beside one schema for all items, or none, it says nothing
+            out["items"] = rest
         self._check_object(schema, path)
         self.places.append((path, out))
         return out
 
     def _count(self, path: str, parts: int = 1) -> None:
-        self._parts += parts
-        if self._parts > _MOST_PARTS:
-            got, wanted = f"more than {_MOST_PARTS} parts", "fewer schemas, properties and values"
+        if not self._budget.take_parts(parts):
+            got, wanted = f"more than {MOST_PARTS} parts", "fewer schemas, properties and values"
             raise self._refused("the schema is too large", path, got, wanted)
 
     def _check_object(self, schema: dict[str, Any], path: str) -> None:
@@ -255,7 +257,7 @@ class _Lowering:
         for step in steps:
             if isinstance(part, dict) and step in part:
                 part, where = part[step], _join(where, step)
-            elif isinstance(part, list) and step.isascii() and step.isdigit() and int(step[:9]) < len(part):
+            elif isinstance(part, list) and _is_index(step, part):
                 part, where = part[int(step)], f"{where}[{step}]"
             else:
                 raise self._refused("the reference points to nothing", path, reference, "the path of a part")
@@ -280,9 +282,9 @@ class _Lowering:
     def _lower_map(self, out: dict[str, Any], key: str, value: Any, path: str, depth: int) -> None:
         if not isinstance(value, dict):
             raise self._refused("the value is not an object of schemas", path, value, "an object")
-        self._patterns += len(value) if key == "patternProperties" else 0
-        if len(value) > _MOST_PROPERTIES or self._patterns > _MOST_PATTERNS:
-            wanted = f"at most {_MOST_PROPERTIES} properties of an object, and {_MOST_PATTERNS} patterns in the schema"
+        within = self._budget.take_patterns(len(value) if key == "patternProperties" else 0)
+        if len(value) > _MOST_PROPERTIES or not within:
+            wanted = f"at most {_MOST_PROPERTIES} properties of an object, and {MOST_PATTERNS} patterns in the grammar"
             raise self._refused("the object has too many properties", path, f"{len(value)} names", wanted)
         parts: dict[str, Any] = {}
         for name, each in value.items():
@@ -304,15 +306,16 @@ class _Lowering:
                 "a list of schemas has another name in draft 2020-12", path, value, "a schema", "use prefixItems"
             )
         else:
-            self._lower_list(out, "items", value, path, depth)
-            out["prefixItems"] = out.pop("items")
+            places: dict[str, Any] = {}
+            self._lower_list(places, key, value, path, depth)
+            out["prefixItems"] = places[key]
 
     def _lower_additional_items(self, out: dict[str, Any], key: str, value: Any, path: str, depth: int) -> None:
         if self._draft == "2020-12":
             raise self._refused(
                 "draft 2020-12 does not have this keyword", path, value, "items", "use items beside prefixItems"
             )
-        out["items"] = self._lower(value, path, depth + 1)
+        self._lower_part(out, key, value, path, depth)
 
     def _lower_required(self, out: dict[str, Any], key: str, value: Any, path: str, depth: int) -> None:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -351,6 +354,11 @@ class _Lowering:
         else:
             wanted = ", ".join(sorted(BUILT_IN | PATTERNS.keys()))
             raise self._refused("the format cannot be enforced", path, value, wanted, "use pattern")
+
+
+def _is_index(step: str, items: list[Any]) -> bool:
+    """Return whether a step of a reference is the place of an item. Nine digits are more than any list needs."""
+    return len(step) <= 9 and step.isascii() and step.isdigit() and int(step) < len(items)
 
 
 def _join(path: str, key: str) -> str:

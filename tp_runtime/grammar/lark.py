@@ -9,22 +9,28 @@ from __future__ import annotations
 import json
 import re
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
+from .budget import Budget
 from .json_schema import lower_schema
 
-# A string, a regular expression, a comment, a special token, a directive, the options of a rule, or any other text.
+# A string, a comment, a regular expression (which can span lines), what opens one and does not close it, a special
+# token, a directive, an option of a rule, or any other text. These are llguidance's own pieces: what is a string here
+# and not there would hide rules and schemas from the checks. No piece is tried twice, so the pass takes linear time.
 _PIECES = re.compile(
     r"""
-      (?P<string>"(?:\\.|[^"\\\n])*")
+      (?P<string>"(?:\\.|[^"\\\n])*+")
     | (?P<comment>//[^\n]*|\#[^\n]*)
-    | (?P<regex>/(?:\\.|[^/\\\n])+/)
-    | (?P<json>%json\b\s*)
+    | (?P<regex>/(?:\\.|[^/\\])++/)
+    | (?P<open>["/])
+    | (?P<special><[^<>\s]++>)
+    | (?P<json>%json\b\s*+)
     | (?P<setting>%llguidance\b)
-    | (?P<options>(?<=[\w-])\[[^\]"]*(?:"(?:\\.|[^"\\])*"[^\]"]*)*\])
-    | (?P<other>[\w-]+|.)
+    | (?P<option>(?<![\w-])(?:temperature|max_tokens|stop|stop_capture)(?=\s*+=))
+    | (?P<other>[\w-]++|.)
     """,
     re.VERBOSE | re.DOTALL,
 )
+_NO_SETTINGS = re.compile(r"\s*+\{\s*+\}")
 
 _MOST_RULES = 500  # llguidance recurses from rule to rule, and 10,000 overflow the stack
 
@@ -51,16 +57,21 @@ def check_lark(text: str, path: str) -> str:
         raise RequestError("the grammar is not Lark", field=path, got=got, wanted=wanted)
     out: list[str] = []
     at = schemas = rules = 0
+    budget = Budget()  # one for all schemas: each of them may be small, and the grammar large
     while piece := _PIECES.match(text, at):
         at = piece.end()
         kind, found = piece.lastgroup, piece.group()
-        if kind == "options":
-            _check_options(found, path)
-        elif kind == "setting":
-            _check_settings(text[at:], path)
+        if kind == "open":
+            got, wanted = shown(text[piece.start() : at + 40]), f"a closing {found}"
+            raise RequestError("a text or an expression is not closed", field=path, got=got, wanted=wanted)
+        if kind == "option":
+            wanted, fix = "capture, lazy or suffix", _REFUSED_OPTIONS[found]
+            raise RequestError("the option of a rule is not supported", field=path, got=found, wanted=wanted, fix=fix)
+        if kind == "setting":
+            _check_settings(text, at, path)
         elif kind == "json":
             schemas += 1
-            schema, at = _inline_schema(text, at, f"{path}.%json[{schemas}]")
+            schema, at = _inline_schema(text, at, f"{path}.%json[{schemas}]", budget)
             found += schema
         rules += found == ":"
         if rules > _MOST_RULES:
@@ -71,30 +82,18 @@ def check_lark(text: str, path: str) -> str:
     return "".join(out)
 
 
-def _check_options(found: str, path: str) -> None:
-    for name in re.findall(r"[\w-]+(?=\s*[=,\]])", re.sub(r'"(?:\\.|[^"\\])*"', '""', found)):
-        if name in _REFUSED_OPTIONS:
-            raise RequestError(
-                "the option of a rule is not supported",
-                field=path,
-                got=found,
-                wanted="capture, lazy or suffix",
-                fix=_REFUSED_OPTIONS[name],
-            )
-
-
-def _check_settings(rest: str, path: str) -> None:
+def _check_settings(text: str, at: int, path: str) -> None:
     """Check the object after %llguidance: some of its settings switch checks off."""
-    if not re.match(r"\s*\{\s*\}", rest):
-        got, wanted = rest.strip().partition("\n")[0], "%llguidance {}"
+    if not _NO_SETTINGS.match(text, at):
+        got, wanted = shown(text[at : at + 80].strip().partition("\n")[0]), "%llguidance {}"
         raise RequestError("the settings of llguidance are the runtime's", field=path, got=got, wanted=wanted)
 
 
-def _inline_schema(text: str, at: int, path: str) -> tuple[str, int]:
+def _inline_schema(text: str, at: int, path: str, budget: Budget) -> tuple[str, int]:
     """Return the lowered text of the schema that begins at a position, and the position after it."""
     try:
         _, end = json.JSONDecoder().raw_decode(text, at)
     except (ValueError, RecursionError) as error:
         wanted = "a JSON object after %json"
         raise RequestError("the schema is not JSON", field=path, got=str(error), wanted=wanted) from None
-    return lower_schema(text[at:end], path).text(), end
+    return lower_schema(text[at:end], path, budget).text(), end

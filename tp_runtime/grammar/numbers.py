@@ -11,12 +11,11 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import RequestError, shown
+from .budget import MOST_MULTIPLES, Budget
 
 _LARGEST = 2**53  # up to here a float holds every integer
 _DIGITS = 15  # digits after the decimal point
 _LONGEST = 1_000_000  # items, characters or properties
-# An automaton for multiples has a state per remainder: 10,007 takes 0.05 s, and a million 18 s and 300 MB.
-_LARGEST_MULTIPLE = 10_000
 
 
 def exact_number(value: Any, path: str) -> int | float:
@@ -72,9 +71,14 @@ def count(value: Any, path: str) -> int:
 
 
 class Multiples:
-    """The values of multipleOf in one schema. Where parts are joined, llguidance joins multiples without a check."""
+    """The values of multipleOf in one schema. Where parts are joined, llguidance joins multiples without a check.
 
-    def __init__(self) -> None:
+    Args:
+        budget: what the grammar that holds the schema may still hold.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._seen: set[Decimal] = set()
 
     def add(self, value: Any, path: str) -> int | float:
@@ -86,18 +90,22 @@ class Multiples:
         number = exact_number(value, path)
         if number <= 0:
             raise RequestError("the value is not above 0", field=path, got=shown(value), wanted="a number above 0")
-        self._seen.add(Decimal(repr(number)))
+        exact = Decimal(repr(number))
+        self._seen.add(exact)
         places = max(0, *(-int(each.as_tuple().exponent) for each in self._seen))
         joined = math.lcm(*(int(each.scaleb(places)) for each in self._seen))
         scaled = float(number)  # llguidance multiplies by ten until no fraction is left, and rounding can leave one
         while scaled % 1 and scaled < _LARGEST:
             scaled *= 10
-        if joined > _LARGEST_MULTIPLE or scaled > _LARGEST_MULTIPLE:
+        if joined > MOST_MULTIPLES or scaled > MOST_MULTIPLES:
             raise RequestError(
                 "the multiple cannot be enforced",
                 field=path,
                 got=f"{shown(number)}, with a least common multiple of {joined} units of the last digit",
-                wanted=f"at most {_LARGEST_MULTIPLE}, together with all other multiples of the schema",
+                wanted=f"at most {MOST_MULTIPLES}, together with all other multiples of the schema",
                 fix="use a smaller or rounder multiple",
             )
+        if not self._budget.take_multiple(exact):
+            wanted = f"a sum of at most {MOST_MULTIPLES}, over the different multiples of the whole grammar"
+            raise RequestError("the multiples are too large", field=path, got=shown(number), wanted=wanted)
         return number

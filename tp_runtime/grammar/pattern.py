@@ -7,6 +7,8 @@ languages does not have is refused.
 
 from __future__ import annotations
 
+import re
+
 from ..errors import RequestError, shown
 
 _DEEPEST = 100  # groups inside groups
@@ -38,6 +40,12 @@ _UNNAMED = {
     "Z": "an anchor of Python",
     "z": "an anchor of Python",
 }
+
+# These are matched at a place: a copy of the rest of the text at every place would take quadratic time.
+_BOUNDS = re.compile(r"\{(?P<least>[0-9]*+)(?:,(?P<most>[0-9]*+))?+\}")
+_NAME = re.compile(r"\?P?<(?P<name>[^>]++)>")
+_PROPERTY = re.compile(r"\{(?P<name>[\w=]++)\}")
+_CODE_POINT = re.compile(r"\{(?P<digits>[0-9a-fA-F]{1,6})\}")
 
 
 def translate(pattern: str, path: str) -> str:
@@ -109,28 +117,20 @@ class _Translation:
 
     def _quantifier(self) -> str | None:
         """Translate a quantifier; None if the text is none here."""
-        rest = self._text[self._at :]
-        if rest[0] == "{":
-            inside, brace, _ = rest[1:].partition("}")
-            bounds = inside.split(",")
-            if (
-                not brace
-                or len(bounds) > 2
-                or not all(each.isascii() and (each.isdigit() or not each) for each in bounds)
-            ):
-                return None
-            if not bounds[0]:
-                if len(bounds) == 1 or not bounds[1]:
-                    return None  # {} and {,} are ordinary characters in both languages
+        found = self._text[self._at]
+        if found == "{":
+            bounds = _BOUNDS.match(self._text, self._at)
+            if bounds is None or not (bounds["least"] or bounds["most"]):
+                return None  # {} and {,} are ordinary characters in both languages
+            if not bounds["least"]:
                 raise self._refused("the quantifier differs between ECMAScript and Python", "{0,n} for {,n}")
-            if any(len(each) > 6 or int(each) > _MOST for each in bounds if each):
+            numbers = [each for each in bounds.group("least", "most") if each]
+            if any(len(each) > 6 or int(each) > _MOST for each in numbers):
                 raise self._refused("the expression repeats too often", f"at most {_MOST} repetitions")
-            found = f"{{{inside}}}"
-            self._sizes[-1] += self._last * max(int(each or 0) for each in bounds)
-        else:
-            found = rest[0]
+            found = bounds.group()
+            self._sizes[-1] += self._last * max(int(each) for each in numbers)
         if not self._repeats:
-            if rest[0] == "{":
+            if found[0] == "{":
                 raise self._refused("there is nothing to repeat", "an expression before the quantifier")
             return None
         self._at += len(found)
@@ -149,15 +149,14 @@ class _Translation:
             raise self._refused("the expression is nested too deep", f"at most {_DEEPEST} groups inside each other")
         if self._text[self._at : self._at + 1] != "?":
             return "(?:"
-        rest = self._text[self._at + 1 :]
-        if rest[:1] in ("=", "!") or rest[:2] in ("<=", "<!"):
+        if self._text.startswith(("?=", "?!", "?<=", "?<!"), self._at):
             raise self._refused("the expression looks ahead or behind", "an expression without look-around")
-        if rest[:1] == ":":
+        if self._text.startswith("?:", self._at):
             self._at += 2
             return "(?:"
-        name, angle, _ = rest.removeprefix("P").removeprefix("<").partition(">")
-        if rest.removeprefix("P")[:1] == "<" and angle and name.isidentifier():
-            self._at += 2 + rest.index(">")
+        named = _NAME.match(self._text, self._at)
+        if named and named["name"].isidentifier():
+            self._at = named.end()
             return "(?:"
         raise self._refused("this kind of group is not supported", "(...), (?:...) or (?<name>...)")
 
@@ -174,15 +173,11 @@ class _Translation:
         r"""Translate \p{...}; None if the text is none here."""
         if self._text[self._at : self._at + 1] not in ("p", "P"):
             return None
-        name, brace, _ = self._text[self._at + 2 :].partition("}")
-        if (
-            self._text[self._at + 1 : self._at + 2] != "{"
-            or not brace
-            or not name.replace("=", "").replace("_", "").isalnum()
-        ):
+        named = _PROPERTY.match(self._text, self._at + 1)
+        if named is None or not named["name"].replace("=", "").replace("_", "").isalnum():
             raise self._refused("the class of characters is malformed", r"\p{...} or \P{...}")
-        found = f"\\{self._text[self._at]}{{{name}}}"
-        self._at += len(found) - 1
+        found = f"\\{self._text[self._at]}{named.group()}"
+        self._at = named.end()
         return found
 
     def _character(self) -> str:
@@ -212,10 +207,9 @@ class _Translation:
 
     def _unicode(self) -> str:
         if self._text[self._at : self._at + 1] == "{":
-            digits, brace, _ = self._text[self._at + 1 :].partition("}")
-            if brace and 0 < len(digits) <= 6 and all(each in "0123456789abcdefABCDEF" for each in digits):
-                self._at += len(digits) + 2
-                return self._scalar(int(digits, 16))
+            if digits := _CODE_POINT.match(self._text, self._at):
+                self._at = digits.end()
+                return self._scalar(int(digits["digits"], 16))
             raise self._refused("the escape is malformed", r"\u{...} with a hexadecimal number")
         unit = self._hexadecimal(4)
         if 0xD800 <= unit < 0xDC00 and self._text[self._at : self._at + 2] == "\\u":

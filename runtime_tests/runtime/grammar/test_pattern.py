@@ -74,3 +74,14 @@ def test_what_is_malformed_or_not_supported_is_refused_with_its_place(pattern: s
     with pytest.raises(RequestError, match="at character") as refused:
         translate(pattern, "json_schema.pattern")
     assert refused.value.field == "json_schema.pattern" and refused.value.wanted
+
+
+@pytest.mark.parametrize("part", ["{", "{1,", "(?:a)", "(?<n>a)", r"\p{L}", r"\u{41}"])
+def test_a_long_expression_is_read_once(part: str) -> None:
+    """A copy of the rest at each part, here a set of 900,000 characters, would take minutes."""
+    pattern = part * 6_000 + "[" + "," * 900_000 + "]"
+    assert translate(pattern, "regex").endswith(r"\x2c]")
+
+
+def test_many_digits_after_a_brace_are_read_once() -> None:
+    assert translate("a{" + "1" * 40_000 + "b", "regex").startswith(r"a\x7b1")
