@@ -166,7 +166,8 @@ def write_chat(path: str | os.PathLike[str], chat: SavedChat) -> None:
 
     Raises:
         OutputError: `path` holds something else.
-        RequestError: the chat is larger than what is read back, or holds text that is not valid Unicode.
+        RequestError: the chat is larger than what is read back, or holds a value that is not one of JSON, such as a
+            number that is not finite or text that is not valid Unicode.
         OSError: the operating system refuses the write.
     """
     data = {
@@ -183,7 +184,17 @@ def write_chat(path: str | os.PathLike[str], chat: SavedChat) -> None:
         },
         "messages": list(chat.messages),
     }
-    raw = (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode()
+    checked_messages([*chat.messages, _PROBE])  # as a load does; the error names the message
+    try:
+        raw = (json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(
+            "the chat holds a value that JSON cannot state",
+            field="messages",
+            got=error,
+            wanted="finite numbers of at most a few thousand digits, and text that is valid Unicode",
+            fix="take turns back with undo() first",
+        ) from error
     if len(raw) > _MAX_BYTES:
         raise RequestError(
             "the chat is too large for a file",

@@ -268,7 +268,7 @@ class ChatSession:
 
         Raises:
             OutputError: `path` holds something else than a saved chat.
-            RequestError: the chat is larger than what is read back.
+            RequestError: the chat is larger than what is read back, or holds a value that is not one of JSON.
             PatchError: the patch is not loaded any more.
             OSError: the operating system refuses the write.
         """

@@ -6,15 +6,28 @@ They keep to the contract of the readers in tool_json.py.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from .tool_json import FoundCall, Parameters, Reader, call_of, calls_of, json_at, past, past_spaces, whole_answer
+from .tool_json import (
+    DEEPEST,
+    MALFORMED,
+    FoundCall,
+    Parameters,
+    Reader,
+    call_of,
+    calls_of,
+    check_json,
+    json_at,
+    past,
+    past_spaces,
+    whole_answer,
+    whole_json,
+)
 
-_DEEPEST = 64  # levels of lists and objects in the arguments of a call
 _WORD = re.compile(r"[^,{}\[\]\s]+")
+_KEY = re.compile(r"[^,:{}\[\]]*")
 # JSON's names and Python's: some templates print values as Python does, so models learn either.
 _NAMES = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 
@@ -48,7 +61,7 @@ class _Braces:
     def value(self, at: int, depth: int) -> tuple[Any, int]:
         """Return the value that begins at an index, and the index of its end."""
         at = past_spaces(self._text, at)
-        if depth > _DEEPEST:
+        if depth > DEEPEST:
             raise ValueError("the arguments are nested too deep")
         if self._text.startswith(self._quote, at):
             return self._quoted(at)
@@ -59,7 +72,7 @@ class _Braces:
         word = _WORD.match(self._text, at)
         if word is None:
             raise ValueError("a value is missing")
-        return (_NAMES[word[0]] if word[0] in _NAMES else json_at(word[0], 0)[0]), word.end()
+        return (_NAMES[word[0]] if word[0] in _NAMES else whole_json(word[0])), word.end()
 
     def _quoted(self, at: int) -> tuple[str, int]:
         start = at + len(self._quote)
@@ -84,11 +97,13 @@ class _Braces:
         at = past_spaces(self._text, at)
         if self._text.startswith(self._quote, at):
             key, end = self._quoted(at)
-            colon = self._text.index(":", end)
+            end = past_spaces(self._text, end)
         else:
-            colon = self._text.index(":", at)
-            key = self._text[at:colon].strip()
-        return key, colon + 1
+            word = _KEY.match(self._text, at)
+            key, end = ("", at) if word is None else (word[0].strip(), word.end())
+        if not self._text.startswith(":", end):
+            raise ValueError("a colon is missing")
+        return key, end + 1
 
 
 # -- Python: [name(key="text", other=1)] ---------------------------------------------------------------------
@@ -101,7 +116,7 @@ def python_list(opening: str, closing: str) -> Reader:
         start, end = at + len(opening), text.find(closing, at)
         inner = text[start:end].strip() if end >= 0 else text[start:].strip()
         try:
-            calls = calls_of(json_at(inner, 0)[0])
+            calls = calls_of(whole_json(inner))
         except ValueError:
             calls = _python_calls(inner)
         return calls, (len(text) if end < 0 else end + len(closing))
@@ -128,7 +143,7 @@ def _python_calls(text: str) -> list[FoundCall]:
     """Return the calls of a list in Python's notation, or of a single call.
 
     Raises:
-        ValueError, SyntaxError, RecursionError, MemoryError: the text is something else.
+        ValueError, SyntaxError, TypeError, RecursionError, MemoryError: the text is something else.
     """
     tree = ast.parse(text, mode="eval").body
     nodes = tree.elts if isinstance(tree, ast.List) else [tree]
@@ -137,7 +152,7 @@ def _python_calls(text: str) -> list[FoundCall]:
         if not isinstance(node, ast.Call) or node.args or any(item.arg is None for item in node.keywords):
             raise ValueError("the text is no call with named arguments")
         arguments = {str(item.arg): _python_value(item.value) for item in node.keywords}
-        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+        check_json(arguments)
         calls.append(call_of({"name": ast.unparse(node.func), "arguments": arguments}))
     if not calls:
         raise ValueError("the list has no calls")
@@ -155,6 +170,9 @@ def _python_value(node: ast.expr) -> Any:
         if not all(isinstance(key, str) for key in keys):
             raise ValueError("a key is not text")
         return dict(zip(keys, map(_python_value, node.values), strict=True))
+    # A sum states a complex number and no other, and a set can hold what makes literal_eval raise.
+    if not isinstance(node, ast.Constant | ast.UnaryOp):
+        raise ValueError("the value is no literal")
     value = ast.literal_eval(node)
     if not isinstance(value, str | int | float | None):
         raise ValueError("the value is not one of JSON")
@@ -204,18 +222,24 @@ def _tagged_value(text: str, schema: object) -> Any:
         return text
     try:
         value, end = json_at(text, 0)
-    except (ValueError, RecursionError):
+    except MALFORMED:
         return _python_literal(text) if types else text
     # Without a schema, JSON text is the text as it stands, quotation marks and all.
     return text if text[end:].strip() or (isinstance(value, str) and not types) else value
 
 
 def _python_literal(text: str) -> Any:
-    """Return the value that a text states in Python's notation, or the text if it is something else."""
+    """Return the value that a text states in Python's notation, or the text if it is something else.
+
+    What JSON cannot state stays text too: a number that is not finite or has thousands of digits, and text that is not
+    valid Unicode. No message of a chat could hold it.
+    """
     try:
-        return _python_value(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = _python_value(ast.parse(text.strip(), mode="eval").body)
+        check_json(value)
+    except MALFORMED:
         return text
+    return value
 
 
 def types_of(schema: object) -> set[str]:

@@ -5,16 +5,20 @@ A call that is malformed stays in the text of the answer: a small model errs oft
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .tool_families import BY_FAMILY, NOTATIONS, Notation
-from .tool_json import FoundCall, Parameters, whole_answer
+from .tool_json import MALFORMED, FoundCall, Parameters, whole_answer
 
-_MALFORMED = (ValueError, SyntaxError, RecursionError, MemoryError)  # what the readers raise; ast raises the last two
+# Malformed calls of one answer. Each can cost a look at the whole rest of the text, and an answer that repeats an
+# opening without end must not take time that grows with its square.
+_MOST_FAILURES = 64
 _ID_LENGTH = 9  # letters and digits; templates of Mistral's models take ids of no other length
 
 
@@ -73,6 +77,8 @@ def parse_tool_calls(
 ) -> tuple[str, list[ToolCall]]:
     """Find the calls in the text of a finished answer. This never raises: what is malformed stays in the text.
 
+    After 64 malformed calls, the rest stays in the text too.
+
     Args:
         text: the answer, decoded so that the notation's markers are in it (`TextCodec.decode` with keep_markers=True).
         form: the notation of the model.
@@ -87,14 +93,14 @@ def parse_tool_calls(
     if notation.bare:
         try:
             return "", [_tool_call(found) for found in whole_answer(text, 0, parameters)[0]]
-        except _MALFORMED:
+        except MALFORMED:
             pass
-    kept, calls, done, search = "", [], 0, 0
-    while (start := first_opening(text, notation, search)) >= 0:
+    kept, calls, done, search, failures = "", [], 0, 0, 0
+    while failures < _MOST_FAILURES and (start := first_opening(text, notation, search)) >= 0:
         try:
             found, end = notation.read(text, start, parameters)
-        except _MALFORMED:
-            search = start + 1
+        except MALFORMED:
+            search, failures = start + 1, failures + 1
             continue
         kept += text[done:start].rstrip()
         calls += [_tool_call(call) for call in found]
@@ -105,7 +111,14 @@ def parse_tool_calls(
 
 def first_opening(text: str, notation: Notation, at: int = 0) -> int:
     """Return the index of the first text at or after `at` that calls can begin with; -1 if there is none."""
-    return min((found for opening in notation.openings if (found := text.find(opening, at)) >= 0), default=-1)
+    found = _openings(notation.openings).search(text, at)
+    return -1 if found is None else found.start()
+
+
+@cache
+def _openings(openings: tuple[str, ...]) -> re.Pattern[str]:
+    # One search for all: one for each would go through the whole text for an opening that is not in it, for every call.
+    return re.compile("|".join(map(re.escape, openings)) if openings else "(?!)")
 
 
 def _tool_call(found: FoundCall) -> ToolCall:

@@ -217,7 +217,8 @@ GLM = Notation(
     tagged(
         "<tool_call>",
         r"\s*([^<\n]+)",
-        r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>",
+        # A group that could run past the end of a key would be tried with every later end of one.
+        r"\s*<arg_key>([^<]*(?:<(?!/arg_key>)[^<]*)*)</arg_key>\s*<arg_value>(.*?)</arg_value>",
         r"\s*</tool_call>",
     ),
     ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),

@@ -1,7 +1,8 @@
 """Readers of calls whose arguments are JSON: between markers, after a name, or as the whole answer.
 
 A reader gets a text and the index at which calls begin, and returns the calls and the index of their end. What is
-malformed raises ValueError, as the json module does; `parse_tool_calls` then leaves it in the text.
+malformed raises one of MALFORMED, most often ValueError, as the json module does; `parse_tool_calls` then leaves it in
+the text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+MALFORMED = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+"""What readers raise for malformed text; the ast module raises all but the first."""
+
+DEEPEST = 48
+"""Levels of lists and objects in the arguments of a call: a list of messages has at most 64, and holds the call."""
 
 Parameters = Mapping[str, Mapping[str, Any]]
 """The JSON schema of the arguments of each tool, by its name."""
@@ -42,15 +49,36 @@ def json_at(text: str, at: int) -> tuple[Any, int]:
         RecursionError: it is nested too deep.
     """
     value, end = _DECODER.raw_decode(text, past_spaces(text, at))
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # an escape can name half of a surrogate pair
+    check_json(value)  # an escape can name half of a surrogate pair
     return value, end
+
+
+def whole_json(text: str) -> Any:
+    """Return the JSON value that a text states, with nothing but spaces around it.
+
+    Raises:
+        ValueError, RecursionError: as for `json_at`; or something follows the value.
+    """
+    value, end = json_at(text, 0)
+    if past_spaces(text, end) < len(text):
+        raise ValueError("something follows the JSON value")
+    return value
+
+
+def check_json(value: object) -> None:
+    """Check that a value of plain Python types is one of JSON: finite numbers, and text that is valid Unicode.
+
+    Raises:
+        ValueError, TypeError, RecursionError: the value is something else.
+    """
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
 def call_of(value: object) -> FoundCall:
     """Return the call that a JSON object states.
 
     Raises:
-        ValueError: the value is no call.
+        ValueError: the value is no call, or its arguments are nested deeper than a chat's messages can be.
     """
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = {"id": value.get("id"), **value["function"]}
@@ -59,9 +87,10 @@ def call_of(value: object) -> FoundCall:
     name = value.get("name", value.get("tool_name"))
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments, _end = json_at(arguments, 0)
+        arguments = whole_json(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("a call has no name or no arguments")
+    _check_depth(arguments, DEEPEST)
     given = value.get("id", value.get("tool_call_id"))
     return FoundCall(name, arguments, given if isinstance(given, str) and given else None)
 
@@ -162,6 +191,13 @@ def past(text: str, at: int, closing: str) -> int:
     if end < len(text):
         raise ValueError(f"{closing} is missing")
     return end
+
+
+def _check_depth(value: object, left: int) -> None:
+    if left < 0:
+        raise ValueError("the arguments are nested too deep")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(item, left - 1)
 
 
 def _refuse_constant(name: str) -> None:

@@ -165,6 +165,39 @@ def test_a_chat_that_is_too_large_to_be_read_is_not_written(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (float("inf"), "arguments.x"),
+        (float("nan"), "arguments.x"),
+        ("\ud800", "arguments.x"),
+        (1 << 50_000, "JSON cannot state"),
+        ({1}, "arguments.x"),
+    ],
+    ids=["infinite", "not a number", "half a pair", "huge", "a set"],
+)
+def test_a_chat_that_json_cannot_state_is_not_written(
+    model: PatchedModel, tmp_path: Path, value: object, named: str
+) -> None:
+    model.chat(max_new_tokens=2).save(tmp_path / "chat.json")
+    before = (tmp_path / "chat.json").read_bytes()
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": value}}}
+    messages = (user("one"), {"role": "assistant", "content": "", "tool_calls": [call]})
+    folder = model.graph.folder
+    chat = saved.SavedChat(folder.base_model, folder.base_digest, messages, None, "base", None, 1.0, ())
+    with pytest.raises(RequestError, match=named):
+        saved.write_chat(tmp_path / "chat.json", chat)
+    assert (tmp_path / "chat.json").read_bytes() == before and os.listdir(tmp_path) == ["chat.json"]
+
+
+def test_a_system_message_that_json_cannot_state_is_not_written(model: PatchedModel, tmp_path: Path) -> None:
+    folder = model.graph.folder
+    chat = saved.SavedChat(folder.base_model, folder.base_digest, (), "\ud800", "base", None, 1.0, ())
+    with pytest.raises(RequestError, match="JSON cannot state"):
+        saved.write_chat(tmp_path / "chat.json", chat)
+    assert os.listdir(tmp_path) == []
+
+
 # -- files that are refused ----------------------------------------------------------------------------------
 
 

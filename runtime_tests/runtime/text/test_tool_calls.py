@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_tests.runtime.text.notations import ANSWERS, ARGUMENTS, TOOLS, form_of
-from tp_runtime.text import ToolCall
+from tp_runtime.text import ToolCall, checked_messages, tool_calls
 from tp_runtime.text.tool_calls import parse_tool_calls, recognise_tool_format
 from tp_runtime.text.tool_families import NOTATIONS
+
+
+def tagged_call(value: str) -> str:
+    """Return a call of f in Qwen's notation, whose argument x has a value."""
+    return f"<tool_call>\n<function=f>\n<parameter=x>\n{value}\n</parameter>\n</function>\n</tool_call>"
+
+
+def tools_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tool f, whose argument x has a schema."""
+    parameters = {"type": "object", "properties": {"x": schema}}
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
 
 MARKED = [family for family in ANSWERS if family not in ("llama3", "json")]
 
@@ -146,6 +160,142 @@ def test_a_strange_schema_of_a_tool_does_not_matter(schema: object) -> None:
     assert call.arguments == {"a": "x"}
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["{[1]}", "{{1: 2}}", "{1}", "1+2", "1+2j", "9" * 400 + "+1j", "-[1]", "- -1", "b'x'", "...", "{1: 2}", "{**{}}"],
+)
+def test_a_value_of_python_that_json_cannot_state_never_makes_the_parser_raise(value: str) -> None:
+    listed = f"<|tool_call_start|>[f(x={value})]<|tool_call_end|>"
+    assert parse_tool_calls(listed, form_of("lfm2")) == (listed, [])
+    (call,) = parse_tool_calls(tagged_call(value), form_of("qwen-xml"), tools_of({"type": "object"}))[1]
+    assert call.arguments == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + ".b" * 100_000 + "(x=1)", "f(x=" + "1+" * 100_000 + "1)", "f" + "(a=1)" * 100_000]
+)
+@pytest.mark.parametrize("family", ["lfm2", "llama3"])
+def test_a_long_chain_of_python_stays_in_the_text(family: str, text: str) -> None:
+    answer = form_of(family).notation.openings[0] + text
+    assert parse_tool_calls(answer, form_of(family), TOOLS) == (answer, [])
+
+
+@pytest.mark.parametrize("value", ["1e999", "[-1e999]", r"'\ud800'", r"{'\ud800': 1}", "0x" + "f" * 5000])
+def test_what_no_message_could_hold_is_the_text_that_states_it(value: str) -> None:
+    for kind in ("number", "object", "array", "integer"):
+        (call,) = parse_tool_calls(tagged_call(value), form_of("qwen-xml"), tools_of({"type": kind}))[1]
+        assert call.arguments == {"x": value}
+    listed = f"<|tool_call_start|>[f(x={value})]<|tool_call_end|>"
+    assert parse_tool_calls(listed, form_of("lfm2")) == (listed, [])
+
+
+@pytest.mark.parametrize("family", ["hermes", "functiongemma", "lfm2", "qwen-xml"])
+def test_arguments_are_nested_no_deeper_than_a_chats_messages_can_be(family: str) -> None:
+    for levels in range(1, 80):
+        value = "[" * levels + "]" * levels
+        answer = {
+            "hermes": f'<tool_call>{{"name": "f", "arguments": {{"x": {value}}}}}</tool_call>',
+            "functiongemma": f"<start_function_call>call:f{{x:{value}}}<end_function_call>",
+            "lfm2": f"<|tool_call_start|>[f(x={value})]<|tool_call_end|>",
+            "qwen-xml": tagged_call(value),
+        }[family]
+        text, calls = parse_tool_calls(answer, form_of(family))
+        assert bool(calls) is (levels <= 48) and text == ("" if calls else answer)
+        checked_messages(
+            [
+                {"role": "assistant", "tool_calls": [call.message_entry() for call in calls], "content": "x"},
+                {"role": "user", "content": "x"},
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "answer"),
+    [
+        ("functiongemma", "<start_function_call>call:f{when:2024-01-05}<end_function_call>"),
+        ("functiongemma", "<start_function_call>call:f{n:5km}<end_function_call>"),
+        ("functiongemma", "<start_function_call>call:f{l:[1,2x]}<end_function_call>"),
+        ("functiongemma", "<start_function_call>call:f{<escape>a<escape>b:1}<end_function_call>"),
+        ("functiongemma", "<start_function_call>call:f{a,b:1}<end_function_call>"),
+        ("functiongemma", "<start_function_call>call:f{a}<end_function_call>:1}<end_function_call>"),
+        ("gemma4", "<|tool_call>call:f{n:5km}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:f{n:truex}<tool_call|>"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{} and more"}</tool_call>'),
+        ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"a\": 1}{\"b\": 2}"}</tool_call>'),
+        ("lfm2", '<|tool_call_start|>[{"name": "f", "arguments": {}}] and more<|tool_call_end|>'),
+        ("lfm2", '<|tool_call_start|>{"name": "f"}{"name": "g"}<|tool_call_end|>'),
+    ],
+)
+def test_a_value_that_would_be_read_in_part_stays_in_the_text(family: str, answer: str) -> None:
+    assert parse_tool_calls(answer, form_of(family)) == (answer, [])
+
+
+def test_spaces_around_what_is_read_are_no_part_of_it() -> None:
+    answer = "<start_function_call>call:f{ <escape>a<escape> : 1 , b : [ true ] }<end_function_call>"
+    (call,) = parse_tool_calls(answer, form_of("functiongemma"))[1]
+    assert call.arguments == {"a": 1, "b": [True]}
+    answer = r'<tool_call>{"name": "f", "arguments": " {\"a\": 1}\n"}</tool_call>'
+    assert parse_tool_calls(answer, form_of("hermes"))[1][0].arguments == {"a": 1}
+
+
+# -- work ----------------------------------------------------------------------------------------------------
+
+
+def broken(opening: str) -> list[str]:
+    """Return beginnings of calls that no reader of an opening can end."""
+    return [
+        opening,
+        opening + "x<arg_key></arg_key><arg_value>",
+        opening + "x<arg_key>",
+        opening + "x<arg_key></arg_key>",
+        opening + "<function=f><parameter=a>",
+        opening + "<function=f>" + "\n" * 20,
+        opening + 'f"><param name="a">',
+        opening + "f{a:",
+        opening + "f{a:<escape>",
+        opening + " " * 20,
+        opening + '[{"name": "f", ',
+        opening + "[f(a='",
+        opening + "f[ARGS]{",
+    ]
+
+
+@pytest.mark.parametrize("family", [family for family in ANSWERS if family != "json"])
+def test_an_answer_that_repeats_the_beginning_of_a_call_is_read_in_the_end(family: str) -> None:
+    notation = form_of(family).notation
+    for piece in broken(notation.openings[0]):
+        answer = piece * 2000  # GLM's notation took minutes, with the cube of this number
+        text, calls = parse_tool_calls(answer, form_of(family), TOOLS)
+        assert (text, calls) == (answer, [])
+
+
+def test_many_beginnings_of_arguments_after_one_beginning_of_a_call_are_read_in_the_end() -> None:
+    for piece in ("<arg_key></arg_key><arg_value>", "<arg_key></arg_key>", "<arg_key>", "<"):
+        answer = "<tool_call>x" + "<arg_key>" + piece * 100_000  # took hours, with the square or cube of this number
+        assert parse_tool_calls(answer, form_of("glm")) == (answer, [])
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_few_malformed_calls_are_read_and_the_rest_is_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, answer = form_of(family).notation.openings[0], ANSWERS[family][1]
+    form, reads = form_of(family), []
+
+    def read(text: str, at: int, parameters: Any) -> Any:
+        reads.append(at)
+        if text.startswith(f"{opening}\0", at):
+            raise ValueError("malformed")
+        return notation.read(text, at, parameters)
+
+    notation = form.notation
+    monkeypatch.setitem(tool_calls.BY_FAMILY, family, replace(notation, read=read))
+    for failures, found in ((63, 1), (64, 0), (5000, 0)):
+        reads.clear()
+        bad = f"{opening}\0" * failures
+        text, calls = parse_tool_calls(bad + answer, form, TOOLS)
+        assert len(calls) == found and text == (bad if found else bad + answer)
+        assert len(reads) == min(failures + 1, 64)
+
+
 PIECES = sorted({marker for notation in NOTATIONS for marker in (*notation.openings, *notation.markers)})
 PIECES += [
     "f",
@@ -162,6 +312,15 @@ PIECES += [
     "\n",
     "```json",
     "```",
+    "{[1]}",
+    "1e999",
+    "f(a=",
+    "<function=f>",
+    "<parameter=a>",
+    "</parameter>",
+    "</function>",
+    '<param name="a">',
+    "</param>",
     '{"name": "f", "arguments": {',
     "\x00",
 ]
