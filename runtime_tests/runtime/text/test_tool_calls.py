@@ -180,7 +180,7 @@ def test_a_long_chain_of_python_stays_in_the_text(family: str, text: str) -> Non
     assert parse_tool_calls(answer, form_of(family), TOOLS) == (answer, [])
 
 
-@pytest.mark.parametrize("value", ["1e999", "[-1e999]", r"'\ud800'", r"{'\ud800': 1}", "0x" + "f" * 5000])
+@pytest.mark.parametrize("value", ["1e999", "[-1e999]", r"'\ud800'", r"{'\ud800': 1}", "[0x" + "f" * 5000 + "]"])
 def test_what_no_message_could_hold_is_the_text_that_states_it(value: str) -> None:
     for kind in ("number", "object", "array", "integer"):
         (call,) = parse_tool_calls(tagged_call(value), form_of("qwen-xml"), tools_of({"type": kind}))[1]
