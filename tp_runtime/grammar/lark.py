@@ -33,6 +33,8 @@ _PIECES = re.compile(
 _NO_SETTINGS = re.compile(r"\s*+\{\s*+\}")
 
 _MOST_RULES = 500  # llguidance recurses from rule to rule, and 10,000 overflow the stack
+_DEEPEST = 100  # brackets inside brackets; llguidance recurses, and 300,000 names with braces overflow the stack
+_OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 
 _REFUSED_OPTIONS = {
     "temperature": "set the temperature of the request",
@@ -56,7 +58,7 @@ def check_lark(text: str, path: str) -> str:
         got, wanted = "a text that begins with a brace", "rules, such as start: /[0-9]+/"
         raise RequestError("the grammar is not Lark", field=path, got=got, wanted=wanted)
     out: list[str] = []
-    at = schemas = rules = 0
+    at = schemas = rules = depth = 0
     budget = Budget()  # one for all schemas: each of them may be small, and the grammar large
     while piece := _PIECES.match(text, at):
         at = piece.end()
@@ -73,6 +75,10 @@ def check_lark(text: str, path: str) -> str:
             schemas += 1
             schema, at = _inline_schema(text, at, f"{path}.%json[{schemas}]", budget)
             found += schema
+        depth = max(0, depth + (found in _OPENING) - (found in _CLOSING))
+        if depth > _DEEPEST:
+            wanted = f"at most {_DEEPEST} brackets inside each other"
+            raise RequestError("the grammar is nested too deep", field=path, got=f"{depth} levels", wanted=wanted)
         rules += found == ":"
         if rules > _MOST_RULES:
             raise RequestError(

@@ -82,7 +82,14 @@ def test_what_is_not_closed_is_refused(text: str) -> None:
         check_lark(text, "grammar")
 
 
-@pytest.mark.parametrize("part", ["a[", "a[b", "a", "<a", "%llguidance {} ", "[a=", "stop "])
+@pytest.mark.parametrize("part", ["a[", "a{", "(", "a[b", "[a="])
+def test_brackets_inside_brackets_are_limited(part: str) -> None:
+    with pytest.raises(RequestError, match="nested too deep"):
+        check_lark("start: " + part * 101, "grammar")
+    assert check_lark("start: " + part * 100, "grammar")
+
+
+@pytest.mark.parametrize("part", ["a[b] ", "a", "<a", "%llguidance {} ", "]a=", "stop ", "stop_"])
 def test_a_long_grammar_is_read_once(part: str) -> None:
     """A pass that looked at the rest from each part would not end here."""
     text = "start: " + part * 200_000
