@@ -225,9 +225,9 @@ def test_a_search_fits_its_choice_again_on_the_queries_that_it_chose_by(
     assert config.fidelity is not None and config.fidelity["queries"] == 2  # the held-out ones
 
 
-@pytest.mark.parametrize("restating", [True, False])
-def test_entries_of_a_context_that_is_restated_are_selected_one_after_another(
-    restating: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("restating", "least", "forward"), [(True, 4, True), (True, 5, False), (False, 4, False)])
+def test_enough_entries_of_a_context_that_is_restated_are_selected_one_after_another(
+    restating: bool, least: int, forward: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Behind] = []
 
@@ -237,13 +237,14 @@ def test_entries_of_a_context_that_is_restated_are_selected_one_after_another(
 
     monkeypatch.setattr(closed_form, "fit_lockstep", recorded)
     monkeypatch.setattr(calibration, "LONG_CONTEXT", 1)
+    monkeypatch.setattr(closed_form, "LEAST_FORWARD", least)
     options = patch_arguments(tiny_llama, tmp_path / "p.safetensors", rank=None, prefix=4, samples=1)
     queries = tmp_path / "q.txt"
     queries.write_text("".join(f"What is {i}?\n" for i in range(8)))
     assert cli.main([*options, f"--queries={queries}", *([] if restating else ["--no-restating"])]) == 0
     compaction = found[0].compaction
     assert compaction is not None
-    assert (compaction.forward, compaction.answer_weight) == (restating, 1.0 if restating else 5.0)
+    assert (compaction.forward, compaction.answer_weight) == (forward, 1.0 if restating else 5.0)
 
 
 def test_the_queries_of_a_fit_are_saved_for_the_report(
