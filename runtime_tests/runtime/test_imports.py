@@ -21,10 +21,20 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
+# A room that is an extra of its own is left out where the extra is not installed.
 ALL_MODULES = """
+from importlib.util import find_spec
 import tp_runtime
-for module in pkgutil.walk_packages(tp_runtime.__path__, "tp_runtime."):
-    importlib.import_module(module.name)
+
+def needs(name):
+    return {"tp_runtime.fleet": "ray", "tp_runtime.serve": "fastapi"}.get(".".join(name.split(".")[:2]), "sys")
+
+def refused(name):
+    assert find_spec(needs(name)) is None, name
+
+for module in pkgutil.walk_packages(tp_runtime.__path__, "tp_runtime.", onerror=refused):
+    if find_spec(needs(module.name)) is not None:
+        importlib.import_module(module.name)
 """
 NONE_LOADED = "assert not {name.partition('.')[0] for name in sys.modules} & Blocked.names"
 
