@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
+from runtime_tests.pages import run_examples
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-
-PAGE = Path(__file__).parents[3] / "docs" / "chat.md"
 
 
 def test_every_example_of_the_page_runs(
@@ -19,9 +17,6 @@ def test_every_example_of_the_page_runs(
     monkeypatch.chdir(tmp_path)
     model.load_patch(patch, "pirate")
     model.load_patch(-1 * patch, "parrot")
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) >= 7
     names: dict[str, object] = {"model": model}
-    for example in examples:
-        exec(compile(example, str(PAGE), "exec"), names)
+    assert len(list(run_examples("chat.md", names))) >= 7
     assert (tmp_path / "chat.json").exists()

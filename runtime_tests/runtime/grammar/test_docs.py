@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from runtime_tests.pages import page, run_examples
 from tp_runtime.grammar.keywords import REFUSED
 from tp_runtime.model import PatchedModel
 
-PAGE = Path(__file__).parents[3] / "docs" / "structured-output.md"
+PAGE = "structured-output.md"
 
 
 def test_every_example_of_the_page_runs(tiny_llama_export: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {"model": PatchedModel.from_pretrained(tiny_llama_export, "cpu")}
-    for example in examples:
-        exec(compile(example, str(PAGE), "exec"), names)
+    assert list(run_examples(PAGE, names))
     assert names["result"].finish_reason == "eos"
     value = json.loads(names["result"].text)
     assert value["city"] in ("Kyiv", "Lagos", "Lima") and 0 <= value["people"] <= 99
@@ -26,6 +25,6 @@ def test_every_example_of_the_page_runs(tiny_llama_export: Path) -> None:
 
 
 def test_the_page_names_what_applications_use_most_of_what_is_refused() -> None:
-    page = PAGE.read_text(encoding="utf-8").split("## What is refused")[1]
+    refused = page(PAGE).split("## What is refused")[1]
     common = {"not", "if", "then", "else", "uniqueItems", "contains", "propertyNames", "dependentSchemas"}
-    assert common <= REFUSED.keys() and all(f"`{keyword}`" in page for keyword in common)
+    assert common <= REFUSED.keys() and all(f"`{keyword}`" in refused for keyword in common)

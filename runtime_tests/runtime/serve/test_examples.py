@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
+from runtime_tests.pages import examples, page
 from tp_runtime.cli import serve as command
 from tp_runtime.serve.failures import _MEANINGS
 
 from .conftest import CHAT, Running
 
-PAGE = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
+PAGE = page("server.md")
 
 
 def test_the_script_of_the_openai_client_runs(served: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (script,) = examples(PAGE)
     exec(compile(script.replace("http://127.0.0.1:8000", served.url), "docs/server.md", "exec"), {})
     assert "['tiny-llama', 'french', 'pirate']" in capsys.readouterr().out
 

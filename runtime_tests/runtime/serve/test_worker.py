@@ -98,19 +98,24 @@ def test_a_request_whose_time_is_over_before_it_is_encoded_adds_none(model: Patc
     with_worker(model, test, timeout=-1.0)
 
 
+def fail_steps(monkeypatch: pytest.MonkeyPatch, worker: Worker, *failures: BaseException) -> None:
+    """Let the next steps of the worker's batch fail, one with each failure."""
+    step, left = worker._batch.step, list(failures)
+
+    def failing() -> Any:
+        if left:
+            raise left.pop()
+        return step()
+
+    monkeypatch.setattr(worker._batch, "step", failing)
+
+
 @pytest.mark.parametrize("failure", [ValueError, MemoryError, SystemExit])
 def test_a_step_that_fails_twice_ends_its_requests_and_the_next_ones_run(
     model: PatchedModel, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
     async def test(worker: Worker) -> None:
-        step, failures = worker._batch.step, [failure("x"), failure("x")]
-
-        def failing() -> Any:
-            if failures:
-                raise failures.pop()
-            return step()
-
-        monkeypatch.setattr(worker._batch, "step", failing)
+        fail_steps(monkeypatch, worker, failure("x"), failure("x"))
         (ticket,) = await submit(worker, SHORT)
         with pytest.raises(RuntimeError, match="a step of the model failed"):
             await ticket.result()
@@ -122,14 +127,7 @@ def test_a_step_that_fails_twice_ends_its_requests_and_the_next_ones_run(
 
 def test_a_step_that_fails_once_is_tried_again(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(worker: Worker) -> None:
-        step, failures = worker._batch.step, [ValueError("x")]
-
-        def failing() -> Any:
-            if failures:
-                raise failures.pop()
-            return step()
-
-        monkeypatch.setattr(worker._batch, "step", failing)
+        fail_steps(monkeypatch, worker, ValueError("x"))
         (ticket,) = await submit(worker, SHORT)
         assert (await ticket.result()).text == model.generate("Hi", **SHORT)
 

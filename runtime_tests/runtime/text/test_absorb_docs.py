@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
+from runtime_tests.pages import run_examples
 from runtime_tests.patches import patch_for
 from tp_runtime.model import PatchedModel
-
-PAGE = Path(__file__).parents[3] / "docs" / "absorb.md"
 
 
 def test_every_example_of_the_page_runs(
@@ -19,10 +17,7 @@ def test_every_example_of_the_page_runs(
     monkeypatch.chdir(tmp_path)
     model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1 << 26)
     model.load_patch(patch_for(model.graph.folder, seed=1), "pirate")
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 3
     names: dict[str, object] = {"model": model, "path": tiny_llama_export, "PatchedModel": PatchedModel}
-    for example in examples:
-        exec(compile(example, str(PAGE), "exec"), names)
+    assert len(list(run_examples("absorb.md", names))) == 3
     other = names["other"]
     assert isinstance(other, PatchedModel) and other.prefix_cache is not None and other.prefix_cache.entries > 0
