@@ -7,22 +7,13 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import PatchInUseError, TPError, printable
 from ..model import PatchedModel
 from ..patch import Patch
-from ..serve import SUFFIX, ServedPatches, require_name
+from ..serve import SUFFIX, Mark, ServedPatches, patch_files, require_name
 
 log = logging.getLogger("tp_runtime.fleet")
-
-
-class _Mark(NamedTuple):
-    """What tells two versions of a file apart."""
-
-    inode: int
-    size: int
-    changed: int
 
 
 class Catalogue(ServedPatches):
@@ -37,8 +28,8 @@ class Catalogue(ServedPatches):
     def __init__(self, model: PatchedModel, name: str, folder: Path) -> None:
         super().__init__(model, name, None)
         self._model, self._where = model, folder
-        self._known: dict[str, tuple[_Mark, Patch]] = {}
-        self._bad: dict[str, _Mark] = {}  # the versions of files that cannot be served
+        self._known: dict[str, tuple[Mark, Patch]] = {}
+        self._bad: dict[str, Mark] = {}  # the versions of files that cannot be served
         self._held: Counter[str] = Counter()  # how often the replica's multiplexing holds each name
         # It is reentrant because the end of a request, which lets patches go, may come at any line.
         self._own_lock = threading.RLock()
@@ -55,20 +46,19 @@ class Catalogue(ServedPatches):
         listed, as while a volume is mounted again, changes nothing. A patch that a request holds stays loaded.
         """
         with self._own_lock:
-            try:
-                files = [path for path in self._where.iterdir() if path.suffix == SUFFIX]
-            except OSError as error:
-                log.warning("the folder of patches cannot be read: %s", printable(str(error)))
+            files = patch_files(self._where)
+            if files is None:
+                log.warning("the folder of patches cannot be read")
                 return
-            found = {path.name.removesuffix(SUFFIX): path for path in files}
+            found = {file.removesuffix(SUFFIX): mark for file, mark in files.items()}
             for name in self._model.patches.keys() - self._held:
                 self._try_unload(name)  # a request was using it when it was let go
             for gone in self._known.keys() - found.keys():
                 del self._known[gone]
             for gone in self._bad.keys() - found.keys():
                 del self._bad[gone]
-            for name, path in sorted(found.items()):
-                self._read(name, path)
+            for name, mark in sorted(found.items()):
+                self._read(name, mark)
 
     def hold(self, name: str) -> None:
         """Load a patch of the folder into the model, until it is let go as often as it was held.
@@ -89,23 +79,21 @@ class Catalogue(ServedPatches):
                 del self._held[name]
                 self._try_unload(name)
 
-    def _read(self, name: str, path: Path) -> None:
+    def _read(self, name: str, mark: Mark) -> None:
+        known = self._known.get(name)
+        if mark in (known and known[0], self._bad.get(name)):
+            return
+        self._bad[name] = mark
         try:
-            status = path.stat()
-            mark = _Mark(status.st_ino, status.st_size, status.st_mtime_ns)
-            known = self._known.get(name)
-            if mark in (known and known[0], self._bad.get(name)):
-                return
-            self._bad[name] = mark
             require_name(name, self.base)
-            patch = Patch.load(path)
+            patch = Patch.load(self._where / f"{name}{SUFFIX}")
             self._model.graph.bind(patch)  # what does not fit this model is not listed
             if name in self._held:
                 self._model.load_patch(patch, name, replace=True)
             self._known[name] = mark, patch
             del self._bad[name]
         except (TPError, OSError) as error:
-            log.warning("the patch file %s is not served: %s", printable(path.name), printable(str(error)))
+            log.warning("the patch %s is not served: %s", printable(name), printable(str(error)))
 
     def _try_unload(self, name: str) -> None:
         try:

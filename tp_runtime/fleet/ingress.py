@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ..serve import Guard, ServerSettings, refusal_body
+from ..serve import Guard, Refusal, ServerSettings, body_not_whole, body_too_large, refusal_body
 from .messages import Call, Head
 
 log = logging.getLogger("tp_runtime.fleet")
@@ -49,16 +49,16 @@ class Ingress:
         """Answer any request by a replica."""
         refusal = self._guard.refusal(request.scope, dict(request.headers.raw))
         if refusal is not None:
-            return JSONResponse(refusal_body(refusal), refusal.status, _RETRY if refusal.status == 429 else None)
+            return _refused(refusal)
         body = bytearray()
         try:
             async with asyncio.timeout(self._stall):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._most:
-                        return _failure(413, f"the body is larger than {self._most} bytes", "invalid_request_error")
+                        return _refused(body_too_large(self._most))
         except TimeoutError:
-            return _failure(408, f"the body did not arrive within {self._stall:g} seconds", "invalid_request_error")
+            return _refused(body_not_whole(self._stall))
         except ClientDisconnect:
             return Response(status_code=_GONE)
         headers = tuple((name, value) for name, value in request.headers.raw if name not in _HOP)
@@ -75,13 +75,14 @@ class Ingress:
                     head = await anext(aiter(pieces))
                     first = await anext(aiter(pieces), None)
             except BackPressureError:
-                return _failure(429, "the queue is full", "rate_limit_error", _RETRY)
+                return _refused(Refusal(429, "the queue is full", field="server", fix="try again later"))
             except TimeoutError:
                 pieces.cancel()
-                return _failure(504, f"no answer came within {self._timeout:g} seconds", "timeout_error")
+                wanted = f"at most {self._timeout:g} seconds"
+                return _refused(Refusal(504, "the request took too long", field="server", wanted=wanted))
             except RayTaskError:  # the replica lives, and failed on this request as it would again
                 log.exception("a replica failed on a request")
-                return _failure(500, "the replica failed; its log says more", "server_error")
+                return _refused(Refusal(500, "the replica failed; its log says more"))
             except _LOST as error:
                 pieces.cancel()
                 log.warning("a replica was lost before it answered, try %d: %s", attempt, type(error).__name__)
@@ -94,7 +95,7 @@ class Ingress:
             response = StreamingResponse(_body(pieces, first), head.status)
             response.raw_headers = [(name, value) for name, value in head.headers if name not in _HOP]
             return response
-        return _failure(503, "no replica could answer", "server_error", _RETRY)
+        return _refused(Refusal(503, "no replica could answer", field="server", fix="try again later"))
 
 
 async def _body(pieces: Any, first: bytes | None) -> AsyncIterator[bytes]:
@@ -112,6 +113,5 @@ async def _nothing(scope: Any, receive: Any, send: Any) -> None:
     """Do nothing: the ingress asks the guard, and has no application."""
 
 
-def _failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, status, headers)
+def _refused(refusal: Refusal) -> JSONResponse:
+    return JSONResponse(refusal_body(refusal), refusal.status, _RETRY if refusal.status in (429, 503) else None)

@@ -49,7 +49,14 @@ _FIELDS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
 }
-_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
 
 
 class ErrorPart(BaseModel):

@@ -91,7 +91,7 @@ class Guard:
             )
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > self._most):
-            return _too_large(self._most)
+            return body_too_large(self._most)
         path = scope["path"]
         if path in _OPEN:
             return None
@@ -146,13 +146,12 @@ class _Exchange:
             async with asyncio.timeout(self._until - now):
                 message = await self._receive()
         except TimeoutError:
-            wanted = f"a whole body within {self._stall:g} seconds"
-            await self._stop(Refusal(408, "the body did not arrive", field="body", got="a part of it", wanted=wanted))
+            await self._stop(body_not_whole(self._stall))
         if message["type"] == "http.request":
             self._taken += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
             if self._taken > self._most:
-                await self._stop(_too_large(self._most))
+                await self._stop(body_too_large(self._most))
         else:
             self._whole = True
         return message
@@ -204,7 +203,14 @@ class _StoppedError(Exception):
     """The request was given up; what the application still sends goes nowhere."""
 
 
-def _too_large(most: int) -> Refusal:
+def body_not_whole(stall: float) -> Refusal:
+    """Return the refusal of a body that does not arrive."""
+    wanted = f"a whole body within {stall:g} seconds"
+    return Refusal(408, "the body did not arrive", field="body", got="a part of it", wanted=wanted)
+
+
+def body_too_large(most: int) -> Refusal:
+    """Return the refusal of a body of more than `most` bytes."""
     return Refusal(
         413,
         "the body is too large",

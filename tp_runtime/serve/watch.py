@@ -15,7 +15,7 @@ log = logging.getLogger("tp_runtime.serve")
 _SCAN_SECONDS = 1.0
 
 
-class _Mark(NamedTuple):
+class Mark(NamedTuple):
     """What tells two versions of a file apart."""
 
     inode: int
@@ -43,8 +43,8 @@ class PatchFolder:
 
     def __init__(self, patches: ServedPatches) -> None:
         self._patches = patches
-        self._before: dict[str, _Mark] = {}  # the files of the last scan
-        self._tried: dict[str, _Mark] = {}  # the versions that were loaded, or could not be
+        self._before: dict[str, Mark] = {}  # the files of the last scan
+        self._tried: dict[str, Mark] = {}  # the versions that were loaded, or could not be
         self._own: set[str] = set()  # the names of the patches that this object loaded
         self._leaving: set[str] = set()  # those of them whose files are gone, while requests use them
         self._missing = False
@@ -58,7 +58,7 @@ class PatchFolder:
         folder = self._patches.folder
         if folder is None:
             return
-        found = _files(folder)
+        found = patch_files(folder)
         if found is None:  # the folder is gone, as while a volume is mounted again; this is no order to unload all
             if not self._missing:
                 log.warning("the folder of patches cannot be read, so the patches stay as they are")
@@ -105,7 +105,7 @@ async def watch(folder: Watched) -> None:
             log.exception("the folder of patches could not be scanned")
 
 
-def _files(folder: Path) -> dict[str, _Mark] | None:
+def patch_files(folder: Path) -> dict[str, Mark] | None:
     """Return the patch files of a folder with their marks; None if the folder cannot be read."""
     found = {}
     try:
@@ -115,7 +115,7 @@ def _files(folder: Path) -> dict[str, _Mark] | None:
                     status = path.stat()
                 except OSError:
                     continue  # it went away meanwhile
-                found[path.name] = _Mark(status.st_ino, status.st_size, status.st_mtime_ns)
+                found[path.name] = Mark(status.st_ino, status.st_size, status.st_mtime_ns)
     except OSError:
         return None
     return found
