@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
@@ -46,7 +47,6 @@ class ChatStream:
         self.text_stream, self.dropped_turns = text_stream, dropped_turns
         self._append, self._use = append, use
         self._said: list[str] = []
-        self._result: ChatResult | None = None
         self._state: Literal["open", "interrupted", "appended", "forgotten"] = "open"
 
     @property
@@ -54,18 +54,16 @@ class ChatStream:
         """The text so far."""
         return "".join(self._said)
 
-    @property
+    @cached_property
     def result(self) -> ChatResult:
         """The answer with its figures.
 
         Raises:
             RequestError: the answer has not ended.
         """
-        if self._result is None:  # it is made once, because the ids of its calls are drawn
-            result = self.text_stream.result
-            values = {one.name: getattr(result, one.name) for one in fields(result)}
-            self._result = ChatResult(**values, dropped_turns=self.dropped_turns)
-        return self._result
+        result = self.text_stream.result
+        values = {one.name: getattr(result, one.name) for one in fields(result)}
+        return ChatResult(**values, dropped_turns=self.dropped_turns)
 
     @property
     def finish_reason(self) -> str | None:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import PatchFormatError, RequestError, library_text
+from ..errors import PatchFormatError, RequestError
 from ..patch import PATCH_FILE
-from ..storage import UnreadableFileError, check_output_file, read_regular
-from .options import add_model_options, add_patch_option, open_model, read_patches, split_spec
+from ..storage import check_output_file
+from .options import add_model_options, add_patch_option, open_model, read_patches, read_text, split_spec
 from .printing import note, plural, size
 
 _DTYPES = ("f32", "f16", "i8")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         )
     read = [args.model, args.system_file, *(split_spec(spec)[0] for spec in args.patch)]
     check_output_file(args.out, PATCH_FILE, [path for path in read if path is not None])
-    system = args.system if args.system_file is None else _read(args.system_file)
+    system = args.system if args.system_file is None else _prompt(args.system_file)
     if not system.strip():
         field = "--system" if args.system_file is None else str(args.system_file)
         raise RequestError("the prompt to absorb is empty", field=field, got=repr(system), wanted="text")
@@ -77,16 +77,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(file: Path) -> str:
+def _prompt(file: Path) -> str:
     """Return the text of a file without the newlines at its end, as the exporter reads a prompt."""
-    try:
-        return read_regular(file, _LONGEST_TEXT).decode("utf-8").rstrip("\r\n")
-    except UnreadableFileError as error:
-        raise RequestError(error.problem, field=str(file), got=error.got, wanted=error.wanted) from error
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            "the file cannot be read", field=str(file), got=library_text(error), wanted="UTF-8 text"
-        ) from error
+    return read_text(file, str(file), _LONGEST_TEXT).rstrip("\r\n")
 
 
 @contextmanager

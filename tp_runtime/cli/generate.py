@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import RequestError, shown
 from ..model import PatchedModel
-from ..storage import MAX_JSON_BYTES, StrictJSONError, UnreadableFileError, parse_json, read_regular
+from ..storage import StrictJSONError, parse_json
 from ..text import RequestOptions, Result
 from .options import (
     add_model_options,
@@ -20,6 +20,7 @@ from .options import (
     note_if_cut,
     open_model,
     read_patches,
+    read_text,
     sampling_options,
 )
 from .printing import emit
@@ -120,32 +121,23 @@ def _print_stream(model: PatchedModel, text: str, options: RequestOptions) -> No
 def _form_options(args: argparse.Namespace) -> RequestOptions:
     options: RequestOptions = {}
     if args.json_schema is not None:
-        options["json_schema"] = _text_file(args.json_schema, "--json-schema")
+        options["json_schema"] = read_text(Path(args.json_schema), "--json-schema")
     if args.regex is not None:
         options["regex"] = args.regex
     if args.grammar is not None:
-        options["grammar"] = _text_file(args.grammar, "--grammar")
+        options["grammar"] = read_text(Path(args.grammar), "--grammar")
     if args.tools is not None:
-        options["tools"] = _json(_text_file(args.tools, "--tools"), "--tools")
+        options["tools"] = _json(read_text(Path(args.tools), "--tools"), "--tools")
     if args.tool_choice is not None:
         words = ("auto", "none", "required")
         named = {"type": "function", "function": {"name": args.tool_choice}}
         options["tool_choice"] = args.tool_choice if args.tool_choice in words else named
     if args.documents is not None:
-        options["documents"] = _json(_text_file(args.documents, "--documents"), "--documents")
+        options["documents"] = _json(read_text(Path(args.documents), "--documents"), "--documents")
     if args.template_arg is not None:
         pairs = [spec.partition("=") for spec in args.template_arg]
         options["template_args"] = {name: _json(value, f"--template-arg {name}") for name, _equals, value in pairs}
     return options
-
-
-def _text_file(path: str, field: str) -> str:
-    try:
-        return read_regular(Path(path), MAX_JSON_BYTES).decode("utf-8")
-    except UnreadableFileError as error:
-        raise RequestError(error.problem, field=field, got=error.got, wanted=error.wanted) from error
-    except UnicodeDecodeError as error:
-        raise RequestError("the file is not text", field=field, got=shown(str(error)), wanted="UTF-8") from error
 
 
 def _json(text: str, field: str) -> Any:

@@ -11,11 +11,12 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from ..errors import PatchTargetError, PatchValueError, RequestError, shown
+from ..errors import PatchTargetError, PatchValueError, RequestError, library_text, shown
 from ..generation import Sampling
 from ..model import ACTIVE, PatchChoice, PatchedModel, TextStream
 from ..patch import Patch
 from ..session import DEVICES, ModelFolder
+from ..storage import MAX_JSON_BYTES, UnreadableFileError, read_regular
 from ..text import Request, SamplingOptions
 from .printing import note, plural
 
@@ -98,6 +99,26 @@ def open_model(args: argparse.Namespace) -> PatchedModel:
         ModelError: see PatchedModel.from_pretrained.
     """
     return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads)
+
+
+def read_text(path: Path, field: str, most: int = MAX_JSON_BYTES) -> str:
+    """Return the text of a file.
+
+    Args:
+        path: the file.
+        field: the option or the file, for errors.
+        most: the largest number of bytes.
+
+    Raises:
+        RequestError: it is no regular file of at most that size, or is not UTF-8.
+        OSError: the file cannot be opened.
+    """
+    try:
+        return read_regular(path, most).decode("utf-8")
+    except UnreadableFileError as error:
+        raise RequestError(error.problem, field=field, got=error.got, wanted=error.wanted) from error
+    except UnicodeDecodeError as error:
+        raise RequestError("the file is not text", field=field, got=library_text(error), wanted="UTF-8 text") from error
 
 
 # -- patches ---------------------------------------------------------------------------------------------------

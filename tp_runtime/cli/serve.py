@@ -11,8 +11,7 @@ from typing import Any
 from ..errors import RequestError, shown
 from ..model import PatchedModel
 from ..patch import Patch
-from ..storage import UnreadableFileError, read_regular
-from .options import add_model_options, split_spec
+from .options import add_model_options, read_text, split_spec
 from .printing import note
 
 _KEY_VARIABLE = "TP_API_KEY"
@@ -157,13 +156,8 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         key = os.environ.get(_KEY_VARIABLE)
         return () if key is None else (key,)
-    try:
-        text = read_regular(path, _MB).decode("ascii")
-    except (UnreadableFileError, UnicodeDecodeError) as error:
-        raise RequestError(
-            "the file of keys cannot be read", field="--api-key-file", got=str(error), wanted="a line for each key"
-        ) from error
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = read_text(path, "--api-key-file", _MB).splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise RequestError("the file holds no key", field="--api-key-file", got=str(path), wanted="a line for each key")
     return keys

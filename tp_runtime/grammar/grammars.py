@@ -155,19 +155,18 @@ def _json_grammar(library: Any, schema: str) -> str:
 
 def _compile_regex(text: str, vocabulary: Vocabulary) -> Any:
     library = llguidance("regex")
-    translated = translate(text, "regex")
-    matcher, problem = _matcher(library, vocabulary.tree("regex"), library.LLMatcher.grammar_from_regex(translated))
-    if problem is not None:
-        raise refused(problem, "regex")
-    return matcher
+    return _compiled(library, library.LLMatcher.grammar_from_regex(translate(text, "regex")), vocabulary, "regex")
 
 
 def _compile_lark(text: str, vocabulary: Vocabulary) -> Any:
     library = llguidance("grammar")
-    checked = check_lark(text, "grammar")
-    matcher, problem = _matcher(library, vocabulary.tree("grammar"), library.LLMatcher.grammar_from_lark(checked))
+    return _compiled(library, library.LLMatcher.grammar_from_lark(check_lark(text, "grammar")), vocabulary, "grammar")
+
+
+def _compiled(library: Any, grammar: str, vocabulary: Vocabulary, field: str) -> Any:
+    matcher, problem = _matcher(library, vocabulary.tree(field), grammar)
     if problem is not None:
-        raise refused(problem, "grammar")
+        raise refused(problem, field)
     return matcher
 
 
