@@ -31,6 +31,7 @@ class GrammarConstraint:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._field = field
+        self._forced: list[int] | None = None  # what must come after the ids; None if that has not been asked
         self._ids: list[int] = []  # the completion that the state stands after
         self._consumed = 0  # how many of them the matcher has: an id that ends a text which is over is not given to it
 
@@ -44,6 +45,8 @@ class GrammarConstraint:
             RequestError: an id is not allowed at its place. The state is then the one after the ids before it.
         """
         ids = list(completion)
+        if ids != self._ids:
+            self._forced = None
         same = len(self._ids) if ids[: len(self._ids)] == self._ids else _common(ids, self._ids)
         self._take_back(same)
         for token in ids[same:]:
@@ -95,6 +98,11 @@ class GrammarConstraint:
         Raises:
             RequestError: the constraint has become too complex.
         """
+        if self._forced is None:  # the loop and the sampler both ask after every id
+            self._forced = self._compute_forced()
+        return list(self._forced)
+
+    def _compute_forced(self) -> list[int]:
         if self._over():
             return [self._vocabulary.eos_ids[0]] if len(self._ids) == self._consumed else []
         ids: list[int] = self._matcher.compute_ff_tokens()
