@@ -19,7 +19,7 @@ import torch
 
 from tp_export.measure import TorchStudent
 from tp_export.queries import load_questions
-from tp_export.rollout import Context, Ending, complete
+from tp_export.rollout import Context, Ending, Prompting, complete
 from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
 
@@ -39,7 +39,8 @@ def main() -> None:
     model, codec = load_model(source), source.codec
     prompt = args.prompt_file.read_text(encoding="utf-8").rstrip("\r\n")
     queries = load_questions(args.queries)
-    context = Context.of(source, model, prompt, queries)
+    asked = Prompting(codec, prompt)
+    context = Context.of(model, asked, asked.pairs(queries))
     students = {
         "teacher": TorchStudent(model, cached=context.cached),
         "unpatched": TorchStudent(model),

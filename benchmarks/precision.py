@@ -19,7 +19,7 @@ import torch
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import held_out_text, log_probabilities
 from tp_export.queries import load_questions
-from tp_export.rollout import dialogues_for
+from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
@@ -41,9 +41,10 @@ def main() -> None:
     ids = source.codec.render(held_out_text(), raw=True)
     reference = log_probabilities(model, torch.tensor([ids]))
     queries, teacher = load_questions(args.queries), TorchStudent(model)
-    plain = dialogues_for(source, model, None, queries, 48)
+    plain = dialogues_for(model, Prompting(source.codec, None), queries, 48)
     patch = None if args.patch is None else Patch.load(args.patch)
-    prompted = dialogues_for(source, model, args.prompt_file.read_text().strip(), queries, 48) if patch else []
+    asked = Prompting(source.codec, args.prompt_file.read_text().strip())
+    prompted = dialogues_for(model, asked, queries, 48) if patch else []
     for folder in args.folders:
         graph = Graph(ModelFolder.open(folder), "cpu")
         got = torch.from_numpy(graph.run(list(ids), graph.base)).log_softmax(-1)

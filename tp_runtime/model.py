@@ -413,6 +413,7 @@ class PatchedModel:
         patch: PatchChoice = ACTIVE,
         strength: float = 1.0,
         dtype: str | None = None,
+        before_system: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Patch:
         """Return a patch that stands in for a system prompt: the prompt's own keys and values, which are exact.
@@ -425,6 +426,8 @@ class PatchedModel:
             strength: a factor on that patch.
             dtype: the dtype of the patch, as for `Patch.save`; None takes that of the session's keys and values, which
                 rounds nothing.
+            before_system: whether the prompt is to stand in front of a system message that every request under the
+                patch has of its own, with a blank line between them; otherwise it stands in place of one.
             progress: a function that is called with the number of tokens that have run and that of all tokens.
 
         Raises:
@@ -434,7 +437,16 @@ class PatchedModel:
         """
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
-            return absorb_prompt(self.graph, self.codec, system, resolved, name=name, dtype=dtype, progress=progress)
+            return absorb_prompt(
+                self.graph,
+                self.codec,
+                system,
+                resolved,
+                name=name,
+                dtype=dtype,
+                before_system=before_system,
+                progress=progress,
+            )
 
     def chat(
         self,

@@ -14,6 +14,7 @@ from .options import (
     add_device_options,
     add_source,
     add_stop,
+    add_system_messages,
     check_measurable,
     load_weights,
     open_graph,
@@ -21,6 +22,7 @@ from .options import (
     read_context,
     require_at_least,
     stop_strings,
+    system_messages,
 )
 
 
@@ -48,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_answer_length(parser)
     add_stop(parser, "the stop strings in the patch file")
+    add_system_messages(parser, "the held-out ones of the built-in messages")
     parser.add_argument(
         "--runtime",
         type=Path,
@@ -76,12 +79,14 @@ def run(args: argparse.Namespace) -> int:
     )
     from ..progress import bar
     from ..queries import load_answers, load_questions
-    from ..rollout import Context, dialogues_for
+    from ..rollout import Context, Prompting, dialogues_for
     from ..source import open_source
 
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     patch = Patch.load(args.patch)
     stop = stop_strings(args.stop, patch)
+    before_system = patch.prefix is not None and patch.prefix.before_system
+    systems = system_messages(args, before_system, "a patch that was made with --before-system")
     # A patch that only repairs a quantised base has no prompt, so it is compared with the float32 base.
     context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)
     queries, known = load_questions(args.queries), load_answers(args.queries)
@@ -91,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
     check_measurable(patch, "the patch", context, queries, source, graph)
     model = load_weights(source, args)
     limit = args.max_new_tokens
-    cached = None if context is None else Context.of(source, model, context, queries).cached
-    dialogues = dialogues_for(source, model, context, queries, limit, stop=stop, cached=cached)
+    asked = Prompting(source.codec, context, systems.held_out if systems else ())
+    cached = None if context is None else Context.of(model, asked, asked.pairs(queries)).cached
+    dialogues = dialogues_for(model, asked, queries, limit, stop=stop, cached=cached)
 
     def student(under: Patch | None) -> Student:
         return TorchStudent(model, under) if graph is None else RuntimeStudent(graph, under)
@@ -112,9 +118,7 @@ def run(args: argparse.Namespace) -> int:
             "there is no gap_closed_first"
         )
     if answers and context is not None:
-        accuracy = measure_accuracy(
-            source, context, answers, recorded_answers(dialogues), answerer(None), answerer(patch), stop
-        )
+        accuracy = measure_accuracy(asked, answers, recorded_answers(dialogues), answerer(None), answerer(patch), stop)
         figures |= accuracy.to_dict()
         if accuracy.kept is None:
             _note("the prompted model answers no question correctly, so there is no share of answers kept")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tp_runtime.patch import Patch
     from tp_runtime.session import Graph
 
+    from ..queries import SystemMessages
     from ..source import Source
 
 
@@ -59,6 +60,17 @@ def add_stop(parser: argparse.ArgumentParser, default: str) -> None:
         action="append",
         metavar="TEXT",
         help=f"end every answer at the first TEXT; may be repeated (default: {default})",
+    )
+
+
+def add_system_messages(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --system-messages; `default` says which ones count without it."""
+    parser.add_argument(
+        "--system-messages",
+        type=Path,
+        metavar="FILE",
+        help="a file of system messages that the queries have behind the prompt, one per line, or a .json or .jsonl "
+        f"file; the last quarter is held out (default: {default})",
     )
 
 
@@ -177,6 +189,31 @@ def stop_strings(given: Sequence[str] | None, patch: Patch | None = None) -> tup
     if "" in given:
         raise CalibrationError("the stop string is empty", field="--stop", got="''", wanted="text")
     return tuple(valid_text("--stop", text) for text in given)
+
+
+def system_messages(args: argparse.Namespace, before_system: bool, wanted: str) -> SystemMessages | None:
+    """Return the system messages that queries have of their own; None if the prompt stands in place of them.
+
+    Args:
+        args: the arguments, with `system_messages`.
+        before_system: whether the prompt stands in front of a system message.
+        wanted: what makes it so, for the error.
+
+    Raises:
+        CalibrationError: messages are given, and the prompt stands in their place; or the file cannot be read.
+    """
+    from ..queries import load_system_messages
+
+    if before_system:
+        return load_system_messages(args.system_messages)
+    if args.system_messages is not None:
+        raise CalibrationError(
+            "the prompt stands in place of a system message",
+            field="--system-messages",
+            got=str(args.system_messages),
+            wanted=f"{wanted} beside it",
+        )
+    return None
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

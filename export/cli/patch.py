@@ -16,6 +16,7 @@ from .options import (
     add_device_options,
     add_source,
     add_stop,
+    add_system_messages,
     check_patch_file,
     given,
     load_weights,
@@ -24,6 +25,7 @@ from .options import (
     require_at_least,
     require_folder_of,
     stop_strings,
+    system_messages,
 )
 from .patch_many import add_many_options, run_many
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..fit import Recipe
+    from ..rollout import PromptPair
     from ..source import Source
 
 _CALIBRATION_QUERIES = 64
@@ -113,6 +116,13 @@ def add_parser(subparsers: Any) -> None:
         help="compact the prompt to N key/value entries for each head of a layer, on average over the layers; `all` "
         "keeps every entry, which is exact; 0 gives weights alone",
     )
+    parser.add_argument(
+        "--before-system",
+        action="store_true",
+        help="let the prompt stand in front of a system message that every request has of its own, with a blank line "
+        "between them, not in place of one",
+    )
+    add_system_messages(parser, "with --before-system built-in messages")
     parser.add_argument(
         "--target",
         type=float,
@@ -202,12 +212,13 @@ def fit_one(args: argparse.Namespace) -> int:
     from ..measure import fidelity_line
     from ..quantise import check_precision
     from ..queries import load_answers, load_questions, save_questions, split_holdout
-    from ..rollout import RolloutStore
+    from ..rollout import Prompting, RolloutStore
     from ..source import open_source
 
     check_precision(args.student_precision)
     _check(args)  # bad arguments are found before the minutes of work
     stop = stop_strings(args.stop)
+    systems = system_messages(args, args.before_system, "--before-system")
     target = None
     if args.target is not None or args.max_bytes is not None:
         target = Target(args.target, args.max_bytes, args.best)
@@ -224,7 +235,8 @@ def fit_one(args: argparse.Namespace) -> int:
     source = open_source(args.src)
     store = None if args.rollouts is None else RolloutStore(args.rollouts, source.digest)
     model = load_weights(source, args)
-    recipe = _recipe(args, source, context, [*fitted, *held_out], stop)
+    prompts = Prompting(source.codec, context, systems.fitted if systems else ()).pairs([*fitted, *held_out])
+    recipe = _recipe(args, source, context, prompts, stop)
     if args.queries is None and recipe.prefix and context is not None:
         fitted = _with_own_questions(source, model, context, fitted, held_out, args.save_queries is not None)
     patch = make_patch(
@@ -239,6 +251,7 @@ def fit_one(args: argparse.Namespace) -> int:
         answers=answers,
         store_context=args.store_prompt,
         store=store,
+        systems=systems,
     )
     if args.save_queries is not None:
         save_questions(args.save_queries, fitted)
@@ -251,7 +264,11 @@ def fit_one(args: argparse.Namespace) -> int:
 
 
 def _recipe(
-    args: argparse.Namespace, source: Source, context: str | None, queries: Sequence[str], stop: tuple[str, ...]
+    args: argparse.Namespace,
+    source: Source,
+    context: str | None,
+    prompts: Sequence[PromptPair],
+    stop: tuple[str, ...],
 ) -> Recipe:
     """Return the recipe that the options ask for; what they leave open depends on the length of the context."""
     from ..fit import ALL, Recipe, Settings
@@ -261,7 +278,7 @@ def _recipe(
     if method is None and (context is None or prefix == 0 or (_asks_for_weights(args) and not searched)):
         method = "output"
     if method is None and prefix is None and not searched:
-        prefix = _default_entries(source, context or "", queries)
+        prefix = _default_entries(source, prompts)
         method = "prefix" if prefix else "output"
     method = method or "prefix"
     if prefix is None:
@@ -281,12 +298,12 @@ def _recipe(
     )
 
 
-def _default_entries(source: Source, context: str, queries: Sequence[str]) -> int:
+def _default_entries(source: Source, prompts: Sequence[PromptPair]) -> int:
     """Return the number of entries for a context of this length; 0, with a note, if entries cannot stand in for it."""
     from ..fit import default_entries
     from ..rollout import context_length
 
-    length = context_length(source, context, queries)
+    length = context_length(source.codec, prompts)
     if length is None:
         print("note: no one beginning holds the prompt, so the patch gets weights alone", file=sys.stderr)
         return 0
@@ -308,12 +325,13 @@ def _with_own_questions(
     from ..fit import LONG_CONTEXT
     from ..progress import bar
     from ..queries import statements, unlike, write_questions
-    from ..rollout import Context, context_length
+    from ..rollout import Context, Prompting, context_length
 
-    queries = [*fitted, *held_out]
-    if source.codec.style != "chat" or (context_length(source, context, queries) or 0) <= LONG_CONTEXT:
+    asked = Prompting(source.codec, context)  # the questions are about the prompt, whatever stands behind it
+    prompts = asked.pairs([*fitted, *held_out])
+    if source.codec.style != "chat" or (context_length(source.codec, prompts) or 0) <= LONG_CONTEXT:
         return list(fitted)
-    prepared = Context.of(source, model, context, queries)
+    prepared = Context.of(model, asked, prompts)
     half = len(fitted) // 2
     rounds = min(4, -(-half // max(1, len(statements(context)))))
     with bar("questions about the prompt", rounds * len(statements(context)), "answer") as shown:

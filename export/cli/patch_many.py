@@ -111,6 +111,8 @@ def _jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
         job.out = args.out.resolve() / f"{path.stem}.safetensors"
         if Path(args.src).is_dir():
             job.src = str(Path(args.src).resolve())
+        if args.system_messages is not None:
+            job.system_messages = args.system_messages.resolve()
         for option, suffix in _OWN.items():
             own, shared = path.with_name(path.stem + suffix), getattr(args, option)
             if own.is_file():

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure the patches, write the page and print its path."""
     import matplotlib  # noqa: F401 - if it is missing, the error comes before the minutes of work
 
-    from tp_runtime.patch import ADDS_TO_WEIGHTS, PATCH_FILE, Patch
+    from tp_runtime.patch import ADDS_TO_WEIGHTS, BEFORE_SYSTEM, PATCH_FILE, Patch
     from tp_runtime.storage import check_output_file
 
     from ..queries import load_answers, load_questions
@@ -158,6 +158,15 @@ def run(args: argparse.Namespace) -> int:
         known = fitted_queries(patch, load_questions(fitted))
         stop = stop_strings(args.stop, patch)
         subjects.append(Subject(patch, file, context, held, known, load_answers(held_out), stop))
+    for file, subject in zip(args.patches, subjects, strict=True):
+        if subject.patch.prefix is not None and subject.patch.prefix.before_system:
+            raise CalibrationError(
+                f"the page asks queries without a system message, but {BEFORE_SYSTEM}",
+                field="PATCH",
+                got=str(file),
+                wanted="a patch that was made without --before-system",
+                fix="measure it with tp-export evaluate",
+            )
     if len({subject.patch.identity for subject in subjects}) < count:
         raise PatchFormatError("the same patch is given twice", field="PATCH", got=", ".join(map(str, args.patches)))
     if sum(subject.patch.prefix is not None for subject in subjects) > 1:

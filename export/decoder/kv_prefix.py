@@ -25,11 +25,13 @@ class TorchPrefix:
         entries: the keys and values of every layer, each [kv heads, n, head dim]; n may differ from layer to layer.
         replaces: the token ids at the start of a prompt that the entries replace.
         position: the position of the first token after the entries, at least the largest n.
+        before_system: whether the entries stand in front of a system message of the prompt's own.
     """
 
     entries: Sequence[Entry]
     replaces: tuple[int, ...]
     position: int
+    before_system: bool = False
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class TorchPrefix:
         for layer, pair in enumerate(self.entries):
             for part, kept in zip(("key", "value"), pair, strict=True):
                 arrays[layer, part] = kept.transpose(0, 1).float().cpu().numpy()
-        return KVPrefix(arrays, self.replaces, self.position)
+        return KVPrefix(arrays, self.replaces, self.position, self.before_system)
 
 
 def positions(ids: Tensor, first: int) -> Tensor:
@@ -93,4 +95,4 @@ def torch_prefix(patch: Patch, model: Any) -> TorchPrefix | None:
         return torch.tensor(prefix.entries[layer, part], device=device, dtype=dtype).transpose(0, 1)
 
     entries = [(tensor(layer, "key"), tensor(layer, "value")) for layer in range(prefix.layers)]
-    return TorchPrefix(entries, prefix.replaces, prefix.position)
+    return TorchPrefix(entries, prefix.replaces, prefix.position, prefix.before_system)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ..queries import statements
 from ..rollout import Context, Dialogue, restated_dialogues
-from ..source import Source
 
 LONG_CONTEXT = 100  # tokens; a longer context is restated, because queries look at a part of it only
 
@@ -27,13 +26,14 @@ class Calibration:
     restated: Sequence[Dialogue] = ()
 
 
-def restate(source: Source, context: Context) -> list[Dialogue]:
+def restate(context: Context) -> list[Dialogue]:
     """Return the dialogues that restate a long context to a chat model; none for a short context.
 
     A completion-style model gets none: its context is a list of examples, and repeating them rewards copying one of
     them instead of following them.
     """
     long = context.beginning is not None and len(context.beginning.teacher) > LONG_CONTEXT
-    if not long or source.codec.style != "chat":
+    text = context.prompting.context
+    if not long or text is None or context.prompting.codec.style != "chat":
         return []
-    return restated_dialogues(source, context.text, statements(context.text), context.window)
+    return restated_dialogues(context.prompting, statements(text), context.window)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -169,7 +169,7 @@ def fit_lockstep(
     if behind.student is None:
         return deltas, None
     entries = [entry for entry in made if entry is not None]
-    return deltas, TorchPrefix(entries, behind.student.replaces, behind.student.position)
+    return deltas, replace(behind.student, entries=entries)
 
 
 def _length(prefix: TorchPrefix | None) -> int:

@@ -26,8 +26,8 @@ from ..measure import (
 )
 from ..progress import bar
 from ..quantise import QuantisedStudent, as_student, student_of
-from ..queries import check_disjoint, query_digest
-from ..rollout import Context, Dialogue, RolloutStore, check_beginning, check_text, dialogues_for
+from ..queries import SystemMessages, check_disjoint, query_digest
+from ..rollout import Context, Dialogue, Prompting, PromptPair, RolloutStore, check_beginning, check_text, dialogues_for
 from ..source import Source
 from .calibration import Calibration, restate
 from .choice import Target, Trial, choose, most_entries, selection_size
@@ -50,6 +50,7 @@ def make_patch(
     answers: Mapping[str, str] | None = None,
     store_context: bool = False,
     store: RolloutStore | None = None,
+    systems: SystemMessages | None = None,
 ) -> Patch:
     """Compute a patch that stands in for `context`.
 
@@ -68,6 +69,8 @@ def make_patch(
             answers the patch keeps.
         store_context: whether to put the text itself into the patch's description.
         store: the store of the teacher's answers, which lets an interrupted run go on.
+        systems: system messages that the queries have of their own; the context then stands in front of them. None if
+            queries have none, so that the context stands in place of one.
 
     Returns:
         The patch, rounded to what its file will hold. If it was refined, its figures also contain what the closed form
@@ -78,24 +81,24 @@ def make_patch(
             is also fitted, the form does not apply to the model, or the recipe does not fit the model or the context.
         PatchValueError: a tensor does not fit the dtype of the recipe.
     """
-    queries = [*fitted, *held_out]
-    _check(source, model, context, recipe, target, queries)
+    asked = Prompting(source.codec, context, () if systems is None else systems.fitted)
+    asked_held_out = Prompting(source.codec, context, () if systems is None else systems.held_out)
+    prompts = [*asked.pairs(fitted), *asked_held_out.pairs(held_out)]
+    _check(source, model, context, recipe, target, prompts)
     check_disjoint(fitted, held_out)
     student = None
     if recipe.student_precision not in FLOAT_PRECISIONS:
         student = student_of(source, model, recipe.student_precision)
-    prepared = None if context is None else Context.of(source, model, context, queries)
+    prepared = None if context is None else Context.of(model, asked, prompts)
     cached = None if prepared is None else prepared.cached
     limit, stop = recipe.max_new_tokens, recipe.stop
     dialogues = dialogues_for(
-        source, model, context, fitted, limit, samples=recipe.samples, stop=stop, cached=cached, store=store
+        model, asked, fitted, limit, samples=recipe.samples, stop=stop, cached=cached, store=store
     )
     evaluation = (
-        dialogues_for(source, model, context, held_out, limit, stop=stop, cached=cached, store=store)
-        if held_out
-        else []
+        dialogues_for(model, asked_held_out, held_out, limit, stop=stop, cached=cached, store=store) if held_out else []
     )
-    again = restate(source, prepared) if prepared is not None and recipe.restate else []
+    again = restate(prepared) if prepared is not None and recipe.restate else []
     config = PatchConfig(
         name=name,
         method=recipe.method,
@@ -149,7 +152,7 @@ def make_patch(
         with as_student(student):
             unpatched, patched = (torch_answers(source, model, under, limit, stop) for under in (None, patch))
             prompted = recorded_answers(evaluation)
-            accuracy = measure_accuracy(source, context, known, prompted, unpatched, patched, stop)
+            accuracy = measure_accuracy(asked_held_out, known, prompted, unpatched, patched, stop)
         figures |= accuracy.to_dict()
     with as_student(student):
         probe = torch_probe(model, patch, (evaluation or dialogues)[0].student())
@@ -157,7 +160,12 @@ def make_patch(
 
 
 def _check(
-    source: Source, model: Any, context: str | None, recipe: Recipe, target: Target | None, queries: Sequence[str]
+    source: Source,
+    model: Any,
+    context: str | None,
+    recipe: Recipe,
+    target: Target | None,
+    prompts: Sequence[PromptPair],
 ) -> None:
     """Check a recipe against the model and the context, before the rollout, which takes minutes."""
     layers = model.config.num_hidden_layers
@@ -183,7 +191,7 @@ def _check(
             raise CalibrationError(
                 "there is no prompt to take key/value entries from", field="prefix", got=recipe.prefix, wanted="0"
             )
-        check_entries(recipe.prefix, len(check_beginning(source, context, queries).teacher))
+        check_entries(recipe.prefix, len(check_beginning(source.codec, prompts).teacher))
 
 
 def _fitted(

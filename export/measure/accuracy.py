@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tp_runtime.errors import CalibrationError
+from tp_runtime.text import TextCodec
 
-from ..source import Source
+from ..rollout import Prompting
 from .answers import Answers, Prompts, within_stop
 from .bootstrap import ratio_error
 
@@ -58,8 +59,7 @@ class Accuracy:
 
 
 def measure_accuracy(
-    source: Source,
-    context: str,
+    prompting: Prompting,
     answers: Mapping[str, str],
     prompted: Answers,
     unpatched: Answers,
@@ -69,8 +69,7 @@ def measure_accuracy(
     """Ask three models every question and compare their answers with the expected ones.
 
     Args:
-        source: the base model, whose codec renders the questions.
-        context: the system prompt of the prompted model.
+        prompting: how questions are asked with the context and without it.
         answers: the expected answer to each query.
         prompted: the completions of the prompted model; its prompts contain the context.
         unpatched: the completions of the model with neither context nor patch.
@@ -82,12 +81,12 @@ def measure_accuracy(
     """
     if not answers:
         raise CalibrationError("no question has an expected answer", field="queries", got=0, wanted="at least one")
-    plain = [source.codec.render(query) for query in answers]
-    with_context = [source.codec.render(query, context) for query in answers]
+    plain = [prompting.student(query) for query in answers]
+    with_context = [prompting.teacher(query) for query in answers]
     expected = list(answers.values())
 
     def right(name: str, model: Answers, prompts: Prompts) -> Right:
-        return right_answers(source, model, prompts, expected, stop, f"answers, {name}")
+        return right_answers(prompting.codec, model, prompts, expected, stop, f"answers, {name}")
 
     before, neither = right("prompted", prompted, with_context), right("unpatched", unpatched, plain)
     after = right("patched", patched, plain)
@@ -98,7 +97,7 @@ def measure_accuracy(
 
 
 def right_answers(
-    source: Source, model: Answers, prompts: Prompts, expected: Sequence[str], stop: Sequence[str], label: str
+    codec: TextCodec, model: Answers, prompts: Prompts, expected: Sequence[str], stop: Sequence[str], label: str
 ) -> Right:
     """Return which of the questions a model answers correctly.
 
@@ -108,14 +107,14 @@ def right_answers(
     case do not matter.
 
     Args:
-        source: the base model, whose codec decodes the answers.
+        codec: decodes the answers.
         model: the completions of the model.
         prompts: the token ids of each question.
         expected: the expected answer to each question.
         stop: the stop strings.
         label: the label of the progress bar.
     """
-    texts = [source.codec.decode(completion) for completion in model(prompts, label)]
+    texts = [codec.decode(completion) for completion in model(prompts, label)]
     return np.array([_is_right(text, wanted, stop) for text, wanted in zip(texts, expected, strict=True)], bool)
 
 

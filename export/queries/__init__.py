@@ -14,12 +14,15 @@ from .questions import (
     unlike,
 )
 from .self_study import statements, write_questions
+from .system_messages import SystemMessages, load_system_messages
 
 __all__ = [
+    "SystemMessages",
     "check_disjoint",
     "check_unfitted",
     "load_answers",
     "load_questions",
+    "load_system_messages",
     "query_digest",
     "save_questions",
     "split_holdout",

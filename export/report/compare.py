@@ -30,7 +30,7 @@ from ..fit import (
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
-from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, Prompting, RolloutStore, dialogues_for
 from .figures import Baseline, Fits
 from .setup import Setup, Subject
 
@@ -113,13 +113,14 @@ def _calibration(setup: Setup, subject: Subject, store: RolloutStore) -> list[Di
     config = subject.patch.config
     made = config.calibration or {}
     limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
-    source, model, queries = setup.source, setup.model, subject.fitted
-    context = Context.of(source, model, subject.context, queries)
+    model, queries = setup.model, subject.fitted
+    asked = Prompting(setup.source.codec, subject.context)
+    context = Context.of(model, asked, asked.pairs(queries))
     options: dict[str, Any] = {"samples": samples, "stop": config.stop, "cached": context.cached, "store": store}
-    dialogues = dialogues_for(source, model, subject.context, queries, limit, **options)
+    dialogues = dialogues_for(model, asked, queries, limit, **options)
     if sum(len(dialogue.completion) for dialogue in dialogues) == made.get("rows"):  # it was fitted on answers alone
         return dialogues
-    return [*dialogues, *restate(source, context)]
+    return [*dialogues, *restate(context)]
 
 
 def fit_method(model: Any, calibration: Sequence[Dialogue], method: str, like: Patch) -> Fit | None:

@@ -45,7 +45,7 @@ class Known:
         queries = [subject.queries[i] for i in chosen]
         expected = [subject.answers[query] for query in queries]
         given = [held[i].completion for i in chosen]
-        right = right_answers(setup.source, lambda *_: given, [], expected, subject.stop, "")
+        right = right_answers(setup.source.codec, lambda *_: given, [], expected, subject.stop, "")
         return cls(setup.source, queries, [held[i].student_prompt for i in chosen], expected, subject.stop, right)
 
     def compare(
@@ -71,7 +71,7 @@ class Known:
         right = self.prompted
         if answers is not None:
             asked = self.plain if prompts is None else prompts
-            right = right_answers(self.source, answers, asked, self.expected, self.stop, label)
+            right = right_answers(self.source.codec, answers, asked, self.expected, self.stop, label)
         kept, error = share_kept(self.prompted, right)
         return held_out(close, float(right.mean()), kept, error)
 

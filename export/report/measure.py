@@ -17,7 +17,7 @@ from tp_runtime.patch import Patch
 
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, Prompting, RolloutStore, dialogues_for
 from . import compare, locality, running
 from .figures import NO_PROMPT, PATCH, Answer, Composed, Layer, PatchReport, Strength, Sweep
 from .frontier import measure_frontier
@@ -99,9 +99,9 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
 
 def _held_out(setup: Setup, subject: Subject) -> list[Dialogue]:
     """Let the prompted model answer the held-out queries."""
-    source, model, context, queries = setup.source, setup.model, subject.context, subject.queries
-    cached = Context.of(source, model, context, queries).cached
-    return dialogues_for(source, model, context, queries, setup.max_new_tokens, stop=subject.stop, cached=cached)
+    asked, queries = Prompting(setup.source.codec, subject.context), subject.queries
+    cached = Context.of(setup.model, asked, asked.pairs(queries)).cached
+    return dialogues_for(setup.model, asked, queries, setup.max_new_tokens, stop=subject.stop, cached=cached)
 
 
 def layer_effects(

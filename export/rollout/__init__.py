@@ -7,6 +7,7 @@ from .completions import complete
 from .context import Context, check_beginning, check_text, context_length
 from .dialogues import check_prompts, dialogues_for
 from .ending import Ending
+from .prompting import Prompting, PromptPair
 from .restated import restated_dialogues
 from .sequences import Batch, Dialogue, batches
 from .store import RolloutStore
@@ -16,6 +17,8 @@ __all__ = [
     "Context",
     "Dialogue",
     "Ending",
+    "PromptPair",
+    "Prompting",
     "RolloutStore",
     "batches",
     "check_beginning",

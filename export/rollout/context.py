@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.text import Beginning, beginning_of, beginnings_of, writes_the_date
+from tp_runtime.text import Beginning, TextCodec, beginning_of, beginnings_of, writes_the_date
 
 from ..decoder import TorchPrefix, cached_prompt
-from ..source import Source
+from .prompting import Prompting, PromptPair
 
 
 @dataclass(frozen=True)
@@ -18,33 +18,29 @@ class Context:
     """A context whose keys and values are computed once.
 
     Attributes:
-        text: the text.
+        prompting: how queries are asked with and without the context.
         beginning: the ids in which prompts with it and prompts without it differ; None if they differ elsewhere.
         cached: the keys and values of the beginning in the teacher's prompts; None without one beginning.
         window: the model's context window, which prompt and answer together have to fit.
     """
 
-    text: str
+    prompting: Prompting
     beginning: Beginning | None
     cached: TorchPrefix | None
     window: int
 
     @classmethod
-    def of(cls, source: Source, model: Any, text: str, queries: Sequence[str]) -> Context:
+    def of(cls, model: Any, prompting: Prompting, prompts: Sequence[PromptPair]) -> Context:
         """Run a context once.
 
         Args:
-            source: the base model.
-            model: the same model, loaded.
-            text: the text of the context.
-            queries: all queries that will follow it.
-
-        Raises:
-            RequestError: a query cannot be rendered.
+            model: the base model, loaded.
+            prompting: how queries are asked with and without the context.
+            prompts: the two prompts of all queries that will follow it.
         """
-        beginning = beginning_of([(source.codec.render(query, text), source.codec.render(query)) for query in queries])
+        beginning = beginning_of(prompts)
         cached = None if beginning is None else cached_prompt(model, beginning.teacher, beginning.teacher)
-        return cls(text, beginning, cached, model.config.max_position_embeddings)
+        return cls(prompting, beginning, cached, model.config.max_position_embeddings)
 
     def entries(self) -> TorchPrefix:
         """Return all entries of the context, for the student's prompts.
@@ -54,7 +50,8 @@ class Context:
         """
         if self.beginning is None or self.cached is None:
             raise no_beginning("different beginnings, or none")
-        return TorchPrefix(self.cached.entries, self.beginning.student, self.cached.position)
+        before_system = bool(self.prompting.systems)
+        return TorchPrefix(self.cached.entries, self.beginning.student, self.cached.position, before_system)
 
 
 def check_text(context: str) -> None:
@@ -63,18 +60,21 @@ def check_text(context: str) -> None:
         raise CalibrationError("the prompt to absorb is empty", field="prompt", got=repr(context), wanted="text")
 
 
-def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beginning:
+def check_beginning(codec: TextCodec, prompts: Sequence[PromptPair]) -> Beginning:
     """Check that entries can stand in for the beginning of these prompts.
+
+    Args:
+        codec: what rendered the prompts.
+        prompts: the two prompts of every query.
 
     Raises:
         CalibrationError: the prompts with and without the context differ in more than one fixed beginning, or the
             template writes the date, so that tomorrow's prompts begin differently.
     """
-    prompts = [(source.codec.render(query, context), source.codec.render(query)) for query in queries]
     beginning = beginning_of(prompts)
     if beginning is None:
         raise no_beginning(f"{len(beginnings_of(prompts))} different beginnings")
-    if writes_the_date(source.codec.template_source):
+    if writes_the_date(codec.template_source):
         raise CalibrationError(
             "the chat template writes the date, so tomorrow's prompts would begin differently",
             field="--prefix",
@@ -85,10 +85,13 @@ def check_beginning(source: Source, context: str, queries: Sequence[str]) -> Beg
     return beginning
 
 
-def context_length(source: Source, context: str, queries: Sequence[str]) -> int | None:
-    """Return the number of ids in front of every query with the context; None if entries cannot replace them."""
+def context_length(codec: TextCodec, prompts: Sequence[PromptPair]) -> int | None:
+    """Return the number of ids in front of every query with the context; None if entries cannot replace them.
+
+    The arguments are those of `check_beginning`.
+    """
     try:
-        return len(check_beginning(source, context, queries).teacher)
+        return len(check_beginning(codec, prompts).teacher)
     except CalibrationError:
         return None
 

@@ -9,10 +9,10 @@ from tp_runtime.errors import CalibrationError, RequestError
 
 from ..decoder import TorchPrefix
 from ..progress import bar
-from ..source import Source
 from .completions import complete
 from .context import check_text
 from .ending import Ending
+from .prompting import Prompting
 from .sequences import Dialogue
 from .store import RolloutStore
 
@@ -20,9 +20,8 @@ _SAMPLE_TEMPERATURE = 0.7
 
 
 def dialogues_for(
-    source: Source,
     model: Any,
-    context: str | None,
+    prompting: Prompting,
     queries: Sequence[str],
     max_new_tokens: int,
     *,
@@ -33,15 +32,12 @@ def dialogues_for(
 ) -> list[Dialogue]:
     """Let the teacher answer `queries` with the context in front.
 
-    The model's own chat template renders both prompts: the teacher's with the context as the system message, the
-    student's without a system message. For a completion-style model the teacher's prompt is BOS, context and query, and
-    the student's prompt is BOS and query. If the context is None, teacher and student get the same prompts, and only
-    the student's precision makes a difference between them.
+    If the context is None, teacher and student get the same prompts, and only the student's precision makes a
+    difference between them.
 
     Args:
-        source: the base model, whose codec renders the prompts.
-        model: the same model, loaded.
-        context: the prompt that the patch is to replace; None for a patch that only repairs a quantised base.
+        model: the base model, loaded.
+        prompting: how queries are asked with the prompt that the patch is to replace, and without it.
         queries: the queries.
         max_new_tokens: the largest number of tokens of an answer.
         samples: the number of answers to each query; the first is greedy, the others are sampled.
@@ -58,16 +54,16 @@ def dialogues_for(
             a stop string.
         RequestError: a query cannot be rendered or does not fit the context window.
     """
-    if context is not None:
-        check_text(context)
+    if prompting.context is not None:
+        check_text(prompting.context)
     if not queries:
         raise CalibrationError(
             "there are no queries", field="queries", got=0, wanted="at least one", fix="pass more queries"
         )
-    teacher = [source.codec.render(query, context) for query in queries]
-    student = [source.codec.render(query) for query in queries]
+    teacher = [prompting.teacher(query) for query in queries]
+    student = [prompting.student(query) for query in queries]
     check_prompts([*teacher, *student], max_new_tokens, model)
-    ending = Ending.of(source.codec, stop)
+    ending = Ending.of(prompting.codec, stop)
     completions = []
     with bar("teacher completions", samples * len(queries), "answer") as shown:
         for sample in range(samples):

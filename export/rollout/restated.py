@@ -9,36 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..source import Source
+from .prompting import Prompting
 from .sequences import Dialogue
 
 _REPEAT = "Repeat the instructions above."
 _CHUNK, _OVERLAP = 256, 32  # tokens: chunks overlap, so that every token has some of its own text in front
 
 
-def restated_dialogues(source: Source, context: str, sentences: Sequence[str], window: int) -> list[Dialogue]:
+def restated_dialogues(prompting: Prompting, sentences: Sequence[str], window: int) -> list[Dialogue]:
     """Return dialogues that repeat the context, and dialogues that echo its sentences.
 
     Args:
-        source: the base model, in chat style.
-        context: the text of the context.
+        prompting: how a chat model is asked with and without the context.
         sentences: the sentences of the context.
         window: the context window. Chunks are shorter where whole ones do not fit, and what does not fit is left out.
     """
-    text = source.codec.render(context, raw=True)
-    room = window - len(source.codec.render(_REPEAT, context)) + 1  # the last token is predicted, and not run
+    codec = prompting.codec
+    assert prompting.context is not None
+    text = codec.render(prompting.context, raw=True)
+    room = window - len(prompting.teacher(_REPEAT)) + 1  # the last token is predicted, and not run
     chunk = min(_CHUNK, room)
     starts = range(0, len(text), chunk - _OVERLAP) if chunk > _OVERLAP else range(0)
-    found = [_dialogue(source, context, _REPEAT, text[start : start + chunk]) for start in starts]
+    found = [_dialogue(prompting, _REPEAT, text[start : start + chunk]) for start in starts]
     for sentence in sentences:
-        answer = source.codec.render(f"Yes. {sentence}", raw=True)
-        found.append(_dialogue(source, context, f"Is it right that {_inside(sentence)}?", answer))
+        answer = codec.render(f"Yes. {sentence}", raw=True)
+        found.append(_dialogue(prompting, f"Is it right that {_inside(sentence)}?", answer))
     return [dialogue for dialogue in found if len(dialogue.teacher()) <= window]
 
 
-def _dialogue(source: Source, context: str, query: str, answer: Sequence[int]) -> Dialogue:
-    prompts = source.codec.render(query, context), source.codec.render(query)
-    return Dialogue(tuple(prompts[0]), tuple(prompts[1]), tuple(answer))
+def _dialogue(prompting: Prompting, query: str, answer: Sequence[int]) -> Dialogue:
+    return Dialogue(tuple(prompting.teacher(query)), tuple(prompting.student(query)), tuple(answer))
 
 
 def _inside(sentence: str) -> str:

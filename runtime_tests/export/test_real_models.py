@@ -12,7 +12,7 @@ from runtime_tests.patches import random_config
 from tp_export.fit import Settings, assemble, lockstep
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.queries import load_questions
-from tp_export.rollout import dialogues_for
+from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import load_model, open_source
 from tp_runtime.model import PatchedModel
 from tp_runtime.session import Graph, ModelFolder
@@ -76,7 +76,7 @@ def test_a_patch_closes_the_gap_on_held_out_queries(smollm2: Path, smollm2_expor
     source = open_source(smollm2)
     model = load_model(source)
     queries = load_questions(None)[:30]
-    dialogues = dialogues_for(source, model, PIRATE, queries, 32)
+    dialogues = dialogues_for(model, Prompting(source.codec, PIRATE), queries, 32)
     fitted, held_out = dialogues[:24], dialogues[24:]
     graph = Graph(ModelFolder.open(smollm2_export), "cpu")
     teacher, unpatched = TorchStudent(model), TorchStudent(model)

@@ -39,6 +39,11 @@ def add_parser(subparsers: Any) -> None:
         "--system-file", type=Path, metavar="FILE", help="a UTF-8 file with this text; newlines at its end do not count"
     )
     add_patch_option(parser)
+    parser.add_argument(
+        "--before-system",
+        action="store_true",
+        help="let the text stand in front of a system message that every request has of its own, not in place of one",
+    )
     parser.add_argument("--name", help="the name of the patch (default: the file's name)")
     parser.add_argument(
         "--dtype",
@@ -68,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args)
     name = args.out.stem if args.name is None else args.name
     with _progress() as progress:
-        patch = model.absorb(system, name, patch=selection.choice, dtype=args.dtype, progress=progress)
+        patch = model.absorb(
+            system, name, patch=selection.choice, dtype=args.dtype, before_system=args.before_system, progress=progress
+        )
     patch.save(args.out)
     assert patch.prefix is not None
     under = selection.describe(model.graph.folder)

@@ -16,6 +16,7 @@ def prompt_entries(
     replaces: Sequence[int],
     bound: BoundPatch,
     progress: Callable[[int, int], object] | None = None,
+    before_system: bool = False,
 ) -> KVPrefix:
     """Run a prompt once and return its keys and values.
 
@@ -28,6 +29,7 @@ def prompt_entries(
         replaces: the ids that stand in its place in a prompt without the context.
         bound: the patch under which the keys and values are computed; it has no entries of its own.
         progress: a function that is called after every run with the number of tokens that have run, and that of all.
+        before_system: whether they stand in front of a system message of the prompt's own.
 
     Raises:
         RequestError: an id is outside the vocabulary, or the context window cannot hold the prompt.
@@ -45,4 +47,4 @@ def prompt_entries(
             first = max(0, len(prompt) - windowed.window + 1)
         for part in KV_PARTS:  # [heads, filled, head dim] -> [entries, heads, head dim]
             entries[layer, part] = content[past_name(layer, part)][:, first:].transpose(1, 0, 2)
-    return KVPrefix(entries, tuple(replaces), len(prompt))
+    return KVPrefix(entries, tuple(replaces), len(prompt), before_system)

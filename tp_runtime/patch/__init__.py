@@ -3,7 +3,14 @@
 This room knows nothing of graphs, sessions, devices or text.
 """
 
-from .capabilities import ADDS_TO_WEIGHTS, AT_A_COST, ENTRIES_STAND, FLOAT_PRECISIONS, Capabilities
+from .capabilities import (
+    ADDS_TO_WEIGHTS,
+    AT_A_COST,
+    BEFORE_SYSTEM,
+    ENTRIES_STAND,
+    FLOAT_PRECISIONS,
+    Capabilities,
+)
 from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
@@ -18,6 +25,7 @@ from .patch import Patch
 __all__ = [
     "ADDS_TO_WEIGHTS",
     "AT_A_COST",
+    "BEFORE_SYSTEM",
     "DTYPES",
     "ENTRIES_STAND",
     "FLOAT_PRECISIONS",

@@ -16,7 +16,8 @@ FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
 ANY_STRENGTH, NO_STRENGTH = "any", "0 or 1"
 ADDS_TO_ANYTHING, ADDS_TO_WEIGHTS = "with anything", "with weights only"
 ENTRIES_STAND = "the entries stand where a system message or tools would be"
-SYSTEM_ALLOWED, NO_SYSTEM = "allowed", f"none: {ENTRIES_STAND}"
+BEFORE_SYSTEM = "the entries stand in front of a system message"
+SYSTEM_ALLOWED, NO_SYSTEM, SYSTEM_NEEDED = "allowed", f"none: {ENTRIES_STAND}", f"needed: {BEFORE_SYSTEM}"
 ONLY_WEIGHTS_TRAVEL = "only weights travel to other formats"
 EXPORTS, NO_EXPORTS = "LoRA, control vector, ONNX adapter, merge", f"none: {ONLY_WEIGHTS_TRAVEL}"
 ANY_PRECISION, AT_A_COST, ONE_PRECISION = "any", "any, but int8 and int4 at a cost", "{} only"
@@ -30,7 +31,7 @@ class Capabilities:
         form: "weights", "entries", "weights and entries", or "nothing" for strength 0.
         strength: the strengths that it can have, `ANY_STRENGTH` or `NO_STRENGTH`.
         sums: what it can be added to, `ADDS_TO_ANYTHING` or `ADDS_TO_WEIGHTS`.
-        system: whether a request may have a system message, `SYSTEM_ALLOWED` or `NO_SYSTEM`.
+        system: whether a request may have a system message: `SYSTEM_ALLOWED`, `NO_SYSTEM` or `SYSTEM_NEEDED`.
         exports: what it can be written as, `EXPORTS` or `NO_EXPORTS`. docs/travel.md says which parts each format can
             hold.
         precision: the precisions of its base that it runs on: `ANY_PRECISION`, `AT_A_COST` or `ONE_PRECISION`.
@@ -44,13 +45,14 @@ class Capabilities:
     precision: str
 
     @classmethod
-    def of(cls, weights: bool, entries: bool, precision: str) -> Capabilities:
+    def of(cls, weights: bool, entries: bool, precision: str, before_system: bool = False) -> Capabilities:
         """Return what a patch can do.
 
         Args:
             weights: whether it has deltas.
             entries: whether it has a KV prefix.
             precision: the precision that it was fitted on.
+            before_system: whether its entries stand in front of a system message of the request's own.
         """
         forms = " and ".join(["weights"] * weights + ["entries"] * entries)
         if precision not in FLOAT_PRECISIONS:
@@ -60,5 +62,6 @@ class Capabilities:
         if not entries:
             words = ANY_STRENGTH, ADDS_TO_ANYTHING, SYSTEM_ALLOWED, EXPORTS
         else:
-            words = NO_STRENGTH, ADDS_TO_WEIGHTS, NO_SYSTEM, NO_EXPORTS
+            system = SYSTEM_NEEDED if before_system else NO_SYSTEM
+            words = NO_STRENGTH, ADDS_TO_WEIGHTS, system, NO_EXPORTS
         return cls(forms or "nothing", *words, runs_on)

@@ -36,6 +36,8 @@ class KVPrefix:
             are rotated for their positions in the context. Each head may hold entries of other positions.
         replaces: the ids at the start of a prompt that the entries replace.
         position: the position of the first token after them, at least the largest n.
+        before_system: whether the entries stand in front of a system message of the prompt's own; otherwise they stand
+            in its place.
 
     Raises:
         PatchShapeError: a layer or a part is missing, a layer has no entries or other numbers of keys and values, or
@@ -46,6 +48,7 @@ class KVPrefix:
     entries: Mapping[EntryKey, Array]
     replaces: tuple[int, ...]
     position: int
+    before_system: bool = False
 
     def __post_init__(self) -> None:
         wanted = [(layer, part) for layer in range(len(self.entries) // 2) for part in KV_PARTS]
@@ -123,12 +126,13 @@ class KVPrefix:
         """
         lead = len(self.replaces)
         if tuple(tokens[:lead]) != self.replaces or len(tokens) <= lead:
+            system = "with" if self.before_system else "without"
             raise RequestError(
                 "the prompt does not start as the patch's KV prefix requires",
                 field="messages",
                 got=f"ids {list(tokens[:lead])[:12]}",
                 wanted=f"the {lead} ids that it replaces, {list(self.replaces)[:12]}, and at least one more",
-                fix="send user messages through the model's chat template, without a system prompt",
+                fix=f"send user messages through the model's chat template, {system} a system prompt",
             )
 
     def check(self, layers: int, heads: int, head_dim: int, vocab_size: int, context_window: int) -> None:
@@ -194,7 +198,8 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
 
     Raises:
         PatchFormatError: there are tensors without a description or the reverse, or the description is not of the form
-            {"replaces": [ids], "position": n}, in files of version 3 with "counts": [n of each layer] too.
+            {"replaces": [ids], "position": n}, in files of version 3 with "counts": [n of each layer] too, and with
+            "before_system": true if it is so.
         PatchShapeError: `counts` are not those of the tensors; also see `KVPrefix`.
         PatchValueError: see `KVPrefix`.
     """
@@ -202,7 +207,8 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
         return None
     well_formed = (
         isinstance(description, Mapping)
-        and set(description) - {"counts"} == {"replaces", "position"}
+        and set(description) - {"counts", "before_system"} == {"replaces", "position"}
+        and description.get("before_system", True) is True
         and all(isinstance(description.get(numbers, []), list) for numbers in ("replaces", "counts"))
         and all(
             type(number) is int and number >= 0
@@ -214,10 +220,12 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
             "the patch's KV prefix is not complete",
             field="config.prefix",
             got=f"{len(entries)} tensors, {str(description)[:80]}",
-            wanted='tensors prefix.<layer>.key|value, and {"replaces": [ids], "position": whole number}',
+            wanted='tensors prefix.<layer>.key|value, and {"replaces": [ids], "position": whole number}, perhaps with '
+            '"before_system": true',
             fix="export the patch again with this version of tp-export",
         )
-    prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"])
+    before_system = "before_system" in description
+    prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"], before_system)
     counts = list(prefix.counts)
     if description.get("counts", counts) != counts:
         raise PatchShapeError(

@@ -113,7 +113,8 @@ class Patch:
     @property
     def capabilities(self) -> Capabilities:
         """What the patch can do, which differs between weights and entries."""
-        return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision)
+        before_system = self.prefix is not None and self.prefix.before_system
+        return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision, before_system)
 
     def _tensors(self) -> dict[str, np.ndarray]:
         """Return every array by its tensor name in the file."""
@@ -308,6 +309,8 @@ class Patch:
         config = self.config.to_dict()
         if self.prefix is not None:
             config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
+            if self.prefix.before_system:
+                config["prefix"]["before_system"] = True
         return config
 
     @classmethod

@@ -2,7 +2,8 @@
 
     1   deltas
     2   also a KV prefix
-    3   also int8 tensors, stop strings, and a number of entries that differs between layers
+    3   also int8 tensors, stop strings, a number of entries that differs between layers, and entries that stand in
+        front of a system message
 
 The writer takes the lowest version that holds the patch, so older readers still read what they can represent.
 """
@@ -47,6 +48,7 @@ def check_version(where: str, version: str, config: Mapping[str, Any], tensors: 
     newer = [f"int8 values in {name!r}" for name, tensor in sorted(tensors.items()) if tensor.dtype == "I8"][:1]
     newer += ["a number of entries that differs between layers"] * (len(set(_counts(tensors))) > 1)
     newer += ["the key `stop`"] * ("stop" in config) + ["the key `counts` of `prefix`"] * counts
+    newer += ["the key `before_system` of `prefix`"] * _before_system(config)
     if newer:
         problem = f"the version does not fit a file with {newer[0]}"
         raise _misfit(where, problem, repr(version), "'3'")
@@ -64,12 +66,18 @@ def versioned(config: Mapping[str, Any], tensors: StoredTensors) -> tuple[str, d
         tensors: the tensors as they are stored.
     """
     counts = _counts(tensors)
-    if not config.get("stop") and len(set(counts)) < 2 and all(tensor.dtype != "I8" for tensor in tensors.values()):
+    newer = config.get("stop") or _before_system(config)
+    if not newer and len(set(counts)) < 2 and all(tensor.dtype != "I8" for tensor in tensors.values()):
         return VERSIONS["prefix" in config], dict(config)
     completed = {**config, "stop": list(config.get("stop", ()))}
     if "prefix" in config:
         completed["prefix"] = {**config["prefix"], "counts": counts}
     return "3", completed
+
+
+def _before_system(config: Mapping[str, Any]) -> bool:
+    prefix = config.get("prefix")
+    return isinstance(prefix, Mapping) and "before_system" in prefix
 
 
 def _counts(tensors: StoredTensors) -> list[int]:

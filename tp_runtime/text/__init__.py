@@ -6,7 +6,7 @@ This room knows nothing of ONNX Runtime, slots, or what a KV cache holds: it han
 from .absorb import absorb_prompt
 from .answer import AnswerChunk, AnswerReader
 from .batch import Completion, TextBatch
-from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
+from .beginning import Beginning, beginning_of, beginnings_of, in_front_of, writes_the_date
 from .codec import Message, Style, TextCodec
 from .detokenize import StopScanner
 from .encoder import EncodedRequest, RequestEncoder
@@ -50,6 +50,7 @@ __all__ = [
     "checked_messages",
     "each_answer",
     "each_prompt",
+    "in_front_of",
     "is_several",
     "plain_objects",
     "run_together",

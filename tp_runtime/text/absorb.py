@@ -17,7 +17,7 @@ from ..generation import prompt_entries
 from ..loaded_patches import ResolvedPatch
 from ..patch import ADDS_TO_WEIGHTS, Patch, PatchConfig, check_dtype, context_digest
 from ..session import Graph, measure_probe
-from .beginning import Beginning, beginning_of, beginnings_of, writes_the_date
+from .beginning import Beginning, beginning_of, beginnings_of, in_front_of, writes_the_date
 from .codec import TextCodec
 
 Progress = Callable[[int, int], object]
@@ -25,6 +25,7 @@ Progress = Callable[[int, int], object]
 
 # Different first and last characters, because a tokenizer may join those of a query with what the template writes.
 _QUERIES = ("Hello", "What is it?", "is tea better than coffee", "7 times 8 =", "(aside) Why not!", "«Où?» «Là.»")
+_SYSTEMS = ("Answer in one sentence.", "be kind", "7 o'clock", "- no lists", "«Bonjour»", "(aside)")
 _PROBE = (
     "Please answer in two or three full sentences: who are you, what may I ask you about, which rules do you follow "
     "when you answer, and what would you never do, even if somebody asked you politely?"
@@ -40,6 +41,7 @@ def absorb_prompt(
     *,
     name: str,
     dtype: str | None = None,
+    before_system: bool = False,
     progress: Progress | None = None,
 ) -> Patch:
     """Compute the patch that stands in for a system prompt.
@@ -52,6 +54,7 @@ def absorb_prompt(
         name: the name of the patch.
         dtype: the dtype that the patch is stored in, a key of `DTYPES`; the values are rounded to it. None takes that
             of the session's keys and values, which rounds nothing.
+        before_system: whether the prompt is to stand in front of a system message that every request has of its own.
         progress: a function that is told how much of the prompt has run.
 
     Raises:
@@ -70,7 +73,7 @@ def absorb_prompt(
         )
     stored = graph.folder.kv.dtype if dtype is None else dtype
     check_dtype(stored)
-    beginning = _beginning(codec, system)
+    beginning = _beginning(codec, system, before_system)
     folder = graph.folder
     length = len(beginning.teacher)
     if length >= folder.context_window:
@@ -93,14 +96,15 @@ def absorb_prompt(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stop=() if weights.patch is None else weights.patch.config.stop,
     )
-    prefix = prompt_entries(graph, beginning.teacher, beginning.student, weights.bound, progress)
+    prefix = prompt_entries(graph, beginning.teacher, beginning.student, weights.bound, progress, before_system)
     patch = Patch(weights.bound.deltas, config, prefix).rounded(stored)
-    ids = codec.render(_PROBE)[: len(beginning.student) + min(_PROBE_TOKENS, folder.context_window - length)]
+    most = len(beginning.student) + min(_PROBE_TOKENS, folder.context_window - length)
+    ids = codec.render(_PROBE, _SYSTEMS[0] if before_system else None)[:most]
     probe = measure_probe(ids, graph.run(ids, graph.bind(patch)))
     return replace(patch, config=replace(config, probe=probe))
 
 
-def _beginning(codec: TextCodec, system: str) -> Beginning:
+def _beginning(codec: TextCodec, system: str, before_system: bool) -> Beginning:
     """Return the ids of every prompt with the system prompt that entries replace, and the ids without it.
 
     Raises:
@@ -108,7 +112,11 @@ def _beginning(codec: TextCodec, system: str) -> Beginning:
     """
     if not isinstance(system, str) or not system.strip():
         raise RequestError("the prompt to absorb is empty", field="system", got=shown(system), wanted="text")
-    prompts = [(codec.render(query, system), codec.render(query)) for query in _QUERIES]
+    if before_system:
+        asked = [(query, own) for query in _QUERIES for own in _SYSTEMS]
+        prompts = [(codec.render(query, in_front_of(own, system)), codec.render(query, own)) for query, own in asked]
+    else:
+        prompts = [(codec.render(query, system), codec.render(query)) for query in _QUERIES]
     beginning = beginning_of(prompts)
     if beginning is None:
         found = beginnings_of(prompts)

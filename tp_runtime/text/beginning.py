@@ -46,6 +46,11 @@ def beginning_of(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Begi
     return beginning if beginning.teacher and followed else None
 
 
+def in_front_of(system: str, context: str) -> str:
+    """Return a system message with a context in front of it, which entries may stand in for."""
+    return f"{context}\n\n{system}"
+
+
 def writes_the_date(template_source: str | None) -> bool:
     """Return whether a chat template writes the date, so that tomorrow's prompts begin differently.
 

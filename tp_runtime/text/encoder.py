@@ -10,7 +10,7 @@ from ..errors import RequestError, shown
 from ..generation import Constraint, Sampler, Sampling, WantedLogprobs
 from ..grammar import Grammars, check_schema
 from ..loaded_patches import LoadedPatches, ResolvedPatch
-from ..patch import ENTRIES_STAND
+from ..patch import BEFORE_SYSTEM, ENTRIES_STAND
 from .answer import AnswerReader
 from .codec import Message, TextCodec
 from .request import Request
@@ -60,11 +60,15 @@ class RequestEncoder:
 
         Raises:
             RequestError: the prompt cannot be encoded, has a system message, tools or documents where the patch's
-                entries stand, or the constraint cannot be compiled.
+                entries stand, lacks the system message that they stand in front of, or the constraint cannot be
+                compiled.
             PatchError: the patch is not loaded or does not fit.
         """
         codec, patch = self.codec, self.patches.resolve(request.patch, request.strength)
-        if patch.bound.prefix is not None:
+        prefix = patch.bound.prefix
+        if prefix is not None and prefix.before_system:
+            _require_system(request)
+        elif prefix is not None:
             _refuse_system(request.prompt, request.system)
             refuse_tools_and_documents(request.tools, request.documents)
         tokens = codec.render(
@@ -128,12 +132,35 @@ def _refuse_system(prompt: str | Sequence[Message], system: str | None) -> None:
 
     The ids do not show a system message, except if the template has a default system message.
     """
-    first = prompt[0] if not isinstance(prompt, str) and prompt else {}
-    if system is not None or (isinstance(first, Mapping) and first.get("role") == "system"):
+    found = _system_of(prompt, system)
+    if found is not None:
         raise RequestError(
             f"the request has a system message, but {ENTRIES_STAND}",
             field="system",
-            got=shown(system if system is not None else first.get("content")),
+            got=shown(found),
             wanted="user messages without a system prompt",
-            fix="leave it out, or use a patch of weights alone",
+            fix="leave it out, or use a patch of weights alone, or one that was made with --before-system",
         )
+
+
+def _require_system(request: Request) -> None:
+    """Refuse a request without a system message under a patch whose entries stand in front of one.
+
+    A raw prompt says with its ids what it has.
+    """
+    if not request.raw and _system_of(request.prompt, request.system) is None:
+        raise RequestError(
+            f"the request has no system message, but {BEFORE_SYSTEM}",
+            field="system",
+            got="none",
+            wanted="a system message",
+            fix="pass one, or use a patch that was made without --before-system",
+        )
+
+
+def _system_of(prompt: str | Sequence[Message], system: str | None) -> object:
+    """Return the system message of a request, which nothing has checked yet; None if there is none."""
+    if system is not None or isinstance(prompt, str) or not prompt:
+        return system
+    first = prompt[0]
+    return first.get("content") if isinstance(first, Mapping) and first.get("role") == "system" else None

@@ -17,7 +17,7 @@ from tp_export.fit import Recipe, make_patch
 from tp_export.graph import export_model
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import QuantisedStudent, float_weights, quantised, student_of
-from tp_export.rollout import dialogues_for
+from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
 from tp_runtime.patch import FLOAT_PRECISIONS, Patch
@@ -166,7 +166,7 @@ def test_a_repair_closes_part_of_the_gap_of_the_exported_graph(
     repair: Patch, folders: dict[str, Path], source: Source, model: Any
 ) -> None:
     graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
-    dialogues = dialogues_for(source, model, None, QUESTIONS[14:], 16)
+    dialogues = dialogues_for(model, Prompting(source.codec, None), QUESTIONS[14:], 16)
     students = RuntimeStudent(graph), RuntimeStudent(graph, repair)
     assert measure_fidelity(dialogues, TorchStudent(model), *students).gap_closed > 0.2
 

@@ -21,7 +21,7 @@ from tp_export.measure import (
 )
 from tp_export.measure.accuracy import Answers
 from tp_export.queries import load_answers, load_questions
-from tp_export.rollout import Dialogue
+from tp_export.rollout import Dialogue, Prompting
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import CalibrationError, RequestError
 from tp_runtime.patch import Patch
@@ -73,14 +73,14 @@ def test_answers_that_contain_the_expected_words_count_as_correct(tiny_llama: Pa
     prompted = answering("It is NINE.", "At six.", "Marta Oyelaran", "no")
     unpatched = answering("ninety", "sixteen", "no", "it is 16")  # only whole words count: 36 is not 6
     patched = answering("nine", "seven", "oyelaran", "116")
-    found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched)
+    found = measure_accuracy(Prompting(source.codec, "Context"), answers, prompted, unpatched, patched)
     assert (found.prompted, found.unpatched, found.patched) == (3 / 4, 1 / 4, 2 / 4)
     assert found.kept == pytest.approx(2 / 3) and found.questions == 4
     assert found.kept_se == ratio_error([1, 0, 1, 0], [1, 1, 1, 0])
     assert found.to_dict()["accuracy_kept"] == 0.6667 and found.to_dict()["accuracy_questions"] == 4
     assert ["Context" in text for text in prompts_run] == [True, False, False]
     with pytest.raises(CalibrationError, match="no question has an expected answer"):
-        measure_accuracy(source, "Context", {}, prompted, unpatched, patched)
+        measure_accuracy(Prompting(source.codec, "Context"), {}, prompted, unpatched, patched)
 
 
 def test_with_a_stop_string_only_an_equal_answer_counts(tiny_llama: Path) -> None:
@@ -93,7 +93,7 @@ def test_with_a_stop_string_only_an_equal_answer_counts(tiny_llama: Path) -> Non
     prompted = answering(" bug\nlogin", " login\n", "{}\n", "praise\nsales\n")  # what follows does not count
     unpatched = answering("a bug\n", "Login\n", "{ }\n", "sale\n")
     patched = answering("bug", "sales\nlogin\n", "{}\n\n", "sales\n")
-    found = measure_accuracy(source, "Context", answers, prompted, unpatched, patched, ["\n"])
+    found = measure_accuracy(Prompting(source.codec, "Context"), answers, prompted, unpatched, patched, ["\n"])
     assert (found.exact, found.prompted, found.unpatched, found.patched) == (True, 3 / 4, 0, 3 / 4)
     assert found.to_dict() == {
         "accuracy_exact_prompted": 0.75,
@@ -111,7 +111,7 @@ def test_a_prompted_model_that_answers_nothing_correctly_leaves_nothing_to_keep(
     def no(_prompts: Any, _label: str) -> list[tuple[int, ...]]:
         return [tuple(source.codec.render("no", raw=True))]
 
-    found = measure_accuracy(source, "Context", {"a?": "yes"}, no, no, no)
+    found = measure_accuracy(Prompting(source.codec, "Context"), {"a?": "yes"}, no, no, no)
     assert found.kept is None and not {"accuracy_kept", "accuracy_kept_se"} & set(found.to_dict())
 
 

@@ -13,6 +13,7 @@ from runtime_tests.logits import furthest
 from runtime_tests.patches import patch_for
 from tp_export.fit import ALL, Recipe, make_patch
 from tp_export.graph import export_model
+from tp_export.queries import SystemMessages
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -63,6 +64,27 @@ def test_a_patch_made_at_the_edge_is_the_exporters(source: Source, opened: Patch
     for query in QUERIES:
         ids = opened.codec.render(query)
         assert furthest(opened.logits(ids, patch=edge), opened.logits(ids, patch=host)) < 1e-4
+
+
+def test_a_prompt_in_front_of_system_messages_is_exact_and_the_exporters(source: Source, opened: PatchedModel) -> None:
+    """The patch stands for the prompt and a blank line, whatever system message follows."""
+    recipe = Recipe(method="prefix", prefix=ALL, dtype="f32", samples=1, max_new_tokens=4)
+    systems = SystemMessages(("Be brief.", "Answer as a list."), ("You answer by telephone.",))
+    host = make_patch(
+        source, load_model(source), SYSTEM, QUERIES[:2], QUERIES[2:], recipe, name="absorbed", systems=systems
+    )
+    edge = opened.absorb(SYSTEM, before_system=True)
+    assert host.prefix is not None and edge.prefix is not None
+    assert host.prefix.before_system and edge.prefix.before_system
+    assert (edge.prefix.replaces, edge.prefix.position) == (host.prefix.replaces, host.prefix.position)
+    assert edge.capabilities == host.capabilities
+    for patch in (host, edge):
+        assert opened.check(patch).ok
+        for own in ("Be brief.", "7 words.", "«Oui»"):
+            for query in QUERIES:
+                got = opened.logits(opened.codec.render(query, own), patch=patch)
+                wanted = opened.logits(opened.codec.render(query, f"{SYSTEM}\n\n{own}"))
+                assert furthest(got, wanted[-len(got) :]) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4-rtn"])

@@ -19,7 +19,7 @@ from tp_export.fit import ALL, Recipe, make_patch
 from tp_export.formats import control_vector, peft_out
 from tp_export.formats import onnx_adapter as genai
 from tp_export.measure import TorchStudent
-from tp_export.rollout import Dialogue, check_beginning
+from tp_export.rollout import Dialogue, Prompting, check_beginning
 from tp_export.source import load_model, open_source
 from tp_runtime.errors import (
     CalibrationError,
@@ -118,13 +118,13 @@ def test_prompts_that_entries_cannot_replace_are_refused_before_the_rollout(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(tiny_llama)
-    beginning = check_beginning(source, CONTEXT, QUERIES)
+    beginning = check_beginning(source.codec, Prompting(source.codec, CONTEXT).pairs(QUERIES))
     for query in QUERIES:
         teacher, student = source.codec.render(query, CONTEXT), source.codec.render(query)
         assert (*beginning.teacher, *student[len(beginning.student) :]) == tuple(teacher)
     monkeypatch.setattr(source.codec, "template_source", "{{ strftime_now('%d %b') }}")
     with pytest.raises(CalibrationError, match="writes the date"):
-        check_beginning(source, CONTEXT, QUERIES)
+        check_beginning(source.codec, Prompting(source.codec, CONTEXT).pairs(QUERIES))
 
 
 def test_formats_that_contain_only_weights_refuse_a_prefix(pair: tuple[Any, PatchedModel], tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_formats_that_contain_only_weights_refuse_a_prefix(pair: tuple[Any, Patc
 
 def test_prompts_without_one_fixed_beginning_cannot_have_entries() -> None:
     """A template that puts the context behind the query gives every query a beginning of its own."""
-    codec = SimpleNamespace(render=lambda query, context="": [1, *query.encode(), *context.encode(), 3, 4])
+    codec = SimpleNamespace(render=lambda query, context=None: [1, *query.encode(), *(context or "").encode(), 3, 4])
     with pytest.raises(CalibrationError, match=r"one fixed beginning.*got 2 different beginnings.*--prefix 0"):
-        check_beginning(SimpleNamespace(codec=codec), CONTEXT, ["How?", "Why"])  # type: ignore[arg-type]
+        check_beginning(codec, Prompting(codec, CONTEXT).pairs(["How?", "Why"]))
 
 
 def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) -> None:

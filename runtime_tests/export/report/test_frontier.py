@@ -16,7 +16,7 @@ from tp_export.report.figures import BOTH, ENTRIES, EXACT, SHORTER, THIS, WEIGHT
 from tp_export.report.frontier_plot import frontier as draw
 from tp_export.report.known import Known
 from tp_export.report.shorter import shorter_prompts
-from tp_export.rollout import Dialogue, RolloutStore, dialogues_for
+from tp_export.rollout import Dialogue, Prompting, RolloutStore, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import Patch
@@ -39,7 +39,7 @@ def model(source: Source) -> Any:
 
 @pytest.fixture(scope="module")
 def dialogues(source: Source, model: Any) -> list[Dialogue]:
-    return dialogues_for(source, model, CONTEXT, QUERIES, 6)
+    return dialogues_for(model, Prompting(source.codec, CONTEXT), QUERIES, 6)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def setup(source: Source, model: Any) -> measure.Setup:
 
 @pytest.fixture(scope="module")
 def held(source: Source, model: Any, subject: measure.Subject) -> list[Dialogue]:
-    return dialogues_for(source, model, CONTEXT, QUERIES, 6, stop=subject.stop)
+    return dialogues_for(model, Prompting(source.codec, CONTEXT), QUERIES, 6, stop=subject.stop)
 
 
 def measured(setup: measure.Setup, subject: measure.Subject, held: list[Dialogue], folder: Path) -> Any:

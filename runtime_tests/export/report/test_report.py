@@ -22,7 +22,7 @@ from tp_export.queries import load_questions
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
 from tp_export.report.figures import Fits, PatchReport, Report, Turns
 from tp_export.report.page import render_page
-from tp_export.rollout import Dialogue, dialogues_for
+from tp_export.rollout import Dialogue, Prompting, dialogues_for
 from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
@@ -90,7 +90,7 @@ def whole(report: Report) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def dialogues(tiny_llama: Path, model: Any) -> list[Dialogue]:
-    return dialogues_for(open_source(tiny_llama), model, PIRATE, QUERIES, 6)
+    return dialogues_for(model, Prompting(open_source(tiny_llama).codec, PIRATE), QUERIES, 6)
 
 
 # -- measurements --------------------------------------------------------------------------------------------

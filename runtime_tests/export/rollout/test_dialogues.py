@@ -9,7 +9,7 @@ import pytest
 
 from runtime_tests.export.tiny import tiny_model
 from tp_export import cli
-from tp_export.rollout import Ending, dialogues_for
+from tp_export.rollout import Ending, Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import CalibrationError, RequestError
 
@@ -36,7 +36,7 @@ def test_a_prompt_that_the_model_cannot_run_is_refused(
     source: Source, query: str, context: str, tokens: int, message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
-        dialogues_for(source, load_model(source), context, [query], max_new_tokens=tokens)
+        dialogues_for(load_model(source), Prompting(source.codec, context), [query], max_new_tokens=tokens)
 
 
 def test_the_commands_refuse_an_id_that_the_model_has_no_row_for(
@@ -63,11 +63,11 @@ def test_a_completion_ends_with_the_token_that_completes_the_first_stop_string(t
 def test_the_answers_of_dialogues_end_at_the_stop(tiny_llama: Path) -> None:
     source = open_source(tiny_llama)
     model = load_model(source)
-    whole = dialogues_for(source, model, "Count.", ["a?", "b?"], 8)[0].completion
+    whole = dialogues_for(model, Prompting(source.codec, "Count."), ["a?", "b?"], 8)[0].completion
     stop = source.codec.decode(whole)[3]
-    cut = dialogues_for(source, model, "Count.", ["a?", "b?"], 8, stop=[stop])[0].completion
+    cut = dialogues_for(model, Prompting(source.codec, "Count."), ["a?", "b?"], 8, stop=[stop])[0].completion
     assert cut == Ending.of(source.codec, [stop]).cut(whole) and len(cut) < len(whole)
     with pytest.raises(
         CalibrationError, match=r"^--stop: no answer of the prompted model holds.*got '##'; wanted .* 8"
     ):
-        dialogues_for(source, model, "Count.", ["a?", "b?"], 8, stop=["##"])
+        dialogues_for(model, Prompting(source.codec, "Count."), ["a?", "b?"], 8, stop=["##"])

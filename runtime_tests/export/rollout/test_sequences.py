@@ -8,7 +8,7 @@ import pytest
 
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import token_ids
-from tp_export.rollout import Dialogue, Ending, batches, restated_dialogues
+from tp_export.rollout import Dialogue, Ending, Prompting, batches, restated_dialogues
 from tp_export.rollout.sequences import _MOST_LOGITS
 from tp_export.source import open_source
 from tp_runtime.text import beginning_of
@@ -43,7 +43,7 @@ def test_restated_dialogues_cover_the_context_and_differ_in_its_beginning(tiny_l
     context = " ".join(f"Room {number} opens at {number % 12} sharp." for number in range(22))
     ids = source.codec.render(context, raw=True)
     sentences = ["Room 3 opens at 3 sharp.", "I lead it!", "GPT answers.", "The shop is closed"]
-    found = restated_dialogues(source, context, sentences, 4096)
+    found = restated_dialogues(Prompting(source.codec, context), sentences, 4096)
     chunks, echoes = found[: -len(sentences)], found[-len(sentences) :]
     assert len(ids) > 2 * 224 and len(chunks) == -(-len(ids) // 224)
     for number, dialogue in enumerate(chunks):  # every chunk but the first has some of its own text in front
@@ -63,7 +63,7 @@ def test_restated_dialogues_fit_the_context_window(design: str, tmp_path: Path) 
     """A model with learned positions has none past its window."""
     source = open_source(tiny_model(tmp_path / "m", design, max_position_embeddings=300))
     context = "We open at nine. " * 12
-    found = restated_dialogues(source, context, ["We open at nine.", "x" * 80 + "."], 300)
+    found = restated_dialogues(Prompting(source.codec, context), ["We open at nine.", "x" * 80 + "."], 300)
     assert 200 < max(len(dialogue.teacher()) for dialogue in found) <= 300
     repeated = [d.completion for d in found if "Repeat" in source.codec.decode(d.student_prompt)]
     ids = source.codec.render(context, raw=True)

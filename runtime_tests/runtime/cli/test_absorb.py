@@ -76,6 +76,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama_export: Pa
     return tmp_path
 
 
+def test_a_prompt_in_front_of_system_messages(cli: Cli, tiny_llama_export: Path, tmp_path: Path) -> None:
+    out, common = tmp_path / "p.safetensors", ("--max-new-tokens", 8, "--device", "cpu")
+    assert cli("absorb", tiny_llama_export, out, "--system", SYSTEM, "--before-system", "--device", "cpu").code == 0
+    wanted = cli("generate", tiny_llama_export, "Hi", "--system", f"{SYSTEM}\n\nBe kind.", *common).out
+    assert cli("generate", tiny_llama_export, "Hi", "--system", "Be kind.", "--patch", out, *common).out == wanted
+    refused = cli("generate", tiny_llama_export, "Hi", "--patch", out, *common)
+    assert refused.code == 2 and "the entries stand in front of a system message" in refused.err
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_and_nothing_is_written(cli: Cli, place: Path, name: str) -> None:
     arguments, message = BAD[name]

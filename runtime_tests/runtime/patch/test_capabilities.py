@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_a_system_message_under_entries_is_refused_with_the_words_of_the_capabil
     weights = patch_for(model.graph.folder)
     assert weights.capabilities.system == "allowed"
     model.generate("Hi", patch=weights, system="Be brief.", max_new_tokens=1)
+
+
+def test_entries_in_front_of_a_system_message_need_one(model: PatchedModel) -> None:
+    folder = model.graph.folder
+    start = model.codec.render("Hi", "Be brief.")[:3]
+    patch = with_prefix(patch_for(folder), folder, start)
+    assert patch.prefix is not None
+    patch = replace(patch, prefix=replace(patch.prefix, before_system=True))
+    assert patch.capabilities.system == "needed: the entries stand in front of a system message"
+    for prompt in ("Hi", [{"role": "user", "content": "Hi"}]):
+        with pytest.raises(RequestError, match="no system message, but the entries stand in front of a system message"):
+            model.generate(prompt, patch=patch)
+    asked = {"patch": patch, "max_new_tokens": 2}
+    first = model.generate("Hi", system="Be brief.", **asked)
+    assert model.generate([{"role": "system", "content": "Be brief."}, *said("Hi")], **asked) == first
+    # A raw prompt says with its ids what it has.
+    with pytest.raises(RequestError, match="the prompt does not start as the patch's KV prefix requires"):
+        model.generate("no such beginning", raw=True, **asked)
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize(("patch", "words"), [(WEIGHTS, ALL), (ENTRIES, LESS), (BOTH, LESS)])

@@ -195,6 +195,36 @@ def test_layers_with_different_numbers_of_entries_need_version_3(tmp_path: Path,
     assert saved(tmp_path, loaded, None) == content
 
 
+@pytest.mark.parametrize("dtype", ["f16", "f32", "i8"])
+def test_entries_in_front_of_a_system_message_need_version_3(tmp_path: Path, dtype: str) -> None:
+    patch = Patch({}, random_config(method="prefix"), KVPrefix(arrays(), (1, 2), 5, before_system=True))
+    content = saved(tmp_path, patch, dtype)
+    metadata, _parts = unpacked(content)
+    assert metadata["version"] == "3"
+    assert metadata["config"]["prefix"] == {"replaces": [1, 2], "position": 5, "before_system": True, "counts": [3, 3]}
+    loaded = Patch.load(tmp_path / "p.safetensors")
+    assert loaded.prefix is not None and loaded.prefix.before_system
+    assert saved(tmp_path, loaded, None) == content
+
+
+@pytest.mark.parametrize("value", [False, 1, "yes", None])
+def test_another_value_of_before_system_is_refused(tmp_path: Path, value: Any) -> None:
+    metadata, parts = unpacked(saved(tmp_path))
+    metadata["config"]["prefix"]["before_system"] = value
+    (tmp_path / "p.safetensors").write_bytes(packed(metadata, parts))
+    with pytest.raises(PatchFormatError, match=r"the patch's KV prefix is not complete.*\"before_system\": true"):
+        Patch.load(tmp_path / "p.safetensors")
+
+
+def test_version_2_has_no_before_system(tmp_path: Path) -> None:
+    metadata, parts = unpacked(saved(tmp_path, dtype="f32"))
+    assert metadata["version"] == "2"
+    metadata["config"]["prefix"]["before_system"] = True
+    (tmp_path / "p.safetensors").write_bytes(packed(metadata, parts))
+    with pytest.raises(PatchFormatError, match="the version does not fit a file with the key `before_system`"):
+        Patch.load(tmp_path / "p.safetensors")
+
+
 # -- what is refused: int8 tensors and scales ----------------------------------------------------------------
 
 

@@ -18,6 +18,6 @@ def test_every_example_of_the_page_runs(
     model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", prefix_cache_bytes=1 << 26)
     model.load_patch(patch_for(model.graph.folder, seed=1), "pirate")
     names: dict[str, object] = {"model": model, "path": tiny_llama_export, "PatchedModel": PatchedModel}
-    assert len(list(run_examples("absorb.md", names))) == 3
+    assert len(list(run_examples("absorb.md", names))) == 4
     other = names["other"]
     assert isinstance(other, PatchedModel) and other.prefix_cache is not None and other.prefix_cache.entries > 0
