@@ -1,0 +1,82 @@
+"""The CUDA path on ONNX Runtime's real CUDA provider, without a GPU: placement, captures, traffic, allocations.
+
+Under the provider lies a stand-in for NVIDIA's libraries (standin.c), in an environment of its own (environment.py).
+The measurements are made there (inside.py); what they must be is stated here. Kernels compute nothing on the stand-in:
+their results are what runtime_tests/gpu/test_gpu.py compares on a real GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime_tests.export.sources import tiny_gemma, tiny_llama
+from runtime_tests.gpu.standin.environment import StandIn, Unavailable, make_standin
+from tp_export.graph import export_model
+from tp_export.source import open_source
+from tp_runtime.session.device import CPU, CUDA
+
+__all__ = ["tiny_gemma", "tiny_llama"]  # pytest finds these fixtures by their names here
+
+DESIGNS = {"tiny_llama": "mlp", "tiny_gemma": "output"}  # with the slots that each one is exported with
+STEADY = 3  # the number of the first step that finds everything in place
+SMALL = 4096  # bytes
+
+
+@pytest.fixture(scope="session")
+def standin() -> StandIn:
+    try:
+        return make_standin()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module", params=DESIGNS)
+def found(request: pytest.FixtureRequest, standin: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The measurements on one tiny random model in float16."""
+    source, out = open_source(request.getfixturevalue(request.param)), tmp_path_factory.mktemp("standin") / "model"
+    export_model(source, out, slot_set=DESIGNS[request.param], precision="fp16")
+    return measured(standin, out)
+
+
+def measured(standin: StandIn, folder: Path) -> dict[str, Any]:
+    return json.loads(standin.run("-m", "runtime_tests.gpu.standin.inside", str(folder)))
+
+
+def steady(found: Any, **wanted: Any) -> list[dict[str, Any]]:
+    """Return the counts of decode steps after the first ones, for those of the given properties."""
+    steps = [step for step in found["steps"] if step["number"] >= STEADY]
+    chosen = [step for step in steps if all(step[name] == value for name, value in wanted.items())]
+    assert chosen
+    return chosen
+
+
+def test_every_node_is_on_the_gpu_but_two_whose_results_the_host_needs(found: Any) -> None:
+    """The attention operator reads the longest length on the host; a Memcpy node would wait for the GPU."""
+    assert sorted(found["placement"][CPU]) == ["Cast", "Squeeze"]
+    everywhere = [*found["placement"][CUDA], *found["placement"][CPU]]
+    assert not [operator for operator in everywhere if operator.startswith("Memcpy")]
+
+
+def test_every_bucket_of_ranks_is_captured_and_nothing_is_allocated_meanwhile(found: Any) -> None:
+    capture = found["capture"]
+    assert (capture["failure"], capture["captures"], capture["captured_allocations"]) == (None, 4, 0)
+
+
+def test_a_captured_step_is_one_replay_and_a_larger_rank_takes_ordinary_steps(found: Any) -> None:
+    for step in steady(found):
+        assert step["replays"] == (step["captured"] and step["rank"] != 65)
+
+
+def test_a_steady_step_allocates_nothing(found: Any) -> None:
+    assert {step["allocations"] for step in steady(found)} == {0}
+
+
+def test_a_switch_of_captured_steps_moves_the_patch_once(found: Any) -> None:
+    for switch in found["switches"]:
+        assert switch["first"]["bytes_in"] == switch["bytes"]
+        assert switch["first"]["bytes_out"] == switch["first"]["allocations"] == 0
+        assert not any(switch["again"].values())
