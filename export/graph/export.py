@@ -38,6 +38,7 @@ from ..progress import clock
 from ..quantise import (
     MEASURED,
     check_precision,
+    computes_in_float16,
     float_weights,
     measured_precision,
     quantised,
@@ -55,7 +56,6 @@ from .trace import context_window, trace
 from .windowed import separate_windowed
 
 ROUTES = ("auto", "fused", "optimum")
-_FUSED_ONLY = "fp16"  # the unfused norms of the other route square activations, which overflows float16 first
 
 
 def export_model(
@@ -105,8 +105,8 @@ def export_model(
         raise ModelFormatError("the route is unknown", field="route", got=route, wanted=" | ".join(ROUTES))
     if slot_set not in SLOT_SETS:
         raise ModelFormatError("the slot set is unknown", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
-    if route == "optimum" and precision == _FUSED_ONLY:
-        raise _needs_fused("the route optimum has none")
+    if route == "optimum" and computes_in_float16(precision):
+        raise _needs_fused(precision, "the route optimum has none")
     if patch is not None:
         check_base(patch, source.name, source.digest, precision, source.digest_change)
         patch.require_weights_only("graph")
@@ -123,7 +123,7 @@ def export_model(
     companions = companion_files(source)
     with clock("load weights"):
         model = load_model(source)
-    if precision == MEASURED:
+    if precision in MEASURED:
         with clock("measure the quantisers"):
             precision = measured_precision(source, model, precision)
     slots = slots_of(model, slot_set)
@@ -178,8 +178,8 @@ def _trace(model: Any, slots: list[Slot], route: str, precision: str) -> tuple[i
                     got=route,
                     fix="use --route auto",
                 ) from error
-            if precision == _FUSED_ONLY:
-                raise _needs_fused(_reason(error)) from error
+            if computes_in_float16(precision):
+                raise _needs_fused(precision, _reason(error)) from error
             tqdm.write(f"warning: fused attention failed, falling back to optimum: {_reason(error)}", file=sys.stderr)
     try:
         from . import optimum_route  # its imports take seconds, and the usual route does not need them
@@ -199,23 +199,24 @@ def _vectors(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _needs_fused(reason: str) -> ModelFormatError:
+def _needs_fused(precision: str, reason: str) -> ModelFormatError:
+    """Return the error for the route `optimum`: its unfused norms square activations, which overflows float16 first."""
     return ModelFormatError(
-        f"a graph without fused operators cannot run in {_FUSED_ONLY}: {reason}",
+        f"a graph without fused operators cannot run in float16: {reason}",
         field="precision",
-        got=_FUSED_ONLY,
+        got=precision,
         wanted="another precision",
     )
 
 
 def _lower(graph: ir.Model, model: Any, precision: str) -> None:
     """Convert a float32 graph to `precision`; changes it in place."""
-    if precision == _FUSED_ONLY:
-        to_fp16(graph)
-    elif precision == "bf16":
+    if precision == "bf16":
         store_in_bf16(graph)
     elif precision not in FLOAT_PRECISIONS:
         quantise(graph, quantised(precision), float_weights(model))
+    if computes_in_float16(precision):
+        to_fp16(graph)  # after the weights are in blocks, so that only their scales are rounded
 
 
 def _reason(error: BaseException) -> str:
@@ -247,7 +248,7 @@ def _describe(
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context_window=context_window(config),
-        kv=KV(*kv_shape(config), "f16" if precision == "fp16" else "f32"),
+        kv=KV(*kv_shape(config), "f16" if computes_in_float16(precision) else "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=default,
         files=files,

@@ -3,7 +3,14 @@
 This room knows nothing of graphs, sessions, devices or text.
 """
 
-from .capabilities import ADDS_TO_WEIGHTS, AT_A_COST, ENTRIES_STAND, FLOAT_PRECISIONS, Capabilities
+from .capabilities import (
+    ADDS_TO_WEIGHTS,
+    AT_A_COST,
+    ENTRIES_STAND,
+    FLOAT_PRECISIONS,
+    Capabilities,
+    fitted_precision,
+)
 from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
@@ -34,6 +41,7 @@ __all__ = [
     "SlotKey",
     "check_dtype",
     "context_digest",
+    "fitted_precision",
     "read_tensors",
     "round_to_int8",
     "slot_name",

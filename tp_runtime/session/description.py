@@ -20,10 +20,8 @@ GRAPH_FILE = "model.onnx"
 LARGEST_DESCRIPTION = 16 * 2**20  # in bytes
 FORMAT = "tp-slots"
 VERSION = 1
-PRECISIONS = (
-    *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
-    *("int4-symmetric-head4", "int4-rtn-head4"),
-)
+_INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-symmetric-head4", "int4-rtn-head4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", *_INT4, *(f"{name}-fp16" for name in _INT4))
 _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
