@@ -2,7 +2,7 @@
 
 This module does not handle sampling or the end of a sequence (batch.py does). Each sequence is prefilled separately, in
 a cache of its own. `prepare` copies the contents of that cache into the batch's buffers, and from the first step on
-only these hold the row's keys and values.
+only these hold the row's keys and values. The copies stay on the device of the buffers.
 
 A step takes the position that it writes from the row's `tokens`, and changes nothing that the next step reads. So a
 step that failed, at whatever line, is repeated by calling it again: it writes the same keys and values to the same
@@ -11,14 +11,15 @@ places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import Graph, Lengths, shift_values
+from ..session import Graph, InPlaceBuffers, KVCache, Lengths, shift_values
+from .device_kv import DeviceKV
 from .row import Row
 from .row_kv import StackedKV
 from .row_slots import StackedSlots
@@ -49,10 +50,17 @@ class BatchedRows:
 
     def __init__(self, graph: Graph, limit: int) -> None:
         self._graph = graph
-        folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
-        to_kv, shared = partial(graph.to_device, device=kv_device), kv_device == "cpu"
-        names, windowed = graph.kv.names, graph.kv.windowed
-        self._kv = StackedKV(names, windowed, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
+        assert isinstance(graph.kv, InPlaceBuffers)
+        folder, kv, copies = graph.folder, graph.kv, graph.kv.copies
+        self._kv: StackedKV | DeviceKV
+        self._contents: Callable[[KVCache], Mapping[str, Any]]  # what a cache holds, in the form that `put` takes
+        if copies is None:
+            to_kv = partial(graph.to_device, device="cpu")
+            self._kv = StackedKV(kv.names, kv.windowed, folder.kv, graph.dtype, limit, folder.context_window, to_kv)
+            self._contents = graph.content
+        else:
+            self._kv = DeviceKV(kv.names, kv.windowed, folder.kv, limit, folder.context_window, copies)
+            self._contents = graph.device_content
         to_slots = partial(graph.to_device, device=graph.device.kind)
         self._slots = StackedSlots(folder.slots, limit, graph.dtype, to_slots)
         # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
@@ -67,7 +75,7 @@ class BatchedRows:
         for row in rows:
             row.cache.require_key(row.bound.key)
             row.follow()
-        self._change()
+        self._binding = None  # this comes first: without a binding no run writes to the buffers
         if not any(row in self._held for row in rows):
             self._held = []
         self._kv.fit(_after_a_step([row.cache.lengths for row in rows]), len(self._held))
@@ -75,15 +83,14 @@ class BatchedRows:
             if place < len(self._held) and self._held[place] is row:
                 continue
             # Rows only move towards the front, so whatever stands here has left or was moved further to the front.
-            content = self.content(row)
+            at = self._held.index(row) if row in self._held else None
             self._held[place : place + 1] = [None]
-            self._kv.put(place, content)
+            if at is None:
+                self._kv.put(place, self._contents(row.cache))
+            else:
+                self._kv.move(at, place, row.cache.lengths)
             self._held[place] = row
         del self._held[len(rows) :]
-
-    def _change(self) -> None:
-        self._binding = None  # this comes first: without a binding nothing writes to the device's buffers
-        self._kv.pull()
 
     def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Run the last id of every row; see Rows."""
@@ -94,7 +101,7 @@ class BatchedRows:
         positions = np.array([len(row.cache) + row.cache.skipped for row in rows])
         lengths = _after_a_step(held)
         if not self._kv.has_room(lengths):
-            self._change()
+            self._binding = None
             self._kv.fit(lengths, len(rows))
         if self._binding is None:
             self._binding = self._bind(rows)
@@ -111,7 +118,6 @@ class BatchedRows:
     def _bind(self, rows: Sequence[Row]) -> Any:
         binding = self._graph.new_binding()
         self._slots.bind(binding, [row.bound for row in rows])
-        self._kv.pull()
         self._kv.bind(binding, len(rows))
         for row in rows:  # the steps write to the batch's buffers, so those of the row's own cache are out of date
             row.cache.hand_over()
@@ -122,7 +128,6 @@ class BatchedRows:
         row.follow()
         if row not in self._held:
             return self._graph.content(row.cache)
-        self._change()
         return self._kv.get(self._held.index(row), row.cache.lengths)
 
 

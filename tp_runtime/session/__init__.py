@@ -7,10 +7,11 @@ from .bound_patch import BoundPatch, not_a_patch
 from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, cuda_is_expected, require_onnxruntime
+from .device_copies import DeviceCopies
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import FIRST_LOGIT, WINDOWED_SHIFT, WINDOWED_TOTAL, check_interface
-from .kv_buffers import grown_capacity, shift_values
+from .kv_buffers import InPlaceBuffers, grown_capacity, shift_values
 from .kv_cache import CacheKey, KVCache
 from .layer_kinds import Lengths, Windowed
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
@@ -36,8 +37,10 @@ __all__ = [
     "BoundPatch",
     "CacheKey",
     "DefaultPatch",
+    "DeviceCopies",
     "DigestChange",
     "Graph",
+    "InPlaceBuffers",
     "KVCache",
     "Lengths",
     "ModelFolder",

@@ -16,7 +16,7 @@ cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The 
 - A capture needs the provider option `enable_cuda_graph`, a graph without control flow, and every node except shape
   arithmetic on CUDA. ONNX Runtime refuses to create a session that cannot meet this. The CUDA provider's attention
   operator takes float16 and bfloat16 only, so graphs that compute in float32 (fp32, int8 and int4 exports) are refused;
-  captured steps are meant for fp16 exports.
+  captured steps are meant for fp16 and int4-fp16 exports.
 - Shapes and addresses must stay the same. A replay runs only the captured kernels, so inputs and outputs have to be
   bound, on the device. Values that kernels read on the host are fixed at capture: the total length, and which logits
   the run computes.
@@ -286,14 +286,15 @@ class CapturedDecode:
         Args:
             cache: the sequence's cache.
             length: the number of filled positions of full layers after the run that follows. A sequence of which any
-                layer holds more than `capacity` does not become the owner.
+                layer holds more than `capacity` does not become the owner, nor does one of a batch, whose steps are
+                not captured.
             patch: the patch's OrtValues by graph input name, which ordinary runs bind.
             decoding: whether the run that follows is a decode step, or one that verifies a draft.
 
         Returns:
             Whether the sequence owns the buffers now.
         """
-        if length + max(0, cache.shift) > self.capacity:
+        if cache.batched or length + max(0, cache.shift) > self.capacity:
             return False
         if self.holds(cache) or (cache.buffers and decoding):
             return self.holds(cache)

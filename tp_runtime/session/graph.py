@@ -23,6 +23,7 @@ from .cuda_graphs import CapturedDecode, check_capturable
 from .default_patch import read_default_patch
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
+from .device_copies import DeviceCopies
 from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
@@ -153,10 +154,13 @@ class Graph:
         kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
         if kv_device != self.device.kind:
             log.warning(
-                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16",
+                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16 or "
+                "int4-fp16",
                 self.dtype,
             )
         self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype)
+        if isinstance(self.kv, InPlaceBuffers) and kv_device != "cpu":
+            self.kv.copies = DeviceCopies(self.ort, self.device, self.dtype)
 
     def _capture(self, device: Device, options: Any) -> bool:
         """Open a session with captured steps; if that fails, return False and set `capture_failure` to the reason."""
@@ -270,6 +274,16 @@ class Graph:
         with self._exclusive():
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
+
+    def device_content(self, cache: KVCache) -> dict[str, Any]:
+        """Return a cache's keys and values as OrtValues [1, heads, at least filled, head dim] by graph input name.
+
+        They are on the device of the graph's buffers, which is not the host.
+        """
+        assert isinstance(self.kv, InPlaceBuffers)
+        with self._exclusive():
+            found = {past: self.kv.device_content(cache, past) for past, _present in self.kv.names}
+        return {past: value for past, value in found.items() if value is not None}
 
     def new_binding(self) -> Any:
         """Return an empty ONNX Runtime binding of the session."""

@@ -57,6 +57,7 @@ class KVCache:
             never written.
         step: the ids and logits that are bound to `binding` since the last decode step; None after any other run.
         session: the session that made the cache; None if a batch has taken over its contents.
+        batched: whether the cache belongs to a row of a batch, whose steps are not captured (cuda_graphs.py).
         uses: the requests that use the cache. The first one holds it, and any other is about to be refused.
     """
 
@@ -71,6 +72,7 @@ class KVCache:
     spare: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
     step: StepIO | None = None
+    batched: bool = field(default=False, init=False)
     session: SessionMark | None = field(default=None, init=False)
     uses: Uses = field(default_factory=Uses, init=False, repr=False)
 

@@ -369,6 +369,7 @@ def test_captured_decode_works_together_with_the_prefix_cache_and_batches(plain:
     while batch.step():
         pass
     assert [row.tokens[9:] for row in rows] == wanted
+    assert capturing.captured is not None and capturing.captured.holds(kept), "no row took the buffers"
     assert furthest(capturing.forward(IDS[9:10], kept, capturing.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
 
 
