@@ -45,6 +45,7 @@ from ..quantise import (
 )
 from ..source import Source, load_model
 from .companions import companion_files
+from .device_steps import add_device_steps
 from .genai_config import write_genai_config
 from .half import store_in_bf16, to_fp16
 from .names import name_dimensions, name_nodes, name_vectors, name_weights
@@ -145,10 +146,11 @@ def export_model(
             windowed = separate_windowed(graph) if route == "fused" else None
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, precision)
+            config = model.config.get_text_config()
+            best = add_device_steps(graph, config.vocab_size) if computes_in_float16(precision) else None
             if route == "fused":
                 name_nodes(graph)
             written = save_graph(graph, folder, default_values)
-            config = model.config.get_text_config()
             written.append(write_genai_config(config, context_window(config), source.codec.eos_ids, folder))
             if patch is not None:
                 patch.save(folder / DEFAULT_FILE, "f32")
@@ -158,7 +160,7 @@ def export_model(
             files = describe_files(folder, [*written, *companions])
             default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
             described = _describe(source, model, folder, slots, route, precision, default, files)
-            write_slots_file(replace(described, windowed=windowed))
+            write_slots_file(replace(described, windowed=windowed, best=best))
         with clock("check the export against torch"):
             parity = check_export(source.codec, model, folder)
         tqdm.write("not checked: no ONNX Runtime" if parity is None else f"checked {parity}", file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
-from ..session import BoundPatch, KVCache, ModelFolder, Use
+from ..session import BoundPatch, KVCache, Logits, ModelFolder, Use
 from .lookup import Drafter, LookupStats, check_lookup, cost_of
 from .prefix_cache import PrefixCache
 from .prefix_entry import Content
@@ -44,6 +44,11 @@ class Steps(Protocol):
         held: Use | None = None,
     ) -> NDArray[np.float32]:
         """Run `tokens` after the tokens in `cache` and return logits [at most `last`, vocab]; see Graph.forward."""
+
+    def forward_best(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, best: int, last: int, held: Use
+    ) -> Logits:
+        """Run `tokens` and return what a pick from the `best` largest logits needs; see Graph.forward_best."""
 
     def content(self, cache: KVCache) -> Content:
         """Return the keys and values that `cache` holds."""
@@ -182,6 +187,7 @@ class _Completion:
     def ids(self, cache: KVCache, held: Use) -> Generator[int]:
         """Yield the ids. They run in `cache`, which the use `held` holds."""
         tokens = self.tokens
+        best = self._sampler.best
         copied = 0  # ids of the draft that are copies; forced ids are no guess
         draft = self._forced()  # the first ones are verified like a draft, so that they run together with the prompt
         while True:
@@ -189,7 +195,7 @@ class _Completion:
             #    behind them. Only the logits of the last of these ids and of the draft are needed.
             kept = cache.keep_prefix(tokens, held)
             run = [*tokens[kept:], *draft] if draft else tokens[kept:]
-            logits = self._graph.forward(run, cache, self._bound, copy=False, last=len(draft) + 1, held=held)
+            logits = self._graph.forward_best(run, cache, self._bound, best=best, last=len(draft) + 1, held=held)
             self._stats.runs += 1
             self._stats.drafted += copied
             # 2. Pick the next ids in order, as long as the pick is what the draft says; the pick after that is new.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError
+from ..session import BestLogits, Logits
 from .constraint import Constraint, masked
 from .logprobs import TokenLogprobs, WantedLogprobs, processed_logprobs, raw_logprobs
 from .sampling import Sampling
@@ -60,6 +61,16 @@ class Sampler:
         return plain and self.constraint is None and self._wanted is None
 
     @property
+    def best(self) -> int:
+        """How many of the largest logits the next token depends on, with all that equal the last of them; 0 for all.
+
+        With these alone, `pick` picks the same token.
+        """
+        if self.sampling.changes_logits or self.constraint is not None or self._wanted is not None:
+            return 0
+        return 1 if self.sampling.temperature == 0 else self.sampling.top_k
+
+    @property
     def records(self) -> bool:
         """Whether the request wants log-probabilities."""
         return self._wanted is not None
@@ -77,12 +88,12 @@ class Sampler:
                 "the id is outside the vocabulary", field="logit_bias", got=largest_id, wanted=f"0 to {size - 1}"
             )
 
-    def pick(self, logits: NDArray[np.floating], history: Sequence[int], draw: int) -> int:
+    def pick(self, logits: NDArray[np.floating] | BestLogits, history: Sequence[int], draw: int) -> int:
         """Choose the next token. If several logits are the largest, greedy choice takes the lowest id.
 
         Args:
             logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
-                as -inf.
+                as -inf. Or the largest of them, at least `best`.
             history: the ids of the prompt and the completion so far.
             draw: the number of ids of the completion so far. It selects the random number.
 
@@ -93,6 +104,8 @@ class Sampler:
             ModelFormatError: no logit is finite.
             RequestError: there is a repetition penalty, and an id in the history is outside the vocabulary.
         """
+        if isinstance(logits, BestLogits):
+            return int(logits.ids[self._choose(logits.values, draw)])
         scores = adjusted(logits, history, draw, self.sampling, self._eos_ids)
         if self.constraint is None:
             token = self._choose(scores, draw)
@@ -159,7 +172,7 @@ class Sampler:
 
 def pick_rows(
     samplers: Sequence[Sampler],
-    logits: NDArray[np.floating],
+    logits: Logits,
     histories: Sequence[Sequence[int]],
     draws: Sequence[int],
 ) -> list[int | Exception]:
@@ -167,7 +180,7 @@ def pick_rows(
 
     Args:
         samplers: the samplers of the rows.
-        logits: the logits [rows, vocab]; they are not changed.
+        logits: the logits [rows, vocab], or the largest ones of each row; they are not changed.
         histories: for each row the ids of its prompt and its completion so far.
         draws: for each row the number of ids of its completion so far.
 
@@ -176,7 +189,7 @@ def pick_rows(
     """
     picked: list[int | Exception] = [-1] * len(samplers)
     plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
-    if plain:
+    if plain and not isinstance(logits, list):
         best = (logits if len(plain) == len(samplers) else logits[plain]).argmax(1)
         good_rows = np.isfinite(logits[plain, best])
         for row, token, good in zip(plain, best.tolist(), good_rows.tolist(), strict=True):

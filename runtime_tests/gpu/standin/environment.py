@@ -31,6 +31,7 @@ GPU_BUILD = "onnxruntime-gpu==1.31.1"
 # They are not installed into the environment: ONNX Runtime would prefer the library in the first one to the stand-in.
 HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*")
 TOOLS = ("gcc", "nm", "readelf")
+CACHE = user_folder("tests", "cuda-standin")  # found before a test gives the user another home
 
 
 class Unavailable(Exception):
@@ -105,10 +106,10 @@ def _folder(parts: list[str]) -> Iterator[tuple[Path, bool]]:
     A folder that was not filled to its end is emptied. Other processes wait meanwhile.
     """
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = user_folder("tests", "cuda-standin", digest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = CACHE / digest
+    CACHE.mkdir(parents=True, exist_ok=True)
     complete = folder / "complete"
-    with (folder.parent / f"{digest}.lock").open("w") as lock:
+    with (CACHE / f"{digest}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         is_new = not complete.exists()
         if is_new:

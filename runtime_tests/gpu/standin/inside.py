@@ -16,17 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from runtime_tests.gpu.standin.counters import Counts, counts, kernels
 from runtime_tests.patches import patch_for
-from tp_runtime.generation import Sampler, generate
+from tp_runtime.generation import Sampler, Sampling, generate
 from tp_runtime.patch import Patch
-from tp_runtime.session import BoundPatch, Graph, ModelFolder
+from tp_runtime.session import BoundPatch, DeviceStep, Graph, ModelFolder
 from tp_runtime.session.device import CPU, CUDA
 
 PROMPT = (5, 6, 7, 8)
 RANKS = (None, 4, 16, 64, 65)  # of the patches; None is the base
+REQUESTS = {
+    "greedy": Sampling(),
+    "top_k": Sampling(temperature=1.0, top_k=40, seed=1),
+    "all logits": Sampling(temperature=1.0, seed=1),
+}
 
 
 def placement(folder: ModelFolder) -> dict[str, list[str]]:
@@ -41,18 +47,23 @@ def placement(folder: ModelFolder) -> dict[str, list[str]]:
     return operators
 
 
-def steps(graph: Graph, bound: BoundPatch, number: int = 8) -> list[Counts]:
-    """Return the counts of each id of a greedy completion, the first of which belongs to the prompt."""
-    ids = generate(graph, PROMPT, bound, sampler=Sampler(), max_new_tokens=number, eos_ids=frozenset())
-    return list(_counted(ids))
-
-
-def _counted(ids: Iterator[int]) -> Iterator[Counts]:
+def steps(graph: Graph, bound: BoundPatch, sampling: Sampling, number: int = 8) -> Iterator[Counts]:
+    """Yield the counts of each id of a completion, the first of which belongs to the prompt."""
+    cache, sampler = graph.new_cache(bound), Sampler(sampling)
     before = counts()
-    for _id in ids:
-        now = counts()
-        yield now - before
+    for _id in generate(graph, PROMPT, bound, sampler=sampler, max_new_tokens=number, eos_ids=frozenset(), cache=cache):
+        yield counts() - before
+        captured = graph.captured
+        write_best(captured.io if captured is not None and captured.holds(cache) else cache.step)
         before = counts()
+
+
+def write_best(step: object) -> None:
+    """Write what kernels would: largest logits, without ties. Zeros would be ties, for which all logits are fetched."""
+    if isinstance(step, DeviceStep) and step.best_values is not None and step.best_ids is not None:
+        rows, best = step.best_ids.shape()
+        step.best_values.update_inplace(np.tile(np.arange(best, 0, -1, step.best_values.numpy().dtype), (rows, 1)))
+        step.best_ids.update_inplace(np.tile(np.arange(best), (rows, 1)))
 
 
 def counted(act: Callable[[], object]) -> Counts:
@@ -93,8 +104,10 @@ def measure(folder: ModelFolder) -> dict[str, Any]:
             found["capture"] = {"failure": graph.capture_failure, **asdict(opened)}
         for rank in RANKS:
             bound = graph.bind(patch_of(folder, rank))
-            for number, step in enumerate(steps(graph, bound)):
-                found["steps"].append({"captured": cuda_graphs, "rank": rank, "number": number, **asdict(step)})
+            for name, sampling in REQUESTS.items():
+                about = {"captured": cuda_graphs, "rank": rank, "request": name}
+                counted_steps = enumerate(steps(graph, bound, sampling))
+                found["steps"] += [{**about, "number": number, **asdict(step)} for number, step in counted_steps]
         if graph.captured is not None:
             found["switches"] = switches(graph)
     found["kernels"] = kernels()

@@ -13,15 +13,9 @@ from typing import Any
 
 import pytest
 
-from runtime_tests.export.sources import tiny_gemma, tiny_llama
 from runtime_tests.gpu.standin.environment import StandIn, Unavailable, make_standin
-from tp_export.graph import export_model
-from tp_export.source import open_source
 from tp_runtime.session.device import CPU, CUDA
 
-__all__ = ["tiny_gemma", "tiny_llama"]  # pytest finds these fixtures by their names here
-
-DESIGNS = {"tiny_llama": "mlp", "tiny_gemma": "output"}  # with the slots that each one is exported with
 STEADY = 3  # the number of the first step that finds everything in place
 SMALL = 4096  # bytes
 
@@ -34,16 +28,10 @@ def standin() -> StandIn:
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="module", params=DESIGNS)
-def found(request: pytest.FixtureRequest, standin: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def found(standin: StandIn, float16_folder: Path) -> Any:
     """The measurements on one tiny random model in float16."""
-    source, out = open_source(request.getfixturevalue(request.param)), tmp_path_factory.mktemp("standin") / "model"
-    export_model(source, out, slot_set=DESIGNS[request.param], precision="fp16")
-    return measured(standin, out)
-
-
-def measured(standin: StandIn, folder: Path) -> dict[str, Any]:
-    return json.loads(standin.run("-m", "runtime_tests.gpu.standin.inside", str(folder)))
+    return json.loads(standin.run("-m", "runtime_tests.gpu.standin.inside", str(float16_folder)))
 
 
 def steady(found: Any, **wanted: Any) -> list[dict[str, Any]]:
@@ -73,6 +61,15 @@ def test_a_captured_step_is_one_replay_and_a_larger_rank_takes_ordinary_steps(fo
 
 def test_a_steady_step_allocates_nothing(found: Any) -> None:
     assert {step["allocations"] for step in steady(found)} == {0}
+
+
+def test_a_steady_step_sends_its_numbers_and_fetches_the_largest_logits(found: Any) -> None:
+    """An id, a position and a length go in (and what windowed layers differ by went in before)."""
+    for step in steady(found):
+        assert (step["bytes_in"], step["copies_in"]) == (8 + 8 + 4, 3)
+        best = min(128, found["vocab"])
+        out = 2 * found["vocab"] if step["request"] == "all logits" else (2 + 8) * best
+        assert step["bytes_out"] == out and out <= SMALL
 
 
 def test_a_switch_of_captured_steps_moves_the_patch_once(found: Any) -> None:
