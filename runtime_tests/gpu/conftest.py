@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ __all__ = ["smollm2", "tiny_gemma", "tiny_llama"]  # pytest finds these fixtures
 DESIGNS = {"tiny_llama": "mlp", "tiny_gemma": "output"}  # with the slots that each one is exported with
 
 
-@pytest.fixture(scope="session", params=DESIGNS)
+@pytest.fixture(scope="session", params=product(DESIGNS, ("fp16", "int4-symmetric-fp16")), ids="-".join)
 def float16_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model, exported in float16, which is for CUDA."""
-    source, out = open_source(request.getfixturevalue(request.param)), tmp_path_factory.mktemp("float16") / "model"
-    return export_model(source, out, slot_set=DESIGNS[request.param], precision="fp16")
+    """A tiny random model in a precision that computes in float16, as CUDA does."""
+    design, precision = request.param
+    source, out = open_source(request.getfixturevalue(design)), tmp_path_factory.mktemp("float16") / "model"
+    return export_model(source, out, slot_set=DESIGNS[design], precision=precision)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import Graph, InPlaceBuffers, KVCache, Lengths, shift_values
+from ..session import WINDOWED_TOTAL, DeviceStep, Graph, InPlaceBuffers, KVCache, Lengths, Logits, shift_values
 from .device_kv import DeviceKV
 from .row import Row
 from .row_kv import StackedKV
@@ -35,8 +35,12 @@ class Rows(Protocol):
         before can still step.
         """
 
-    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Run the last id of every row and return logits [rows, vocab]. A step that fails may be tried again."""
+    def step(self, rows: Sequence[Row]) -> Logits:
+        """Run the last id of every row. A step that fails may be tried again.
+
+        Returns:
+            Logits [rows, vocab], or for each row the largest ones, if these suffice for every row's sampler.
+        """
 
     def content(self, row: Row) -> Mapping[str, NDArray]:
         """Return a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
@@ -66,6 +70,7 @@ class BatchedRows:
         # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
         self._held: list[Row | None] = []
         self._binding: Any = None  # None if the rows or the buffers changed since the last step
+        self._io: DeviceStep | None = None  # the inputs and outputs of steps on a device
         self._shifts: Mapping[str, Any] = {}  # the lengths of windowed layers that are bound; they must stay alive
 
     def prepare(self, rows: Sequence[Row]) -> None:
@@ -92,7 +97,7 @@ class BatchedRows:
             self._held[place] = row
         del self._held[len(rows) :]
 
-    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+    def step(self, rows: Sequence[Row]) -> Logits:
         """Run the last id of every row; see Rows."""
         self.prepare(rows)
         for row in rows:
@@ -106,6 +111,8 @@ class BatchedRows:
         if self._binding is None:
             self._binding = self._bind(rows)
         shifts = [windowed - full for full, windowed in held]
+        if self._graph.steps_on_device:
+            return self._step_on_device(rows, held, shifts, lengths)
         if any(shifts):
             self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
             for name, value in self._shifts.items():
@@ -114,6 +121,24 @@ class BatchedRows:
         mask = (np.arange(lengths.full) <= filled[:, None]).astype(np.int64)
         last = np.array([row.tokens[-1] for row in rows])
         return self._graph.execute(self._binding, last[:, None], mask, positions[:, None])[:, 0]
+
+    def _step_on_device(
+        self, rows: Sequence[Row], held: Sequence[Lengths], shifts: Sequence[int], lengths: Lengths
+    ) -> Logits:
+        if self._io is None or self._io.rows != len(rows):
+            self._io = self._graph.device_step(len(rows))
+        if any(shifts):  # the longest length is read on the host
+            self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
+            self._binding.bind_ortvalue_input(WINDOWED_TOTAL, self._shifts[WINDOWED_TOTAL])
+        return self._graph.run_step(
+            self._io,
+            self._binding,
+            [row.tokens[-1] for row in rows],
+            [len(row.cache) + row.cache.skipped for row in rows],
+            [1 + full for full, _windowed in held],
+            shifts,
+            [row.sampler.best for row in rows],
+        )
 
     def _bind(self, rows: Sequence[Row]) -> Any:
         binding = self._graph.new_binding()

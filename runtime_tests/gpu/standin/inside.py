@@ -21,7 +21,7 @@ import onnxruntime
 
 from runtime_tests.gpu.standin.counters import Counts, counts, kernels
 from runtime_tests.patches import patch_for
-from tp_runtime.generation import Sampler, Sampling, generate
+from tp_runtime.generation import Batch, Sampler, Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, DeviceStep, Graph, ModelFolder
 from tp_runtime.session.device import CPU, CUDA
@@ -92,10 +92,26 @@ def switches(graph: Graph) -> list[dict[str, Any]]:
     return found
 
 
+def batch_steps(graph: Graph) -> Iterator[Counts]:
+    """Yield the counts of each step of a batch of three greedy rows under different patches."""
+    batch = Batch(graph, 4)
+    for rank in (None, 4, 16):
+        bound = graph.bind(patch_of(graph.folder, rank))
+        batch.join(PROMPT, bound, sampler=Sampler(), max_new_tokens=8, eos_ids=frozenset())
+    for _step in range(8):
+        yield counted(batch.step)
+        write_best(batch._rows._io)  # type: ignore[attr-defined]
+
+
 def measure(folder: ModelFolder) -> dict[str, Any]:
     """Return every measurement."""
-    found: dict[str, Any] = {"layers": folder.layers, "vocab": folder.vocab_size, "placement": placement(folder)}
-    found["steps"] = []
+    found: dict[str, Any] = {
+        "vocab": folder.vocab_size,
+        "layers": folder.layers,
+        "windowed": folder.windowed is not None,
+        "placement": placement(folder),
+        "steps": [],
+    }
     for cuda_graphs in (False, True):
         before = counts()
         graph = Graph(folder, "cuda", cuda_graphs=cuda_graphs)
@@ -108,6 +124,8 @@ def measure(folder: ModelFolder) -> dict[str, Any]:
                 about = {"captured": cuda_graphs, "rank": rank, "request": name}
                 counted_steps = enumerate(steps(graph, bound, sampling))
                 found["steps"] += [{**about, "number": number, **asdict(step)} for number, step in counted_steps]
+        about = {"captured": cuda_graphs, "rank": "mixed", "request": "batch"}
+        found["steps"] += [{**about, "number": n, **asdict(step)} for n, step in enumerate(batch_steps(graph))]
         if graph.captured is not None:
             found["switches"] = switches(graph)
     found["kernels"] = kernels()
