@@ -5,13 +5,15 @@ The same graphs and the same code run on CUDA; the stand-in shows there what cro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.patches import patch_for
 from runtime_tests.prefixes import with_prefix
-from tp_runtime.generation import Sampler, Sampling, generate
+from tp_runtime.generation import Batch, Sampler, Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import BestLogits, Graph, Lengths, ModelFolder, Use
 from tp_runtime.session import cuda_graphs as cuda_graphs
@@ -43,9 +45,9 @@ def on_device(request: pytest.FixtureRequest, plain: Graph) -> Graph:
 
 def patches(graph: Graph) -> list[Patch | None]:
     patch, folder = patch_for(graph.folder, rank=4, scale=0.3), graph.folder
-    found = [None, patch, with_prefix(patch, folder, replaces=[5], entries=7, position=3)]
+    found = [None, patch, with_prefix(patch, folder, replaces=[5], entries=7, position=9)]
     if folder.windowed is not None:
-        found.append(with_prefix(patch, folder, replaces=[5], entries=Lengths(12, 6), position=9))
+        found.append(with_prefix(patch, folder, replaces=[5], entries=Lengths(12, 6), position=14))
     return found
 
 
@@ -58,6 +60,23 @@ def completion(graph: Graph, patch: Patch | None, sampling: Sampling, prompt: li
 def test_completions_are_those_of_ordinary_steps(plain: Graph, on_device: Graph, sampling: Sampling) -> None:
     for patch in patches(plain):
         assert completion(on_device, patch, sampling) == completion(plain, patch, sampling)
+
+
+def batch_completions(graph: Graph, samplings: Sequence[Sampling]) -> list[list[int]]:
+    """Return the tokens of a batch whose rows join one by one, with other patches, lengths and settings."""
+    batch, rows, ends = Batch(graph, 4), [], frozenset[int]()
+    for patch, sampling in zip(cycle(patches(graph)), samplings, strict=False):
+        prompt, sampler = [*PROMPT, *range(20, 20 + 3 * len(rows))], Sampler(sampling)
+        rows.append(batch.join(prompt, graph.bind(patch), sampler=sampler, max_new_tokens=12, eos_ids=ends))
+        batch.step()
+    while batch.rows:
+        batch.step()
+    return [row.tokens for row in rows]
+
+
+@pytest.mark.parametrize("samplings", [REQUESTS[:3], REQUESTS[:4]], ids=["largest logits", "all logits"])
+def test_batches_are_those_of_ordinary_steps(plain: Graph, on_device: Graph, samplings: Sequence[Sampling]) -> None:
+    assert batch_completions(on_device, samplings) == batch_completions(plain, samplings)
 
 
 def test_a_step_returns_the_largest_logits_only_if_they_suffice(on_device: Graph) -> None:
