@@ -36,6 +36,11 @@ class Sampler:
         eos_ids: the ids that `min_new_tokens` bans.
         constraint: what may come next; None allows every token.
         logprobs: what to record of each token's probability; None records nothing.
+
+    Attributes:
+        sampling: the settings of the request.
+        constraint: what may come next.
+        takes_largest: whether the next token is always the one with the largest logit, and nothing else is wanted.
     """
 
     def __init__(
@@ -48,17 +53,13 @@ class Sampler:
         self.sampling = Sampling() if sampling is None else sampling
         self.constraint = constraint
         self._eos_ids, self._wanted = tuple(eos_ids), logprobs
+        plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
+        self.takes_largest = plain and constraint is None and logprobs is None
         self._records: list[TokenLogprobs] = []
         self._bits = np.random.PCG64(self.sampling.seed)
         self._random = np.random.Generator(self._bits)
         self._start = self._bits.state
         self._next: int | None = 0  # the number of the draw that the generator makes next; None if that is unknown
-
-    @property
-    def takes_largest(self) -> bool:
-        """Whether the next token is always the one with the largest logit, and nothing else is wanted."""
-        plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
-        return plain and self.constraint is None and self._wanted is None
 
     @property
     def best(self) -> int:
@@ -106,6 +107,8 @@ class Sampler:
         """
         if isinstance(logits, BestLogits):
             return int(logits.ids[self._choose(logits.values, draw)])
+        if self.takes_largest:
+            return largest(logits)
         scores = adjusted(logits, history, draw, self.sampling, self._eos_ids)
         if self.constraint is None:
             token = self._choose(scores, draw)

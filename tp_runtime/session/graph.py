@@ -396,6 +396,11 @@ class Graph:
     def _append(
         self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, last: int, copy: bool, best: int = 0
     ) -> Any:
+        step = cache.step
+        if type(step) is StepIO and step.serves(cache.binding, tokens, len(cache.tokens)):  # a step after another one
+            logits = step.run(self.session, tokens[0], len(cache.tokens))
+            cache.tokens.append(tokens[0])
+            return logits.copy() if copy else logits
         position = len(cache) + cache.skipped
         self.folder.check_ids(tokens)
         if position + len(tokens) > self.folder.context_window:
@@ -428,9 +433,8 @@ class Graph:
             if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
                 return captured.step(tokens[0], position, length, cache.shift, best)
         self.kv.prepare(cache, length, bound.values)
-        mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
-            logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
+            logits = self._step_io(cache).run(self.session, tokens[0], len(cache))
             logits = logits.copy() if copy else logits
             self._after_run()
         elif steps == 1 and self.steps_on_device:
@@ -441,6 +445,7 @@ class Graph:
             if isinstance(cache.step, DeviceStep):
                 cache.step.unbind()
             cache.step = None  # the run below binds other values to the inputs that it had bound
+            mask = self._ones[:, :length]
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
             logits = self.execute(cache.binding, ids, mask, positions, last=last)[0]
         self.kv.adopt(cache)
@@ -448,8 +453,9 @@ class Graph:
 
     def _step_io(self, cache: KVCache) -> StepIO:
         if not isinstance(cache.step, StepIO) or cache.step.binding is not cache.binding:
-            first = self._first_logit(-1)
-            cache.step = StepIO(self.ort, cache.binding, self.folder.vocab_size, self._logits_dtype, first)
+            lead, sizes = (cache.filled - len(cache), cache.skipped), (cache.capacity, self.folder.context_window)
+            logits = self.folder.vocab_size, self._logits_dtype
+            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
         return cache.step
 
     def _step_on_device(self, cache: KVCache, token: int, position: int, length: int, best: int) -> Logits:
