@@ -53,8 +53,8 @@ def steps(graph: Graph, bound: BoundPatch, sampling: Sampling, number: int = 8) 
     before = counts()
     for _id in generate(graph, PROMPT, bound, sampler=sampler, max_new_tokens=number, eos_ids=frozenset(), cache=cache):
         yield counts() - before
-        captured = graph.captured
-        write_best(captured.io if captured is not None and captured.holds(cache) else cache.step)
+        write_best(cache.step)
+        write_best(None if graph.captured is None else graph.captured.io)
         before = counts()
 
 
