@@ -108,6 +108,7 @@ def measure(folder: ModelFolder) -> dict[str, Any]:
     found: dict[str, Any] = {
         "vocab": folder.vocab_size,
         "layers": folder.layers,
+        "slots": len(folder.slots),
         "windowed": folder.windowed is not None,
         "placement": placement(folder),
         "steps": [],

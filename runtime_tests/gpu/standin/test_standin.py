@@ -66,6 +66,13 @@ def test_a_steady_step_allocates_nothing(found: Any) -> None:
     assert {step["allocations"] for step in steady(found)} == {0}
 
 
+def test_a_step_launches_what_its_operators_need_and_no_more(found: Any) -> None:
+    """The layers of the design with windows have more norms; a slot is two products and a sum."""
+    layer, others = (15 if found["windowed"] else 10), 20
+    for step in steady(found, captured=False, rank=16):
+        assert step["launches"] <= found["layers"] * layer + 3 * found["slots"] + others
+
+
 def test_a_steady_step_sends_its_numbers_and_fetches_the_largest_logits(found: Any) -> None:
     """An id, a position and a length go in (and what windowed layers differ by went in before)."""
     for step in steady(found):
