@@ -62,6 +62,11 @@ class FakeGraph:
             logits[row, [first, (first + 1) % VOCAB]] = 5.0, 4.0
         return logits
 
+    def forward_best(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, best: int, last: int, held: Use
+    ) -> np.ndarray:
+        return self.forward(tokens, cache, bound, last=last, held=held)
+
 
 def next_token(tokens: Sequence[int], bound: BoundPatch) -> int:
     """Return the id that the fake graph predicts after `tokens`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tp_runtime.patch import KV_PARTS, Delta, KVPrefix, Patch, PatchConfig
+from tp_runtime.patch import KV_PARTS, Delta, KVPrefix, Patch, PatchConfig, fitted_precision
 from tp_runtime.session import ModelFolder
 
 DIGEST = "0123456789abcdef" * 4
@@ -135,7 +135,7 @@ def patch_for(folder: ModelFolder, seed: int = 0, rank: int = 4, scale: float = 
         base_model=folder.base_model,
         base_digest=folder.base_digest,
         architecture=folder.architecture,
-        precision=folder.precision,
+        precision=fitted_precision(folder.precision),
         fidelity=None,
         probe=None,
     )

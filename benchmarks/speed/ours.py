@@ -20,8 +20,10 @@ class Ours(Worker):
     packages = ("tp-runtime", "onnxruntime", "numpy")
 
     def load(self, path: Path, threads: int) -> None:
-        """Load the model as an application does, with tokenizer and template."""
-        model = PatchedModel.from_pretrained(path, "cpu", threads=threads)
+        """Load the model as an application does, with tokenizer and template; one in float16 is for CUDA."""
+        on_cuda = path.name.endswith("fp16")
+        device = "cuda" if on_cuda else "cpu"
+        model = PatchedModel.from_pretrained(path, device, threads=threads, cuda_graphs=on_cuda)
         self.graph, self.sampler = model.graph, Sampler()
         self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}
         self.bound = self.graph.base

@@ -92,6 +92,7 @@ RIVALS = (
     *_slots("int4"),
     Rival("prepared-int4", "tp-runtime int4, prepared", "ours", "tp_runtime", "prepared-int4", "int4"),
     Rival("ours-int4-head4", "tp-runtime int4, 4-bit head", "ours", "tp_runtime", "ours-int4-head4", "int4"),
+    Rival("ours-int4-fp16", "tp-runtime int4-fp16, CUDA", "ours", "tp_runtime", "ours-int4-fp16", "int4-fp16"),
     _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),
 )

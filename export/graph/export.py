@@ -38,12 +38,14 @@ from ..progress import clock
 from ..quantise import (
     MEASURED,
     check_precision,
+    computes_in_float16,
     float_weights,
     measured_precision,
     quantised,
 )
 from ..source import Source, load_model
 from .companions import companion_files
+from .device_steps import add_device_steps
 from .genai_config import write_genai_config
 from .half import store_in_bf16, to_fp16
 from .names import name_dimensions, name_nodes, name_vectors, name_weights
@@ -55,7 +57,6 @@ from .trace import context_window, trace
 from .windowed import separate_windowed
 
 ROUTES = ("auto", "fused", "optimum")
-_FUSED_ONLY = "fp16"  # the unfused norms of the other route square activations, which overflows float16 first
 
 
 def export_model(
@@ -105,8 +106,8 @@ def export_model(
         raise ModelFormatError("the route is unknown", field="route", got=route, wanted=" | ".join(ROUTES))
     if slot_set not in SLOT_SETS:
         raise ModelFormatError("the slot set is unknown", field="slot_set", got=slot_set, wanted=" | ".join(SLOT_SETS))
-    if route == "optimum" and precision == _FUSED_ONLY:
-        raise _needs_fused("the route optimum has none")
+    if route == "optimum" and computes_in_float16(precision):
+        raise _needs_fused(precision, "the route optimum has none")
     if patch is not None:
         check_base(patch, source.name, source.digest, precision, source.digest_change)
         patch.require_weights_only("graph")
@@ -123,7 +124,7 @@ def export_model(
     companions = companion_files(source)
     with clock("load weights"):
         model = load_model(source)
-    if precision == MEASURED:
+    if precision in MEASURED:
         with clock("measure the quantisers"):
             precision = measured_precision(source, model, precision)
     slots = slots_of(model, slot_set)
@@ -145,10 +146,11 @@ def export_model(
             windowed = separate_windowed(graph) if route == "fused" else None
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, model, precision)
+            config = model.config.get_text_config()
+            best = add_device_steps(graph, config.vocab_size) if computes_in_float16(precision) else None
             if route == "fused":
                 name_nodes(graph)
             written = save_graph(graph, folder, default_values)
-            config = model.config.get_text_config()
             written.append(write_genai_config(config, context_window(config), source.codec.eos_ids, folder))
             if patch is not None:
                 patch.save(folder / DEFAULT_FILE, "f32")
@@ -158,7 +160,7 @@ def export_model(
             files = describe_files(folder, [*written, *companions])
             default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
             described = _describe(source, model, folder, slots, route, precision, default, files)
-            write_slots_file(replace(described, windowed=windowed))
+            write_slots_file(replace(described, windowed=windowed, best=best))
         with clock("check the export against torch"):
             parity = check_export(source.codec, model, folder)
         tqdm.write("not checked: no ONNX Runtime" if parity is None else f"checked {parity}", file=sys.stderr)
@@ -178,8 +180,8 @@ def _trace(model: Any, slots: list[Slot], route: str, precision: str) -> tuple[i
                     got=route,
                     fix="use --route auto",
                 ) from error
-            if precision == _FUSED_ONLY:
-                raise _needs_fused(_reason(error)) from error
+            if computes_in_float16(precision):
+                raise _needs_fused(precision, _reason(error)) from error
             tqdm.write(f"warning: fused attention failed, falling back to optimum: {_reason(error)}", file=sys.stderr)
     try:
         from . import optimum_route  # its imports take seconds, and the usual route does not need them
@@ -199,23 +201,24 @@ def _vectors(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _needs_fused(reason: str) -> ModelFormatError:
+def _needs_fused(precision: str, reason: str) -> ModelFormatError:
+    """Return the error for the route `optimum`: its unfused norms square activations, which overflows float16 first."""
     return ModelFormatError(
-        f"a graph without fused operators cannot run in {_FUSED_ONLY}: {reason}",
+        f"a graph without fused operators cannot run in float16: {reason}",
         field="precision",
-        got=_FUSED_ONLY,
+        got=precision,
         wanted="another precision",
     )
 
 
 def _lower(graph: ir.Model, model: Any, precision: str) -> None:
     """Convert a float32 graph to `precision`; changes it in place."""
-    if precision == _FUSED_ONLY:
-        to_fp16(graph)
-    elif precision == "bf16":
+    if precision == "bf16":
         store_in_bf16(graph)
     elif precision not in FLOAT_PRECISIONS:
         quantise(graph, quantised(precision), float_weights(model))
+    if computes_in_float16(precision):
+        to_fp16(graph)  # after the weights are in blocks, so that only their scales are rounded
 
 
 def _reason(error: BaseException) -> str:
@@ -247,7 +250,7 @@ def _describe(
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context_window=context_window(config),
-        kv=KV(*kv_shape(config), "f16" if precision == "fp16" else "f32"),
+        kv=KV(*kv_shape(config), "f16" if computes_in_float16(precision) else "f32"),
         slots={(slot.layer, slot.site): slot for slot in slots},
         default_patch=default,
         files=files,

@@ -18,7 +18,7 @@ from tp_runtime.session import GRAPH_FILE, Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
 from ..decoder import patched
-from ..quantise import QuantisedStudent, held_out_text, log_probabilities, quantised
+from ..quantise import QuantisedStudent, computes_in_float16, held_out_text, log_probabilities, quantised
 
 _TOKENS = 64
 # In float32 both compute the same sums in another order, so single log probabilities are compared. In the other
@@ -48,7 +48,10 @@ class Parity:
     @property
     def limit(self) -> float:
         """The largest `error` that is accepted in fp32; in other precisions, the largest `kl`."""
-        return _LARGEST_ERROR if self.precision == "fp32" else _LARGEST_KL[self.precision.partition("-")[0]]
+        if self.precision == "fp32":
+            return _LARGEST_ERROR
+        # int4 weights with float16 activations are compared with the same weights, so only the activations are rounded.
+        return _LARGEST_KL["fp16" if computes_in_float16(self.precision) else self.precision.partition("-")[0]]
 
     @property
     def agrees(self) -> bool:

@@ -18,7 +18,9 @@ from ..quantise import BLOCK, Blocks, Precision
 from .edit import add_initializer, replace_node
 
 _DOMAIN = "com.microsoft"
-_ACCURACY_LEVEL = 4  # int8 activations: without it, int4 is no faster than float32 on most CPUs
+_INT8_ACTIVATIONS = 4  # an accuracy level: without it, int4 is no faster than float32 on most CPUs
+# A graph that computes in float16 is meant for CUDA, which ignores the level. There the CPU rounds what CUDA rounds.
+_OWN_ACTIVATIONS = 0
 _PRODUCTS = ("MatMul", "FusedMatMul")
 _TRANSPOSED = ("transA", "transBatchA", "transBatchB")  # attributes that MatMulNBits does not have
 
@@ -45,7 +47,8 @@ def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> No
                 array = weight.const_value.numpy()
                 blocks = precision.quantise(array.T if _transposed(node) else array, is_head=weight is head)
                 packed[weight.name] = (*_initializers(model, weight.name, blocks), blocks)
-            _replace_product(model, node, packed[weight.name])
+            level = _OWN_ACTIVATIONS if precision.half else _INT8_ACTIVATIONS
+            _replace_product(model, node, packed[weight.name], level)
     for node in list(model.graph):
         if node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
             table = node.inputs[0]
@@ -91,9 +94,11 @@ def _initializers(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value,
     )
 
 
-def _replace_product(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:
+def _replace_product(
+    model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks], accuracy_level: int
+) -> None:
     packed, scales, zeros, blocks = parts
-    attributes = {"K": blocks.inputs, "N": blocks.scales.shape[0], "accuracy_level": _ACCURACY_LEVEL}
+    attributes = {"K": blocks.inputs, "N": blocks.scales.shape[0], "accuracy_level": accuracy_level}
     inputs = [node.inputs[0], packed, scales, *([] if zeros is None else [zeros])]
     attributes |= {"bits": blocks.bits, "block_size": BLOCK}
     product = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=node.name)

@@ -2,7 +2,8 @@
 
 A decode step of a small model spends microseconds in each operator, so an operator that only changes shapes costs
 about as much as one that computes. This module removes reshapes that undo each other: the model splits queries into
-heads, and the attention operator needs them joined again. It also joins products of one input (products.py).
+heads, and the attention operator needs them joined again. It also joins products of one input (products.py), and states
+the targets of the other reshapes (shapes.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .edit import is_read_once, is_weight, replace_node
 from .products import join_products
+from .shapes import state_shapes
 
 
 def simplify(model: ir.Model) -> None:
@@ -28,6 +30,7 @@ def simplify(model: ir.Model) -> None:
         _replace_gemm(model, node)
     _norm_before_transposing(model)
     _drop_reshapes(model)
+    state_shapes(model)
     RemoveUnusedNodesPass()(model)  # the next pass counts the readers of values
     join_products(model)
     for node in list(model.graph):

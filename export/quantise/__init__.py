@@ -4,7 +4,7 @@ This room knows nothing of graphs or patches.
 """
 
 from .blocks import BLOCK, Blocks
-from .precision import MEASURED, Precision, check_precision, held_out_text, quantised
+from .precision import MEASURED, Precision, check_precision, computes_in_float16, held_out_text, quantised
 from .student import QuantisedStudent, as_student, float_weights, log_probabilities, measured_precision, student_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "QuantisedStudent",
     "as_student",
     "check_precision",
+    "computes_in_float16",
     "float_weights",
     "held_out_text",
     "log_probabilities",

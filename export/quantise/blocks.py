@@ -7,7 +7,7 @@ that `MatMulNBits` stores, so a patch can be fitted against the student that wil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Blocks:
     zero_points: NDArray[np.uint8] | None
     bits: int
     inputs: int
+
+    def with_half_scales(self) -> Blocks:
+        """Return the same blocks with scales that float16 holds exactly; `scales` stays a float32 array."""
+        return replace(self, scales=self.scales.astype(np.float16).astype(np.float32))
 
     def dequantised(self) -> FloatArray:
         """Return the weight [K, N] that the graph computes with, float32."""

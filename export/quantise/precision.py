@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 
@@ -32,15 +32,18 @@ class Precision:
         head: the quantiser of the head and the embedding table, symmetric. With eight bits they lose next to nothing,
             with four a third of what the layers lose. But in a small model the head is up to two thirds of the bytes
             that a decode step reads.
+        half: whether the graph computes in float16, scales included.
     """
 
     name: str
     linear: Quantiser
     head: Quantiser
+    half: bool = False
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
         """Quantise a weight [K, N] into blocks."""
-        return (self.head if is_head else self.linear)(weight)
+        blocks = (self.head if is_head else self.linear)(weight)
+        return blocks.with_half_scales() if self.half else blocks
 
 
 _QUANTISED: Mapping[str, Precision] = {
@@ -54,14 +57,25 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-rtn-head4", _RTN, _INT4),
     )
 }
-MEASURED = "int4"  # stands for the one of INT4 that loses least on the model
+_HALF = "-fp16"  # ends the name of a precision with the weights of another one that computes in float16
+_HALVES: Mapping[str, Precision] = {
+    name + _HALF: replace(precision, name=name + _HALF, half=True)
+    for name, precision in _QUANTISED.items()
+    if name.startswith("int4")
+}
+MEASURED = ("int4", f"int4{_HALF}")  # each stands for the one of INT4 that loses least on the model
 INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
-PRECISIONS = (*FLOAT_PRECISIONS, MEASURED, *_QUANTISED)
+PRECISIONS = (*FLOAT_PRECISIONS, *MEASURED, *_QUANTISED, *_HALVES)
 
 
 def quantised(name: str) -> Precision:
     """Return the quantised precision named `name`."""
-    return _QUANTISED[name]
+    return _HALVES[name] if name in _HALVES else _QUANTISED[name]
+
+
+def computes_in_float16(name: str) -> bool:
+    """Return whether activations, slots, keys and values of the precision named `name` are float16."""
+    return name == "fp16" or name.endswith(_HALF)
 
 
 def check_precision(name: str) -> None:
@@ -75,7 +89,7 @@ def check_precision(name: str) -> None:
 
 
 def resolve(name: str, measure: Callable[[Precision], float]) -> str:
-    """Return `name`, or for `int4` the name of the precision whose quantiser loses least.
+    """Return `name`, or for a name in MEASURED the name of the precision whose quantiser loses least.
 
     Args:
         name: the name of a precision, one of PRECISIONS.
@@ -83,16 +97,16 @@ def resolve(name: str, measure: Callable[[Precision], float]) -> str:
             token.
 
     Returns:
-        The name of a precision, never `int4`.
+        The name of a precision, never one of MEASURED.
 
     Raises:
         ModelFormatError: `name` is not one of PRECISIONS.
     """
     check_precision(name)
-    if name != MEASURED:
+    if name not in MEASURED:
         return name
     losses = {}
-    for candidate in INT4:
+    for candidate in (each + name.removeprefix("int4") for each in INT4):
         losses[candidate] = measure(quantised(candidate))
         tqdm.write(f"{candidate}: KL to float32 {losses[candidate]:.4f} nats per token", file=sys.stderr)
     return min(losses, key=losses.__getitem__)

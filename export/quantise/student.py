@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import FLOAT_PRECISIONS
+from tp_runtime.patch import FLOAT_PRECISIONS, fitted_precision
 
 from ..decoder import Block, blocks_of, weight_of
 from ..progress import bar
@@ -32,10 +32,13 @@ class QuantisedStudent:
     Args:
         model: the model in float32.
         precision: the quantised precision of the student.
+
+    Attributes:
+        precision: the precision that patches fitted for this student name.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
-        self.precision = precision.name
+        self.precision = fitted_precision(precision.name)
         self._weights: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the parameter
         head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         kept = float_weights(model)
@@ -97,7 +100,7 @@ def _matrices(model: nn.Module, kept: set[str]) -> list[Any]:
 
 
 def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStudent:
-    """Return the student in a precision; `int4` stands for the quantiser that loses least on held-out text.
+    """Return the student in a precision; `int4` stands for the quantiser that loses least, as in an export.
 
     Raises:
         CalibrationError: the precision is a float precision, which has no loss to repair.
@@ -109,13 +112,13 @@ def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStu
             "the student's precision is not quantised",
             field="student_precision",
             got=precision,
-            wanted="int8, int4 or int4-...",
+            wanted="int8, int4, int4-fp16 or int4-...",
         )
     return QuantisedStudent(model, quantised(name))
 
 
 def measured_precision(source: Source, model: nn.Module, precision: str) -> str:
-    """Return `precision`; for `int4`, measure each of its quantisers and return the precision of the best one.
+    """Return `precision`; for one of MEASURED, measure each quantiser and return the precision of the best one.
 
     Raises:
         ModelFormatError: the precision is unknown.

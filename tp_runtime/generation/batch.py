@@ -104,6 +104,7 @@ class Batch:
                 fix="step until a sequence ends, make one leave, or create the batch with more rows",
             )
         cache = self._graph.new_cache(bound)
+        cache.batched = True
         held = Use(cache.uses)
         cache.take(held)
         row = Row(list(prompt), len(prompt), bound, token_limit, eos_ids, sampler, cache, held)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
-from ..session import BoundPatch, KVCache, ModelFolder, Use
+from ..session import BoundPatch, KVCache, Logits, ModelFolder, Use
 from .lookup import Drafter, LookupStats, check_lookup, cost_of
 from .prefix_cache import PrefixCache
 from .prefix_entry import Content
@@ -44,6 +44,11 @@ class Steps(Protocol):
         held: Use | None = None,
     ) -> NDArray[np.float32]:
         """Run `tokens` after the tokens in `cache` and return logits [at most `last`, vocab]; see Graph.forward."""
+
+    def forward_best(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, best: int, last: int, held: Use
+    ) -> Logits:
+        """Run `tokens` and return what a pick from the `best` largest logits needs; see Graph.forward_best."""
 
     def content(self, cache: KVCache) -> Content:
         """Return the keys and values that `cache` holds."""
@@ -181,23 +186,27 @@ class _Completion:
 
     def ids(self, cache: KVCache, held: Use) -> Generator[int]:
         """Yield the ids. They run in `cache`, which the use `held` holds."""
-        tokens = self.tokens
+        tokens, prompt_tokens, picks = self.tokens, self._prompt_tokens, self._sampler
+        constrained = picks.constraint is not None
+        best = picks.best
         copied = 0  # ids of the draft that are copies; forced ids are no guess
-        draft = self._forced()  # the first ones are verified like a draft, so that they run together with the prompt
+        # The first forced ids are verified like a draft, so that they run together with the prompt.
+        draft = self._forced() if constrained else []
+        kept = cache.keep_prefix(tokens, held)
         while True:
             # 1. Run the ids that the cache does not hold, in the first round the prompt or its end, and the draft
             #    behind them. Only the logits of the last of these ids and of the draft are needed.
-            kept = cache.keep_prefix(tokens, held)
             run = [*tokens[kept:], *draft] if draft else tokens[kept:]
-            logits = self._graph.forward(run, cache, self._bound, copy=False, last=len(draft) + 1, held=held)
+            logits = self._graph.forward_best(run, cache, self._bound, best=best, last=len(draft) + 1, held=held)
             self._stats.runs += 1
             self._stats.drafted += copied
             # 2. Pick the next ids in order, as long as the pick is what the draft says; the pick after that is new.
-            for row, drafted in zip(logits, (*draft, None), strict=True):
-                token = self._sampler.pick(row, tokens, len(tokens) - self._prompt_tokens)
+            for at in range(len(draft) + 1):
+                drafted = draft[at] if at < len(draft) else None
+                token = picks.pick(logits[at], tokens, len(tokens) - prompt_tokens)
                 tokens.append(token)
                 if token != drafted:
-                    del cache.tokens[len(tokens) - 1 :]  # the next round would have to search where they differ
+                    del cache.tokens[len(tokens) - 1 :]  # the ids of the draft behind the one that was refused
                 elif copied:
                     self._stats.accepted += 1
                 yield token
@@ -205,10 +214,11 @@ class _Completion:
                     return
                 if token != drafted:
                     break
+            kept = len(cache)  # while this use holds the cache, it holds the first of these ids and no others
             # 3. Add the ids that must come next. Without their log-probabilities they need no pick, so they wait for
             #    the next run.
-            draft = self._forced()
-            if not self._sampler.records:
+            draft = self._forced() if constrained else []
+            if draft and not picks.records:
                 for token in draft:
                     tokens.append(token)
                     yield token
@@ -225,10 +235,9 @@ class _Completion:
         return token in self._eos_ids or len(self.tokens) == self._token_limit
 
     def _forced(self) -> list[int]:
-        """Return the ids that must come next, as many as there is room for."""
+        """Return the ids that the constraint says must come next, as many as there is room for."""
         constraint = self._sampler.constraint
-        if constraint is None:
-            return []
+        assert constraint is not None
         constraint.follow(self.tokens[self._prompt_tokens :])
         return constraint.forced()[: self._token_limit - len(self.tokens)]
 

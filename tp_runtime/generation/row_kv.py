@@ -2,10 +2,9 @@
 
 The capacity of windowed layers differs from that of full layers if their lengths do (session/layer_kinds.py).
 
-The rows in use are always the first ones. On the CPU, ONNX Runtime reads and writes the arrays in place, so these rows
-are a view of the array and cost nothing. Unused room costs memory and no time, so the buffers shrink only if most of
-them is unused. On another device, each change of the rows copies the buffers back to the host, changes them there and
-sends them to the device again.
+This is the form of the buffers on the host; device_kv.py has them on another device. The rows in use are always the
+first ones. ONNX Runtime reads and writes the arrays in place, so these rows are a view of the array and cost nothing.
+Unused room costs memory and no time, so the buffers shrink only if most of them is unused.
 """
 
 from __future__ import annotations
@@ -21,6 +20,14 @@ from ..session import KV, Lengths, grown_capacity
 _SHRINK = 4  # buffers shrink if the rows need at most this part of them: the next doubling is then not the next step
 
 
+def fitting(capacity: int, length: int, window: int) -> int:
+    """Return the capacity for `length` positions; it is `capacity` if that suffices and is not far too large."""
+    if length > capacity:
+        return grown_capacity(capacity, length, window)
+    smallest = grown_capacity(0, length, window)
+    return smallest if smallest * _SHRINK <= capacity else capacity
+
+
 class StackedKV:
     """The key/value buffers of a batch.
 
@@ -31,8 +38,7 @@ class StackedKV:
         dtype: the dtype of keys and values.
         limit: the largest number of rows.
         window: the largest number of positions.
-        to_device: a function that returns an array as an OrtValue on the device.
-        shared: whether such an OrtValue shares the array's memory, as on the CPU.
+        to_value: a function that returns an array as an OrtValue that shares the array's memory.
     """
 
     def __init__(
@@ -43,12 +49,10 @@ class StackedKV:
         dtype: np.dtype[Any],
         limit: int,
         window: int,
-        to_device: Callable[[NDArray], Any],
-        shared: bool,
+        to_value: Callable[[NDArray], Any],
     ) -> None:
         self._names, self._shape, self._dtype, self._limit, self._window = names, shape, dtype, limit, window
-        self._to_device, self._shared = to_device, shared
-        self._windowed = windowed
+        self._to_value, self._windowed = to_value, windowed
         full = next(past for past, _present in names if past not in windowed)
         self._of_each_kind = full, next(iter(windowed), full)
         self._arrays: dict[str, NDArray] = {}
@@ -71,7 +75,7 @@ class StackedKV:
         The contents of the first `count` rows stay, up to `lengths` positions.
         """
         before = self.capacities
-        wanted = Lengths(*(self._fitting(*pair) for pair in zip(before, lengths, strict=True)))
+        wanted = Lengths(*(fitting(*pair, self._window) for pair in zip(before, lengths, strict=True)))
         if wanted == before:
             return
         arrays = {}
@@ -79,35 +83,23 @@ class StackedKV:
             if self._of(past, wanted) != self._of(past, before):
                 size = self._limit, self._shape.heads, self._of(past, wanted), self._shape.head_dim
                 arrays[past] = np.zeros(size, self._dtype)
-        self.pull()
         for past, array in arrays.items():
             kept = min(self._of(past, before), self._of(past, wanted))
             if kept:
                 array[:count, :, :kept] = self._arrays[past][:count, :, :kept]
         self._arrays = {**self._arrays, **arrays}  # this is the last line, because memory may run out above
 
-    def _fitting(self, capacity: int, length: int) -> int:
-        """Return the capacity for `length` positions; it is `capacity` if that suffices and is not far too large."""
-        if length > capacity:
-            return grown_capacity(capacity, length, self._window)
-        smallest = grown_capacity(0, length, self._window)
-        return smallest if smallest * _SHRINK <= capacity else capacity
-
     def _of(self, past: str, lengths: Lengths) -> int:
         return lengths.windowed if past in self._windowed else lengths.full
-
-    def pull(self) -> None:
-        """Copy what the runs wrote back into the arrays. Call this before the arrays are read or changed."""
-        if not self._shared:
-            for past, value in self._values.items():
-                written = value.numpy()
-                self._arrays[past][: len(written)] = written
-        self._values = {}  # until the next `bind` only the arrays are valid
 
     def put(self, row: int, content: Mapping[str, NDArray]) -> None:
         """Fill the first positions of a row from arrays [heads, filled, head dim], by graph input name."""
         for past, array in content.items():
             self._arrays[past][row, :, : array.shape[1]] = array
+
+    def move(self, source: int, row: int, filled: Lengths) -> None:
+        """Copy the first positions of a row to another one."""
+        self.put(row, self.get(source, filled))
 
     def get(self, row: int, filled: Lengths) -> dict[str, NDArray]:
         """Return views [heads, filled, head dim] of the first positions of a row, by graph input name."""
@@ -116,6 +108,6 @@ class StackedKV:
     def bind(self, binding: Any, count: int) -> None:
         """Bind the first `count` rows as past and as present."""
         for past, present in self._names:
-            value = self._values[past] = self._to_device(self._arrays[past][:count])
+            value = self._values[past] = self._to_value(self._arrays[past][:count])
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)

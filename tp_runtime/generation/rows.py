@@ -2,7 +2,7 @@
 
 This module does not handle sampling or the end of a sequence (batch.py does). Each sequence is prefilled separately, in
 a cache of its own. `prepare` copies the contents of that cache into the batch's buffers, and from the first step on
-only these hold the row's keys and values.
+only these hold the row's keys and values. The copies stay on the device of the buffers.
 
 A step takes the position that it writes from the row's `tokens`, and changes nothing that the next step reads. So a
 step that failed, at whatever line, is repeated by calling it again: it writes the same keys and values to the same
@@ -11,14 +11,15 @@ places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import Graph, Lengths, shift_values
+from ..session import WINDOWED_TOTAL, DeviceStep, Graph, InPlaceBuffers, KVCache, Lengths, Logits, shift_values
+from .device_kv import DeviceKV
 from .row import Row
 from .row_kv import StackedKV
 from .row_slots import StackedSlots
@@ -34,8 +35,12 @@ class Rows(Protocol):
         before can still step.
         """
 
-    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Run the last id of every row and return logits [rows, vocab]. A step that fails may be tried again."""
+    def step(self, rows: Sequence[Row]) -> Logits:
+        """Run the last id of every row. A step that fails may be tried again.
+
+        Returns:
+            Logits [rows, vocab], or for each row the largest ones, if these suffice for every row's sampler.
+        """
 
     def content(self, row: Row) -> Mapping[str, NDArray]:
         """Return a row's keys and values [heads, filled, head dim] by graph input name, valid until the next call."""
@@ -49,15 +54,23 @@ class BatchedRows:
 
     def __init__(self, graph: Graph, limit: int) -> None:
         self._graph = graph
-        folder, shape, kv_device = graph.folder, graph.folder.kv, graph.kv.device
-        to_kv, shared = partial(graph.to_device, device=kv_device), kv_device == "cpu"
-        names, windowed = graph.kv.names, graph.kv.windowed
-        self._kv = StackedKV(names, windowed, shape, graph.dtype, limit, folder.context_window, to_kv, shared)
+        assert isinstance(graph.kv, InPlaceBuffers)
+        folder, kv, copies = graph.folder, graph.kv, graph.kv.copies
+        self._kv: StackedKV | DeviceKV
+        self._contents: Callable[[KVCache], Mapping[str, Any]]  # what a cache holds, in the form that `put` takes
+        if copies is None:
+            to_kv = partial(graph.to_device, device="cpu")
+            self._kv = StackedKV(kv.names, kv.windowed, folder.kv, graph.dtype, limit, folder.context_window, to_kv)
+            self._contents = graph.content
+        else:
+            self._kv = DeviceKV(kv.names, kv.windowed, folder.kv, limit, folder.context_window, copies)
+            self._contents = graph.device_content
         to_slots = partial(graph.to_device, device=graph.device.kind)
         self._slots = StackedSlots(folder.slots, limit, graph.dtype, to_slots)
         # For each row of the buffers the sequence whose keys and values it holds; None while they are written.
         self._held: list[Row | None] = []
         self._binding: Any = None  # None if the rows or the buffers changed since the last step
+        self._io: DeviceStep | None = None  # the inputs and outputs of steps on a device
         self._shifts: Mapping[str, Any] = {}  # the lengths of windowed layers that are bound; they must stay alive
 
     def prepare(self, rows: Sequence[Row]) -> None:
@@ -67,7 +80,7 @@ class BatchedRows:
         for row in rows:
             row.cache.require_key(row.bound.key)
             row.follow()
-        self._change()
+        self._binding = None  # this comes first: without a binding no run writes to the buffers
         if not any(row in self._held for row in rows):
             self._held = []
         self._kv.fit(_after_a_step([row.cache.lengths for row in rows]), len(self._held))
@@ -75,17 +88,16 @@ class BatchedRows:
             if place < len(self._held) and self._held[place] is row:
                 continue
             # Rows only move towards the front, so whatever stands here has left or was moved further to the front.
-            content = self.content(row)
+            at = self._held.index(row) if row in self._held else None
             self._held[place : place + 1] = [None]
-            self._kv.put(place, content)
+            if at is None:
+                self._kv.put(place, self._contents(row.cache))
+            else:
+                self._kv.move(at, place, row.cache.lengths)
             self._held[place] = row
         del self._held[len(rows) :]
 
-    def _change(self) -> None:
-        self._binding = None  # this comes first: without a binding nothing writes to the device's buffers
-        self._kv.pull()
-
-    def step(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+    def step(self, rows: Sequence[Row]) -> Logits:
         """Run the last id of every row; see Rows."""
         self.prepare(rows)
         for row in rows:
@@ -94,11 +106,13 @@ class BatchedRows:
         positions = np.array([len(row.cache) + row.cache.skipped for row in rows])
         lengths = _after_a_step(held)
         if not self._kv.has_room(lengths):
-            self._change()
+            self._binding = None
             self._kv.fit(lengths, len(rows))
         if self._binding is None:
             self._binding = self._bind(rows)
         shifts = [windowed - full for full, windowed in held]
+        if self._graph.steps_on_device:
+            return self._step_on_device(rows, held, shifts, lengths)
         if any(shifts):
             self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
             for name, value in self._shifts.items():
@@ -108,10 +122,27 @@ class BatchedRows:
         last = np.array([row.tokens[-1] for row in rows])
         return self._graph.execute(self._binding, last[:, None], mask, positions[:, None])[:, 0]
 
+    def _step_on_device(
+        self, rows: Sequence[Row], held: Sequence[Lengths], shifts: Sequence[int], lengths: Lengths
+    ) -> Logits:
+        if self._io is None or self._io.rows != len(rows):
+            self._io = self._graph.device_step(len(rows))
+        if any(shifts):  # the longest length is read on the host
+            self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
+            self._binding.bind_ortvalue_input(WINDOWED_TOTAL, self._shifts[WINDOWED_TOTAL])
+        return self._graph.run_step(
+            self._io,
+            self._binding,
+            [row.tokens[-1] for row in rows],
+            [len(row.cache) + row.cache.skipped for row in rows],
+            [1 + full for full, _windowed in held],
+            shifts,
+            [row.sampler.best for row in rows],
+        )
+
     def _bind(self, rows: Sequence[Row]) -> Any:
         binding = self._graph.new_binding()
         self._slots.bind(binding, [row.bound for row in rows])
-        self._kv.pull()
         self._kv.bind(binding, len(rows))
         for row in rows:  # the steps write to the batch's buffers, so those of the row's own cache are out of date
             row.cache.hand_over()
@@ -122,7 +153,6 @@ class BatchedRows:
         row.follow()
         if row not in self._held:
             return self._graph.content(row.cache)
-        self._change()
         return self._kv.get(self._held.index(row), row.cache.lengths)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError
+from ..session import BestLogits, Logits
 from .constraint import Constraint, masked
 from .logprobs import TokenLogprobs, WantedLogprobs, processed_logprobs, raw_logprobs
 from .sampling import Sampling
@@ -35,6 +36,11 @@ class Sampler:
         eos_ids: the ids that `min_new_tokens` bans.
         constraint: what may come next; None allows every token.
         logprobs: what to record of each token's probability; None records nothing.
+
+    Attributes:
+        sampling: the settings of the request.
+        constraint: what may come next.
+        takes_largest: whether the next token is always the one with the largest logit, and nothing else is wanted.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class Sampler:
         self.sampling = Sampling() if sampling is None else sampling
         self.constraint = constraint
         self._eos_ids, self._wanted = tuple(eos_ids), logprobs
+        plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
+        self.takes_largest = plain and constraint is None and logprobs is None
         self._records: list[TokenLogprobs] = []
         self._bits = np.random.PCG64(self.sampling.seed)
         self._random = np.random.Generator(self._bits)
@@ -54,10 +62,14 @@ class Sampler:
         self._next: int | None = 0  # the number of the draw that the generator makes next; None if that is unknown
 
     @property
-    def takes_largest(self) -> bool:
-        """Whether the next token is always the one with the largest logit, and nothing else is wanted."""
-        plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
-        return plain and self.constraint is None and self._wanted is None
+    def best(self) -> int:
+        """How many of the largest logits the next token depends on, with all that equal the last of them; 0 for all.
+
+        With these alone, `pick` picks the same token.
+        """
+        if self.sampling.changes_logits or self.constraint is not None or self._wanted is not None:
+            return 0
+        return 1 if self.sampling.temperature == 0 else self.sampling.top_k
 
     @property
     def records(self) -> bool:
@@ -77,12 +89,12 @@ class Sampler:
                 "the id is outside the vocabulary", field="logit_bias", got=largest_id, wanted=f"0 to {size - 1}"
             )
 
-    def pick(self, logits: NDArray[np.floating], history: Sequence[int], draw: int) -> int:
+    def pick(self, logits: NDArray[np.floating] | BestLogits, history: Sequence[int], draw: int) -> int:
         """Choose the next token. If several logits are the largest, greedy choice takes the lowest id.
 
         Args:
             logits: the logits [vocab]; they are not changed. -inf marks a token that cannot be chosen, and NaN counts
-                as -inf.
+                as -inf. Or the largest of them, at least `best`.
             history: the ids of the prompt and the completion so far.
             draw: the number of ids of the completion so far. It selects the random number.
 
@@ -93,6 +105,10 @@ class Sampler:
             ModelFormatError: no logit is finite.
             RequestError: there is a repetition penalty, and an id in the history is outside the vocabulary.
         """
+        if isinstance(logits, BestLogits):
+            return int(logits.ids[self._choose(logits.values, draw)])
+        if self.takes_largest:
+            return largest(logits)
         scores = adjusted(logits, history, draw, self.sampling, self._eos_ids)
         if self.constraint is None:
             token = self._choose(scores, draw)
@@ -159,7 +175,7 @@ class Sampler:
 
 def pick_rows(
     samplers: Sequence[Sampler],
-    logits: NDArray[np.floating],
+    logits: Logits,
     histories: Sequence[Sequence[int]],
     draws: Sequence[int],
 ) -> list[int | Exception]:
@@ -167,7 +183,7 @@ def pick_rows(
 
     Args:
         samplers: the samplers of the rows.
-        logits: the logits [rows, vocab]; they are not changed.
+        logits: the logits [rows, vocab], or the largest ones of each row; they are not changed.
         histories: for each row the ids of its prompt and its completion so far.
         draws: for each row the number of ids of its completion so far.
 
@@ -176,7 +192,7 @@ def pick_rows(
     """
     picked: list[int | Exception] = [-1] * len(samplers)
     plain = [row for row, sampler in enumerate(samplers) if sampler.takes_largest]
-    if plain:
+    if plain and not isinstance(logits, list):
         best = (logits if len(plain) == len(samplers) else logits[plain]).argmax(1)
         good_rows = np.isfinite(logits[plain, best])
         for row, token, good in zip(plain, best.tolist(), good_rows.tolist(), strict=True):

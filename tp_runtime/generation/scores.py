@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -93,8 +94,9 @@ def largest(logits: NDArray[np.floating]) -> int:
         ModelFormatError: no logit is finite.
     """
     best = int(logits.argmax())
-    # If there is a NaN or +inf, argmax returns its index, so it is enough to check this one logit.
-    return best if np.isfinite(logits[best]) else int(finite(logits).argmax())
+    # If there is a NaN or +inf, argmax returns its index, so it is enough to check this one logit. It is compared as a
+    # number of Python, because a decode step waits several times as long for numpy's machinery.
+    return best if -math.inf < logits.item(best) < math.inf else int(finite(logits).argmax())
 
 
 def finite(logits: NDArray[np.floating]) -> NDArray[np.floating]:

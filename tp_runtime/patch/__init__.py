@@ -10,6 +10,7 @@ from .capabilities import (
     ENTRIES_STAND,
     FLOAT_PRECISIONS,
     Capabilities,
+    fitted_precision,
 )
 from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
@@ -42,6 +43,7 @@ __all__ = [
     "SlotKey",
     "check_dtype",
     "context_digest",
+    "fitted_precision",
     "read_tensors",
     "round_to_int8",
     "slot_name",

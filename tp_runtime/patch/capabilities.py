@@ -13,6 +13,8 @@ from dataclasses import dataclass
 # only on that precision.
 FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
 
+_IN_HALF = "-fp16"  # ends the name of a quantised precision that computes in float16
+
 ANY_STRENGTH, NO_STRENGTH = "any", "0 or 1"
 ADDS_TO_ANYTHING, ADDS_TO_WEIGHTS = "with anything", "with weights only"
 ENTRIES_STAND = "the entries stand where a system message or tools would be"
@@ -21,6 +23,15 @@ SYSTEM_ALLOWED, NO_SYSTEM, SYSTEM_NEEDED = "allowed", f"none: {ENTRIES_STAND}", 
 ONLY_WEIGHTS_TRAVEL = "only weights travel to other formats"
 EXPORTS, NO_EXPORTS = "LoRA, control vector, ONNX adapter, merge", f"none: {ONLY_WEIGHTS_TRAVEL}"
 ANY_PRECISION, AT_A_COST, ONE_PRECISION = "any", "any, but int8 and int4 at a cost", "{} only"
+
+
+def fitted_precision(precision: str) -> str:
+    """Return the precision that a patch names if it was fitted for a folder of `precision`.
+
+    A folder of int4-rtn-fp16 has the weights of an int4-rtn folder, but for the rounding of their scales, and computes
+    in float16. A patch compensates what the weights lose, so it runs on both, and names int4-rtn.
+    """
+    return precision.removesuffix(_IN_HALF)
 
 
 @dataclass(frozen=True)

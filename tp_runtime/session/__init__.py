@@ -3,14 +3,25 @@
 This room knows nothing of text, of sampling, or of where a completion ends.
 """
 
+from .best_logits import BestLogits
 from .bound_patch import BoundPatch, not_a_patch
 from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, cuda_is_expected, require_onnxruntime
+from .device_copies import DeviceCopies
+from .device_step import DeviceStep, Logits
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
-from .interface import FIRST_LOGIT, WINDOWED_SHIFT, WINDOWED_TOTAL, check_interface
-from .kv_buffers import grown_capacity, shift_values
+from .interface import (
+    BEST_IDS,
+    BEST_VALUES,
+    FIRST_LOGIT,
+    LENGTH_SHIFT,
+    WINDOWED_SHIFT,
+    WINDOWED_TOTAL,
+    check_interface,
+)
+from .kv_buffers import InPlaceBuffers, grown_capacity, shift_values
 from .kv_cache import CacheKey, KVCache
 from .layer_kinds import Lengths, Windowed
 from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, write_slots_file
@@ -23,23 +34,31 @@ from .threads import share_threads
 from .uses import Use, Uses
 
 __all__ = [
+    "BEST_IDS",
+    "BEST_VALUES",
     "DEFAULT_FILE",
     "DEVICES",
     "FIRST_LOGIT",
     "GRAPH_FILE",
     "KV",
     "LARGEST_GRAPH",
+    "LENGTH_SHIFT",
     "MODEL_FOLDER",
     "PREPARED",
     "WINDOWED_SHIFT",
     "WINDOWED_TOTAL",
+    "BestLogits",
     "BoundPatch",
     "CacheKey",
     "DefaultPatch",
+    "DeviceCopies",
+    "DeviceStep",
     "DigestChange",
     "Graph",
+    "InPlaceBuffers",
     "KVCache",
     "Lengths",
+    "Logits",
     "ModelFolder",
     "ProbeCheck",
     "SessionOptions",

@@ -1,13 +1,13 @@
 """Captured decode steps: this module replays the decode steps of one sequence at a time from fixed device buffers.
 
 The captured decode buffers hold everything that a decode step reads or writes: the token id and the position [1, 1], a
-mask [1, capacity] that is 1 on the filled part, keys and values of fixed capacity, the slots' tensors padded with zeros
-to the rank of a bucket (this is exact, because the added rows of b are 0), and the last logits. The exported graph
-takes a row's length from the sum of its mask and the total length from the mask's width, so a mask of full width fixes
-every shape. Windowed layers have buffers of the same capacity as full ones, whatever numbers of entries a patch has for
-them, because the total length of both is fixed at capture; the shift of their lengths is one more input that is written
-in place. Nothing is bound again between two steps: contents are written in place, and only the id, the position, the
-mask and the logits cross the bus. One CUDA graph is captured for each bucket. On the CPU the same steps run without
+mask [1, capacity], keys and values of fixed capacity, the slots' tensors padded with zeros to the rank of a bucket
+(this is exact, because the added rows of b are 0), and the last logits (device_step.py). The exported graph takes the
+total length from the mask's width, so a mask of full width fixes every shape; the row's own length is written. Windowed
+layers have buffers of the same capacity as full ones, whatever numbers of entries a patch has for them, because the
+total length of both is fixed at capture; the shift of their lengths is one more input that is written in place. Nothing
+is bound again between two steps: contents are written in place, and only the id, the position, the length and the
+logits that are needed cross the bus. One CUDA graph is captured for each bucket. On the CPU the same steps run without
 capture, which is how they are tested.
 
 The rules for a capture come from ONNX Runtime's documentation of the CUDA provider and from its sources (cuda_graph.cc,
@@ -16,7 +16,7 @@ cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The 
 - A capture needs the provider option `enable_cuda_graph`, a graph without control flow, and every node except shape
   arithmetic on CUDA. ONNX Runtime refuses to create a session that cannot meet this. The CUDA provider's attention
   operator takes float16 and bfloat16 only, so graphs that compute in float32 (fp32, int8 and int4 exports) are refused;
-  captured steps are meant for fp16 exports.
+  captured steps are meant for fp16 and int4-fp16 exports.
 - Shapes and addresses must stay the same. A replay runs only the captured kernels, so inputs and outputs have to be
   bound, on the device. Values that kernels read on the host are fixed at capture: the total length, and which logits
   the run computes.
@@ -32,7 +32,8 @@ cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The 
   else in the process uses the device.
 
 `OrtValue.update_inplace` copies with cudaMemcpy and waits for the copy, so a replay that follows reads the new content.
-None of this has been run on a GPU.
+None of this has been run on a GPU; runtime_tests/gpu/standin shows that ONNX Runtime's CUDA provider takes the captures
+and replays them, and not what they compute.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import DeviceUnavailableError, RequestError
 from ..patch import Delta, SlotKey
-from .interface import WINDOWED_SHIFT
+from .device_step import DeviceStep, Logits
 from .kv_buffers import InPlaceBuffers
 from .kv_cache import CacheKey, KVCache
 from .model_folder import ModelFolder
@@ -125,6 +126,7 @@ class CapturedDecode:
         buffers: the keys or values [1, kv heads, capacity, head dim], by graph input name. The owner's
             cache has this same dictionary as its `buffers`.
         buckets: the buckets, in ascending order of rank.
+        io: the inputs and outputs of a step other than keys, values and patch.
     """
 
     def __init__(
@@ -144,13 +146,7 @@ class CapturedDecode:
         self._owner: weakref.ref[KVCache] | None = None
         self.capacity = min(CAPACITY, folder.context_window)
         self.buffers = kv.fixed_buffers(self.capacity)
-        self._mask = np.zeros((1, self.capacity), np.int64)
-        shapes = {"input_ids": (1, 1), "position_ids": (1, 1), "attention_mask": (1, self.capacity)}
-        self._inputs = {name: self._value(np.zeros(shape, np.int64)) for name, shape in shapes.items()}
-        self._shift: int | None = 0  # what the input `tp.windowed_shift` holds; None while that is unknown
-        if kv.windowed:
-            self._inputs[WINDOWED_SHIFT] = self._value(np.zeros(1, np.int32))
-        self._logits = self._value(np.zeros((1, 1, folder.vocab_size), dtypes[1]))
+        self.io = DeviceStep(ort, folder, device, dtypes[1], width=self.capacity)
         self._not_captured = self._options(_NOT_CAPTURED)
         self.buckets = [self._bucket(rank, number, first_logit) for number, rank in enumerate(BUCKETS, start=1)]
         self._current = self.buckets[0]
@@ -166,11 +162,11 @@ class CapturedDecode:
     def _bucket(self, rank: int, number: int, first_logit: tuple[str, Any]) -> _Bucket:
         slots = {name: self._value(array) for name, array in self._padded({}, rank).items()}
         binding = self._session.io_binding()
-        for name, value in (*self._inputs.items(), first_logit, *slots.items(), *self.buffers.items()):
+        self.io.bind(binding, first_logit)
+        for name, value in (*slots.items(), *self.buffers.items()):
             binding.bind_ortvalue_input(name, value)
         for past, present in self._kv.names:
             binding.bind_ortvalue_output(present, self.buffers[past])
-        binding.bind_ortvalue_output("logits", self._logits)
         return _Bucket(rank, binding, slots, self._options(number))
 
     def _padded(self, deltas: Mapping[SlotKey, Delta], rank: int) -> dict[str, NDArray[Any]]:
@@ -218,7 +214,7 @@ class CapturedDecode:
             self._current = bucket
             self.step(0, 0, 1, 0)
 
-    def step(self, token: int, position: int, length: int, shift: int) -> NDArray[np.float32]:
+    def step(self, token: int, position: int, length: int, shift: int, best: int = 0) -> Logits:
         """Run one more token of the sequence that owns the buffers, under the patch that `switch` selected.
 
         Args:
@@ -226,20 +222,14 @@ class CapturedDecode:
             position: the token's position.
             length: the number of filled positions of full layers, this token included.
             shift: the number of positions by which windowed layers hold more; 0 in a graph with layers of one kind.
+            best: how many of the largest logits are needed; 0 for all.
 
         Returns:
-            Logits [1, vocab], float32.
+            The largest logits, or all [1, vocab]; see DeviceStep.logits.
         """
-        self._mask[0, :length], self._mask[0, length:] = 1, 0
-        self._inputs["input_ids"].update_inplace(np.array([[token]], np.int64))
-        self._inputs["position_ids"].update_inplace(np.array([[position]], np.int64))
-        self._inputs["attention_mask"].update_inplace(self._mask)
-        if shift != self._shift:
-            self._shift = None
-            self._inputs[WINDOWED_SHIFT].update_inplace(np.array([shift], np.int32))
-            self._shift = shift
+        self.io.write([token], [position], [length], self.capacity, [shift])
         self.run(self._current.binding, self._current.options)
-        return np.array(self._logits.numpy()[0], np.float32)
+        return self.io.logits([best])
 
     # -- the patch -------------------------------------------------------------------------------------------
 
@@ -286,14 +276,15 @@ class CapturedDecode:
         Args:
             cache: the sequence's cache.
             length: the number of filled positions of full layers after the run that follows. A sequence of which any
-                layer holds more than `capacity` does not become the owner.
+                layer holds more than `capacity` does not become the owner, nor does one of a batch, whose steps are
+                not captured.
             patch: the patch's OrtValues by graph input name, which ordinary runs bind.
             decoding: whether the run that follows is a decode step, or one that verifies a draft.
 
         Returns:
             Whether the sequence owns the buffers now.
         """
-        if length + max(0, cache.shift) > self.capacity:
+        if cache.batched or length + max(0, cache.shift) > self.capacity:
             return False
         if self.holds(cache) or (cache.buffers and decoding):
             return self.holds(cache)

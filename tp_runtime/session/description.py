@@ -20,15 +20,13 @@ GRAPH_FILE = "model.onnx"
 LARGEST_DESCRIPTION = 16 * 2**20  # in bytes
 FORMAT = "tp-slots"
 VERSION = 1
-PRECISIONS = (
-    *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
-    *("int4-symmetric-head4", "int4-rtn-head4"),
-)
+_INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-symmetric-head4", "int4-rtn-head4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", *_INT4, *(f"{name}-fp16" for name in _INT4))
 _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
 }
-_OPTIONAL = {"digest_change", "windowed"}
+_OPTIONAL = {"digest_change", "windowed", "best"}
 
 
 def past_name(layer: int | str, part: str) -> str:
@@ -188,6 +186,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         files=_exported_files(data["files"]),
         digest_change=_digest_change(data["digest_change"]) if "digest_change" in data else None,
         windowed=_windowed(data["windowed"], layers, route) if "windowed" in data else None,
+        best=_best(data["best"], data["vocab_size"], route) if "best" in data else None,
     )
 
 
@@ -248,6 +247,12 @@ def _windowed(value: Any, layers: int, route: str) -> Windowed:
     if list(found) != sorted(set(found)) or not 0 < len(found) < layers:
         raise _bad(field, list(found), "ascending numbers of some of the layers, and not of all")
     return Windowed(found, _integer(value["window"], "windowed.window"))
+
+
+def _best(value: Any, vocab_size: int, route: str) -> int:
+    if route != "fused":
+        raise _bad("best", f"a number, on the route {route}", "nothing: only graphs of the route fused have it")
+    return _integer(value, "best", 1, vocab_size)
 
 
 def _exported_files(value: Any) -> dict[str, FileRecord]:

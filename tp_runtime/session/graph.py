@@ -23,6 +23,8 @@ from .cuda_graphs import CapturedDecode, check_capturable
 from .default_patch import read_default_patch
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
+from .device_copies import DeviceCopies
+from .device_step import DeviceStep, Logits
 from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
@@ -61,6 +63,7 @@ class Graph:
         dtype: the dtype of slots, keys and values.
         mark: the mark on the caches that this session makes; it runs no others.
         kv: the object that manages the key/value buffers of single sequences.
+        steps_on_device: whether the inputs and outputs of decode steps stay on the device (device_step.py).
         captured: the captured decode buffers; None if nothing is captured.
         capture_failure: why nothing is captured although `cuda_graphs` asked for it; None otherwise.
         base: the base model as a bound patch.
@@ -150,13 +153,18 @@ class Graph:
         self._first_logits: dict[int, Any] = {}  # the values of FIRST_LOGIT that were used so far
         buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
+        self.steps_on_device = folder.best is not None and self.device.kind != "cpu"
+        self._ones_on_device: list[Any] = []  # the masks of such steps; bindings may refer to all of them
         kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
         if kv_device != self.device.kind:
             log.warning(
-                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16",
+                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16 or "
+                "int4-fp16",
                 self.dtype,
             )
         self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype)
+        if isinstance(self.kv, InPlaceBuffers) and kv_device != "cpu":
+            self.kv.copies = DeviceCopies(self.ort, self.device, self.dtype)
 
     def _capture(self, device: Device, options: Any) -> bool:
         """Open a session with captured steps; if that fails, return False and set `capture_failure` to the reason."""
@@ -271,6 +279,16 @@ class Graph:
             found = {past: self.kv.content(cache, past) for past, _present in self.kv.names}
         return {past: array[0] for past, array in found.items() if array is not None}
 
+    def device_content(self, cache: KVCache) -> dict[str, Any]:
+        """Return a cache's keys and values as OrtValues [1, heads, at least filled, head dim] by graph input name.
+
+        They are on the device of the graph's buffers, which is not the host.
+        """
+        assert isinstance(self.kv, InPlaceBuffers)
+        with self._exclusive():
+            found = {past: self.kv.device_content(cache, past) for past, _present in self.kv.names}
+        return {past: value for past, value in found.items() if value is not None}
+
     def new_binding(self) -> Any:
         """Return an empty ONNX Runtime binding of the session."""
         return self.session.io_binding()
@@ -353,9 +371,36 @@ class Graph:
         finally:
             use.end()  # an interrupt may arrive at the first one
 
+    def forward_best(
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, *, best: int, last: int, held: Use
+    ) -> Logits:
+        """Run `tokens` like `forward` for a caller that may need no more than the `best` largest logits; 0 means all.
+
+        A decode step on a device then leaves the other logits there, if that is certain to be enough. The caller's own
+        logits are not copied.
+
+        Returns:
+            For each position all logits that are at least as large as the `best`-th largest one, or an array of all
+            logits [at most `last`, vocab].
+
+        Raises:
+            What `forward` raises.
+        """
+        if not best or len(tokens) != 1 or not (self.steps_on_device or self.captured):
+            return self.forward(tokens, cache, bound, copy=False, last=last, held=held)
+        self.require_cache(cache, bound)
+        if held not in cache.uses:
+            cache.require_free(held)
+        return self._append(token_list(tokens), cache, bound, 1, False, best)
+
     def _append(
-        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, last: int, copy: bool
-    ) -> NDArray[np.float32]:
+        self, tokens: Sequence[int], cache: KVCache, bound: BoundPatch, last: int, copy: bool, best: int = 0
+    ) -> Any:
+        step = cache.step
+        if type(step) is StepIO and step.serves(cache.binding, tokens, len(cache.tokens)):  # a step after another one
+            logits = step.run(self.session, tokens[0], len(cache.tokens))
+            cache.tokens.append(tokens[0])
+            return logits.copy() if copy else logits
         position = len(cache) + cache.skipped
         self.folder.check_ids(tokens)
         if position + len(tokens) > self.folder.context_window:
@@ -367,7 +412,7 @@ class Graph:
                 fix="shorten the prompt or the conversation",
             )
         with self._exclusive():
-            logits = self._run(tokens, position, cache, bound, last, copy)
+            logits = self._run(tokens, position, cache, bound, last, copy, best)
             cache.tokens.extend(tokens)
         return logits
 
@@ -378,33 +423,87 @@ class Graph:
             use_huge_pages_soon(ranges)
 
     def _run(
-        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, last: int, copy: bool
-    ) -> NDArray[np.float32]:
+        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, last: int, copy: bool, best: int
+    ) -> Any:
         steps, length = len(tokens), cache.filled + len(tokens)
         captured = self.captured
         if captured is not None:
             # A run that returns the logits of every id has one id that the cache lacks, and verifies the others.
             owned = captured.take(cache, length, bound.values, steps == last)
             if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
-                return captured.step(tokens[0], position, length, cache.shift)
+                return captured.step(tokens[0], position, length, cache.shift, best)
         self.kv.prepare(cache, length, bound.values)
-        mask = self._ones[:, :length]
         if steps == 1 and self._steps_in_place:
-            logits = self._step_io(cache).run(self.session, tokens[0], position, mask)
+            logits = self._step_io(cache).run(self.session, tokens[0], len(cache))
             logits = logits.copy() if copy else logits
             self._after_run()
+        elif steps == 1 and self.steps_on_device:
+            found = self._step_on_device(cache, tokens[0], position, length, best)
+            self.kv.adopt(cache)
+            return found
         else:
+            if isinstance(cache.step, DeviceStep):
+                cache.step.unbind()
             cache.step = None  # the run below binds other values to the inputs that it had bound
+            mask = self._ones[:, :length]
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
             logits = self.execute(cache.binding, ids, mask, positions, last=last)[0]
         self.kv.adopt(cache)
         return logits
 
     def _step_io(self, cache: KVCache) -> StepIO:
-        if cache.step is None or cache.step.binding is not cache.binding:
-            first = self._first_logit(-1)
-            cache.step = StepIO(self.ort, cache.binding, self.folder.vocab_size, self._logits_dtype, first)
+        if not isinstance(cache.step, StepIO) or cache.step.binding is not cache.binding:
+            lead, sizes = (cache.filled - len(cache), cache.skipped), (cache.capacity, self.folder.context_window)
+            logits = self.folder.vocab_size, self._logits_dtype
+            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
         return cache.step
+
+    def _step_on_device(self, cache: KVCache, token: int, position: int, length: int, best: int) -> Logits:
+        if not isinstance(cache.step, DeviceStep):
+            cache.step = self.device_step(1)
+        return self.run_step(cache.step, cache.binding, [token], [position], [length], [cache.shift], [best])
+
+    def device_step(self, rows: int) -> DeviceStep:
+        """Return the inputs and outputs of decode steps of `rows` sequences; see `steps_on_device`."""
+        return DeviceStep(self.ort, self.folder, self.device.kind, self._logits_dtype, rows)
+
+    def run_step(
+        self,
+        step: DeviceStep,
+        binding: Any,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        filled: Sequence[int],
+        shifts: Sequence[int],
+        best: Sequence[int],
+    ) -> Logits:
+        """Run one id of every row over a binding that already holds keys, values and patch.
+
+        Args:
+            step: the inputs and outputs of the rows, which `device_step` made.
+            binding: a binding of this session.
+            tokens: the id to run in each row.
+            positions: the ids' positions.
+            filled: for each row the number of filled positions of full layers, this id's included.
+            shifts: for each row the number of positions by which windowed layers hold more.
+            best: for each row how many of the largest logits are needed; 0 for all.
+
+        Returns:
+            The largest logits of each row, or all [rows, vocab]; see DeviceStep.logits.
+        """
+        width = max(filled)
+        step.bind_for(binding, self._first_logit(-1), self._ones_of(len(tokens) * width), width)
+        step.write(tokens, positions, filled, width, shifts)
+        run = self.session.run_with_iobinding if self.captured is None else self.captured.run
+        run(binding)
+        return step.logits(best)
+
+    def _ones_of(self, count: int) -> Any:
+        """Return at least `count` ones on the device."""
+        kept = self._ones_on_device
+        if not kept or kept[-1].shape()[0] < count:
+            kept.append(self.to_device(np.ones(max(2 * count, self.folder.context_window), np.int64), self.device.kind))
+        return kept[-1]
 
     def _first_logit(self, first: int) -> tuple[str, Any]:
         """Return the name and the value of the input that says from which position of a run logits are computed.

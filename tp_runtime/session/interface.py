@@ -20,6 +20,10 @@ FIRST_LOGIT = "tp.first_logit"
 # length of each row, [rows or 1] int32, and to the longest of these lengths, [1] int32. The second one is an input of
 # its own because the operator reads it on the host, and a value that is computed on a device cannot be captured there.
 WINDOWED_SHIFT, WINDOWED_TOTAL = "tp.windowed_shift", "tp.windowed_total"
+# What a graph for decode steps on a device has besides: what is added to the length of each row that attention_mask
+# gives, [rows or 1] int32, so that one mask of ones serves all lengths; and the largest logits of each position, in no
+# order.
+LENGTH_SHIFT, BEST_VALUES, BEST_IDS = "tp.length_shift", "tp.best_values", "tp.best_ids"
 
 _INTEGERS, _LENGTHS = ("tensor(int64)",), ("tensor(int32)",)
 _FLOATS = {"f32": ("tensor(float)",), "f16": ("tensor(float16)",)}
@@ -48,6 +52,12 @@ def check_interface(session: Any, folder: ModelFolder) -> None:
     defaults: dict[str, _Wanted] = {FIRST_LOGIT: (_INTEGERS, (1,))}
     if folder.windowed is not None:
         defaults |= {WINDOWED_SHIFT: (_LENGTHS, (None,)), WINDOWED_TOTAL: (_LENGTHS, (1,))}
+    if folder.best is not None:
+        defaults[LENGTH_SHIFT] = _LENGTHS, (None,)
+        outputs |= {
+            BEST_VALUES: (outputs["logits"][0], (None, folder.best)),
+            BEST_IDS: (_INTEGERS, (None, folder.best)),
+        }
     for slot in folder.slots.values():
         shapes = (None, slot.inputs, None), (None, None, slot.outputs), (None, 1, slot.outputs)
         defaults |= {name: (_FLOATS[kv.dtype], shape) for name, shape in zip(slot.tensors, shapes, strict=True)}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..patch import KV_PARTS
 from .description import past_name, present_name
+from .device_copies import DeviceCopies
 from .interface import WINDOWED_SHIFT, WINDOWED_TOTAL
 from .kv_cache import KVCache
 from .model_folder import ModelFolder
@@ -133,7 +134,14 @@ class _KVBuffers:
 
 
 class InPlaceBuffers(_KVBuffers):
-    """One buffer for each tensor, which a run reads as past and writes as present; it doubles when it is full."""
+    """One buffer for each tensor, which a run reads as past and writes as present; it doubles when it is full.
+
+    Attributes:
+        copies: what copies buffers on another device than the host, so that they grow without crossing the bus; None
+            if the buffers are on the host.
+    """
+
+    copies: DeviceCopies | None = None
 
     def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
         """Bind buffers with room for `length` positions of full layers, and `patch`, to `cache.binding`."""
@@ -144,7 +152,7 @@ class InPlaceBuffers(_KVBuffers):
             before = cache.buffers[past].shape()[2] if cache.capacity else 0
             wanted = length + (cache.shift if past in self.windowed else 0)
             capacity = grown_capacity(before, wanted, self._window)
-            buffers[past] = self._value(capacity, self.content(cache, past))
+            buffers[past] = self._grown(cache, past, capacity)
         self.hold(cache, buffers, patch)
 
     def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
@@ -158,6 +166,31 @@ class InPlaceBuffers(_KVBuffers):
         cache.buffers, cache.binding = buffers, binding
         cache.capacity = self._room(cache, buffers)
         cache.start = None
+
+    def _grown(self, cache: KVCache, past: str, capacity: int) -> Any:
+        """Return a buffer of `capacity` positions: first the content of one tensor of the cache, then zeros."""
+        if self.copies is None:
+            return self._value(capacity, self.content(cache, past))
+        buffer = self.copies.new((1, self._kv.heads, capacity, self._kv.head_dim))
+        source, target = self.device_content(cache, past), self.copies.rows(buffer)
+        if source is None:
+            self.copies.clear(target)
+        else:
+            self.copies.copy(self.copies.rows(source), target)
+        return buffer
+
+    def device_content(self, cache: KVCache, past: str) -> Any:
+        """Return one tensor of a cache as an OrtValue on the device of `copies`, with at least the filled positions.
+
+        A content that is on the host is sent to the device: that of a prefix cache, of a patch, or of a cache that lost
+        its buffers. The result is None if the cache is empty.
+        """
+        assert self.copies is not None
+        buffer = cache.buffers.get(past)
+        if buffer is not None and buffer.device_name() == self.device:
+            return buffer
+        content = self.content(cache, past)
+        return None if content is None or not content.size else self.copies.to_device(content)
 
     def fixed_buffers(self, capacity: int) -> dict[str, Any]:
         """Return buffers of zeros, by graph input name, in which sequences run one after another (cuda_graphs.py)."""

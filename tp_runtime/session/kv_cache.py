@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BusyError, RequestError, StaleCacheError, shown
 from ..patch import KVPrefix
+from .device_step import DeviceStep
 from .layer_kinds import NO_ENTRIES, Lengths
 from .step_io import StepIO
 from .uses import Use, Uses
@@ -55,8 +56,10 @@ class KVCache:
         spare: a binding that neither `binding` nor `made_by` needs.
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
             never written.
-        step: the ids and logits that are bound to `binding` since the last decode step; None after any other run.
+        step: the ids and logits that are bound to `binding` since the last decode step; None after any other run. On a
+            device the values are a DeviceStep.
         session: the session that made the cache; None if a batch has taken over its contents.
+        batched: whether the cache belongs to a row of a batch, whose steps are not captured (cuda_graphs.py).
         uses: the requests that use the cache. The first one holds it, and any other is about to be refused.
     """
 
@@ -70,7 +73,8 @@ class KVCache:
     made_by: Any = None
     spare: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
-    step: StepIO | None = None
+    step: StepIO | DeviceStep | None = None
+    batched: bool = field(default=False, init=False)
     session: SessionMark | None = field(default=None, init=False)
     uses: Uses = field(default_factory=Uses, init=False, repr=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from weakref import WeakSet
 
-from ..patch import FLOAT_PRECISIONS, KVPrefix, Patch
+from ..patch import FLOAT_PRECISIONS, KVPrefix, Patch, fitted_precision
 
 log = logging.getLogger("tp_runtime")
 
@@ -22,7 +22,7 @@ class PrecisionNotes:
     """
 
     def __init__(self, precision: str) -> None:
-        self._precision = precision
+        self._precision = fitted_precision(precision)
         self._noted: WeakSet[KVPrefix] = WeakSet()  # a sum holds the entries of its summand, so it is not noted again
 
     def note(self, patch: Patch) -> None:

@@ -29,8 +29,9 @@ class SessionSettings:
         spin: whether idle threads wait actively for the next run. True is fastest if the cores have nothing else to do.
             False leaves the cores to other models and programs.
         cuda_graphs: whether to capture the decode steps of single sequences and replay them (cuda_graphs.py,
-            docs/serving.md). This needs CUDA and an fp16 export, so `auto` does not fall back to the CPU. A graph that
-            cannot be captured runs without capture, and the reason is logged. Not run on a GPU yet.
+            docs/serving.md). This needs CUDA and an export that computes in float16, so `auto` does not fall back to
+            the CPU. A graph that cannot be captured runs without capture, and the reason is logged. Not run on a GPU
+            yet.
         cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
-from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, slot_name
+from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, fitted_precision, slot_name
 from .description import DigestChange, Slot
 from .layer_kinds import entry_counts
 from .model_folder import ModelFolder
@@ -48,13 +48,14 @@ def check_base(
             wanted=f"{base_digest[:16]} ({base_model})",
             fix="fit the patch on this base, or use the base it was fitted on",
         )
-    if patch.config.precision not in (precision, *FLOAT_PRECISIONS):
+    fits = fitted_precision(precision)
+    if patch.config.precision not in (fits, *FLOAT_PRECISIONS):
         raise BaseMismatchError(
             f"the patch {patch.name!r} repairs a quantised base of another precision",
             field="precision",
             got=patch.config.precision,
-            wanted=precision,
-            fix=f"use the {patch.config.precision} export of the base, or fit the patch for {precision}",
+            wanted=fits,
+            fix=f"use the {patch.config.precision} export of the base, or fit the patch for {fits}",
         )
 
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from ..errors import PatchValueError, RequestError, shown
 from ..generation import prompt_entries
 from ..loaded_patches import ResolvedPatch
-from ..patch import ADDS_TO_WEIGHTS, Patch, PatchConfig, check_dtype, context_digest
+from ..patch import ADDS_TO_WEIGHTS, Patch, PatchConfig, check_dtype, context_digest, fitted_precision
 from ..session import Graph, measure_probe
 from .beginning import Beginning, beginning_of, beginnings_of, in_front_of, writes_the_date
 from .codec import TextCodec
@@ -90,7 +90,7 @@ def absorb_prompt(
         base_model=folder.base_model,
         base_digest=folder.base_digest,
         architecture=folder.architecture,
-        precision=folder.precision,
+        precision=fitted_precision(folder.precision),
         context_digest=context_digest(system),
         licence=None if weights.patch is None else weights.patch.config.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

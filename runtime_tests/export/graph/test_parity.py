@@ -19,7 +19,7 @@ from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import ModelFormatError, RequestError
 from tp_runtime.session import Graph, ModelFolder
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4-rtn")
+PRECISIONS = ("fp32", "bf16", "int8", "int4-rtn", "int4-rtn-fp16")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_fp16_is_refused_before_optimum_s_trace_with_the_reason(
     monkeypatch.setattr(optimum_route, "trace", lambda *_: pytest.fail("traced"))
     source = open_source(tiny_model(tmp_path / "source", "llama", hidden_size=48, head_dim=12, num_hidden_layers=1))
     reason = "does not take this head size" if route == "auto" else "the route optimum has none"
-    with pytest.raises(ModelFormatError, match=rf"without fused operators cannot run in fp16: .*{reason}"):
+    with pytest.raises(ModelFormatError, match=rf"without fused operators cannot run in float16: .*{reason}"):
         export_model(source, tmp_path / "out", precision="fp16", route=route)
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,8 @@ from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatEr
 from tp_runtime.patch import FLOAT_PRECISIONS, Patch
 from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
 
-PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4")
+PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-rtn-fp16")
+IN_FLOAT16 = ("fp16", "int4-rtn-fp16")
 IDS = token_ids(40)
 QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
 
@@ -71,7 +72,8 @@ def test_each_precision_computes_with_its_quantised_weights(
                 wanted = model(ids).logits[0]
     got = logits(folders[precision])
     # Only the rounding of activations is left, a fraction of the loss of the weights.
-    assert divergence(wanted, got) < (1e-3 if precision in FLOAT_PRECISIONS else 0.02)
+    rounds_to_int8 = precision not in (*FLOAT_PRECISIONS, *IN_FLOAT16)
+    assert divergence(wanted, got) < (0.02 if rounds_to_int8 else 1e-3)
     assert divergence(exact, got) < (0.6 if precision.startswith("int4") else 0.02)
 
 
@@ -118,16 +120,48 @@ def test_the_size_of_an_export_follows_its_precision(folders: dict[str, Path]) -
     assert sizes["int4-rtn"] < 0.7 * sizes["int8"] < 0.3 * sizes["fp32"]
 
 
-def test_fp16_slots_and_cache_are_float16(folders: dict[str, Path]) -> None:
-    assert ModelFolder.open(folders["fp16"]).kv.dtype == "f16"
-    graph = onnx.load(folders["fp16"] / "model.onnx", load_external_data=False).graph
+@pytest.mark.parametrize("precision", IN_FLOAT16)
+def test_slots_and_cache_of_a_graph_in_float16_are_float16(folders: dict[str, Path], precision: str) -> None:
+    assert ModelFolder.open(folders[precision]).kv.dtype == "f16"
+    graph = onnx.load(folders[precision] / "model.onnx", load_external_data=False).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     assert kinds["tp.0.mlp_out.a"] == kinds["past_key_values.0.key"] == onnx.TensorProto.FLOAT16
 
 
-def test_fp16_without_fused_operators_is_refused(source: Source, tmp_path: Path) -> None:
-    with pytest.raises(ModelFormatError, match="fp16"):
-        export_model(source, tmp_path / "out", precision="fp16", route="optimum")
+@pytest.mark.parametrize("precision", ["fp16", "int4-fp16", "int4-rtn-fp16"])
+def test_float16_without_fused_operators_is_refused(source: Source, tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ModelFormatError, match=rf"cannot run in float16.*got {precision}"):
+        export_model(source, tmp_path / "out", precision=precision, route="optimum")
+
+
+# -- int4 weights with float16 activations ---------------------------------------------------------------------
+
+
+def test_int4_fp16_loses_at_most_what_fp16_and_int4_lose(folders: dict[str, Path], model: Any) -> None:
+    """Against the float32 graph it loses what the weights lose, which torch measures, and what fp16 alone loses."""
+    exact = logits(folders["fp32"])
+    with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
+        weights = divergence(exact, model(torch.tensor([IDS])).logits[0])
+    found = {precision: divergence(exact, logits(folders[precision])) for precision in IN_FLOAT16}
+    assert abs(found["int4-rtn-fp16"] - weights) < 0.02 * weights + 10 * found["fp16"]
+
+
+def test_int4_fp16_stores_scales_in_float16_and_leaves_activations_to_the_device(folders: dict[str, Path]) -> None:
+    model = onnx.load(folders["int4-rtn-fp16"] / "model.onnx", load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
+    assert products and levels == {0}
+    assert {kinds[node.input[2]] for node in products} == {onnx.TensorProto.FLOAT16}
+    assert onnx.TensorProto.FLOAT not in {kinds[name] for name in kinds if name.endswith(("scales", "weight"))}
+
+
+def test_prompts_steps_and_batches_of_int4_fp16_give_the_same_logits(folders: dict[str, Path]) -> None:
+    graph = Graph(ModelFolder.open(folders["int4-rtn-fp16"]), "cpu")
+    at_once = graph_logits(graph, IDS)
+    for chunks in ([1] * len(IDS), [20, 1, 19]):
+        steps = graph_logits(graph, IDS, chunks=chunks)
+        assert divergence(torch.from_numpy(at_once), torch.from_numpy(steps)) < 1e-3
 
 
 # -- students ------------------------------------------------------------------------------------------------
@@ -162,17 +196,23 @@ def test_a_repair_closes_part_of_the_quantisation_loss(repair: Patch) -> None:
     assert repair.config.fidelity is not None and repair.config.fidelity["gap_closed"] > 0.2
 
 
+@pytest.mark.parametrize("precision", ["int4-rtn", "int4-rtn-fp16"])
 def test_a_repair_closes_part_of_the_gap_of_the_exported_graph(
-    repair: Patch, folders: dict[str, Path], source: Source, model: Any
+    repair: Patch, folders: dict[str, Path], source: Source, model: Any, precision: str
 ) -> None:
-    graph = Graph(ModelFolder.open(folders["int4-rtn"]), "cpu")
+    """A patch that is fitted for int4 runs on int4-fp16 too, which has the same weights."""
+    graph = Graph(ModelFolder.open(folders[precision]), "cpu")
     dialogues = dialogues_for(model, Prompting(source.codec, None), QUESTIONS[14:], 16)
     students = RuntimeStudent(graph), RuntimeStudent(graph, repair)
     assert measure_fidelity(dialogues, TorchStudent(model), *students).gap_closed > 0.2
 
 
+def test_a_patch_fitted_for_int4_fp16_names_the_weights(source: Source, model: Any) -> None:
+    assert student_of(source, model, "int4-rtn-fp16").precision == "int4-rtn"
+
+
 def test_a_repair_of_another_precision_is_refused(repair: Patch, folders: dict[str, Path]) -> None:
-    for other in ("fp32", "int8", "int4-symmetric"):
+    for other in ("fp32", "fp16", "int8", "int4-symmetric"):
         with pytest.raises(BaseMismatchError, match="int4-rtn"):
             logits(folders[other], repair)
 

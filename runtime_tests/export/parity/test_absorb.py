@@ -87,18 +87,19 @@ def test_a_prompt_in_front_of_system_messages_is_exact_and_the_exporters(source:
                 assert furthest(got, wanted[-len(got) :]) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-rtn"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-rtn", "int4-rtn-fp16"])
 def test_a_patch_belongs_to_the_precision_that_it_was_made_on(
     precision: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     source = open_source(tiny_model(tmp_path / "m", "llama", hidden_size=64, intermediate_size=128))
     model = PatchedModel.from_pretrained(export_model(source, tmp_path / "edge", precision=precision), "cpu")
     patch = model.absorb(SYSTEM, patch=None)
-    assert patch.config.precision == precision and patch.dtype == ("f16" if precision == "fp16" else "f32")
+    assert patch.config.precision == precision.removesuffix("-fp16")  # int4-rtn-fp16 has the weights of int4-rtn
+    assert patch.dtype == ("f16" if precision.endswith("fp16") else "f32")
     patch.save(tmp_path / "p.safetensors")
     loaded = Patch.load(tmp_path / "p.safetensors")
     assert loaded.identity == patch.identity and model.check(loaded).ok
-    tolerance = {"fp16": 0.05, "int8": 0.2, "int4-rtn": 0.2}[precision]
+    tolerance = {"fp16": 0.05, "int8": 0.2, "int4-rtn": 0.2, "int4-rtn-fp16": 0.05}[precision]
     for query in QUERIES:
         got = model.logits(model.codec.render(query), patch=loaded)
         wanted = model.logits(model.codec.render(query, SYSTEM))[-len(got) :]

@@ -72,6 +72,18 @@ def _product(blocks: Blocks, x: np.ndarray, accuracy_level: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.parametrize("name", INT4)
+def test_a_precision_in_float16_has_the_weights_of_its_own_name_and_scales_that_float16_holds(name: str) -> None:
+    weight = matrix(96, 40)
+    wanted, found = (
+        quantised(name).quantise(weight, is_head=False),
+        quantised(f"{name}-fp16").quantise(weight, is_head=False),
+    )
+    assert np.array_equal(found.packed, wanted.packed)
+    assert np.array_equal(found.scales, found.scales.astype(np.float16))
+    assert np.abs(found.scales / wanted.scales - 1).max() < 2**-10
+
+
 def test_weights_with_sixteen_levels_are_exact_in_four_bits() -> None:
     weight = np.random.default_rng(0).integers(-8, 8, (64, 8)).astype(np.float32)
     weight[0::BLOCK], weight[1::BLOCK] = -8, 7  # every block spans the whole range
@@ -81,11 +93,12 @@ def test_weights_with_sixteen_levels_are_exact_in_four_bits() -> None:
 def test_int4_selects_the_quantiser_with_the_least_loss() -> None:
     losses = dict(zip(INT4, (0.3, 0.1, 0.2), strict=True))
     assert resolve("int4", lambda precision: losses[precision.name]) == INT4[1]
+    assert resolve("int4-fp16", lambda precision: losses[precision.name.removesuffix("-fp16")]) == INT4[1] + "-fp16"
     assert resolve("int8", lambda _precision: pytest.fail("nothing to choose")) == "int8"
 
 
 def test_a_folder_accepts_exactly_the_precisions_of_the_exporter() -> None:
-    assert set(PRECISIONS) - {MEASURED} == set(description.PRECISIONS)
+    assert set(PRECISIONS) - set(MEASURED) == set(description.PRECISIONS)
 
 
 def test_an_unknown_precision_is_refused() -> None:

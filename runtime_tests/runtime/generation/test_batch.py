@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tp_runtime.errors import ModelFormatError, PatchShapeError, RequestError, S
 from tp_runtime.generation import Batch, Row, Sampler, Sampling, engine
 from tp_runtime.generation.row_kv import StackedKV
 from tp_runtime.patch import Delta, Patch
-from tp_runtime.session import BoundPatch, Graph, Lengths, ModelFolder
+from tp_runtime.session import BoundPatch, DeviceCopies, Graph, Lengths, ModelFolder
 
 LEAD = [5, 6, 7]  # the ids that the KV prefixes replace
 GREEDY = Sampling()
@@ -323,20 +323,20 @@ def test_buffers_grow_up_to_the_context_window_while_rows_decode(graph: Graph) -
     assert len(second.tokens) == window and second.finish_reason == "length"
 
 
-def test_rows_match_single_sequences_on_a_device_that_does_not_share_memory(
-    graph: Graph, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_rows_that_join_and_leave_midway_do_not_disturb_the_others,
+        test_buffers_grow_up_to_the_context_window_while_rows_decode,
+    ],
+)
+def test_rows_match_single_sequences_where_the_device_copies_their_buffers(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Graph], None]
 ) -> None:
-    """As on CUDA, the buffers are copied to the device and back whenever the rows change."""
-    monkeypatch.setattr(StackedKV, "bind", copying_bind)
-    test_rows_that_join_and_leave_midway_do_not_disturb_the_others(graph)
-
-
-def copying_bind(self: Any, binding: Any, count: int) -> None:
-    self._shared = False
-    for past, present in self._names:
-        value = self._values[past] = self._to_device(self._arrays[past][:count].copy())
-        binding.bind_ortvalue_input(past, value)
-        binding.bind_ortvalue_output(present, value)
+    """As on CUDA: caches grow, and rows join, move and leave, by copies that ONNX Runtime makes."""
+    monkeypatch.setattr(graph.kv, "copies", DeviceCopies(graph.ort, graph.device, graph.dtype))
+    monkeypatch.setattr(StackedKV, "__init__", lambda *_a, **_k: pytest.fail("the rows are on the host"))
+    scenario(graph)
 
 
 def test_a_failed_step_can_be_tried_again(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:

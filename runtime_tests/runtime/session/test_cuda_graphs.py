@@ -205,7 +205,7 @@ def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypat
     bound, other = (capturing.bind(patch) for patch in rank_patches(capturing, 3, 4))
     caches = {bound.key: capturing.new_cache(bound)}
     capturing.forward(IDS[:5], caches[bound.key], bound)
-    values = [captured._logits, *captured._inputs.values(), *captured.buffers.values()]
+    values = [captured.io._logits, *captured.io._inputs.values(), *captured.buffers.values()]
     values += [value for bucket in captured.buckets for value in bucket.slots.values()]
     before = [(value.data_ptr(), value.shape()) for value in values]
     allocations = Counted(monkeypatch, capturing.ort.OrtValue, "ortvalue_from_numpy")
@@ -369,6 +369,7 @@ def test_captured_decode_works_together_with_the_prefix_cache_and_batches(plain:
     while batch.step():
         pass
     assert [row.tokens[9:] for row in rows] == wanted
+    assert capturing.captured is not None and capturing.captured.holds(kept), "no row took the buffers"
     assert furthest(capturing.forward(IDS[9:10], kept, capturing.base), graph_logits(plain, IDS[:10])[9:]) < CLOSE
 
 

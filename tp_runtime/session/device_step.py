@@ -1,0 +1,146 @@
+"""The inputs and outputs of decode steps on a device, other than caches and patches, which every step writes in place.
+
+Binding an array of the host copies it to new memory of the device, and a bound array of the host gets all logits. Here
+both stay on the device: a step writes the ids, the positions and the lengths, 24 bytes a row, and fetches the largest
+logits, if the graph returns them and they suffice, and all of them otherwise.
+
+The lengths are written as what they differ by from the width of a mask of ones (`tp.length_shift`), so the mask is
+never written again. Graphs of earlier versions do not have that input, and get the whole mask with every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .best_logits import BestLogits, best_logits
+from .interface import BEST_IDS, BEST_VALUES, LENGTH_SHIFT, WINDOWED_SHIFT
+from .model_folder import ModelFolder
+
+Logits = NDArray[np.float32] | list[BestLogits]  # [rows, vocab], or the largest ones of each row
+
+
+class DeviceStep:
+    """The inputs and outputs of steps of `rows` sequences.
+
+    Args:
+        ort: the onnxruntime module.
+        folder: the model folder of the graph.
+        device: the device, `cuda`, or `cpu` in tests.
+        dtype: the dtype of the graph's logits.
+        rows: the number of sequences.
+        width: the width of the mask, if it is the same for all steps; None if each step binds its own (`bind_for`).
+
+    Attributes:
+        rows: the number of sequences.
+        best_values: the largest logits on the device [rows, best]; None if the graph does not return them.
+        best_ids: their ids.
+    """
+
+    def __init__(
+        self, ort: Any, folder: ModelFolder, device: str, dtype: DTypeLike, rows: int = 1, width: int | None = None
+    ) -> None:
+        self.rows = rows
+        self._folder, self._width = folder, width
+        self._binding: Any = None  # the binding of `bind_for`; None while that is incomplete
+        self._mask_bound: tuple[int, int] | None = None  # the address and the width of the mask that is bound to it
+
+        def value(shape: tuple[int, ...], kind: DTypeLike) -> Any:
+            return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), device, 0)
+
+        self._device = device
+        self._inputs = {name: value((rows, 1), np.int64) for name in ("input_ids", "position_ids")}
+        self._mask = np.ones((rows, width or 0), np.int64)
+        if width is not None:
+            self._inputs["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(self._mask, device, 0)
+        if folder.best is not None:
+            self._inputs[LENGTH_SHIFT], self._no_shift = value((rows,), np.int32), value((1,), np.int32)
+        self._shifts: list[int] | None = [0] * rows  # what `tp.windowed_shift` holds; None while that is unknown
+        if folder.windowed is not None:
+            self._inputs[WINDOWED_SHIFT] = value((rows,), np.int32)
+        self._logits = value((rows, 1, folder.vocab_size), dtype)
+        self._outputs = {"logits": self._logits}
+        self.best_values = self.best_ids = None
+        if folder.best is not None:
+            self.best_values, self.best_ids = value((rows, folder.best), dtype), value((rows, folder.best), np.int64)
+            self._outputs |= {BEST_VALUES: self.best_values, BEST_IDS: self.best_ids}
+
+    def bind(self, binding: Any, first_logit: tuple[str, Any]) -> None:
+        """Bind everything, and the input that limits the logits to the last position, to a binding of the session."""
+        for name, value in (*self._inputs.items(), first_logit):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            binding.bind_ortvalue_output(name, value)
+
+    def bind_for(self, binding: Any, first_logit: tuple[str, Any], ones: Any, width: int) -> None:
+        """Bind everything to the binding that the next step runs over, as far as it is not bound to it yet.
+
+        Args:
+            binding: a binding of the session, which holds the caches and the patch.
+            first_logit: see `bind`.
+            ones: ones on the device [rows * `width` or more] int64, whose memory must outlive the binding.
+            width: the width of the mask.
+        """
+        mask = ones.data_ptr(), width
+        if self._binding is not binding:
+            self._binding = None
+            self.bind(binding, first_logit)
+            self._mask_bound = None
+        if self._mask_bound != mask:
+            self._mask_bound = None
+            binding.bind_input("attention_mask", self._device, 0, np.int64, [self.rows, width], mask[0])
+            self._mask_bound = mask
+        self._binding = binding
+
+    def unbind(self) -> None:
+        """Take out of the binding what a run of another shape cannot use: the lengths and the largest logits."""
+        binding, self._binding = self._binding, None
+        if binding is not None and self._folder.best is not None:
+            binding.bind_ortvalue_input(LENGTH_SHIFT, self._no_shift)
+            for name in (BEST_VALUES, BEST_IDS):
+                binding.bind_output(name, self._device, 0)
+
+    def write(
+        self, tokens: Sequence[int], positions: Sequence[int], filled: Sequence[int], width: int, shifts: Sequence[int]
+    ) -> None:
+        """Write what a step reads.
+
+        Args:
+            tokens: the id to run in each row.
+            positions: the ids' positions.
+            filled: for each row the number of filled positions of full layers, this id's included.
+            width: the width of the mask.
+            shifts: for each row the number of positions by which windowed layers hold more.
+        """
+        column = self.rows, 1
+        self._inputs["input_ids"].update_inplace(np.array(tokens, np.int64).reshape(column))
+        self._inputs["position_ids"].update_inplace(np.array(positions, np.int64).reshape(column))
+        if LENGTH_SHIFT in self._inputs:
+            self._inputs[LENGTH_SHIFT].update_inplace(np.array(filled, np.int32) - np.int32(width))
+        else:
+            self._mask[:] = np.arange(width) < np.array(filled)[:, None]
+            self._inputs["attention_mask"].update_inplace(self._mask)
+        if WINDOWED_SHIFT in self._inputs and self._shifts != list(shifts):
+            self._shifts = None
+            self._inputs[WINDOWED_SHIFT].update_inplace(np.array(shifts, np.int32))
+            self._shifts = list(shifts)
+
+    def logits(self, best: Sequence[int]) -> Logits:
+        """Fetch what the last step returned.
+
+        Args:
+            best: for each row how many of the largest logits are needed; 0 for all.
+
+        Returns:
+            For each row all logits that are at least as large as the n-th largest one, if the graph returns enough of
+            them for every row. Otherwise the caller's own copy of all logits [rows, vocab].
+        """
+        if self.best_values is not None and self.best_ids is not None and all(best):
+            pairs = zip(self.best_values.numpy(), self.best_ids.numpy(), best, strict=True)
+            found = [best_logits(values, ids, number, self._folder.vocab_size) for values, ids, number in pairs]
+            if (complete := [row for row in found if row is not None]) and len(complete) == self.rows:
+                return complete
+        return np.array(self._logits.numpy()[:, 0], np.float32)
