@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tp_runtime.errors import ModelFormatError
-from tp_runtime.text import TableTokenizer, build_tables, read_tables
+from tp_runtime.errors import ModelFormatError, RequestError
+from tp_runtime.model import PatchedModel
+from tp_runtime.session import ModelFolder, describe_files, write_slots_file
+from tp_runtime.text import TABLES, TableTokenizer, TextCodec, build_tables, read_tables
 
 _CORPUS = [
     "the theatre there, then these thermal things; 12345 and 1 2 3",
@@ -224,3 +229,67 @@ def test_a_damaged_file_is_refused_or_gives_ids(file: tuple[bytes, str], data: s
         pass
     except Exception as error:  # what the tokenizers library says of settings that are none; the codec translates it
         assert type(error).__module__ == "builtins" and type(error) in (Exception, TypeError, ValueError), error
+
+
+# -- in a folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny_llama_export: Path, tmp_path: Path) -> Path:
+    """A copy of a folder that was exported without tables, and the tables with it."""
+    path = shutil.copytree(tiny_llama_export, tmp_path / "model")
+    raw = build_tables((path / "tokenizer.json").read_bytes())
+    assert raw is not None
+    return _with_tables(path, raw)
+
+
+def _with_tables(path: Path, raw: bytes) -> Path:
+    opened = ModelFolder.open(path)
+    (path / TABLES).write_bytes(raw)
+    write_slots_file(replace(opened, files=describe_files(path, sorted({*opened.files, TABLES}))))
+    return path
+
+
+def test_a_folder_s_tables_are_read_in_place_of_its_tokenizer(folder: Path, tiny_llama_export: Path) -> None:
+    plain = TextCodec.from_model_folder(ModelFolder.open(tiny_llama_export))
+    opened = ModelFolder.open(folder)
+    (folder / "tokenizer.json").unlink()
+    codec = TextCodec.from_model_folder(opened)
+    for prompt in ("hello", "the theatre <|im_end|> Größe\n"):
+        assert codec.render(prompt) == plain.render(prompt)
+        assert codec.render(prompt, "a system message") == plain.render(prompt, "a system message")
+        assert codec.render(prompt, raw=True) == plain.render(prompt, raw=True)
+    ids = list(range(opened.vocab_size))
+    assert codec.decode(ids) == plain.decode(ids)
+    assert codec.decode(ids, keep_markers=True) == plain.decode(ids, keep_markers=True)
+    assert (codec.eos_ids, codec.bos_id) == (plain.eos_ids, plain.bos_id)
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
+        codec.render("long " * 2**14)
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**40], ["a"], [1.5]])
+def test_bad_ids_are_refused_as_without_tables(folder: Path, ids: list[Any]) -> None:
+    with pytest.raises(RequestError, match="not a list of token ids"):
+        TextCodec.from_model_folder(ModelFolder.open(folder)).decode(ids)
+
+
+def test_a_model_with_tables_gives_the_same_text(folder: Path, model: PatchedModel) -> None:
+    with_tables = PatchedModel.from_pretrained(folder, "cpu")
+    with_tables.codec.eos_ids = frozenset()
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 5}
+    assert with_tables.generate("hello", **options) == model.generate("hello", **options)
+
+
+def test_damaged_tables_are_refused_when_the_folder_is_opened(folder: Path) -> None:
+    content = bytearray((folder / TABLES).read_bytes())
+    content[-1] ^= 1
+    (folder / TABLES).write_bytes(content)
+    with pytest.raises(ModelFormatError, match=TABLES):
+        ModelFolder.open(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", bytes(100)])
+def test_listed_tables_that_are_none_are_refused(folder: Path, content: bytes) -> None:
+    _with_tables(folder, content)
+    with pytest.raises(ModelFormatError, match=TABLES):
+        PatchedModel.from_pretrained(folder, "cpu")
