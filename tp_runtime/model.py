@@ -120,9 +120,16 @@ class PatchedModel:
             )
         require_flag("verify", verify)
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
-        folder = ModelFolder.open(path, verify)
-        # ONNX Runtime opens the session without Python's lock, so the text side is read meanwhile.
-        codec = _beside(lambda: TextCodec.from_model_folder(folder))
+        folder = ModelFolder.open(path, verify, digests=verify)
+
+        def read_text_side() -> TextCodec:
+            if not verify:
+                folder.check_digests()
+            return TextCodec.from_model_folder(folder)
+
+        # ONNX Runtime opens the session without Python's lock. Meanwhile files are hashed, and the text side is read.
+        # The graph itself is hashed before it is opened.
+        codec = _beside(read_text_side)
         try:
             if isinstance(patch, str | os.PathLike):
                 patch = Patch.load(patch)
@@ -130,7 +137,7 @@ class PatchedModel:
                 raise not_a_patch(patch, "a Patch, its file, or None")
             graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
         except TPError:
-            codec()  # of two errors, the one of the text side is raised
+            codec()  # a damaged file is the cause of what the session says about it
             raise
         if graph.device.requested == "auto" and graph.device.reason:
             level = logging.WARNING if cuda_is_expected() else logging.INFO
