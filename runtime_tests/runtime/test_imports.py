@@ -75,10 +75,18 @@ model = PatchedModel.from_pretrained(sys.argv[1], "cpu")
 next(iter(model.stream("hello", max_new_tokens=1)))
 print(*(sys.modules.keys() - before))
 """
-NEEDED = {"atexit", "bisect", "copy", "dataclasses", "decimal", "encodings", "hashlib", "heapq", "json", "logging"}
+NEEDED = {"atexit", "bisect", "copy", "dataclasses", "encodings", "hashlib", "heapq", "json", "logging"}
 NEEDED |= {"numpy", "string", "threading", "tp_runtime", "traceback", "unicodedata"}
 OF_TEMPLATES = {"bz2", "jinja2", "lzma", "markupsafe", "pprint", "random", "shutil", "tempfile", "zlib"}
-SLOW = {"concurrent.futures", "importlib.metadata", "llguidance", "numpy.ma", "numpy.random", "numpy.testing"}
+SLOW = {
+    "concurrent.futures",
+    "decimal",
+    "importlib.metadata",
+    "tp_runtime.grammar",
+    "numpy.ma",
+    "numpy.random",
+    "numpy.testing",
+}
 
 
 @pytest.mark.parametrize(

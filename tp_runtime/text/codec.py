@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelFormatError, RequestError, library_errors, shown
-from ..grammar import Grammars
 from ..session import ModelFolder
 from .messages import checked_messages, empty_prompt
 from .plain_values import check_unicode
@@ -37,6 +36,8 @@ from .tools import TemplateVariables
 
 if TYPE_CHECKING:
     import jinja2
+
+    from ..grammar import Grammars
 
 _TAIL = 32  # ids; the beginning of the assistant's message and a tag are shorter
 
@@ -249,6 +250,8 @@ class TextCodec:
 
     def grammars(self, width: int) -> Grammars:
         """Return a compiler of constraints for this tokenizer and logits of that width."""
+        from ..grammar import Grammars  # only a request with a constraint needs it
+
         return Grammars(self._tokenizer, self.eos_ids, width)
 
     def prompt_tail(self, ids: Sequence[int]) -> PromptTail:

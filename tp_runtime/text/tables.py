@@ -119,7 +119,7 @@ def build_tables(tokenizer: bytes) -> bytes | None:
     if merges is None:
         return None
     pieces = [every.get(index, "").encode() for index in range(max(every) + 1)]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "text": np.frombuffer(b"".join(pieces), np.uint8),
         "ends": np.cumsum([len(piece) for piece in pieces], dtype=np.uint32),
         "order": np.array(sorted(every, key=lambda index: pieces[index]), np.uint32),
@@ -211,7 +211,7 @@ def read_tables(raw: bytes, tokenizer_sha256: str, field: str) -> Tables:
         _check_arrays(arrays)
         text = arrays["text"].tobytes()
         text.decode("utf-8")
-        views = {name: memoryview(array) for name, array in arrays.items() if name != "text"}
+        views = {name: array.data for name, array in arrays.items() if name != "text"}
         settings, added, symbols = (_parsed(metadata, key) for key in ("settings", "added", "symbols"))
         tokens = tuple(
             Added(index, content, dict(zip(_FLAGS, flags, strict=True)))

@@ -238,7 +238,9 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: AnyTokenizer, special_tokens:
     """
     ids: set[int] = set()
     if "eos_token" in special_tokens:
-        ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
+        eos = tokenizer.token_to_id(special_tokens["eos_token"])
+        assert eos is not None  # read_special_tokens found it
+        ids.add(eos)
     generation, config = (_named_eos_ids(files, name) for name in EOS_FILES)
     if generation:
         config &= tokenizer.get_added_tokens_decoder().keys()
