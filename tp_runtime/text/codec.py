@@ -16,6 +16,7 @@ from ..session import ModelFolder
 from .messages import checked_messages, empty_prompt
 from .plain_values import check_unicode
 from .reasoning import PromptTail, ReasoningTags, recognise_reasoning_tags
+from .table_tokenizer import TableTokenizer
 from .tokenizer_files import (
     CONFIG,
     TOKENIZER,
@@ -253,6 +254,15 @@ class TextCodec:
         from ..grammar import Grammars  # only a request with a constraint needs it
 
         return Grammars(self._tokenizer, self.eos_ids, width)
+
+    def load_tokenizer(self) -> None:
+        """Load tokenizer.json now, where its tables would be used until it pays; no later text waits for it.
+
+        Raises:
+            ModelFormatError: the file is missing, or is not the one that was exported.
+        """
+        if isinstance(self._tokenizer, TableTokenizer):
+            self._tokenizer.load()
 
     def prompt_tail(self, ids: Sequence[int]) -> PromptTail:
         """Return how a prompt ends: "open" if its last text opens reasoning, "closed" if it closes it, else "none".

@@ -85,7 +85,7 @@ class TableTokenizer:
         """Return the ids of a text."""
         self._characters += len(text)
         if self._whole is None and self._characters > self._budget:
-            self._load_whole()
+            self.load()
         if self._whole is not None:
             encoding = self._whole.encode(text, add_special_tokens=add_special_tokens)
             return Encoded(encoding.ids, encoding.special_tokens_mask)
@@ -126,14 +126,15 @@ class TableTokenizer:
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
         """Return the ids of all tokens, from tokenizer.json."""
-        vocab: dict[str, int] = self._load_whole().get_vocab(with_added_tokens)
+        vocab: dict[str, int] = self.load().get_vocab(with_added_tokens)
         return vocab
 
     def to_str(self) -> str:
         """Return the whole tokenizer as JSON text, from tokenizer.json."""
-        return str(self._load_whole().to_str())
+        return str(self.load().to_str())
 
-    def _load_whole(self) -> Tokenizer:
+    def load(self) -> Tokenizer:
+        """Load tokenizer.json, unless it is loaded; from now on the library does all the work."""
         with self._lock:
             if self._whole is None:
                 self._whole = self._load()

@@ -267,6 +267,18 @@ def test_a_folder_s_tables_are_read_in_place_of_its_tokenizer(folder: Path, tiny
         codec.render("long " * 2**14)
 
 
+def test_the_tokenizer_can_be_loaded_ahead(folder: Path) -> None:
+    opened = ModelFolder.open(folder)
+    codec = TextCodec.from_model_folder(opened)
+    before = codec.render("hello")
+    codec.load_tokenizer()
+    (folder / "tokenizer.json").unlink()
+    assert codec.render("hello") == before
+    codec.render("long " * 2**14)
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
+        TextCodec.from_model_folder(opened).load_tokenizer()
+
+
 @pytest.mark.parametrize("ids", [[-1], [2**40], ["a"], [1.5]])
 def test_bad_ids_are_refused_as_without_tables(folder: Path, ids: list[Any]) -> None:
     with pytest.raises(RequestError, match="not a list of token ids"):
