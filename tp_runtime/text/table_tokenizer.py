@@ -28,7 +28,7 @@ from .tables import Added, Tables
 
 _BUDGET = 2**16  # characters of all texts together
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_KEPT_PAIRS, _KEPT_WORDS = 2**16, 2**13
+_KEPT_PAIRS, _KEPT_WORDS, _KEPT_TEXTS = 2**16, 2**13, 2**13
 _LONGEST_WORD = 32  # symbols; longer words seldom come twice
 
 
@@ -76,6 +76,9 @@ class TableTokenizer:
         self._doubtful = frozenset(tables.symbols) if tables.sparse else frozenset()
         texts = {number: self._token(number) for number in tables.symbols}
         self._byte = {number: int(token[3:5], 16) for number, token in texts.items() if _BYTE.fullmatch(token)}
+        # `typed`, because the library refuses 1.0, which equals 1.
+        self._named = lru_cache(_KEPT_TEXTS, typed=True)(lambda number: self._token(_checked(number)))
+        self._shown = lru_cache(_KEPT_TEXTS, typed=True)(self._unless_special)
         self._pair = lru_cache(_KEPT_PAIRS)(self._find_pair)
         self._word = lru_cache(_KEPT_WORDS)(self._merge)
         self._shell = self._make_shell(frozenset("a") if tables.sparse else None, frozenset())
@@ -106,9 +109,7 @@ class TableTokenizer:
         if self._whole is not None:
             text: str = self._whole.decode(ids, skip_special_tokens=skip_special_tokens)
             return text
-        tokens = [token for number in ids if (token := self._token(_checked(number)))]
-        if skip_special_tokens:
-            tokens = [token for token in tokens if token not in self._special]
+        tokens = [token for token in map(self._shown if skip_special_tokens else self._named, ids) if token]
         return " ".join(tokens) if self._decoder is None else str(self._decoder.decode(tokens))
 
     def token_to_id(self, token: str) -> int | None:
@@ -252,6 +253,10 @@ class TableTokenizer:
 
     def _token(self, number: int) -> str:
         return self._bytes(number).decode() if number < len(self._tables.ends) else ""
+
+    def _unless_special(self, number: Any) -> str:
+        token = self._token(_checked(number))
+        return "" if token in self._special else token
 
     def _bytes(self, number: int) -> bytes:
         ends = self._tables.ends
