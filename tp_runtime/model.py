@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chat import SAVED, ChatSession, Overflow, Saved
-from .errors import ModelFormatError, PatchFormatError, RequestError, require_flag, require_positive, shown
+from .errors import ModelFormatError, PatchFormatError, RequestError, TPError, require_flag, require_positive, shown
 from .generation import PREFILL_TOKENS, LookupStats, PrefixCache, generate, prefill
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
 from .patch import Patch
@@ -49,6 +50,8 @@ from .text import (
 log = logging.getLogger("tp_runtime")
 
 _MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
+
+_T = TypeVar("_T")
 
 
 class PatchedModel:
@@ -117,17 +120,29 @@ class PatchedModel:
             )
         require_flag("verify", verify)
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
-        folder = ModelFolder.open(path, verify)
-        codec = TextCodec.from_model_folder(folder)
-        if isinstance(patch, str | os.PathLike):
-            patch = Patch.load(patch)
-        if not isinstance(patch, Patch | Active | None):
-            raise not_a_patch(patch, "a Patch, its file, or None")
-        graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
+        folder = ModelFolder.open(path, verify, digests=verify)
+
+        def read_text_side() -> TextCodec:
+            if not verify:
+                folder.check_digests()
+            return TextCodec.from_model_folder(folder)
+
+        # ONNX Runtime opens the session without Python's lock. Meanwhile files are hashed, and the text side is read.
+        # The graph itself is hashed before it is opened.
+        codec = _beside(read_text_side)
+        try:
+            if isinstance(patch, str | os.PathLike):
+                patch = Patch.load(patch)
+            if not isinstance(patch, Patch | Active | None):
+                raise not_a_patch(patch, "a Patch, its file, or None")
+            graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
+        except TPError:
+            codec()  # a damaged file is the cause of what the session says about it
+            raise
         if graph.device.requested == "auto" and graph.device.reason:
             level = logging.WARNING if cuda_is_expected() else logging.INFO
             log.log(level, "running on the CPU: %s", graph.device.reason)
-        return cls(graph, codec, graph.base if patch is None else graph.default, store)
+        return cls(graph, codec(), graph.base if patch is None else graph.default, store)
 
     # -- patches ---------------------------------------------------------------------------------------------
 
@@ -498,3 +513,27 @@ class PatchedModel:
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
             return self.graph.run(token_ids, resolved.bound)
+
+
+def _beside(work: Callable[[], _T]) -> Callable[[], _T]:
+    """Begin `work` in a thread of its own; return a function that waits for it, and returns or raises as it did."""
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    # It does not outlive the process: an interrupt while the session is opened ends both.
+    thread = threading.Thread(target=run, name="tp-beside", daemon=True)
+    thread.start()
+
+    def result() -> _T:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return result

@@ -6,10 +6,12 @@ runtime. A machine that slows down or speeds up therefore affects all the runtim
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -120,6 +122,7 @@ class Found:
 def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan, found: dict[str, Found]) -> None:
     """Start new processes one at a time, and time each until its first token after a prompt of 32 tokens."""
     prompt = list(plan.text[:32])
+    _compile("tp_runtime")
     for number in range(plan.cold + 1 if plan.cold else 0):
         for rival in _rotated(rivals, number):
             if "all" in found[rival.key].failed:
@@ -132,6 +135,13 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
                     found[rival.key].cold.append(ended - process.started)
                     found[rival.key].load.append(loaded["seconds"])
                     found[rival.key].memory.append(process.ask("memory"))
+
+
+def _compile(package: str) -> None:
+    """Compile the modules of a package that may be a checkout: pip has compiled the others when it installed them."""
+    spec = util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        compileall.compile_dir(folder, quiet=1)
 
 
 def live_rounds(

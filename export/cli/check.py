@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tp_runtime.errors import ModelFormatError
 from tp_runtime.session import ModelFolder, check_prepared, has_prepared
+from tp_runtime.storage import REEXPORT
+from tp_runtime.text import TABLES, TOKENIZER_FILES, build_tables
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,7 +19,8 @@ def add_parser(subparsers: Any) -> None:
         "check",
         help="check an exported model folder",
         description="Hash every file of an exported model folder and check its graph: it may use only known operators, "
-        "external data only inside the folder's own files, and the inputs and outputs that the description states. If "
+        "external data only inside the folder's own files, and the inputs and outputs that the description states. The "
+        "tables of the tokenizer must be those of tokenizer.json. If "
         "this machine prepared the graph, the command also hashes the prepared files. With --tokens it compares the "
         "folder's token ids with those of transformers. With --source it also checks that the folder is an export of "
         "that source and predicts what the source predicts. It prints a line for each check. The first check that "
@@ -46,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         f"slots: {len(folder.slots)} in {folder.layers} layers",
         *check_graph(args.folder),
         check_description(args.folder),
+        *_check_tables(folder),
     ]
     if args.tokens or args.source is not None:
         lines += _compare(folder, args.source)
@@ -70,6 +75,21 @@ def run(args: argparse.Namespace) -> int:
     for name in folder.unlisted:
         print(f"-- {name!a} is not listed, so nothing reads it")
     return 0
+
+
+def _check_tables(folder: ModelFolder) -> list[str]:
+    """Check that the tables of the tokenizer, which are read in its place, say what tokenizer.json says."""
+    if TABLES not in folder.files:
+        return []
+    if build_tables(folder.read(TOKENIZER_FILES[0])) != folder.read(TABLES):
+        raise ModelFormatError(
+            "the tables of the tokenizer are not those of tokenizer.json",
+            field=TABLES,
+            got="other bytes",
+            wanted="the bytes that an export writes",
+            fix=REEXPORT,
+        )
+    return ["tokenizer: its tables are those of tokenizer.json"]
 
 
 def _compare(folder: ModelFolder, src: str | None) -> list[str]:

@@ -8,6 +8,7 @@ from .licences import licence_files
 from .loading import load_model
 from .offload import resident
 from .source import Source, open_source
+from .tables import tokenizer_tables
 from .token_ids import Difference, compare_ids
 from .tokenizer import EffectiveTokenizer
 
@@ -21,4 +22,5 @@ __all__ = [
     "open_source",
     "read_file",
     "resident",
+    "tokenizer_tables",
 ]

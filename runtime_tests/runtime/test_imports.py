@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tp_runtime
 
 # Every import of a package of the host half fails as if the package were not installed.
@@ -60,3 +62,40 @@ def test_text_is_generated_without_the_host_half(tiny_llama_export: Path) -> Non
 def test_inspect_does_not_load_onnxruntime(tiny_llama_export: Path) -> None:
     check = "assert 'onnxruntime' not in sys.modules"
     run(f"from tp_runtime.cli import main\nmain(sys.argv[1:])\n{check}", "inspect", str(tiny_llama_export))
+
+
+# What the first token of a process may import beyond numpy, onnxruntime and tokenizers: every import delays it. Modules
+# of the standard library whose names begin with an underscore come with the others.
+FIRST_TOKEN = """
+import sys
+import numpy, onnxruntime, tokenizers
+before = set(sys.modules)
+from tp_runtime import PatchedModel
+model = PatchedModel.from_pretrained(sys.argv[1], "cpu")
+next(iter(model.stream("hello", max_new_tokens=1)))
+print(*(sys.modules.keys() - before))
+"""
+NEEDED = {"atexit", "bisect", "copy", "dataclasses", "encodings", "hashlib", "heapq", "json", "logging"}
+NEEDED |= {"numpy", "string", "threading", "tp_runtime", "traceback", "unicodedata"}
+OF_TEMPLATES = {"bz2", "jinja2", "lzma", "markupsafe", "pprint", "random", "shutil", "tempfile", "zlib"}
+SLOW = {
+    "concurrent.futures",
+    "decimal",
+    "importlib.metadata",
+    "tp_runtime.grammar",
+    "numpy.ma",
+    "numpy.random",
+    "numpy.testing",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "allowed"), [("tiny_gemma_export", NEEDED), ("tiny_llama_export", NEEDED | OF_TEMPLATES)]
+)
+def test_the_first_token_imports_only_what_it_needs(
+    model: str, allowed: set[str], request: pytest.FixtureRequest
+) -> None:
+    """A completion needs no templates, so it does not import jinja2 and what jinja2 imports."""
+    modules = set(run(FIRST_TOKEN, str(request.getfixturevalue(model))).split())
+    assert {name.partition(".")[0] for name in modules if not name.startswith("_")} <= allowed
+    assert not modules & SLOW

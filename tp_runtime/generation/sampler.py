@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +57,11 @@ class Sampler:
         plain = self.sampling.temperature == 0 and not self.sampling.changes_logits
         self.takes_largest = plain and constraint is None and logprobs is None
         self._records: list[TokenLogprobs] = []
-        self._bits = np.random.PCG64(self.sampling.seed)
-        self._random = np.random.Generator(self._bits)
-        self._start = self._bits.state
-        self._next: int | None = 0  # the number of the draw that the generator makes next; None if that is unknown
+        # The generator is made for the first draw: greedy requests need none, and numpy imports its module then, which
+        # would delay the first token of a process.
+        self._random: np.random.Generator | None = None
+        self._start: Any = None
+        self._next: int | None = None  # the number of the draw that the generator makes next; None if that is unknown
 
     @property
     def best(self) -> int:
@@ -165,9 +167,13 @@ class Sampler:
     def _uniform(self, draw: int) -> float:
         """Return the random number of that draw, in [0, 1)."""
         known, self._next = self._next, None  # an interrupt below leaves it unknown how far the generator is
+        if self._random is None:
+            bits = np.random.PCG64(self.sampling.seed)
+            self._start, self._random = bits.state, np.random.Generator(bits)
         if known != draw:
-            self._bits.state = self._start
-            self._bits.advance(draw)
+            bits = self._random.bit_generator  # type: ignore[assignment]
+            bits.state = self._start
+            bits.advance(draw)
         number = self._random.random()
         self._next = draw + 1
         return number

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 # Threads have 8 MB on Linux, 512 kB on macOS and 128 kB with musl. Pages that are not touched take no memory.
@@ -15,6 +14,8 @@ _starting = threading.Lock()  # the size is a setting of the whole process
 
 def on_deep_stack(function: Callable[..., Any], *args: Any) -> Any:
     """Return what a function returns, or raise what it raises. It runs on a thread of its own, and this one waits."""
+    from concurrent.futures import Future  # most requests have no grammar, and the import delays the first token
+
     outcome: Future[Any] = Future()
 
     def run() -> None:

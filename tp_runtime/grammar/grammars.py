@@ -8,8 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from ..errors import RequestError, library_errors, shown
 from .deep_stack import on_deep_stack
 from .json_schema import lower_schema, schema_text
@@ -18,7 +16,7 @@ from .library import llguidance
 from .matcher import GrammarConstraint
 from .pattern import translate
 from .problems import has_a_place, refused, same_kind
-from .vocabulary import Vocabulary
+from .vocabulary import TokenizerSource, Vocabulary
 
 _KEPT = 16  # the number of compiled grammars that are kept: an application has a few schemas and uses them again
 _LONGEST = 1_000_000  # characters of a schema, an expression or a grammar
@@ -57,7 +55,7 @@ class Grammars:
         width: the number of logits.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int], width: int) -> None:
+    def __init__(self, tokenizer: TokenizerSource, eos_ids: Iterable[int], width: int) -> None:
         self._vocabulary = Vocabulary(tokenizer, eos_ids, width)
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, library_errors
 from .library import llguidance
+
+
+class TokenizerSource(Protocol):
+    """A tokenizer of the tokenizers library, or what has these two methods of it."""
+
+    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
+        """Return the ids of all tokens."""
+
+    def to_str(self) -> str:
+        """Return the tokenizer as JSON text."""
 
 
 class Vocabulary:
@@ -25,7 +34,7 @@ class Vocabulary:
         eos_ids: the ids that end a completion, in ascending order.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int], width: int) -> None:
+    def __init__(self, tokenizer: TokenizerSource, eos_ids: Iterable[int], width: int) -> None:
         self.width = width
         self.eos_ids = tuple(sorted(eos for eos in eos_ids if 0 <= eos < width))
         self._source = tokenizer

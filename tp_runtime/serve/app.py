@@ -54,8 +54,10 @@ def create_app(
 
     Raises:
         RequestError: the model or a patch has a name that requests cannot name.
+        ModelFormatError: tokenizer.json is not the one that was exported.
     """
     folder = model.graph.folder
+    model.codec.load_tokenizer()  # a server answers many texts, and none of them is to wait for it
     if catalogue is None:
         served = ServedPatches(model, name or Path(folder.base_model).name, settings.patch_dir)
         catalogue = served, PatchFolder(served)

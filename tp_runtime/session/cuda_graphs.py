@@ -41,7 +41,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +138,8 @@ class CapturedDecode:
         first_logit: tuple[str, Any],
         kv: InPlaceBuffers,
     ) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # sessions that capture nothing open without this import
+
         self._slots, self._dtype, self._kv, self._session = folder.slots, dtypes[0], kv, session
         self._ort, self._device = ort, device
         self._thread, self._lock = ThreadPoolExecutor(1, "tp-captured-decode"), threading.RLock()
@@ -201,6 +202,8 @@ class CapturedDecode:
         try:
             running.result()
         except BaseException:
+            from concurrent.futures import wait
+
             wait([running])  # after an interrupt the run continues, and writes to buffers that the caller uses next
             raise
 

@@ -11,12 +11,11 @@ import contextlib
 import importlib
 import io
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,9 @@ def require_onnxruntime() -> Any:
         DeviceUnavailableError: no build is installed, two builds overwrite each other, or the installed build cannot
             be imported.
     """
-    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_described(name)]
+    if len(found) == 2:  # reading the descriptions imports much, so it is done only where it matters
+        found = [name for name in found if _is_installed(name)]
     if len(found) == 2:
         raise DeviceUnavailableError(
             "two builds of ONNX Runtime are installed in one folder, and each overwrote parts of the other",
@@ -156,6 +157,8 @@ def select_device(requested: str) -> Device:
 
 def cuda_is_expected() -> bool:
     """Return whether this machine is set up for CUDA: it has a CUDA build of ONNX Runtime, or a GPU of NVIDIA's."""
+    import shutil
+
     build = getattr(require_onnxruntime(), "cuda_version", "") or ""
     return bool(build) or any(os.path.exists(path) for path in _NVIDIA) or shutil.which("nvidia-smi") is not None
 
@@ -329,7 +332,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _is_described(distribution: str) -> bool:
+    """Return whether a folder on Python's path holds a description of a distribution, as an installer writes it."""
+    beginning = distribution.replace("-", "_") + "-"
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            if any(name.startswith(beginning) and name.endswith("-info") for name in os.listdir(folder or ".")):
+                return True
+    return False
+
+
 def _is_installed(distribution: str) -> bool:
+    from importlib import metadata
+
     try:
         # An uninstall can leave an empty description behind, which has no version.
         return bool(metadata.version(distribution))

@@ -88,12 +88,14 @@ class ModelFolder:
     verified: bool = field(default=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> ModelFolder:
+    def open(cls, path: str | Path, verify: bool = False, digests: bool = True) -> ModelFolder:
         """Read a folder's description and check the folder's files against it.
 
         Args:
             path: the folder.
             verify: whether to also hash the files above 64 MiB. Their sizes are checked in any case.
+            digests: whether to hash files now. With False only their sizes are checked, and `check_digests` must follow
+                before anything of the folder is used.
 
         Returns:
             The folder.
@@ -104,9 +106,21 @@ class ModelFolder:
         """
         root = _real_folder(Path(path))
         folder = cls(path=root, **parse_description(_read_description(root)), verified=verify)
-        for name, record in folder.files.items():
-            check_content(root, name, record, hash_large=verify)
+        if digests:
+            folder.check_digests()
+        else:
+            for name, record in folder.files.items():
+                _check_size(root, name, record)
         return folder
+
+    def check_digests(self) -> None:
+        """Check the size of every file, and the SHA-256 of those up to 64 MiB or, with `verified`, of all.
+
+        Raises:
+            ModelFormatError, UnsafePathError: as for `open`.
+        """
+        for name, record in self.files.items():
+            check_content(self.path, name, record, hash_large=self.verified)
 
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Return the bytes of a listed file, after a check of their size and SHA-256.
@@ -271,6 +285,11 @@ def read_content(root: Path, name: str, record: FileRecord, limit: int) -> bytes
         raw = handle.read(record.bytes)
     _require_digest(name, hashlib.sha256(raw).hexdigest(), record)
     return raw
+
+
+def _check_size(root: Path, name: str, record: FileRecord) -> None:
+    with _opened(root, name) as handle:
+        _require_size(name, os.fstat(handle.fileno()).st_size, record)
 
 
 @contextmanager

@@ -18,9 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -113,8 +110,10 @@ def temporary_folder(parent: AnyPath | None = None, prefix: str = "tp-") -> Iter
     Raises:
         OSError: the folder cannot be made.
     """
-    made = Path(tempfile.gettempdir() if parent is None else parent) / f"{prefix}{secrets.token_hex(_DIGITS // 2)}"
-    with _settled(partial(shutil.rmtree, made, ignore_errors=True)):
+    import tempfile  # a process that writes nothing starts without it
+
+    made = Path(tempfile.gettempdir() if parent is None else parent) / f"{prefix}{os.urandom(_DIGITS // 2).hex()}"
+    with _settled(partial(_remove_folder, made)):
         made.mkdir(mode=0o700)
         yield made
 
@@ -146,19 +145,25 @@ def _remove_file(temporary: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _remove_folder(folder: Path) -> None:
+    import shutil  # a process that writes nothing starts without it
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _settle_folder(target: Path, temporary: Path, old: Path, replaces: Kind | None) -> None:
     if os.path.lexists(old) and not os.path.lexists(target):
         os.rename(old, target)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_folder(temporary)
     # If another program wrote the destination after it changed, `old` may hold anything, and it is kept.
     if os.path.lexists(old) and folder_mismatch(old, replaces) is None:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_folder(old)
 
 
 def _temporary_path(path: Path) -> Path:
     """Return a hidden path in the same folder (a rename must not cross file systems) with the same suffix."""
     stem, suffix = _kept(path.name)
-    return path.with_name(f".{stem}.{secrets.token_hex(_DIGITS // 2)}{suffix}")
+    return path.with_name(f".{stem}.{os.urandom(_DIGITS // 2).hex()}{suffix}")
 
 
 def _kept(name: str) -> tuple[str, str]:

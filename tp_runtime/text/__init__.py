@@ -16,11 +16,14 @@ from .request import Request, RequestOptions, SamplingOptions
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
 from .several import each_answer, each_prompt, is_several, run_together, shared_cache
 from .stream import TextStream
-from .tokenizer_files import SPECIAL_TOKENS, TOKENIZER_FILES, TOOL_TEMPLATE
+from .table_tokenizer import TableTokenizer
+from .tables import build_tables, read_tables
+from .tokenizer_files import SPECIAL_TOKENS, TABLES, TOKENIZER_FILES, TOOL_TEMPLATE
 from .tool_calls import ToolCall
 
 __all__ = [
     "SPECIAL_TOKENS",
+    "TABLES",
     "TOKENIZER_FILES",
     "TOOL_TEMPLATE",
     "AnswerChunk",
@@ -37,6 +40,7 @@ __all__ = [
     "SamplingOptions",
     "StopScanner",
     "Style",
+    "TableTokenizer",
     "TextBatch",
     "TextCodec",
     "TextStream",
@@ -47,12 +51,14 @@ __all__ = [
     "absorb_prompt",
     "beginning_of",
     "beginnings_of",
+    "build_tables",
     "checked_messages",
     "each_answer",
     "each_prompt",
     "in_front_of",
     "is_several",
     "plain_objects",
+    "read_tables",
     "run_together",
     "shared_cache",
     "writes_the_date",

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
-
-import jinja2
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelFormatError, RequestError, library_errors, shown
-from ..grammar import Grammars
 from ..session import ModelFolder
 from .messages import checked_messages, empty_prompt
 from .plain_values import check_unicode
 from .reasoning import PromptTail, ReasoningTags, recognise_reasoning_tags
-from .template import compile_template, fill_template
+from .table_tokenizer import TableTokenizer
 from .tokenizer_files import (
     CONFIG,
+    TOKENIZER,
     TOKENIZER_FILES,
+    AnyTokenizer,
     TokenizerFiles,
     check_added_tokens,
     read_eos_ids,
@@ -32,9 +30,15 @@ from .tokenizer_files import (
     read_template,
     read_tokenizer,
     read_tool_template,
+    table_tokenizer,
 )
 from .tool_calls import recognise_tool_format
 from .tools import TemplateVariables
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from ..grammar import Grammars
 
 _TAIL = 32  # ids; the beginning of the assistant's message and a tag are shorter
 
@@ -58,7 +62,7 @@ class TextCodec:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         style: Style,
         eos_ids: frozenset[int],
@@ -94,6 +98,8 @@ class TextCodec:
     def from_model_folder(cls, folder: ModelFolder) -> TextCodec:
         """Read the tokenizer and the template of an exported folder: its listed files, as the bytes that were hashed.
 
+        Where the folder has the tables of its tokenizer.json, they are read in its place.
+
         Only an export holds files that give the token ids of transformers without transformers. A Hugging Face folder
         is opened on the host, with `tp_export.source.open_source`.
 
@@ -101,8 +107,12 @@ class TextCodec:
             ModelFormatError: a file is not the one that was exported; or as for `from_files`.
             UnsafePathError: the path of a file leads outside the folder.
         """
-        content = {name: folder.read(name) for name in TOKENIZER_FILES if name in folder.files}
-        return cls.from_files(content, str(folder.path), "chat" if folder.style == "chat" else "completion")
+        tokenizer = table_tokenizer(folder)
+        names = [name for name in TOKENIZER_FILES if name in folder.files and not (tokenizer and name == TOKENIZER)]
+        content = {name: folder.read(name) for name in names}
+        return cls._of(
+            TokenizerFiles(content, str(folder.path)), tokenizer, "chat" if folder.style == "chat" else "completion"
+        )
 
     @classmethod
     def from_files(cls, content: Mapping[str, bytes], where: str, style: Style | None = None) -> TextCodec:
@@ -122,8 +132,13 @@ class TextCodec:
         """
         if style not in ("chat", "completion", None):
             raise RequestError("the style is unknown", field="style", got=shown(style), wanted="chat or completion")
-        files = TokenizerFiles(content, where)
-        tokenizer, config, config_path = read_tokenizer(files), files.json(CONFIG), files.path(CONFIG)
+        return cls._of(TokenizerFiles(content, where), None, style)
+
+    @classmethod
+    def _of(cls, files: TokenizerFiles, tokenizer: AnyTokenizer | None, style: Style | None) -> TextCodec:
+        """Make a codec of tokenizer files, with a tokenizer in place of tokenizer.json or with None."""
+        tokenizer = read_tokenizer(files) if tokenizer is None else tokenizer
+        config, config_path, where = files.json(CONFIG), files.path(CONFIG), files.where
         check_added_tokens(tokenizer, config, config_path)
         special_tokens = read_special_tokens(tokenizer, config, config_path)
         source = read_template(files, config)
@@ -131,6 +146,8 @@ class TextCodec:
         tool_source = read_tool_template(files, config)
         template = tool_template = None
         if style == "chat":
+            from .template import compile_template  # only a chat needs jinja2, and its import delays the first token
+
             if source is None:
                 raise ModelFormatError(
                     "the model has no chat template",
@@ -203,6 +220,8 @@ class TextCodec:
             )
         variables = TemplateVariables.of(tools, documents, template_args, self._special_tokens)
         if not raw and self._template is not None:
+            from .template import fill_template
+
             chat = checked_messages(messages, system)
             template = self._template if variables.tools is None else self._tool_template
             assert template is not None
@@ -232,7 +251,18 @@ class TextCodec:
 
     def grammars(self, width: int) -> Grammars:
         """Return a compiler of constraints for this tokenizer and logits of that width."""
+        from ..grammar import Grammars  # only a request with a constraint needs it
+
         return Grammars(self._tokenizer, self.eos_ids, width)
+
+    def load_tokenizer(self) -> None:
+        """Load tokenizer.json now, where its tables would be used until it pays; no later text waits for it.
+
+        Raises:
+            ModelFormatError: the file is missing, or is not the one that was exported.
+        """
+        if isinstance(self._tokenizer, TableTokenizer):
+            self._tokenizer.load()
 
     def prompt_tail(self, ids: Sequence[int]) -> PromptTail:
         """Return how a prompt ends: "open" if its last text opens reasoning, "closed" if it closes it, else "none".

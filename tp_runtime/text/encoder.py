@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import RequestError, shown
 from ..generation import Constraint, Sampler, Sampling, WantedLogprobs
-from ..grammar import Grammars, check_schema
 from ..loaded_patches import LoadedPatches, ResolvedPatch
 from ..patch import BEFORE_SYSTEM, ENTRIES_STAND
 from .answer import AnswerReader
 from .codec import Message, TextCodec
 from .request import Request
-from .tool_grammar import tool_constraint
 from .tools import refuse_tools_and_documents
+
+if TYPE_CHECKING:
+    from ..grammar import Grammars
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,11 @@ class RequestEncoder:
     def _constraint(self, request: Request, tokens: Sequence[int]) -> Constraint | None:
         """Return what the completion is held to; None if it is free."""
         called, codec = None, self.codec
+        # The room of grammars is imported for the first request that needs it: its import delays the first token.
         if request.tools and request.tool_choice not in ("auto", "none"):
+            from ..grammar import check_schema
+            from .tool_grammar import tool_constraint
+
             tail = codec.prompt_tail(tokens)
             for number, tool in enumerate(request.tools):
                 check_schema(tool["function"].get("parameters") or {}, f"tools[{number}].function.parameters")

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError, library_errors, shown
+from ..session import ModelFolder
 from ..storage import StrictJSONError, parse_json_object
+from .table_tokenizer import TableTokenizer
+from .tables import read_tables
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -23,6 +26,11 @@ TOOL_TEMPLATE = "tool_use"  # the name that transformers gives the template for 
 EOS_FILES = ("generation_config.json", "config.json")
 TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE, *EOS_FILES)
 """The names of the files that a codec reads; the first two must exist."""
+
+TABLES = "tokenizer_tables.safetensors"
+"""The name of the file with the tables of tokenizer.json, which a codec reads in its place where an export has it."""
+
+AnyTokenizer: TypeAlias = "Tokenizer | TableTokenizer"
 
 _FIX = "export the model again, or copy the file from its source"
 
@@ -90,7 +98,24 @@ def read_tokenizer(files: TokenizerFiles) -> Tokenizer:
     return tokenizer
 
 
-def check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str) -> None:
+def table_tokenizer(folder: ModelFolder) -> TableTokenizer | None:
+    """Return the tokenizer over the tables of an exported folder; None if the folder has none.
+
+    Raises:
+        ModelFormatError: the tables are damaged, are not the exported ones, or are those of another tokenizer.json.
+        UnsafePathError: the path of the file leads outside the folder.
+    """
+    if not {TABLES, TOKENIZER} <= folder.files.keys():
+        return None
+    path = str(folder.path / TABLES)
+    tables = read_tables(folder.read(TABLES), folder.files[TOKENIZER].sha256, path)
+    with library_errors(ModelFormatError, "the tables are not those of a tokenizer", field=path, fix=_FIX):
+        return TableTokenizer(
+            tables, lambda: read_tokenizer(TokenizerFiles({TOKENIZER: folder.read(TOKENIZER)}, str(folder.path)))
+        )
+
+
+def check_added_tokens(tokenizer: AnyTokenizer, config: dict[str, Any], path: str) -> None:
     """Check that the tokenizer knows every added token of tokenizer_config.json under the same id.
 
     transformers would append a token that only the config has, and return ids that this tokenizer does not have.
@@ -113,7 +138,7 @@ def check_added_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str) 
             raise _broken(path, f"{text!r} has another id in tokenizer.json", got=index, wanted=str(known))
 
 
-def read_special_tokens(tokenizer: Tokenizer, config: dict[str, Any], path: str) -> dict[str, Any]:
+def read_special_tokens(tokenizer: AnyTokenizer, config: dict[str, Any], path: str) -> dict[str, Any]:
     """Return the special tokens of tokenizer_config.json, which are the variables of a template.
 
     Args:
@@ -195,7 +220,7 @@ def _named_template(templates: list[Any], name: str) -> Any:
     return named[-1] if named else None
 
 
-def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
+def read_eos_ids(files: TokenizerFiles, tokenizer: AnyTokenizer, special_tokens: Mapping[str, Any]) -> frozenset[int]:
     """Return every token id that ends a completion.
 
     These are the EOS token, the ids of generation_config.json, and those of config.json. The files of real models
@@ -213,7 +238,9 @@ def read_eos_ids(files: TokenizerFiles, tokenizer: Tokenizer, special_tokens: Ma
     """
     ids: set[int] = set()
     if "eos_token" in special_tokens:
-        ids.add(tokenizer.token_to_id(special_tokens["eos_token"]))
+        eos = tokenizer.token_to_id(special_tokens["eos_token"])
+        assert eos is not None  # read_special_tokens found it
+        ids.add(eos)
     generation, config = (_named_eos_ids(files, name) for name in EOS_FILES)
     if generation:
         config &= tokenizer.get_added_tokens_decoder().keys()

@@ -6,7 +6,6 @@ A call that is malformed stays in the text of the answer: a small model errs oft
 from __future__ import annotations
 
 import re
-import secrets
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -122,6 +121,8 @@ def _openings(openings: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _tool_call(found: FoundCall) -> ToolCall:
+    import secrets  # most completions call no tool, and the import delays the first token of a process
+
     letters = string.ascii_letters + string.digits
     new = "".join(secrets.choice(letters) for _ in range(_ID_LENGTH))
     return ToolCall(found.id or new, found.name, found.arguments)

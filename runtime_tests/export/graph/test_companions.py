@@ -17,6 +17,7 @@ from tp_export.source import compare_ids, licence_files, open_source
 from tp_export.source.licences import licence_patterns
 from tp_runtime.errors import UnsafePathError
 from tp_runtime.session import ModelFolder
+from tp_runtime.text import TABLES, build_tables
 
 
 @pytest.fixture
@@ -80,5 +81,7 @@ def test_an_export_has_the_ids_of_transformers_where_the_source_s_tokenizer_json
 
 def test_a_healthy_source_s_files_are_copied_byte_for_byte(copy: Path) -> None:
     found = companion_files(open_source(copy))
+    tables = found.pop(TABLES)
+    assert tables == build_tables(found["tokenizer.json"])
     assert found == {name: (copy / name).read_bytes() for name in found}
     assert set(found) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -89,6 +89,7 @@ def _installed(monkeypatch, *names):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(device_module, "_is_described", lambda name: name in names)
 
 
 # -- the start-up check --------------------------------------------------------------------------------------
@@ -112,6 +113,14 @@ def test_a_folder_left_by_an_uninstall_does_not_count_as_a_build(monkeypatch):
         require_onnxruntime()
 
 
+def test_descriptions_are_looked_for_on_python_s_path(monkeypatch, tmp_path):
+    assert device_module._is_described("onnxruntime") or device_module._is_described("onnxruntime-gpu")
+    assert not device_module._is_described("onnxruntime-tpu")
+    (tmp_path / "onnxruntime_tpu-1.32.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert device_module._is_described("onnxruntime-tpu")
+
+
 def test_a_vendor_build_is_accepted(monkeypatch):
     _installed(monkeypatch)
     assert require_onnxruntime() is onnxruntime
@@ -127,6 +136,7 @@ def test_a_description_left_by_an_uninstall_does_not_count_as_a_build(monkeypatc
         return version
 
     monkeypatch.setattr(metadata, "version", read)
+    monkeypatch.setattr(device_module, "_is_described", lambda name: True)
     assert require_onnxruntime() is onnxruntime
 
 
