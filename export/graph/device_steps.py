@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from tp_runtime.session import BEST_IDS, BEST_VALUES, LENGTH_SHIFT
+from tp_runtime.session import BEST_IDS, BEST_VALUES, LENGTH_SHIFT, WINDOWED_SHIFT
 
 from .edit import add_initializer
 
@@ -46,20 +46,24 @@ def _add_length_shift(model: ir.Model) -> None:
     shift = add_initializer(model, LENGTH_SHIFT, np.zeros(1, np.int32))
     shift.shape = ir.Shape([f"{LENGTH_SHIFT}.rows"])
     model.graph.inputs.append(shift)
-    first = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
-    lengths = first.inputs[_LENGTHS]
-    assert lengths is not None
+    nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    lengths = next(iter({_of_full_layers(node.inputs[_LENGTHS]) for node in nodes}))
     producer = lengths.producer()
-    if producer is not None and producer.name == "tp.windowed_shift.Add":  # the lengths of all layers are in front
-        lengths = producer.inputs[0]
-        assert lengths is not None
-        producer = lengths.producer()
     assert producer is not None
     add = ir.node("Add", [lengths, shift], name=f"{LENGTH_SHIFT}.Add")
     add.outputs[0].dtype, add.outputs[0].shape = ir.DataType.INT32, lengths.shape
     ir.convenience.replace_all_uses_with(lengths, add.outputs[0])
     add.replace_input_with(0, lengths)
     model.graph.insert_after(producer, add)
+
+
+def _of_full_layers(lengths: ir.Value | None) -> ir.Value:
+    """Return the lengths that `attention_mask` gives, which all layers share: in front of what windowed layers add."""
+    assert lengths is not None
+    producer = lengths.producer()
+    assert producer is not None
+    others = [value for value in producer.inputs if value is not None and value.name != WINDOWED_SHIFT]
+    return others[0] if len(others) < len(producer.inputs) else lengths
 
 
 def add_best(model: ir.Model, vocab_size: int, best: int, part: int = _PART) -> None:

@@ -26,6 +26,7 @@ def state_shapes(model: ir.Model) -> None:
             name = "reshape." + ".".join(map(str, target))
             stated[target] = add_initializer(model, name, np.array(target, np.int64))
         node.replace_input_with(1, stated[target])
+        node.attributes.pop("allowzero", None)  # with it, a 0 would be a dimension of size 0
 
 
 def _target(source: ir.Shape | None, out: ir.Shape | None) -> tuple[int, ...] | None:

@@ -423,7 +423,14 @@ class Graph:
             use_huge_pages_soon(ranges)
 
     def _run(
-        self, tokens: Sequence[int], position: int, cache: KVCache, bound: BoundPatch, last: int, copy: bool, best: int
+        self,
+        tokens: Sequence[int],
+        position: int,
+        cache: KVCache,
+        bound: BoundPatch,
+        last: int,
+        copy: bool,
+        best: int = 0,
     ) -> Any:
         steps, length = len(tokens), cache.filled + len(tokens)
         captured = self.captured
