@@ -10,6 +10,7 @@ from typing import Any
 
 from tp_runtime.session import KV, ModelFolder, Slot, describe_files, write_slots_file
 from tp_runtime.session.description import SLOTS_FILE
+from tp_runtime.text import TABLES
 
 BASE_DIGEST = "0123456789abcdef" * 4
 
@@ -51,3 +52,10 @@ def alter(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
+
+
+def without_tables(path: Path) -> Path:
+    """Make a folder one of an earlier version, which has no tables of its tokenizer; return it."""
+    (path / TABLES).unlink()
+    alter(path, lambda data: data["files"].pop(TABLES))
+    return path

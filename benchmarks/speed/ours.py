@@ -9,7 +9,6 @@ import onnxruntime  # noqa: F401  (imported before the clock starts: its import 
 
 from benchmarks.speed.protocol import Worker, serve
 from tp_runtime import Patch, PatchedModel
-from tp_runtime.bench import random_patch
 from tp_runtime.generation import Sampler
 from tp_runtime.session import BoundPatch
 
@@ -31,6 +30,8 @@ class Ours(Worker):
     def select(self, patch: int | str | None) -> None:
         """Select a patch. Each patch is bound once, as a loaded patch is."""
         if patch is not None and patch not in self.bounds:
+            from tp_runtime.bench import random_patch  # an application does not import it
+
             made = Patch.load(patch) if isinstance(patch, str) else random_patch(self.graph.folder, patch)
             self.bounds[patch] = self.graph.bind(made)
         if self.bound is not self.bounds[patch]:

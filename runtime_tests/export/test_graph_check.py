@@ -335,7 +335,7 @@ def test_the_command_prints_a_line_for_each_check(exported, capsys):
     (exported / "notes.txt").write_text("x")
     assert _run(exported) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("OK files: 7, ") and lines[0].endswith("all digests match")
+    assert lines[0].startswith("OK files: 8, ") and lines[0].endswith("all digests match")
     assert lines[7].startswith("OK inputs and outputs: 9 inputs and 10 inputs with defaults")
     assert lines[-1] == "-- 'notes.txt' is not listed, so nothing reads it"
 
@@ -343,7 +343,7 @@ def test_the_command_prints_a_line_for_each_check(exported, capsys):
 def test_the_command_prints_json(exported, capsys):
     assert _run(exported, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 8
+    assert report["ok"] and report["unlisted"] == [] and len(report["checks"]) == 9
     assert report["prepared_not_used"] is None
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from runtime_tests.export.tiny import tiny_model
-from runtime_tests.folders import alter
+from runtime_tests.folders import alter, without_tables
 from tp_export import cli
 from tp_export.source import open_source
 from tp_runtime.session import describe_files
+from tp_runtime.text import TABLES
 
 
 def rewritten(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -57,9 +58,20 @@ def test_a_folder_with_other_token_ids_than_transformers_is_found(
 def test_a_folder_that_follows_another_tokenizer_than_its_source_is_found(
     folder: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rewritten(folder, "tokenizer.json", lambda data: data.update(added_tokens=data["added_tokens"][:2]))
+    rewritten(without_tables(folder), "tokenizer.json", lambda data: data.update(added_tokens=data["added_tokens"][:2]))
     assert check(folder, "--source", tiny_llama) == 2
     assert "the folder's token ids are not those of transformers" in capsys.readouterr().err
+
+
+def test_tables_of_another_tokenizer_are_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They state the digest of tokenizer.json, and hold other merges."""
+    content = bytearray((folder / TABLES).read_bytes())
+    content[-1] ^= 1  # a place in the order of merges
+    (folder / TABLES).write_bytes(content)
+    record = describe_files(folder, [TABLES])[TABLES]
+    alter(folder, lambda data: data["files"].update({TABLES: {"sha256": record.sha256, "bytes": record.bytes}}))
+    assert check(folder) == 2
+    assert "the tables of the tokenizer are not those of tokenizer.json" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_base_is_found(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

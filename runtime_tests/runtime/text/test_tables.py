@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from runtime_tests.folders import without_tables
 from tp_runtime.errors import ModelFormatError, RequestError
 from tp_runtime.model import PatchedModel
 from tp_runtime.session import ModelFolder, describe_files, write_slots_file
@@ -243,11 +244,7 @@ def folder(tiny_llama_export: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def earlier(tiny_llama_export: Path, tmp_path: Path) -> Path:
     """The same folder as an earlier version exported it: without tables."""
-    path = Path(shutil.copytree(tiny_llama_export, tmp_path / "earlier"))
-    opened = ModelFolder.open(path)
-    (path / TABLES).unlink()
-    write_slots_file(replace(opened, files={name: opened.files[name] for name in opened.files if name != TABLES}))
-    return path
+    return without_tables(Path(shutil.copytree(tiny_llama_export, tmp_path / "earlier")))
 
 
 def _with_tables(path: Path, raw: bytes) -> Path:
