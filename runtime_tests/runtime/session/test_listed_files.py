@@ -212,9 +212,9 @@ def test_two_sessions_of_one_graph_with_the_same_options_print_nothing(
 
 def test_a_listed_file_over_the_limit_is_refused_before_it_is_read(path: Path) -> None:
     size = 2**33
-    os.truncate(path / "tokenizer.json", size)  # the file is sparse, so it needs no disk space
-    alter(path, lambda data: data["files"]["tokenizer.json"].update(bytes=size))
-    with pytest.raises(ModelFormatError, match=r"tokenizer\.json: the file is too large"):
+    os.truncate(path / "tokenizer_config.json", size)  # the file is sparse, so it needs no disk space
+    alter(path, lambda data: data["files"]["tokenizer_config.json"].update(bytes=size))
+    with pytest.raises(ModelFormatError, match=r"tokenizer_config\.json: the file is too large"):
         PatchedModel.from_pretrained(path, "cpu")
 
 
