@@ -43,17 +43,25 @@ class DeviceKV:
     ) -> None:
         self._names, self._windowed, self._shape = names, windowed, shape
         self._limit, self._window, self._copies = limit, window, copies
+        full = next(past for past, _present in names if past not in windowed)
+        self._of_each_kind = full, next(iter(windowed), full)
         self._buffers: dict[str, Any] = {}
-        self._capacities, self._places = Lengths(0, 0), 0
 
     @property
     def capacities(self) -> Lengths:
         """The numbers of positions that each row has room for; 0 before the first row."""
-        return self._capacities
+        if not self._buffers:
+            return Lengths(0, 0)
+        return Lengths(*(self._buffers[past].shape()[2] for past in self._of_each_kind))
+
+    @property
+    def _places(self) -> int:
+        """The number of rows that the buffers have room for."""
+        return self._buffers[self._of_each_kind[0]].shape()[0] if self._buffers else 0
 
     def has_room(self, lengths: Lengths) -> bool:
         """Whether each row has room for `lengths` positions."""
-        return all(length <= capacity for length, capacity in zip(lengths, self._capacities, strict=True))
+        return all(length <= capacity for length, capacity in zip(lengths, self.capacities, strict=True))
 
     def fit(self, lengths: Lengths, count: int) -> None:
         """Make room for `lengths` positions in each row, and give back room that long rows have left behind.
@@ -61,10 +69,11 @@ class DeviceKV:
         The contents of the first `count` rows stay, up to `lengths` positions.
         """
         if not count:
-            self._buffers, self._places = {}, 0
-        wanted = Lengths(*(fitting(*pair, self._window) for pair in zip(self._capacities, lengths, strict=True)))
-        if wanted != self._capacities:
-            self._resize(wanted, count, self._places)
+            self._buffers = {}
+        before, places = self.capacities, self._places
+        wanted = Lengths(*(fitting(*pair, self._window) for pair in zip(before, lengths, strict=True)))
+        if wanted != before:
+            self._resize(wanted, min(count, places), max(1, places))  # a row that failed to join may have no place
 
     def _resize(self, capacities: Lengths, count: int, places: int) -> None:
         """Allocate the buffers that have another size, and copy the first `count` rows into them."""
@@ -72,13 +81,12 @@ class DeviceKV:
         for past, _present in self._names:
             size = places, self._shape.heads, self._of(past, capacities), self._shape.head_dim
             old = self._buffers.get(past)
-            if not places or (old is not None and tuple(old.shape()) == size):
+            if old is not None and tuple(old.shape()) == size:
                 continue
             buffers[past] = self._copies.new(size)
-            if old is not None and count:
+            if count:
                 self._copies.copy(self._copies.rows(old, 0, count), self._copies.rows(buffers[past], 0, count))
-        # Memory may run out above, and then nothing has changed.
-        self._buffers, self._capacities, self._places = {**self._buffers, **buffers}, capacities, places
+        self._buffers = {**self._buffers, **buffers}  # this is the last line, because memory may run out above
 
     def _of(self, past: str, lengths: Lengths) -> int:
         return lengths.windowed if past in self._windowed else lengths.full
@@ -89,7 +97,7 @@ class DeviceKV:
         A row is written to its end, because a kernel may multiply what it then masks.
         """
         if place == self._places:
-            self._resize(self._capacities, place, min(self._limit, 2 * place or 1))
+            self._resize(self.capacities, place, min(self._limit, 2 * place))
         for past, buffer in self._buffers.items():
             target = self._copies.rows(buffer, place, 1)
             if past in content:

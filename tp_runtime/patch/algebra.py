@@ -6,7 +6,7 @@ import numbers
 from typing import Any
 
 from ..errors import BaseMismatchError, PatchValueError
-from .capabilities import FLOAT_PRECISIONS
+from .capabilities import FLOAT_PRECISIONS, fitted_precision
 from .config import PatchConfig
 
 
@@ -45,7 +45,7 @@ def sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
     Raises:
         BaseMismatchError: the patches were fitted on two quantised precisions.
     """
-    quantised = {c.precision for c in (p, q)} - set(FLOAT_PRECISIONS)
+    quantised = {fitted_precision(c.precision) for c in (p, q)} - set(FLOAT_PRECISIONS)
     if len(quantised) > 1:
         raise BaseMismatchError(
             "the patches repair different quantised bases",

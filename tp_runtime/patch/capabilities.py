@@ -28,7 +28,8 @@ def fitted_precision(precision: str) -> str:
     """Return the precision that a patch names if it was fitted for a folder of `precision`.
 
     A folder of int4-rtn-fp16 has the weights of an int4-rtn folder, but for the rounding of their scales, and computes
-    in float16. A patch compensates what the weights lose, so it runs on both, and names int4-rtn.
+    in float16. A patch compensates what the weights lose, so it runs on both, and names int4-rtn. One that names
+    int4-rtn-fp16 all the same counts as if it named int4-rtn.
     """
     return precision.removesuffix(_IN_HALF)
 

@@ -257,6 +257,18 @@ def create_session(
         raise
 
 
+def avoid_float16_crash(ort: Any, session_options: onnxruntime.SessionOptions) -> None:
+    """Change the options of a session over a float16 graph so that ONNX Runtime before 1.30 can open it on the CPU.
+
+    These versions crash where they replace a float16 initializer that is also a graph input by a float32 one (1.24.1 to
+    1.29.0 were tried). Without the replacement they convert the weights in every run instead.
+    """
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < (1, 30):
+        session_options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer"
+        )
+
+
 def input_kinds(session: Any, device: Device) -> dict[str, str]:
     """Return for each graph input the device on which the nodes that read it run: `cpu` or `cuda`, by input name.
 

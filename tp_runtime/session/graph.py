@@ -22,7 +22,15 @@ from .bound_patch import BoundPatch, not_a_patch, require_bound
 from .cuda_graphs import CapturedDecode, check_capturable
 from .default_patch import read_default_patch
 from .description import past_name
-from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
+from .device import (
+    Device,
+    avoid_float16_crash,
+    check_cuda_options,
+    create_session,
+    input_kinds,
+    require_onnxruntime,
+    select_device,
+)
 from .device_copies import DeviceCopies
 from .device_step import DeviceStep, DeviceSteps, Logits
 from .graph_file import graph_file
@@ -102,6 +110,8 @@ class Graph:
         self.dtype = folder.kv.numpy_dtype
         session_options = self.ort.SessionOptions()
         set_threads(session_options, settings.threads, settings.spin)
+        if self.dtype == np.float16:
+            avoid_float16_crash(self.ort, session_options)
         self._notes = PrecisionNotes(folder.precision)
         own = read_default_patch(folder)
         self.repair = own if folder.default_patch and folder.default_patch.repair else None

@@ -27,7 +27,7 @@ class PrecisionNotes:
 
     def note(self, patch: Patch) -> None:
         """Log the warning if the patch needs one and has not had it."""
-        fitted, runs = patch.config.precision, self._precision
+        fitted, runs = fitted_precision(patch.config.precision), self._precision
         if patch.prefix is None or runs in FLOAT_PRECISIONS or fitted == runs or patch.prefix in self._noted:
             return
         self._noted.add(patch.prefix)

@@ -25,7 +25,7 @@ from typing import Any
 from ..errors import ModelFormatError, TPError, UnsafePathError
 from ..storage import atomic_folder, check_writable, checked_file, parse_json_object, read_regular
 from .description import FileRecord, parse_files
-from .device import CPU, Device, create_session, require_onnxruntime
+from .device import CPU, Device, avoid_float16_crash, create_session, require_onnxruntime
 from .external_data import check_external_files
 from .graph_file import LARGEST_GRAPH, GraphFile, graph_file
 from .model_folder import PREPARED, ModelFolder, check_content, describe_files, read_content
@@ -79,6 +79,8 @@ def prepare(folder: ModelFolder, *, again: bool = False) -> bool:
     require_writable()  # packing the weights takes long, so this is found out first
     with atomic_folder(target, replaces=PREPARED_FOLDER) as out:
         options = ort.SessionOptions()
+        if folder.kv.dtype == "f16":
+            avoid_float16_crash(ort, options)
         options.optimized_model_filepath = str(out / _GRAPH)
         for name, value in _SESSION_CONFIG.items():
             options.add_session_config_entry(name, value)

@@ -49,7 +49,7 @@ def check_base(
             fix="fit the patch on this base, or use the base it was fitted on",
         )
     fits = fitted_precision(precision)
-    if patch.config.precision not in (fits, *FLOAT_PRECISIONS):
+    if fitted_precision(patch.config.precision) not in (fits, *FLOAT_PRECISIONS):
         raise BaseMismatchError(
             f"the patch {patch.name!r} repairs a quantised base of another precision",
             field="precision",
