@@ -37,7 +37,7 @@ def plain(float16_folder: Path) -> Graph:
 def on_device(request: pytest.FixtureRequest, plain: Graph) -> Graph:
     """The same model with the steps that CUDA has."""
     graph = Graph(plain.folder, "cpu")
-    graph._steps_in_place, graph.steps_on_device = False, True
+    graph._steps_in_place, graph.device_steps = False, graph._new_device_steps()
     if request.param == "captured":
         graph._start_captured()
     return graph

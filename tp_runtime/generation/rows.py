@@ -18,7 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..session import WINDOWED_TOTAL, DeviceStep, Graph, InPlaceBuffers, KVCache, Lengths, Logits, shift_values
+from ..session import (
+    WINDOWED_TOTAL,
+    DeviceStep,
+    DeviceSteps,
+    Graph,
+    InPlaceBuffers,
+    KVCache,
+    Lengths,
+    Logits,
+    shift_values,
+)
 from .device_kv import DeviceKV
 from .row import Row
 from .row_kv import StackedKV
@@ -111,8 +121,8 @@ class BatchedRows:
         if self._binding is None:
             self._binding = self._bind(rows)
         shifts = [windowed - full for full, windowed in held]
-        if self._graph.steps_on_device:
-            return self._step_on_device(rows, held, shifts, lengths)
+        if self._graph.device_steps is not None:
+            return self._step_on_device(self._graph.device_steps, rows, held, shifts, lengths)
         if any(shifts):
             self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
             for name, value in self._shifts.items():
@@ -123,14 +133,19 @@ class BatchedRows:
         return self._graph.execute(self._binding, last[:, None], mask, positions[:, None])[:, 0]
 
     def _step_on_device(
-        self, rows: Sequence[Row], held: Sequence[Lengths], shifts: Sequence[int], lengths: Lengths
+        self,
+        device_steps: DeviceSteps,
+        rows: Sequence[Row],
+        held: Sequence[Lengths],
+        shifts: Sequence[int],
+        lengths: Lengths,
     ) -> Logits:
         if self._io is None or self._io.rows != len(rows):
-            self._io = self._graph.device_step(len(rows))
+            self._io = device_steps.new(len(rows))
         if any(shifts):  # the longest length is read on the host
             self._shifts = shift_values(self._graph.ort, shifts, lengths.windowed - lengths.full)
             self._binding.bind_ortvalue_input(WINDOWED_TOTAL, self._shifts[WINDOWED_TOTAL])
-        return self._graph.run_step(
+        return device_steps.run(
             self._io,
             self._binding,
             [row.tokens[-1] for row in rows],

@@ -9,7 +9,7 @@ from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, cuda_is_expected, require_onnxruntime
 from .device_copies import DeviceCopies
-from .device_step import DeviceStep, Logits
+from .device_step import DeviceStep, DeviceSteps, Logits
 from .graph import Graph
 from .graph_file import LARGEST_GRAPH
 from .interface import (
@@ -53,6 +53,7 @@ __all__ = [
     "DefaultPatch",
     "DeviceCopies",
     "DeviceStep",
+    "DeviceSteps",
     "DigestChange",
     "Graph",
     "InPlaceBuffers",

@@ -10,7 +10,7 @@ never written again. Graphs of earlier versions do not have that input, and get 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,3 +144,70 @@ class DeviceStep:
             if (complete := [row for row in found if row is not None]) and len(complete) == self.rows:
                 return complete
         return np.array(self._logits.numpy()[:, 0], np.float32)
+
+
+class DeviceSteps:
+    """Runs decode steps of one session whose inputs and outputs stay on the device.
+
+    Args:
+        ort: the onnxruntime module.
+        folder: the model folder of the graph, which returns the largest logits.
+        device: the device, `cuda`, or `cpu` in tests.
+        dtype: the dtype of the graph's logits.
+        first_logit: the name and the value of the input that limits the logits to the last position.
+        run: a function that runs the session over a binding.
+    """
+
+    def __init__(
+        self,
+        ort: Any,
+        folder: ModelFolder,
+        device: str,
+        dtype: DTypeLike,
+        first_logit: tuple[str, Any],
+        run: Callable[[Any], None],
+    ) -> None:
+        self._ort, self._folder, self._device, self._dtype = ort, folder, device, dtype
+        self._first_logit, self._run = first_logit, run
+        self._ones: list[Any] = []  # the masks; bindings may refer to all of them
+
+    def new(self, rows: int) -> DeviceStep:
+        """Return the inputs and outputs of decode steps of `rows` sequences."""
+        return DeviceStep(self._ort, self._folder, self._device, self._dtype, rows)
+
+    def run(
+        self,
+        step: DeviceStep,
+        binding: Any,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        filled: Sequence[int],
+        shifts: Sequence[int],
+        best: Sequence[int],
+    ) -> Logits:
+        """Run one id of every row over a binding that already holds keys, values and patch.
+
+        Args:
+            step: the inputs and outputs of the rows, which `new` made.
+            binding: a binding of the session.
+            tokens: the id to run in each row.
+            positions: the ids' positions.
+            filled: for each row the number of filled positions of full layers, this id's included.
+            shifts: for each row the number of positions by which windowed layers hold more.
+            best: for each row how many of the largest logits are needed; 0 for all.
+
+        Returns:
+            The largest logits of each row, or all [rows, vocab]; see DeviceStep.logits.
+        """
+        width = max(filled)
+        step.bind_for(binding, self._first_logit, self._ones_of(len(tokens) * width), width)
+        step.write(tokens, positions, filled, width, shifts)
+        self._run(binding)
+        return step.logits(best)
+
+    def _ones_of(self, count: int) -> Any:
+        """Return at least `count` ones on the device."""
+        if not self._ones or self._ones[-1].shape()[0] < count:
+            ones = np.ones(max(2 * count, self._folder.context_window), np.int64)
+            self._ones.append(self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, 0))
+        return self._ones[-1]

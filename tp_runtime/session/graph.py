@@ -32,7 +32,7 @@ from .device import (
     select_device,
 )
 from .device_copies import DeviceCopies
-from .device_step import DeviceStep, Logits
+from .device_step import DeviceStep, DeviceSteps, Logits
 from .graph_file import graph_file
 from .huge_pages import Range, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
@@ -71,7 +71,7 @@ class Graph:
         dtype: the dtype of slots, keys and values.
         mark: the mark on the caches that this session makes; it runs no others.
         kv: the object that manages the key/value buffers of single sequences.
-        steps_on_device: whether the inputs and outputs of decode steps stay on the device (device_step.py).
+        device_steps: runs decode steps whose inputs and outputs stay on the device; None if they are on the host.
         captured: the captured decode buffers; None if nothing is captured.
         capture_failure: why nothing is captured although `cuda_graphs` asked for it; None otherwise.
         base: the base model as a bound patch.
@@ -163,8 +163,7 @@ class Graph:
         self._first_logits: dict[int, Any] = {}  # the values of FIRST_LOGIT that were used so far
         buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
-        self.steps_on_device = folder.best is not None and self.device.kind != "cpu"
-        self._ones_on_device: list[Any] = []  # the masks of such steps; bindings may refer to all of them
+        self.device_steps = self._new_device_steps() if folder.best is not None and self.device.kind != "cpu" else None
         kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
         if kv_device != self.device.kind:
             log.warning(
@@ -175,6 +174,10 @@ class Graph:
         self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype)
         if isinstance(self.kv, InPlaceBuffers) and kv_device != "cpu":
             self.kv.copies = DeviceCopies(self.ort, self.device, self.dtype)
+
+    def _new_device_steps(self) -> DeviceSteps:
+        first = self._first_logit(-1)
+        return DeviceSteps(self.ort, self.folder, self.device.kind, self._logits_dtype, first, self._run_binding)
 
     def _capture(self, device: Device, options: Any) -> bool:
         """Open a session with captured steps; if that fails, return False and set `capture_failure` to the reason."""
@@ -396,7 +399,7 @@ class Graph:
         Raises:
             What `forward` raises.
         """
-        if not best or len(tokens) != 1 or not (self.steps_on_device or self.captured):
+        if not best or len(tokens) != 1 or (self.device_steps is None and self.captured is None):
             return self.forward(tokens, cache, bound, copy=False, last=last, held=held)
         self.require_cache(cache, bound)
         if held not in cache.uses:
@@ -454,10 +457,11 @@ class Graph:
             logits = self._step_io(cache).run(self.session, tokens[0], len(cache))
             logits = logits.copy() if copy else logits
             self._after_run()
-        elif steps == 1 and self.steps_on_device:
-            found = self._step_on_device(cache, tokens[0], position, length, best)
-            self.kv.adopt(cache)
-            return found
+        elif steps == 1 and self.device_steps is not None:
+            on_device = self.device_steps
+            if not isinstance(cache.step, DeviceStep):
+                cache.step = on_device.new(1)
+            return on_device.run(cache.step, cache.binding, [tokens[0]], [position], [length], [cache.shift], [best])
         else:
             if isinstance(cache.step, DeviceStep):
                 cache.step.unbind()
@@ -475,52 +479,9 @@ class Graph:
             cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
         return cache.step
 
-    def _step_on_device(self, cache: KVCache, token: int, position: int, length: int, best: int) -> Logits:
-        if not isinstance(cache.step, DeviceStep):
-            cache.step = self.device_step(1)
-        return self.run_step(cache.step, cache.binding, [token], [position], [length], [cache.shift], [best])
-
-    def device_step(self, rows: int) -> DeviceStep:
-        """Return the inputs and outputs of decode steps of `rows` sequences; see `steps_on_device`."""
-        return DeviceStep(self.ort, self.folder, self.device.kind, self._logits_dtype, rows)
-
-    def run_step(
-        self,
-        step: DeviceStep,
-        binding: Any,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        filled: Sequence[int],
-        shifts: Sequence[int],
-        best: Sequence[int],
-    ) -> Logits:
-        """Run one id of every row over a binding that already holds keys, values and patch.
-
-        Args:
-            step: the inputs and outputs of the rows, which `device_step` made.
-            binding: a binding of this session.
-            tokens: the id to run in each row.
-            positions: the ids' positions.
-            filled: for each row the number of filled positions of full layers, this id's included.
-            shifts: for each row the number of positions by which windowed layers hold more.
-            best: for each row how many of the largest logits are needed; 0 for all.
-
-        Returns:
-            The largest logits of each row, or all [rows, vocab]; see DeviceStep.logits.
-        """
-        width = max(filled)
-        step.bind_for(binding, self._first_logit(-1), self._ones_of(len(tokens) * width), width)
-        step.write(tokens, positions, filled, width, shifts)
+    def _run_binding(self, binding: Any) -> None:
         run = self.session.run_with_iobinding if self.captured is None else self.captured.run
-        run(binding)
-        return step.logits(best)
-
-    def _ones_of(self, count: int) -> Any:
-        """Return at least `count` ones on the device."""
-        kept = self._ones_on_device
-        if not kept or kept[-1].shape()[0] < count:
-            kept.append(self.to_device(np.ones(max(2 * count, self.folder.context_window), np.int64), self.device.kind))
-        return kept[-1]
+        run(binding)  # a run that fails leaves the caches' tokens as they were
 
     def _first_logit(self, first: int) -> tuple[str, Any]:
         """Return the name and the value of the input that says from which position of a run logits are computed.
@@ -562,7 +523,6 @@ class Graph:
         # and there are two for every layer.
         logits = np.empty((rows, last, self.folder.vocab_size), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
-        run = self.session.run_with_iobinding if self.captured is None else self.captured.run
-        run(binding)  # a run that fails leaves the caches' tokens as they were
+        self._run_binding(binding)
         self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)

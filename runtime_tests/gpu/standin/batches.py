@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtime_tests.gpu.standin.inside import counted, patch_of, placement
+from runtime_tests.gpu.standin.inside import counted, patch_of
 from runtime_tests.logits import token_ids
-from tp_runtime.generation import Batch, Row, Sampler
+from tp_runtime.generation import Batch, Row, Sampler, WantedLogprobs
 from tp_runtime.session import BoundPatch, Graph, ModelFolder
 
 LENGTHS = (20, 300, 4)  # of the prompts; the second one does not fit into the first buffers of a cache
@@ -23,8 +23,8 @@ AMPLE = 99  # new tokens: no row ends before it is made to leave
 
 
 def join(batch: Batch, length: int, bound: BoundPatch) -> Row:
-    prompt = token_ids(length, seed=length)
-    return batch.join(prompt, bound, sampler=Sampler(), max_new_tokens=AMPLE, eos_ids=frozenset())
+    prompt, sampler = token_ids(length, seed=length), Sampler(logprobs=WantedLogprobs(0))  # it needs all logits
+    return batch.join(prompt, bound, sampler=sampler, max_new_tokens=AMPLE, eos_ids=frozenset())
 
 
 def changes(graph: Graph, bounds: list[BoundPatch]) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def changes(graph: Graph, bounds: list[BoundPatch]) -> list[dict[str, Any]]:
 def measure(folder: ModelFolder) -> dict[str, Any]:
     """Return every measurement."""
     values = 2 * folder.layers * folder.kv.heads * folder.kv.head_dim * folder.kv.numpy_dtype.itemsize
-    found: dict[str, Any] = {"bytes_per_position": values, "vocab": folder.vocab_size, "placement": placement(folder)}
+    found: dict[str, Any] = {"bytes_per_position": values, "vocab": folder.vocab_size}
     for name in ("ordinary", "captured"):
         graph = Graph(folder, "cuda", cuda_graphs=name == "captured")
         patched = graph.bind(patch_of(folder, 4))

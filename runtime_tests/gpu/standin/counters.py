@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass, fields
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,21 @@ class Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-_library = ctypes.CDLL(os.environ["TP_STANDIN"])
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(os.environ["TP_STANDIN"])
 
 
 def counts() -> Counts:
     """Return the counts since the process began."""
     values = (ctypes.c_long * len(fields(Counts)))()
-    _library.standin_counts(values)
+    _library().standin_counts(values)
     return Counts(*values)
 
 
 def kernels() -> dict[str, int]:
     """Return the launches since the process began, by the kernel's mangled name; captured ones count once."""
     out = ctypes.create_string_buffer(1 << 22)
-    _library.standin_kernels(out, len(out))
+    _library().standin_kernels(out, len(out))
     lines = (line.partition(" ") for line in out.value.decode().splitlines())
     return {name: int(launches) for launches, _space, name in lines}

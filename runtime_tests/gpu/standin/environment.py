@@ -147,7 +147,3 @@ def _compile(source: str, provider: Path, include: Path, out: Path) -> None:
     needed = _run("readelf", "readelf", "-d", str(provider))
     for name in {*re.findall(r"\[(lib(?:cu|nv)[A-Za-z]+\.so\.[0-9]+)\]", needed), "libcudnn.so.9", "libcufft.so.12"}:
         (out / name).symlink_to(library.name)
-
-
-if __name__ == "__main__":
-    print(make_standin())

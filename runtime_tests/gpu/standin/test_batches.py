@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime_tests.export.sources import tiny_gemma, tiny_llama
 from runtime_tests.gpu.standin.batches import LENGTHS
 from runtime_tests.gpu.standin.environment import StandIn
-from runtime_tests.gpu.standin.test_standin import standin
-from tp_export.graph import export_model
-from tp_export.source import open_source
-from tp_runtime.session.device import CPU
-
-__all__ = ["standin", "tiny_gemma", "tiny_llama"]  # pytest finds these fixtures by their names here
 
 MODES = ("ordinary", "captured")
 
 
-@pytest.fixture(scope="module", params=["tiny_llama", "tiny_gemma"])
-def found(request: pytest.FixtureRequest, standin: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The measurements on one tiny random model with weights in four bits that computes in float16."""
-    source, out = open_source(request.getfixturevalue(request.param)), tmp_path_factory.mktemp("batches") / "model"
-    export_model(source, out, precision="int4-symmetric-fp16")
-    return json.loads(standin.run("-m", "runtime_tests.gpu.standin.batches", str(out)))
-
-
-def test_weights_in_four_bits_run_on_the_gpu_in_float16_and_are_captured(found: Any) -> None:
-    assert sorted(found["placement"][CPU]) == ["Cast", "Squeeze"]
-    assert {found[mode]["failure"] for mode in MODES} == {None} and {found[mode]["device"] for mode in MODES} == {
-        "cuda"
-    }
+@pytest.fixture(scope="module")
+def found(standin: StandIn, float16_folder: Path) -> Any:
+    """The measurements on one tiny random model that computes in float16."""
+    return json.loads(standin.run("-m", "runtime_tests.gpu.standin.batches", str(float16_folder)))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_keys_or_values_cross_the_bus_when_rows_join_and_leave(found: Any, mode: str) -> None:
     """What crosses it is the ids, positions and masks of the prompts' chunks and of the steps, and logits."""
+    assert (found[mode]["failure"], found[mode]["device"]) == (None, "cuda")
     for change in found[mode]["alike"]:
         if change["what"] == "join":
             runs = max(LENGTHS) // 32 + 2  # of the prompt's chunks, with a step of the other rows after each

@@ -13,19 +13,11 @@ from typing import Any
 
 import pytest
 
-from runtime_tests.gpu.standin.environment import StandIn, Unavailable, make_standin
+from runtime_tests.gpu.standin.environment import StandIn
 from tp_runtime.session.device import CPU, CUDA
 
 STEADY = 3  # the number of the first step that finds everything in place
 SMALL = 4096  # bytes
-
-
-@pytest.fixture(scope="session")
-def standin() -> StandIn:
-    try:
-        return make_standin()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
