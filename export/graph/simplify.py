@@ -2,8 +2,8 @@
 
 A decode step of a small model spends microseconds in each operator, so an operator that only changes shapes costs
 about as much as one that computes. This module removes reshapes that undo each other: the model splits queries into
-heads, and the attention operator needs them joined again. It also joins products of one input (products.py), and states
-the targets of the other reshapes (shapes.py).
+heads, and the attention operator needs them joined again. It also joins products of one input (products.py), states
+the targets of the other reshapes (shapes.py), and drops outputs of fused norms that only training reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .shapes import state_shapes
 
 
 def simplify(model: ir.Model) -> None:
-    """Remove reshapes that undo each other, and join products of one value; changes the graph in place.
+    """Remove reshapes and outputs that nobody needs, and join products of one value; changes the graph in place.
 
     Args:
         model: the traced graph, whose weights have their names.
@@ -29,6 +29,7 @@ def simplify(model: ir.Model) -> None:
     for node in list(model.graph):
         _replace_gemm(model, node)
     _norm_before_transposing(model)
+    _norm_before_splitting(model)
     _drop_reshapes(model)
     state_shapes(model)
     RemoveUnusedNodesPass()(model)  # the next pass counts the readers of values
@@ -36,6 +37,8 @@ def simplify(model: ir.Model) -> None:
     for node in list(model.graph):
         _sum_slot(model, node)
     RemoveUnusedNodesPass()(model)
+    for node in model.graph:
+        _drop_statistics(node)
 
 
 def _replace_gemm(model: ir.Model, node: ir.Node) -> None:
@@ -81,6 +84,17 @@ def _is_product_of(source: ir.Value, out: ir.Value, inputs: int, outputs: int) -
     return same and source.shape[-1] == inputs and out.shape[-1] == outputs
 
 
+def _drop_statistics(node: ir.Node) -> None:
+    """Leave out the means and deviations that a fused norm would return, which nobody reads: each costs an allocation.
+
+    Training reads them. An output without a name is left out.
+    """
+    if node.op_type in ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"):
+        for output in node.outputs[1:]:
+            if not output.uses() and not output.is_graph_output():
+                output.name = ""
+
+
 def _norm_before_transposing(model: ir.Model) -> None:
     """Drop the transposes around a per-head norm (Qwen 3, Gemma 3): the norm's last dimension does not move."""
     for node in model.graph:
@@ -97,6 +111,26 @@ def _norm_before_transposing(model: ir.Model) -> None:
         if [there[i] for i in back] == list(range(len(there))) and there[last] == last:
             norm.replace_input_with(0, first.inputs[0])
             norm.outputs[0].shape = node.outputs[0].shape
+            ir.convenience.replace_all_uses_with(node.outputs[0], norm.outputs[0])
+
+
+def _norm_before_splitting(model: ir.Model) -> None:
+    """Drop the reshapes around the norm of a single head (Gemma 3's keys): to split one head off changes nothing."""
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None:
+            continue
+        norm = node.inputs[0].producer()
+        if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not is_read_once(norm):
+            continue
+        first = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+        if first is None or first.op_type != "Reshape" or first.inputs[0] is None:
+            continue
+        whole, heads = first.inputs[0], first.outputs[0].shape
+        if heads is None or not _same_shape(whole, node.outputs[0]) or whole.shape is None:
+            continue
+        if isinstance(heads[-1], int) and whole.shape[-1] == heads[-1] and norm.attributes["axis"].as_int() == -1:
+            norm.replace_input_with(0, whole)
+            norm.outputs[0].shape = whole.shape
             ir.convenience.replace_all_uses_with(node.outputs[0], norm.outputs[0])
 
 
