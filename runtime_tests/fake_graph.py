@@ -15,8 +15,8 @@ from tp_runtime.errors import RequestError
 from tp_runtime.session import BoundPatch, KVCache, Use
 
 VOCAB = 50
-BASE = BoundPatch({}, ("graph", ()))
-PATCH = BoundPatch({}, ("graph", (("p", 1.0),)))
+BASE = BoundPatch(dict, ("graph", ()))
+PATCH = BoundPatch(dict, ("graph", (("p", 1.0),)))
 
 
 class FakeGraph:

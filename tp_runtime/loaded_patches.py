@@ -126,7 +126,10 @@ class LoadedPatches:
                     wanted=f"none of {sorted(self._loaded)}",
                     fix="call unload_patch first, or load_patch(..., name='another') or load_patch(..., replace=True)",
                 )
+            before = self._loaded.get(name)
             self._loaded[name] = LoadedPatch(name, patch, bound)
+            if before is not None and before.bound.key != bound.key:
+                self._graph.release(before.bound)
 
     def remove(self, name: str) -> None:
         """Remove a patch.
@@ -144,7 +147,7 @@ class LoadedPatches:
                     got=f"{name!r}, used {users} times right now",
                     fix="finish or close its streams, and leave its `with model.patched(...)` blocks",
                 )
-            del self._loaded[name]
+            self._graph.release(self._loaded.pop(name).bound)
 
     @contextmanager
     def activate(self, resolved: ResolvedPatch) -> Iterator[None]:

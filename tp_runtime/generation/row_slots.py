@@ -40,6 +40,7 @@ class StackedSlots:
         self._slots, self._limit, self._dtype = slots, limit, dtype
         self._to_device = to_device
         self._arrays: dict[SlotKey, tuple[NDArray, NDArray, NDArray]] = {}
+        self._bound: Mapping[str, Any] = {}  # the values of the last binding, which must stay alive
         self._written: list[CacheKey | None] = [None] * limit  # the patch whose tensors each row of the stack holds
 
     def bind(self, binding: Any, bounds: Sequence[BoundPatch]) -> None:
@@ -48,19 +49,23 @@ class StackedSlots:
         Raises:
             PatchShapeError: the tensors of a patch have another number of rows.
         """
-        values = dict(bounds[0].values)
+        values: Mapping[str, Any]
         if any(bound.key != bounds[0].key for bound in bounds):
             self._write(bounds)
-            values = {}
-            for key, arrays in self._arrays.items():
-                for name, array in zip(self._slots[key].tensors, arrays, strict=True):
-                    values[name] = self._to_device(array[: len(bounds)])
-        elif any(arrays[0].shape[2] > _rank(bounds[0], key) for key, arrays in self._arrays.items()):
-            # Nothing reads the stack now, and it is larger than a stack for these rows would be.
-            self._written, self._arrays = [None] * self._limit, {}
+            values = {
+                name: self._to_device(array[: len(bounds)])
+                for key, arrays in self._arrays.items()
+                for name, array in zip(self._slots[key].tensors, arrays, strict=True)
+            }
+        else:
+            values = bounds[0].values
+            if any(arrays[0].shape[2] > _rank(bounds[0], key) for key, arrays in self._arrays.items()):
+                # Nothing reads the stack now, and it is larger than a stack for these rows would be.
+                self._written, self._arrays = [None] * self._limit, {}
         check_rows(values, len(bounds))
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
+        self._bound = values
 
     def _write(self, bounds: Sequence[BoundPatch]) -> None:
         count = len(bounds)
@@ -74,9 +79,10 @@ class StackedSlots:
             for i in changed:
                 delta = here[i]
                 a[i, :, delta.rank :], b[i, delta.rank :] = 0, 0
-                if delta.a is not None and delta.b is not None:
-                    a[i, :, : delta.rank], b[i, : delta.rank] = delta.a, delta.b
-                bias[i, 0] = 0 if delta.bias is None else delta.bias
+                bias[i, 0] = 0
+                places = {"a": a[i, :, : delta.rank], "b": b[i, : delta.rank], "bias": bias[i, 0]}
+                for part in places.keys() & delta.tensors.keys():
+                    delta.tensors[part].write(places[part])
         for i in changed:
             self._written[i] = bounds[i].key
 

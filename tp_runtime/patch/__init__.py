@@ -3,6 +3,7 @@
 This room knows nothing of graphs, sessions, devices or text.
 """
 
+from .arrays import in_bytes
 from .capabilities import (
     ADDS_TO_WEIGHTS,
     AT_A_COST,
@@ -22,6 +23,7 @@ from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
 from .names import KV_PARTS, SITES, SlotKey, slot_name
 from .patch import Patch
+from .tensors import Tensor
 
 __all__ = [
     "ADDS_TO_WEIGHTS",
@@ -41,9 +43,11 @@ __all__ = [
     "Patch",
     "PatchConfig",
     "SlotKey",
+    "Tensor",
     "check_dtype",
     "context_digest",
     "fitted_precision",
+    "in_bytes",
     "read_tensors",
     "round_to_int8",
     "slot_name",

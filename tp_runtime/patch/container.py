@@ -31,7 +31,8 @@ from ..storage import (
     safetensors_header,
     write_safetensors,
 )
-from .dtypes import FLOATS, ITEM_BYTES, decode, encode
+from .dtypes import FLOATS, ITEM_BYTES, encode, stored_view
+from .tensors import FileTensor
 
 _UNSAFE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".zip", ".gz", ".tar")
 _UNSAFE_MAGIC = {b"PK": "zip, .pt or .npz", b"\x80": "pickle", b"\x1f\x8b": "gzip", b"\x93NUMPY": ".npy"}
@@ -39,7 +40,7 @@ _COPY_AGAIN = "the file is damaged or is not a patch: copy or export it again"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file.
+    """A tensor to write to a file.
 
     Attributes:
         dtype: its dtype in the file, a key of `ITEM_BYTES`.
@@ -49,18 +50,25 @@ class StoredTensor(NamedTuple):
     dtype: str
     values: NDArray[Any]
 
-    def rounded(self, name: str) -> StoredTensor:
-        """Return the tensor with the values that the file holds.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dimensions."""
+        return self.values.shape
+
+    def rounded(self, name: str) -> FileTensor:
+        """Return the tensor as the file holds it.
 
         Raises:
             PatchValueError: a value does not fit the dtype; `name` is the tensor's name for the error.
         """
         raw = encode(self.values, self.dtype, name)
-        return StoredTensor(self.dtype, decode(raw, StoredRange(self.dtype, self.values.shape, 0, len(raw))))
+        return FileTensor(self.dtype, stored_view(raw, StoredRange(self.dtype, self.values.shape, 0, len(raw))))
 
 
 StoredTensors = dict[str, StoredTensor]
-"""The tensors of a file by name."""
+"""The tensors to write to a file, by name."""
+FileTensors = dict[str, FileTensor]
+"""The tensors of a file by name, the scales of int8 tensors among them."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]
     file = Path(path)
     raw = read_file(file)
     _metadata, ranges = checked_header(raw, file, FLOATS)
-    return {name: tensor.values for name, tensor in stored_tensors(raw, ranges).items()}
+    return {name: tensor.float32() for name, tensor in file_tensors(raw, ranges).items()}
 
 
 def read_file(file: Path) -> bytes:
@@ -124,9 +132,9 @@ def checked_header(raw: bytes, file: Path, dtypes: Collection[str]) -> tuple[Any
         malformed(file, error.problem, error.got, error.wanted, fix)
 
 
-def stored_tensors(raw: bytes, ranges: Mapping[str, StoredRange]) -> StoredTensors:
-    """Return the tensors of a file whose header was checked; those without a conversion share the memory of `raw`."""
-    return {name: StoredTensor(place.dtype, decode(raw, place)) for name, place in ranges.items()}
+def file_tensors(raw: bytes, ranges: Mapping[str, StoredRange]) -> FileTensors:
+    """Return the tensors of a file whose header was checked; they share the memory of `raw`."""
+    return {name: FileTensor(place.dtype, stored_view(raw, place)) for name, place in ranges.items()}
 
 
 def _refuse_other_kinds(raw: bytes, file: Path) -> None:

@@ -6,59 +6,96 @@ This module does not handle layers, files or descriptions. Callers pass the slot
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PatchShapeError, PatchTargetError, PatchValueError, shown
-from .arrays import unchangeable
 from .names import DELTA_PARTS, MAX_LAYER, SITES, SlotKey, slot_name
+from .tensors import JoinedTensor, ScaledTensor, SummedTensor, Tensor, tensor_of
 
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Delta:
-    """The update of one slot: x -> x @ a @ b + bias, for x [..., in]. The arrays become unchangeable float32 copies.
+    """The update of one slot: x -> x @ a @ b + bias, for x [..., in].
 
-    Attributes:
-        a: the first factor [in, rank], its directions in order of energy.
+    The parts are held as tensors, whose memory is that of the patch file. Each read of `a`, `b`, `bias` or `mean` gives
+    float32 values, which are made for it if the file stores another dtype.
+
+    Args:
+        a: the first factor [in, rank], its directions in order of energy; a tensor, or an array, which is copied.
         b: the second factor [rank, out].
         bias: the constant [out].
         mean: the mean of x over the fitted rows [in]; only `truncated` needs it.
+
+    Attributes:
+        tensors: the parts that there are, by name.
 
     Raises:
         PatchValueError: an array holds something other than numbers.
     """
 
-    a: Array | None = None
-    b: Array | None = None
-    bias: Array | None = None
-    mean: Array | None = None
+    __slots__ = ("tensors",)
+    tensors: Mapping[str, Tensor]
 
-    def __post_init__(self) -> None:
-        for part, values in self.parts().items():
-            object.__setattr__(self, part, _frozen(values, part))
+    def __init__(
+        self,
+        a: NDArray[Any] | Tensor | None = None,
+        b: NDArray[Any] | Tensor | None = None,
+        bias: NDArray[Any] | Tensor | None = None,
+        mean: NDArray[Any] | Tensor | None = None,
+    ) -> None:
+        parts = zip(DELTA_PARTS, (a, b, bias, mean), strict=True)
+        held = {part: _held(values, part) for part, values in parts if values is not None}
+        object.__setattr__(self, "tensors", MappingProxyType(held))
+
+    @property
+    def a(self) -> Array | None:
+        """The first factor [in, rank], read-only; None if there is none."""
+        return self._values("a")
+
+    @property
+    def b(self) -> Array | None:
+        """The second factor [rank, out], read-only; None if there is none."""
+        return self._values("b")
+
+    @property
+    def bias(self) -> Array | None:
+        """The constant [out], read-only; None if there is none."""
+        return self._values("bias")
+
+    @property
+    def mean(self) -> Array | None:
+        """The mean of x over the fitted rows [in], read-only; None if there is none."""
+        return self._values("mean")
+
+    def _values(self, part: str) -> Array | None:
+        tensor = self.tensors.get(part)
+        return None if tensor is None else tensor.float32()
 
     def parts(self) -> dict[str, Array]:
-        """Return the arrays that are not None, by part name."""
-        return {part: getattr(self, part) for part in DELTA_PARTS if getattr(self, part) is not None}
+        """Return the float32 arrays of all parts that there are, by part name."""
+        return {part: tensor.float32() for part, tensor in self.tensors.items()}
 
     @property
     def rank(self) -> int:
         """The number of directions; 0 if the delta has only a bias."""
-        return 0 if self.a is None else self.a.shape[1]
+        return self.tensors["a"].shape[1] if "a" in self.tensors else 0
 
     def scaled(self, strength: float) -> Delta:
         """Return the delta times `strength`. Only b and bias are scaled: scaling a as well would scale twice."""
-
-        def times(values: Array | None) -> Array | None:
-            return None if values is None else (values * np.float64(strength)).astype(np.float32)  # one rounding
-
-        with np.errstate(over="ignore", under="ignore"):  # `check` reports infinity, with the slot's name
-            return replace(self, b=times(self.b), bias=times(self.bias))
+        return Delta(
+            **{
+                part: ScaledTensor(tensor, strength) if part in ("b", "bias") else tensor
+                for part, tensor in self.tensors.items()
+            }
+        )
 
     def joined(self, other: Delta, slot: SlotKey) -> Delta:
         """Return the sum: the factors are concatenated along the rank, and the biases are added.
@@ -72,20 +109,18 @@ class Delta:
         Raises:
             PatchShapeError: the two deltas differ in [in] or [out].
         """
+        one, two = self.tensors, other.tensors
         for part, axis in (("a", 0), ("b", 1), ("bias", 0)):
-            one, two = getattr(self, part), getattr(other, part)
-            if one is not None and two is not None and one.shape[axis] != two.shape[axis]:
-                raise _misfit(slot, part, two.shape, f"{one.shape[axis]} in dimension {axis}, as in the other patch")
-        with np.errstate(over="ignore"):
-            bias = self.bias + other.bias if self.bias is not None and other.bias is not None else None
-        if self.a is None or self.b is None or other.a is None or other.b is None:
-            pair = self if other.a is None else other
-            a, b = pair.a, pair.b
-        else:
-            a, b = np.concatenate([self.a, other.a], axis=1), np.concatenate([self.b, other.b], axis=0)
-        if bias is None:
-            bias = other.bias if self.bias is None else self.bias
-        return Delta(a, b, bias)
+            if part in one and part in two and one[part].shape[axis] != two[part].shape[axis]:
+                wanted = f"{one[part].shape[axis]} in dimension {axis}, as in the other patch"
+                raise _misfit(slot, part, two[part].shape, wanted)
+        parts = {part: tensor for part, tensor in {**two, **one}.items() if part != "mean"}
+        for part, axis in (("a", 1), ("b", 0)):
+            if part in one and part in two:
+                parts[part] = JoinedTensor((one[part], two[part]), axis)
+        if "bias" in one and "bias" in two:
+            parts["bias"] = SummedTensor(one["bias"], two["bias"])
+        return Delta(**parts)
 
     def truncated(self, rank: int, slot: SlotKey) -> Delta:
         """Return a delta with the first `rank` directions, whose bias includes the mean effect of the others.
@@ -97,20 +132,21 @@ class Delta:
         Raises:
             PatchValueError: there are directions to drop, but the delta has no mean.
         """
-        if self.a is None or self.b is None or self.rank <= rank:
+        a, b, bias, mean = self.a, self.b, self.bias, self.mean
+        if a is None or b is None or self.rank <= rank:
             return self
-        if self.mean is None:
+        if mean is None:
             raise PatchValueError(
                 "the slot has directions to drop, but no mean to correct its bias with",
                 field=slot_name(*slot, "mean"),
                 got="no such tensor",
-                wanted=f"the mean input, [{self.a.shape[0]}]",
+                wanted=f"the mean input, [{a.shape[0]}]",
                 fix=f"export the patch at rank {rank}, or keep rank >= {self.rank}",
             )
         # This constant is the average of the dropped part over the fitted rows.
-        constant = (self.mean.astype(np.float64) @ self.a[:, rank:]) @ self.b[rank:]
-        bias = constant if self.bias is None else self.bias + constant
-        return Delta(self.a[:, :rank], self.b[:rank], bias.astype(np.float32), self.mean)
+        constant = (mean.astype(np.float64) @ a[:, rank:]) @ b[rank:]
+        corrected = constant if bias is None else bias + constant
+        return Delta(a[:, :rank], b[:rank], corrected.astype(np.float32), self.tensors["mean"])
 
     def check(self, slot: SlotKey) -> None:
         """Check that the parts fit each other and that every value is finite.
@@ -124,7 +160,7 @@ class Delta:
             PatchShapeError: the shapes of the parts do not fit each other, or an array is empty.
             PatchValueError: a value is NaN or infinity.
         """
-        parts = self.parts()
+        parts = self.tensors
         half = ("a" in parts) != ("b" in parts)
         if half or not {"b", "bias"} & set(parts) or ("mean" in parts and "a" not in parts):
             raise PatchTargetError(
@@ -134,27 +170,28 @@ class Delta:
                 wanted="a with b, or a bias, or both (a mean only together with a pair)",
                 fix="export the patch again, without slots to which nothing is added",
             )
-        for part, values in parts.items():
+        for part, tensor in parts.items():
             dimensions = 2 if part in ("a", "b") else 1
-            if values.ndim != dimensions or values.size == 0:
-                raise _misfit(slot, part, values.shape, f"{dimensions} dimension(s), none of size 0")
-            if not np.isfinite(values).all():
+            if len(tensor.shape) != dimensions or tensor.size == 0:
+                raise _misfit(slot, part, tensor.shape, f"{dimensions} dimension(s), none of size 0")
+            finite = np.isfinite(tensor.native())
+            if not finite.all():
                 raise PatchValueError(
                     "the tensor holds NaN or infinity",
                     field=slot_name(*slot, part),
-                    got=f"{np.count_nonzero(~np.isfinite(values))} of {values.size} values",
+                    got=f"{np.count_nonzero(~finite)} of {tensor.size} values",
                     wanted="finite float32 values",
                     fix="fit the patch again with a larger ridge, or use a smaller strength",
                 )
-        if self.a is None or self.b is None:
+        if "a" not in parts:
             return
-        (inputs, rank), out = self.a.shape, self.b.shape[1]
-        if self.b.shape[0] != rank:
-            raise _misfit(slot, "b", self.b.shape, f"[{rank}, {out}], because a is {[inputs, rank]}")
-        if self.bias is not None and self.bias.shape[0] != out:
-            raise _misfit(slot, "bias", self.bias.shape, f"[{out}], because b is {[rank, out]}")
-        if self.mean is not None and self.mean.shape[0] != inputs:
-            raise _misfit(slot, "mean", self.mean.shape, f"[{inputs}], because a is {[inputs, rank]}")
+        (inputs, rank), out = parts["a"].shape, parts["b"].shape[1]
+        if parts["b"].shape[0] != rank:
+            raise _misfit(slot, "b", parts["b"].shape, f"[{rank}, {out}], because a is {[inputs, rank]}")
+        if "bias" in parts and parts["bias"].shape[0] != out:
+            raise _misfit(slot, "bias", parts["bias"].shape, f"[{out}], because b is {[rank, out]}")
+        if "mean" in parts and parts["mean"].shape[0] != inputs:
+            raise _misfit(slot, "mean", parts["mean"].shape, f"[{inputs}], because a is {[inputs, rank]}")
 
 
 def check_slot(slot: Any) -> None:
@@ -177,7 +214,9 @@ def check_slot(slot: Any) -> None:
     )
 
 
-def _frozen(values: Any, part: str) -> Array:
+def _held(values: Any, part: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
         raise PatchValueError(
@@ -187,7 +226,7 @@ def _frozen(values: Any, part: str) -> Array:
             wanted="float32",
             fix="convert it to float32",
         )
-    return unchangeable(array)
+    return tensor_of(array)
 
 
 def _misfit(slot: SlotKey, part: str, got: tuple[int, ...], wanted: str) -> PatchShapeError:

@@ -19,28 +19,30 @@ from numpy.typing import NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchTargetError, PatchValueError, PatchVersionError, shown
 from .container import (
+    FileTensors,
     StoredTensor,
     StoredTensors,
     checked_header,
     container_bytes,
+    file_tensors,
     json_object,
     malformed,
     read_file,
-    stored_tensors,
     write_container,
 )
 from .dtypes import DTYPES, ITEM_BYTES
-from .int8 import AXES, LARGEST, dequantise, quantise, scale_shape, scales_fit_half
+from .int8 import AXES, LARGEST, quantise, scale_shape, scales_fit_half
 from .kind import FORMAT, PATCH_FILE
 from .names import EntryKey, SlotKey, parse_entry_name, parse_scale_name, parse_slot_name, part_of, scale_name
+from .tensors import FileTensor, Tensor
 from .versions import VERSIONS, check_version, versioned
 
-DeltaArrays = dict[SlotKey, dict[str, NDArray[np.float32]]]
-"""The arrays of each slot's delta, by part ("a" | "b" | "bias" | "mean")."""
-EntryArrays = dict[EntryKey, NDArray[np.float32]]
-"""The arrays of the KV prefix."""
-Tensors = Mapping[str, NDArray[np.float32]]
-"""The float32 arrays of a patch, by the names that `slot_name` and `entry_name` give."""
+DeltaTensors = dict[SlotKey, dict[str, Tensor]]
+"""The tensors of each slot's delta, by part ("a" | "b" | "bias" | "mean")."""
+EntryTensors = dict[EntryKey, Tensor]
+"""The tensors of the KV prefix."""
+Tensors = Mapping[str, Tensor]
+"""The tensors of a patch, by the names that `slot_name` and `entry_name` give."""
 
 METADATA_KEYS = ("format", "version", "config")
 
@@ -58,7 +60,7 @@ class PatchFile:
         config: the parsed config object.
         dtype: the dtype in which saving the patch again changes no value, a key of `DTYPES`.
         nbytes: the number of bytes of the file.
-        tensors: the float32 arrays by name, without scales.
+        tensors: the tensors by name, int8 ones together with their scales; they share the memory of the file's bytes.
     """
 
     config: dict[str, Any]
@@ -98,9 +100,9 @@ def parse_patch(raw: bytes, file: Path) -> PatchFile:
     """
     metadata, ranges = checked_header(raw, file, tuple(ITEM_BYTES))
     version, config = _checked_metadata(metadata, file)
-    stored = stored_tensors(raw, ranges)
+    stored = file_tensors(raw, ranges)
     check_version(str(file), version, config, stored)
-    tensors = _decoded(stored)
+    tensors = _with_scales(stored)
     if not tensors:
         raise PatchTargetError(
             "the patch holds no delta",
@@ -112,14 +114,14 @@ def parse_patch(raw: bytes, file: Path) -> PatchFile:
     return PatchFile(config, _dtype_of(stored), len(raw), tensors)
 
 
-def split_tensors(tensors: Tensors) -> tuple[DeltaArrays, EntryArrays]:
+def split_tensors(tensors: Tensors) -> tuple[DeltaTensors, EntryTensors]:
     """Return the tensors of the slots [in, rank] | [rank, out] | [out] | [in], and those of the KV prefix, by address.
 
     Raises:
         PatchTargetError: a tensor's name is none that docs/patch-file.md lists.
     """
-    deltas: DeltaArrays = {}
-    entries: EntryArrays = {}
+    deltas: DeltaTensors = {}
+    entries: EntryTensors = {}
     for name, values in tensors.items():
         if entry := parse_entry_name(name):
             entries[entry] = values
@@ -165,24 +167,25 @@ def _checked_metadata(metadata: Any, file: Path) -> tuple[str, dict[str, Any]]:
 # -- tensors as they are stored ------------------------------------------------------------------------------
 
 
-def rounded_tensors(tensors: Tensors, dtype: str) -> dict[str, NDArray[np.float32]]:
-    """Return the values that a file of this dtype holds; rounding them again changes nothing.
+def rounded_tensors(tensors: Tensors, dtype: str) -> dict[str, FileTensor]:
+    """Return the tensors as a file of this dtype holds them; rounding them again changes nothing.
 
     Raises:
         PatchFormatError: the dtype is unknown.
         PatchValueError: a value does not fit the dtype.
     """
     stored = _encoded(tensors, dtype)
-    return _decoded({name: tensor.rounded(name) for name, tensor in stored.items()})
+    return _with_scales({name: tensor.rounded(name) for name, tensor in stored.items()})
 
 
 def _encoded(tensors: Tensors, dtype: str) -> StoredTensors:
     """Return the tensors of a file of this dtype, the scales of int8 tensors among them."""
     check_dtype(dtype)
     if dtype != "i8":
-        return {name: StoredTensor(DTYPES[dtype], values) for name, values in tensors.items()}
+        return {name: StoredTensor(DTYPES[dtype], tensor.float32()) for name, tensor in tensors.items()}
     stored: StoredTensors = {}
-    for name, values in tensors.items():
+    for name, tensor in tensors.items():
+        values = tensor.float32()
         if (part := part_of(name)) not in AXES:  # a bias or a mean
             stored[name] = StoredTensor(DTYPES["f16"], values)
             continue
@@ -192,45 +195,47 @@ def _encoded(tensors: Tensors, dtype: str) -> StoredTensors:
     return stored
 
 
-def _decoded(stored: StoredTensors) -> dict[str, NDArray[np.float32]]:
-    """Return the float32 values of tensors as they are stored, after a check of the scales of int8 tensors."""
+def _with_scales(stored: FileTensors) -> dict[str, FileTensor]:
+    """Return the tensors of a file, int8 ones together with their scales, which are checked."""
     tensors = {}
-    for name, (dtype, values) in stored.items():
+    for name, tensor in stored.items():
+        dtype = tensor.dtype
         if (scaled := parse_scale_name(name)) is not None:
             if scaled not in stored or stored[scaled].dtype != "I8":
                 found = "no such tensor" if scaled not in stored else stored[scaled].dtype
                 raise _misfit(name, "there are scales, but their tensor is not int8", found, f"{scaled!r} as I8")
         elif dtype != "I8":
-            tensors[name] = values
+            tensors[name] = tensor
         elif (part := part_of(name)) not in AXES:
             raise _misfit(name, "this tensor may not be int8", "I8", "F16, BF16 or F32; I8 for a, b, key and value")
         elif (scales := stored.get(scale_name(name))) is None:
             raise _misfit(name, "the int8 tensor has no scales", "no such tensor", repr(scale_name(name)))
         else:
-            _check_int8(name, values, scales)
-            tensors[name] = dequantise(part, values, scales.values)
+            _check_int8(name, tensor.stored, scales)
+            tensors[name] = tensor.scaled_by(scales, part)
     return tensors
 
 
-def _check_int8(name: str, q: NDArray[np.int8], scales: StoredTensor) -> None:
+def _check_int8(name: str, q: NDArray[np.int8], scales: FileTensor) -> None:
     """Check an int8 tensor and its scales against each other."""
     field = scale_name(name)
     if scales.dtype not in ("F16", "F32"):
         raise _misfit(field, "the scales have a wrong dtype", scales.dtype, "F16 or F32")
     axis = AXES[part_of(name)]
-    if q.ndim <= axis or scales.values.shape != scale_shape(part_of(name), q.shape):
+    if q.ndim <= axis or scales.shape != scale_shape(part_of(name), q.shape):
         raise PatchShapeError(
             "the scales do not fit their tensor",
             field=field,
-            got=list(scales.values.shape),
+            got=list(scales.shape),
             wanted=f"the shape of {name!r}, {list(q.shape)}, without dimension {axis}",
             fix=_AGAIN,
         )
-    if not (good := np.isfinite(scales.values) & (scales.values > 0)).all():
+    values = scales.float32()
+    if not (good := np.isfinite(values) & (values > 0)).all():
         raise PatchValueError(
             "a scale is NaN, infinite, zero or negative",
             field=field,
-            got=f"{float(scales.values[~good][0])}, {np.count_nonzero(~good)} of {good.size} scales",
+            got=f"{float(values[~good][0])}, {np.count_nonzero(~good)} of {good.size} scales",
             wanted="finite numbers > 0",
             fix=_AGAIN,
         )
@@ -239,7 +244,7 @@ def _check_int8(name: str, q: NDArray[np.int8], scales: StoredTensor) -> None:
         raise PatchValueError("the int8 values are not symmetric", field=name, got=-128, wanted=wanted, fix=_AGAIN)
 
 
-def _dtype_of(stored: StoredTensors) -> str:
+def _dtype_of(stored: FileTensors) -> str:
     """Return the dtype in which saving changes no value: float32 for a mixture that none of the others gives."""
     found = {(tensor.dtype, part_of(name) in AXES) for name, tensor in stored.items() if not parse_scale_name(name)}
     if ("I8", True) in found:
@@ -272,7 +277,7 @@ def write_patch(path: str | os.PathLike[str], tensors: Tensors, config: Mapping[
 
     Args:
         path: the file to write, which ends in .safetensors. An existing file is replaced if it is a patch file.
-        tensors: the float32 arrays.
+        tensors: the tensors.
         config: the JSON object for the metadata; `versioned` adds what its version requires.
         dtype: the dtype of the tensors, a key of `DTYPES`.
 

@@ -56,16 +56,20 @@ def quantise(part: str, values: Float) -> tuple[Int8, Float]:
     return np.clip(q, -LARGEST, LARGEST).astype(np.int8), scales.astype(np.float32)
 
 
-def dequantise(part: str, q: Int8, scales: Float) -> Float:
+def dequantise(part: str, q: Int8, scales: Float, out: Float | None = None) -> Float:
     """Return x' = q * scale as float32. A product beyond float32 is infinite.
 
     Args:
         part: a key of `AXES`.
         q: the int8 values, in the part's shape.
         scales: the scales, in the shape of q without the part's axis.
+        out: the array to write to, in the part's shape; None makes one.
     """
+    values: Float = np.empty(q.shape, np.float32) if out is None else out
+    values[...] = q
     with np.errstate(over="ignore", under="ignore"):
-        return q.astype(np.float32) * np.expand_dims(scales, AXES[part])
+        values *= np.expand_dims(scales, AXES[part])
+    return values
 
 
 def round_to_int8(part: str, values: Float) -> Float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import PatchFormatError, PatchShapeError, PatchValueError, RequestError, shown
-from .arrays import unchangeable
 from .names import KV_PARTS, EntryKey, entry_name
+from .tensors import Float32Values, Tensor, tensor_of
 
 Array = NDArray[np.float32]
 
@@ -31,9 +32,11 @@ class KVPrefix:
     """The entries of every layer.
 
     Attributes:
-        entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], from layer 0 to the last; the
-            arrays become unchangeable float32 copies. The number n of entries may differ from layer to layer. The keys
-            are rotated for their positions in the context. Each head may hold entries of other positions.
+        entries: for each (layer, "key" | "value") an array [n, kv heads, head dim], float32 and read-only, from layer 0
+            to the last. The number n of entries may differ from layer to layer. The keys are rotated for their
+            positions in the context. Each head may hold entries of other positions. Arrays that are passed are copied;
+            the tensors of a patch file stay in its dtype, and become float32 whenever an array is read.
+        tensors: the same entries as tensors.
         replaces: the ids at the start of a prompt that the entries replace.
         position: the position of the first token after them, at least the largest n.
         before_system: whether the entries stand in front of a system message of the prompt's own; otherwise they stand
@@ -50,22 +53,30 @@ class KVPrefix:
     position: int
     before_system: bool = False
 
+    @property
+    def tensors(self) -> Mapping[EntryKey, Tensor]:
+        """The entries as they are held in memory."""
+        assert isinstance(self.entries, Float32Values)  # __post_init__ made it
+        return self.entries.tensors
+
     def __post_init__(self) -> None:
-        wanted = [(layer, part) for layer in range(len(self.entries) // 2) for part in KV_PARTS]
-        if not self.entries or sorted(self.entries) != wanted:
+        entries = self.entries  # arrays, or tensors under the arrays' interface
+        given: Mapping[EntryKey, Any] = entries.tensors if isinstance(entries, Float32Values) else entries
+        wanted = [(layer, part) for layer in range(len(given) // 2) for part in KV_PARTS]
+        if not given or sorted(given) != wanted:
             raise PatchShapeError(
                 "the KV prefix lacks a layer, or the keys or values of one",
                 field="prefix",
-                got=f"{len(self.entries)} tensors",
+                got=f"{len(given)} tensors",
                 wanted="keys and values of every layer, from 0 on",
             )
-        heads = self.entries[0, KV_PARTS[0]].shape[1:]
-        frozen = {}
-        for (layer, part), values in sorted(self.entries.items()):
+        heads = given[0, KV_PARTS[0]].shape[1:]
+        held = {}
+        for (layer, part), values in sorted(given.items(), key=itemgetter(0)):
             field = entry_name(layer, part)
             # A layer's keys come before its values, and say how many entries the layer has.
-            keys = self.entries[layer, KV_PARTS[0]]
-            if values.ndim != 3 or values.shape != (len(keys), *heads) or 0 in values.shape:
+            keys = given[layer, KV_PARTS[0]]
+            if len(values.shape) != 3 or values.shape != (keys.shape[0], *heads) or 0 in values.shape:
                 expected = f"[entries, {', '.join(map(str, heads))}], at least one entry" if values is keys else ""
                 raise PatchShapeError(
                     "a tensor of the KV prefix has a wrong shape",
@@ -73,8 +84,8 @@ class KVPrefix:
                     got=list(values.shape),
                     wanted=expected or f"{list(keys.shape)}, as the keys of this layer",
                 )
-            frozen[layer, part] = unchangeable(values)
-            if not np.isfinite(frozen[layer, part]).all():
+            held[layer, part] = tensor_of(values)
+            if not np.isfinite(held[layer, part].native()).all():
                 raise PatchValueError(
                     "the tensor holds NaN or infinity",
                     field=field,
@@ -84,7 +95,7 @@ class KVPrefix:
         # The identity covers the ids and the position, so these are plain numbers that the caller cannot change.
         object.__setattr__(self, "replaces", tuple(int(token) for token in self.replaces))
         object.__setattr__(self, "position", int(self.position))
-        object.__setattr__(self, "entries", MappingProxyType(frozen))
+        object.__setattr__(self, "entries", Float32Values(MappingProxyType(held)))
         if self.position < self.longest:
             raise PatchValueError(
                 "the text would begin before the end of the entries",
@@ -96,7 +107,7 @@ class KVPrefix:
     @property
     def counts(self) -> tuple[int, ...]:
         """The number of entries of each head, layer by layer."""
-        return tuple(self.entries[layer, KV_PARTS[0]].shape[0] for layer in range(self.layers))
+        return tuple(self.tensors[layer, KV_PARTS[0]].shape[0] for layer in range(self.layers))
 
     @property
     def longest(self) -> int:
@@ -142,7 +153,7 @@ class KVPrefix:
             PatchShapeError: the number of layers or heads or the head size differs, or no room for text is left.
             PatchValueError: an id that the entries replace is not in the model's vocabulary.
         """
-        got = (self.layers, *self.entries[0, "key"].shape[1:])
+        got = (self.layers, *self.tensors[0, "key"].shape[1:])
         if got != (layers, heads, head_dim):
             raise PatchShapeError(
                 "the KV prefix does not fit the model's cache",
@@ -175,8 +186,8 @@ class KVPrefix:
             PatchValueError: a value is too large for `dtype`.
         """
         largest = float(np.finfo(dtype).max)
-        for (layer, part), values in self.entries.items():
-            if (found := float(np.abs(values).max())) > largest:
+        for (layer, part), tensor in self.tensors.items():
+            if (found := float(np.abs(tensor.native()).max())) > largest:
                 raise PatchValueError(
                     "a value does not fit the cache's precision",
                     field=entry_name(layer, part),
@@ -186,7 +197,7 @@ class KVPrefix:
                 )
 
 
-def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix | None:
+def prefix_from(entries: Mapping[EntryKey, Tensor], description: Any) -> KVPrefix | None:
     """Build the KV prefix of a patch file.
 
     Args:
@@ -225,7 +236,7 @@ def prefix_from(entries: Mapping[EntryKey, Array], description: Any) -> KVPrefix
             fix="export the patch again with this version of tp-export",
         )
     before_system = "before_system" in description
-    prefix = KVPrefix(entries, tuple(description["replaces"]), description["position"], before_system)
+    prefix = KVPrefix(Float32Values(entries), tuple(description["replaces"]), description["position"], before_system)
     counts = list(prefix.counts)
     if description.get("counts", counts) != counts:
         raise PatchShapeError(

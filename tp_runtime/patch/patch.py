@@ -1,10 +1,9 @@
 """The patch: low-rank deltas for a base model's layers and perhaps a short KV prefix, with the algebra of patches.
 
-A patch is immutable. Scaling and adding are exact and cheap: the result shares the arrays that do not change. Every
-result holds the patches that it is made of, and its values are computed from those and from their strengths, each
-rounded once. So the terms (identity, strength) state the values bit for bit, however the result came about, and a KV
-cache can be keyed by them: 10 * (0.1 * p) has the terms of p and the values of p. This module does not handle graphs,
-sessions or devices.
+A patch is immutable. Scaling and adding are exact and take no memory: the result holds the patches that it is made of,
+and its values are computed from those and from their strengths, each rounded once, whenever they are read. So the terms
+(identity, strength) state the values bit for bit, however the result came about, and a KV cache can be keyed by them:
+10 * (0.1 * p) has the terms of p and the values of p. This module does not handle graphs, sessions or devices.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from .file import (
 )
 from .kv_prefix import KVPrefix, prefix_from
 from .names import entry_name, slot_name
+from .tensors import Float32Values, Tensor
 
 Terms = tuple[tuple[str, float], ...]
 Summands = tuple[tuple["Patch", float], ...]
@@ -54,7 +54,7 @@ class Patch:
         config: the description.
         prefix: the key/value entries of the context that are put in front of the text, or None.
         dtype: the dtype that the patch is stored in: that of the file it was loaded from, or else "f16", which the
-            result of a sum or a strength has too. The values in memory are float32.
+            result of a sum or a strength has too. A loaded patch is held in memory in this dtype.
 
     Raises:
         PatchFormatError: `dtype` is unknown.
@@ -107,8 +107,8 @@ class Patch:
 
     @property
     def memory_bytes(self) -> int:
-        """The number of bytes of the float32 arrays in memory."""
-        return sum(values.nbytes for values in self._tensors().values())
+        """The number of bytes that the tensors take in memory: those of the file, or of the patches of a sum."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     @property
     def capabilities(self) -> Capabilities:
@@ -116,15 +116,15 @@ class Patch:
         before_system = self.prefix is not None and self.prefix.before_system
         return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision, before_system)
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """Return every array by its tensor name in the file."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by its name in the file."""
         tensors = {
-            slot_name(*slot, part): values
+            slot_name(*slot, part): tensor
             for slot, delta in self.deltas.items()
-            for part, values in delta.parts().items()
+            for part, tensor in delta.tensors.items()
         }
         if self.prefix is not None:
-            tensors |= {entry_name(*entry): values for entry, values in self.prefix.entries.items()}
+            tensors |= {entry_name(*entry): tensor for entry, tensor in self.prefix.tensors.items()}
         return tensors
 
     @cached_property
@@ -140,7 +140,7 @@ class Patch:
             digest.update(f"prefix {list(self.prefix.replaces)} {self.prefix.position}\n".encode())
         for name in sorted(tensors):
             digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
-            digest.update(np.ascontiguousarray(tensors[name], "<f4").data)
+            digest.update(np.ascontiguousarray(tensors[name].float32(), "<f4").data)
         return digest.hexdigest()
 
     @cached_property
@@ -270,9 +270,9 @@ class Patch:
             PatchFormatError: the dtype is unknown.
             PatchValueError: a value does not fit the dtype.
         """
-        arrays, entries = split_tensors(rounded_tensors(self._tensors(), dtype))
-        prefix = None if self.prefix is None else replace(self.prefix, entries=entries)
-        return Patch({slot: Delta(**parts) for slot, parts in arrays.items()}, self.config, prefix, dtype)
+        deltas, entries = split_tensors(rounded_tensors(self._tensors(), dtype))
+        prefix = None if self.prefix is None else replace(self.prefix, entries=Float32Values(entries))
+        return Patch({slot: Delta(**parts) for slot, parts in deltas.items()}, self.config, prefix, dtype)
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write the patch file, whole or not at all. An existing file is replaced if it is a patch file.
@@ -344,9 +344,9 @@ class Patch:
     @classmethod
     def _of(cls, file: PatchFile) -> Patch:
         config = dict(file.config)
-        arrays, entries = split_tensors(file.tensors)
+        tensors, entries = split_tensors(file.tensors)
         prefix = prefix_from(entries, config.pop("prefix", None))
-        deltas = {slot: Delta(**parts) for slot, parts in arrays.items()}
+        deltas = {slot: Delta(**parts) for slot, parts in tensors.items()}
         patch = cls(deltas, PatchConfig.from_dict(config), prefix, file.dtype)
         patch.config.check_contents(len(deltas), prefix is not None)
         patch.__dict__["nbytes"] = file.nbytes  # another program may have written more or fewer bytes than `save` would

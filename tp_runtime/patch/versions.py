@@ -11,10 +11,9 @@ The writer takes the lowest version that holds the patch, so older readers still
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import PatchFormatError
-from .container import StoredTensors
 from .names import parse_entry_name
 
 VERSIONS = ("1", "2", "3")
@@ -22,7 +21,19 @@ VERSIONS = ("1", "2", "3")
 _AGAIN = "export the patch again with this version of tp-export"
 
 
-def check_version(where: str, version: str, config: Mapping[str, Any], tensors: StoredTensors) -> None:
+class Described(Protocol):
+    """What a version depends on: a tensor's dtype in the file and its dimensions."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in the file, such as "I8"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dimensions."""
+
+
+def check_version(where: str, version: str, config: Mapping[str, Any], tensors: Mapping[str, Described]) -> None:
     """Check that a file holds what its version allows, and the keys that its version requires.
 
     Args:
@@ -58,7 +69,7 @@ def check_version(where: str, version: str, config: Mapping[str, Any], tensors: 
         raise _misfit(where, problem, repr(version), repr(wanted))
 
 
-def versioned(config: Mapping[str, Any], tensors: StoredTensors) -> tuple[str, dict[str, Any]]:
+def versioned(config: Mapping[str, Any], tensors: Mapping[str, Described]) -> tuple[str, dict[str, Any]]:
     """Return the lowest version that holds a patch, and the config with the keys that this version requires.
 
     Args:
@@ -80,11 +91,11 @@ def _before_system(config: Mapping[str, Any]) -> bool:
     return isinstance(prefix, Mapping) and "before_system" in prefix
 
 
-def _counts(tensors: StoredTensors) -> list[int]:
+def _counts(tensors: Mapping[str, Described]) -> list[int]:
     """Return the number of entries of each layer, from layer 0 on."""
     entries = {entry: tensor for name, tensor in tensors.items() if (entry := parse_entry_name(name))}
     # A damaged file may have a tensor without dimensions; KVPrefix refuses it.
-    return [sum(entries[entry].values.shape[:1]) for entry in sorted(entries) if entry[1] == "key"]
+    return [sum(entries[entry].shape[:1]) for entry in sorted(entries) if entry[1] == "key"]
 
 
 def _misfit(field: str, problem: str, got: str, wanted: str) -> PatchFormatError:

@@ -1,11 +1,11 @@
-"""A patch that is ready to run: its tensors on the device, and the key of the caches that are made under it.
+"""A patch that is ready to run: the tensors to bind, and the key of the caches that are made under it.
 
 The terms in the key state the values: each identity is computed from the values that it names, never taken from a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,23 +15,29 @@ from .kv_cache import CacheKey
 from .layer_kinds import NO_ENTRIES, Lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundPatch:
-    """A patch on the device: the tensors to bind, and the cache key it runs under.
+    """A patch that a graph can run, and the cache key it runs under.
 
     Attributes:
-        values: the OrtValues to bind, by graph input name; an input without one keeps the session's default.
+        get_values: returns the OrtValues to bind, by graph input name; an input without one keeps the session's
+            default. They may have to be converted first (bound_values.py).
         key: the key of every cache that is made under this patch.
         prefix: the entries at the front of every cache that is made under this patch.
         deltas: the patch's deltas, by (layer, site); a batch whose rows run under different patches needs them.
         entries: the number of entries of `prefix` in the layers of each kind.
     """
 
-    values: dict[str, Any]
+    get_values: Callable[[], Mapping[str, Any]]
     key: CacheKey
     prefix: KVPrefix | None = None
     deltas: Mapping[SlotKey, Delta] = field(default_factory=dict)
     entries: Lengths = NO_ENTRIES
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The OrtValues to bind. Refer to this object for as long as they are bound: a binding does not."""
+        return self.get_values()
 
 
 def require_bound(bound: object) -> None:

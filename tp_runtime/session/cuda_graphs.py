@@ -50,6 +50,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import DeviceUnavailableError, RequestError
 from ..patch import Delta, SlotKey
+from .bound_patch import BoundPatch
 from .device_step import DeviceStep, Logits
 from .kv_buffers import InPlaceBuffers
 from .kv_cache import CacheKey, KVCache
@@ -269,7 +270,7 @@ class CapturedDecode:
         """Whether `cache` owns the buffers."""
         return cache.buffers is self.buffers
 
-    def take(self, cache: KVCache, length: int, patch: dict[str, Any], decoding: bool) -> bool:
+    def take(self, cache: KVCache, length: int, patch: BoundPatch, decoding: bool) -> bool:
         """Make a sequence the owner of the buffers, if they have room for it.
 
         A fresh cache, or one with tokens to prefill, becomes the owner, and the previous owner gets its own copy of its
@@ -281,7 +282,7 @@ class CapturedDecode:
             length: the number of filled positions of full layers after the run that follows. A sequence of which any
                 layer holds more than `capacity` does not become the owner, nor does one of a batch, whose steps are
                 not captured.
-            patch: the patch's OrtValues by graph input name, which ordinary runs bind.
+            patch: the patch, whose tensors ordinary runs bind.
             decoding: whether the run that follows is a decode step, or one that verifies a draft.
 
         Returns:

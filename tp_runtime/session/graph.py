@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
-from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey
+from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey, in_bytes
 from .bound_patch import BoundPatch, not_a_patch, require_bound
+from .bound_values import BoundValues, BoundValuesStore
 from .cuda_graphs import CapturedDecode, check_capturable
 from .default_patch import read_default_patch
 from .description import past_name
@@ -80,6 +81,7 @@ class Graph:
         default_patch: the patch of `default`, without the repair; None if `default` is the base.
         repair: the patch that compensates what quantisation costs, which is part of the base; None if the folder has
             none.
+        bound_values: the converted tensors of the patches that ran last.
 
     Raises:
         DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
@@ -113,6 +115,7 @@ class Graph:
         if self.dtype == np.float16:
             avoid_float16_crash(self.ort, session_options)
         self._notes = PrecisionNotes(folder.precision)
+        self.bound_values = BoundValuesStore(settings.bound_patch_bytes)
         own = read_default_patch(folder)
         self.repair = own if folder.default_patch and folder.default_patch.repair else None
         if defaults is not None:
@@ -144,7 +147,7 @@ class Graph:
         key = folder.graph_digest, () if bound is None else bound.terms
         bind_all = not replaced and (self._has_defaults or bool(deltas))
         values = self._slot_values(deltas, self.device.kind) if bind_all else {}
-        self.default = self._bound(values, key, deltas, bound)
+        self.default = self._bound(lambda: values, key, deltas, bound)
         self._default_identity = None if bound is None else bound.identity
         self.base = self._bind_base()
 
@@ -200,7 +203,9 @@ class Graph:
         self.captured.capture()
 
     def bind(self, patch: Patch | None) -> BoundPatch:
-        """Put a patch on the device, ready to run; None means the base.
+        """Check a patch and put it on the device, ready to run; None means the base.
+
+        Its tensors may leave the device again until it runs (bound_values.py).
 
         If the folder has a repair, the base includes it. A patch that was not fitted for the folder's precision is
         added to the repair. A patch that was fitted for this precision replaces the repair, because it compensates the
@@ -225,18 +230,32 @@ class Graph:
             return self.default
         # If the defaults are rank 0, the slots without a delta need no binding.
         only = None if self._has_defaults else set(patch.deltas)
-        values = self._slot_values(patch.deltas, self.device.kind, only)
-        return self._bound(values, (self.folder.graph_digest, patch.terms), patch.deltas, patch)
+        deltas, key = patch.deltas, (self.folder.graph_digest, patch.terms)
+
+        def values() -> BoundValues:
+            return self.bound_values.get(key, lambda: self._converted(deltas, only))
+
+        values()  # values that the graph's dtype cannot hold are refused now
+        return self._bound(values, key, deltas, patch)
+
+    def release(self, bound: BoundPatch) -> None:
+        """Give up the converted tensors of a patch that will not run soon; it can run all the same."""
+        self.bound_values.drop(bound.key)
 
     def _bind_base(self) -> BoundPatch:
         terms, deltas = (self.repair.terms, self.repair.deltas) if self.repair else ((), {})
         key = self.folder.graph_digest, terms
         if key == self.default.key:
             return self.default
-        return BoundPatch(self._slot_values(deltas, self.device.kind), key, deltas=deltas)
+        values = self._slot_values(deltas, self.device.kind)
+        return BoundPatch(lambda: values, key, deltas=deltas)
 
     def _bound(
-        self, values: dict[str, Any], key: CacheKey, deltas: Mapping[SlotKey, Delta], patch: Patch | None
+        self,
+        values: Callable[[], Mapping[str, Any]],
+        key: CacheKey,
+        deltas: Mapping[SlotKey, Delta],
+        patch: Patch | None,
     ) -> BoundPatch:
         if patch is None or patch.prefix is None:
             return BoundPatch(values, key, deltas=deltas)
@@ -252,7 +271,14 @@ class Graph:
     def _slot_values(
         self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None
     ) -> dict[str, Any]:
-        arrays = folder_arrays(deltas, self.folder, only)
+        return self._on_device(folder_arrays(deltas, self.folder, only), kind)
+
+    def _converted(self, deltas: Mapping[SlotKey, Delta], only: set[SlotKey] | None) -> BoundValues:
+        arrays, kind = folder_arrays(deltas, self.folder, only), self.device.kind
+        copied = [array.nbytes for array in arrays.values() if kind != "cpu" or not in_bytes(array)]
+        return BoundValues(self._on_device(arrays, kind), sum(copied))
+
+    def _on_device(self, arrays: Mapping[str, NDArray[Any]], kind: str) -> dict[str, Any]:
         return {name: self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0) for name, array in arrays.items()}
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
@@ -449,10 +475,10 @@ class Graph:
         captured = self.captured
         if captured is not None:
             # A run that returns the logits of every id has one id that the cache lacks, and verifies the others.
-            owned = captured.take(cache, length, bound.values, steps == last)
+            owned = captured.take(cache, length, bound, steps == last)
             if owned and steps == 1 and captured.switch(bound.key, bound.deltas):
                 return captured.step(tokens[0], position, length, cache.shift, best)
-        self.kv.prepare(cache, length, bound.values)
+        self.kv.prepare(cache, length, bound)
         if steps == 1 and self._steps_in_place:
             logits = self._step_io(cache).run(self.session, tokens[0], len(cache))
             logits = logits.copy() if copy else logits

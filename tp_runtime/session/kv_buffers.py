@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patch import KV_PARTS
+from .bound_patch import BoundPatch
 from .description import past_name, present_name
 from .device_copies import DeviceCopies
 from .interface import WINDOWED_SHIFT, WINDOWED_TOTAL
@@ -120,10 +121,12 @@ class _KVBuffers:
         lengths = {past: buffers[past].shape()[2] for past in self._of_each_kind}
         return min(length - (cache.shift if past in self.windowed else 0) for past, length in lengths.items())
 
-    def _new_binding(self, cache: KVCache, patch: dict[str, Any]) -> Any:
-        check_rows(patch, 1)
+    def _new_binding(self, cache: KVCache, patch: BoundPatch) -> Any:
+        values = patch.values
+        check_rows(values, 1)
+        cache.values = values  # while the cache refers to them, its patch is never converted a second time
         binding = self._session.io_binding()
-        for name, value in {**patch, **self._shift_values(cache.shift)}.items():
+        for name, value in {**values, **self._shift_values(cache.shift)}.items():
             binding.bind_ortvalue_input(name, value)
         return binding
 
@@ -143,7 +146,7 @@ class InPlaceBuffers(_KVBuffers):
 
     copies: DeviceCopies | None = None
 
-    def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
+    def prepare(self, cache: KVCache, length: int, patch: BoundPatch) -> None:
         """Bind buffers with room for `length` positions of full layers, and `patch`, to `cache.binding`."""
         if length <= cache.capacity:
             return
@@ -155,7 +158,7 @@ class InPlaceBuffers(_KVBuffers):
             buffers[past] = self._grown(cache, past, capacity)
         self.hold(cache, buffers, patch)
 
-    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: dict[str, Any]) -> None:
+    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: BoundPatch) -> None:
         """Make `cache` run in `buffers`, which hold its contents: bind them and `patch` to a new binding of its own."""
         binding = self._new_binding(cache, patch)
         for past, present in self.names:
@@ -211,7 +214,7 @@ class ConcatenatedBuffers(_KVBuffers):
     binding is bound again. So a run never uses the binding that made its pasts, and two bindings take turns.
     """
 
-    def prepare(self, cache: KVCache, length: int, patch: dict[str, Any]) -> None:
+    def prepare(self, cache: KVCache, length: int, patch: BoundPatch) -> None:
         """Bind to `cache.binding` a past of exactly the cache's length, outputs for ORT to allocate, and `patch`."""
         if cache.binding is None or cache.binding is cache.made_by:
             cache.binding, cache.spare = cache.spare or self._new_binding(cache, patch), None

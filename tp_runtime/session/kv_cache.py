@@ -52,6 +52,7 @@ class KVCache:
             describes how they grow. If `capacity` is 0, they are a copy on the host, [1, kv heads, filled, head dim],
             which the next run copies to the device.
         binding: the ONNX Runtime binding of the last run; it is reused from step to step.
+        values: the OrtValues of the patch that are bound, by graph input name; the binding does not keep them alive.
         made_by: the binding whose outputs the buffers are, in a graph that concatenates.
         spare: a binding that neither `binding` nor `made_by` needs.
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
@@ -70,6 +71,7 @@ class KVCache:
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
     binding: Any = None
+    values: Mapping[str, Any] | None = None
     made_by: Any = None
     spare: Any = None
     start: Mapping[str, NDArray[Any]] | None = None
@@ -142,7 +144,7 @@ class KVCache:
         """Give up the contents, which a batch has taken over. From then on every session refuses the cache."""
         self.session = None
         self.buffers, self.binding, self.capacity, self.start, self.step = {}, None, 0, None, None
-        self.made_by, self.spare = None, None
+        self.made_by, self.spare, self.values = None, None, None
 
     # -- one request at a time -------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ..errors import require_flag
+from ..errors import RequestError, require_flag, shown
+
+BOUND_PATCH_BYTES = 128 * 2**20  # about ten patches of rank 16 in every MLP matrix of a model of 135M parameters
 
 
 class SessionOptions(TypedDict, total=False):
@@ -17,6 +19,7 @@ class SessionOptions(TypedDict, total=False):
     cuda_graphs: bool
     cuda_options: Mapping[str, str | int] | None
     huge_pages: bool
+    bound_patch_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,13 @@ class SessionSettings:
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
             faster from then on.
+        bound_patch_bytes: the largest number of bytes of converted patches to keep (bound_values.py). A loaded patch
+            takes the memory of its file. To run, it is converted to the dtype of the graph's slots, on its device. The
+            patches that ran last stay converted up to this number, besides those that a KV cache uses.
 
     Raises:
-        RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean.
+        RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean, or `bound_patch_bytes` is not a whole
+            number of at least 0.
     """
 
     threads: int | None = None
@@ -46,7 +53,16 @@ class SessionSettings:
     cuda_graphs: bool = False
     cuda_options: Mapping[str, str | int] | None = None
     huge_pages: bool = True
+    bound_patch_bytes: int = BOUND_PATCH_BYTES
 
     def __post_init__(self) -> None:
         for name in ("spin", "cuda_graphs", "huge_pages"):
             require_flag(name, getattr(self, name))
+        if type(self.bound_patch_bytes) is not int or self.bound_patch_bytes < 0:
+            raise RequestError(
+                "the value is not a number of bytes",
+                field="bound_patch_bytes",
+                got=shown(self.bound_patch_bytes),
+                wanted="a whole number, 0 or more",
+                fix="pass a number such as 128 * 2**20",
+            )

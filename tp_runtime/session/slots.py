@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..errors import BaseMismatchError, PatchShapeError, PatchTargetError, PatchValueError
-from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, fitted_precision, slot_name
+from ..patch import FLOAT_PRECISIONS, Delta, Patch, SlotKey, Tensor, fitted_precision, slot_name
 from .description import DigestChange, Slot
 from .layer_kinds import entry_counts
 from .model_folder import ModelFolder
@@ -107,17 +107,13 @@ def fit_slots(patch: Patch, slots: Mapping[SlotKey, Slot]) -> Mapping[SlotKey, D
                 fix="export the model with --slots mlp or --slots all, or fit the patch with --method output",
             )
         wanted = {"a": slot.inputs, "b": slot.outputs, "bias": slot.outputs}
-        got = {
-            "a": slot.inputs if delta.a is None else delta.a.shape[0],
-            "b": slot.outputs if delta.b is None else delta.b.shape[1],
-            "bias": slot.outputs if delta.bias is None else delta.bias.shape[0],
-        }
         for part, size in wanted.items():
-            if got[part] != size:
+            tensor = delta.tensors.get(part)
+            if tensor is not None and (got := tensor.shape[part == "b"]) != size:
                 raise PatchShapeError(
                     f"a tensor of the patch {patch.name!r} does not fit the slot",
                     field=f"{field}.{part}",
-                    got=got[part],
+                    got=got,
                     wanted=f"{size} {'inputs' if part == 'a' else 'outputs'}",
                     fix="use the base model that the patch was fitted on",
                 )
@@ -159,26 +155,32 @@ def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, 
     Raises:
         PatchValueError: a value does not fit the dtype.
     """
-    delta = delta or Delta()
-    parts = {
-        "a": np.zeros((slot.inputs, 0), dtype) if delta.a is None else delta.a,
-        "b": np.zeros((0, slot.outputs), dtype) if delta.b is None else delta.b,
-        "bias": np.zeros((1, slot.outputs), dtype) if delta.bias is None else delta.bias[None],
-    }
+    tensors = {} if delta is None else delta.tensors
+    shapes = {"a": (slot.inputs, 0), "b": (0, slot.outputs), "bias": (slot.outputs,)}
     arrays = {}
-    for name, (part, values) in zip(slot.tensors, parts.items(), strict=True):
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(values[None], dtype)
-        if not np.isfinite(cast).all():
+    for name, (part, shape) in zip(slot.tensors, shapes.items(), strict=True):
+        tensor = tensors.get(part)
+        values = np.zeros(shape, dtype) if tensor is None else _converted(tensor, np.dtype(dtype))
+        if tensor is not None and not np.isfinite(values).all():
             raise PatchValueError(
                 "a value does not fit the slot's precision",
                 field=slot_name(slot.layer, slot.site, part),
-                got=float(np.abs(values).max()),
+                got=float(np.abs(tensor.float32()).max()),
                 wanted=f"at most {np.finfo(dtype).max}",
                 fix="use a smaller strength, or an fp32 export",
             )
-        arrays[name] = cast
+        arrays[name] = values.reshape(1, -1, slot.outputs) if part == "bias" else values[None]
     return arrays
+
+
+def _converted(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray:
+    """Return a tensor's values in a dtype; they share its memory if it holds them so."""
+    held = tensor.native()
+    if held.dtype == dtype:
+        return np.ascontiguousarray(held)
+    values = np.empty(tensor.shape, dtype)
+    tensor.write(values)
+    return values
 
 
 def check_rows(values: Mapping[str, Any], batch: int) -> None:

@@ -384,7 +384,7 @@ def test_slot_tensors_whose_rows_do_not_match_the_batch_are_refused(graph: Graph
         name: graph.ort.OrtValue.ortvalue_from_numpy(np.concatenate([value.numpy()] * 2))
         for name, value in bound.values.items()
     }
-    stacked = BoundPatch(two, bound.key)
+    stacked = BoundPatch(lambda: two, bound.key)
     with pytest.raises(PatchShapeError, match="rows of a slot tensor do not match the batch"):
         graph.run([1, 2, 3], stacked)
     batch = Batch(graph, 4)

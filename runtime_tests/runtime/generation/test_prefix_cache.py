@@ -22,7 +22,7 @@ from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, Graph, KVCache, Lengths, ModelFolder
 
-HALF = BoundPatch({}, ("graph", (("p", 0.5),)))
+HALF = BoundPatch(dict, ("graph", (("p", 0.5),)))
 BOUNDS = [BASE, PATCH, HALF]
 LEAD = [5, 6, 7]
 

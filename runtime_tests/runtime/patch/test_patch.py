@@ -164,7 +164,7 @@ def test_the_identity_depends_on_every_value(part):
     changed = dict(p.deltas)
     values = changed[SLOT].parts()[part].copy()
     values.flat[-1] += 1
-    changed[SLOT] = dataclasses.replace(changed[SLOT], **{part: values})
+    changed[SLOT] = Delta(**{**changed[SLOT].parts(), part: values})
     assert Patch(changed, p.config).identity != p.identity
 
 

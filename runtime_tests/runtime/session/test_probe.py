@@ -42,7 +42,7 @@ class FakeGraph:
         self.logits = {"patch": patched, "base": base}
 
     def bind(self, patch: Patch | None) -> BoundPatch:
-        return BoundPatch({}, ("graph", ()) if patch is None else ("graph", patch.terms))
+        return BoundPatch(dict, ("graph", ()) if patch is None else ("graph", patch.terms))
 
     def run(self, _tokens: Any, bound: BoundPatch) -> Any:
         return self.logits["patch" if bound.key[1] else "base"]
