@@ -191,8 +191,10 @@ def _loaded(run: Run) -> str:
             str(row["patches"]),
             f"{row['switch_ms']:.3f}",
             f"{1e3 * row['switch_ms'] / bench['patch_slots']:.2f}",
+            f"{row['convert_ms']:.2f}",
             _number(row["anonymous_bytes"], 1e-6, 1),
-            _number(row["patch_bytes"], 1e-6, 2),
+            _number(row["files_bytes"], 1e-6, 1),
+            _number(row["converted_bytes"], 1e-6, 1),
         ]
         for bits, bench in run["patches"].items()
         for row in bench.get("resident", ())
@@ -202,8 +204,10 @@ def _loaded(run: Run) -> str:
         "patches loaded",
         "switch ms",
         "switch µs per slot",
+        "switch with conversion ms",
         "additional memory MB",
-        "tensors of one patch MB",
+        "files MB",
+        "kept converted MB",
     ]
     return _table(head, rows, "Switch time and memory with loaded patches of rank 16:")
 

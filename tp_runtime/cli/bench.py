@@ -320,4 +320,8 @@ def _print(report: dict[str, Any]) -> None:
 def _resident(row: dict[str, Any]) -> str:
     grown = row["anonymous_bytes"]
     memory = "memory unknown" if grown is None else f"{size(max(0, grown))} more memory"
-    return f"{row['patches']} loaded: {memory}, switch {row['switch_ms']:.3f} ms"
+    kept = f"files of {size(row['files_bytes'])}, {size(row['converted_bytes'])} converted"
+    return (
+        f"{row['patches']} loaded: {memory} ({kept}), switch {row['switch_ms']:.3f} ms, "
+        f"{row['convert_ms']:.2f} ms if it has to be converted"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import RequestError, shown
 from ..model import PatchedModel
 from ..patch import Patch
+from ..session import BOUND_PATCH_BYTES
 from .options import add_model_options, read_text, split_spec
 from .printing import note
 
@@ -87,6 +88,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="MIB",
         help="memory for keys and values of earlier prompts; 0 switches it off (default 256)",
     )
+    limits.add_argument(
+        "--converted-patches",
+        type=int,
+        default=BOUND_PATCH_BYTES // _MB,
+        metavar="MIB",
+        help="memory for the patches that ran last, converted for the model (default %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,10 +126,15 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
     )
     named = [_named(spec) for spec in args.patch]
-    if args.prefix_cache < 0:
-        raise RequestError("the size is negative", field="--prefix-cache", got=args.prefix_cache, wanted="0 or more")
+    for option, given in (("--prefix-cache", args.prefix_cache), ("--converted-patches", args.converted_patches)):
+        if given < 0:
+            raise RequestError("the size is negative", field=option, got=given, wanted="0 or more")
     model = PatchedModel.from_pretrained(
-        args.model, args.device, threads=args.threads, prefix_cache_bytes=args.prefix_cache * _MB
+        args.model,
+        args.device,
+        threads=args.threads,
+        prefix_cache_bytes=args.prefix_cache * _MB,
+        bound_patch_bytes=args.converted_patches * _MB,
     )
     for name, patch in named:
         model.load_patch(patch, name)

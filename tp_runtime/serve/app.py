@@ -65,7 +65,7 @@ def create_app(
     watched.scan(settle=False)
     metrics = Metrics(model.graph.device.kind)
     worker = Worker(model, settings.rows, settings.queue, settings.timeout, metrics.ended)
-    metrics.watch(worker, lambda: len(patches.names()), model.prefix_cache)
+    metrics.watch(worker, patches.names, model.graph.bound_values, model.prefix_cache)
 
     completions = Completions(worker, patches, settings, folder.graph_digest[:12])
 

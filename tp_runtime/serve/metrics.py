@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from ..generation import PrefixCache
+from ..patch import Patch
+from ..session import BoundValuesStore
 from .worker import Ticket, Worker
 
 _MOST_LABELS = 100  # names of patches and sums; what comes later counts as "other"
@@ -49,12 +51,26 @@ class Metrics:
         Gauge("tp_device_info", "The device.", labelnames=["device"], registry=self._registry).labels(device).set(1)
         self._last: str | None = None
 
-    def watch(self, worker: Worker, patches: Callable[[], int], prefix_cache: PrefixCache | None) -> None:
-        """Report what can be read at any time: rows, queue, patches and the prefix cache."""
+    def watch(
+        self,
+        worker: Worker,
+        patches: Callable[[], Mapping[str, Patch]],
+        converted: BoundValuesStore,
+        prefix_cache: PrefixCache | None,
+    ) -> None:
+        """Report what can be read at any time: rows, queue, patches, converted patches and the prefix cache."""
         gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("tp_rows", "Requests that run.", lambda: worker.running),
             ("tp_queue", "Requests that wait.", lambda: worker.waiting),
-            ("tp_patches", "Patches that are loaded.", patches),
+            ("tp_patches", "Patches that are loaded.", lambda: len(patches())),
+            (
+                "tp_patch_bytes",
+                "Bytes of the loaded patches.",
+                lambda: sum(patch.memory_bytes for patch in patches().values()),
+            ),
+            ("tp_converted_patch_bytes", "Bytes of the converted patches that are kept.", lambda: converted.nbytes),
+            ("tp_converted_patch_hits", "Bindings of a patch that was converted.", lambda: converted.hits),
+            ("tp_converted_patch_misses", "Bindings that converted their patch first.", lambda: converted.misses),
         ]
         if prefix_cache is not None:
             gauges += [

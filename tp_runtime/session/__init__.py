@@ -5,6 +5,7 @@ This room knows nothing of text, of sampling, or of where a completion ends.
 
 from .best_logits import BestLogits
 from .bound_patch import BoundPatch, not_a_patch
+from .bound_values import BoundValuesStore
 from .default_patch import read_default_patch
 from .description import GRAPH_FILE, KV, DefaultPatch, DigestChange, Slot, past_name, present_name
 from .device import DEVICES, cuda_is_expected, require_onnxruntime
@@ -28,7 +29,7 @@ from .model_folder import DEFAULT_FILE, PREPARED, ModelFolder, describe_files, w
 from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
 from .replaceable import MODEL_FOLDER
-from .settings import SessionOptions, SessionSettings
+from .settings import BOUND_PATCH_BYTES, SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
 from .uses import Use, Uses
@@ -36,6 +37,7 @@ from .uses import Use, Uses
 __all__ = [
     "BEST_IDS",
     "BEST_VALUES",
+    "BOUND_PATCH_BYTES",
     "DEFAULT_FILE",
     "DEVICES",
     "FIRST_LOGIT",
@@ -49,6 +51,7 @@ __all__ = [
     "WINDOWED_TOTAL",
     "BestLogits",
     "BoundPatch",
+    "BoundValuesStore",
     "CacheKey",
     "DefaultPatch",
     "DeviceCopies",
