@@ -1,8 +1,8 @@
 """The exported graph in one ONNX Runtime session: forward steps over a KV cache, with or without a patch.
 
 This module does not handle text or sampling. A patch is bound for each run. Its tensors are graph inputs that default
-to rank 0, so switching patches rebinds pointers and copies nothing, and runs under different patches may take place at
-the same time.
+to rank 0, so switching to a converted patch rebinds pointers and copies nothing, and runs under different patches may
+take place at the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Entries that were fitted on a float precision and run on a quantised one: a warning says so once for each patch."""
+"""A patch that was fitted on a float precision and runs on a quantised one: a warning says so once for each patch."""
 
 from __future__ import annotations
 
@@ -60,12 +60,31 @@ def test_a_patch_that_the_model_is_opened_with_is_noted_too(caplog: pytest.LogCa
     assert len(messages(caplog)) == 1
 
 
-def test_weights_and_fitting_precisions_need_no_note(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fitted", ["fp32", "bf16"])
+def test_float_weights_in_an_int4_folder_are_noted_once(fitted: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = opened("-int4")
+    patch = patch_of(model, fitted, entries=False)
+    with caplog.at_level(logging.WARNING, "tp_runtime"):
+        model.load_patch(patch, "p")
+        for other in ("p", patch, 0.5 * patch, patch + patch, 0.0 * patch):
+            model.logits(IDS, other)
+    (message,) = messages(caplog)
+    assert f"fitted on {fitted} and runs on int4-rtn" in message and "\n" not in message
+    assert "--student-precision int4-rtn`" in message and repr(patch.name) in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tp_runtime"):
+        weights = patch_for(model.graph.folder, seed=5, scale=0.1)
+        model.load_patch(Patch(weights.deltas, replace(weights.config, precision=fitted)), "q")
+    assert len(messages(caplog)) == 1
+
+
+def test_fitting_precisions_and_weights_on_int8_need_no_note(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         for folder, precision, entries in (
             ("", "fp32", True),
             ("", "fp16", True),
-            ("-int4", "fp32", False),
+            ("-int8", "fp32", False),
+            ("-int4", "int4-rtn", False),
             ("-int4", "int4-rtn", True),
         ):
             model = opened(folder)
