@@ -44,7 +44,7 @@ class _Shell(NamedTuple):
 
     Attributes:
         tokenizer: the tokenizer.
-        known: the characters that it finds if they are tokens; None if it finds all.
+        known: the characters that it finds if they are tokens; None if it finds all of them.
         added: the contents of the added tokens that it finds.
     """
 
@@ -87,7 +87,7 @@ class TableTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
         """Return the ids of a text."""
         self._characters += len(text)
-        if self._whole is None and self._characters > self._budget:
+        if self._characters > self._budget:
             self.load()
         if self._whole is not None:
             encoding = self._whole.encode(text, add_special_tokens=add_special_tokens)
@@ -160,12 +160,10 @@ class TableTokenizer:
         Bytes stand for a character that it did not find, and say which. The unknown token does not; for it, the result
         holds the empty string.
         """
-        if self._doubtful.isdisjoint(ids):
-            return frozenset()
-        found = [(number in self._byte, number) for number in ids if number in self._doubtful or number in self._byte]
-        if not all(is_byte for is_byte, _ in found):
+        found = [number for number in ids if number in self._doubtful]
+        if any(number not in self._byte for number in found):
             return frozenset({""})
-        text = bytes(self._byte[number] for _, number in found).decode(errors="replace")
+        text = bytes(self._byte[number] for number in found).decode(errors="replace")
         return frozenset(character for character in text if self.token_to_id(character) is not None)
 
     def _shell_for(self, text: str) -> _Shell:
@@ -185,11 +183,9 @@ class TableTokenizer:
     def _make_shell(self, known: frozenset[str] | None, added: frozenset[str]) -> _Shell:
         tables = self._tables
         vocab = {self._token(symbol): symbol for symbol in tables.symbols}
-        if not tables.sparse:
-            pass
-        elif known is None:
+        if tables.sparse and known is None:
             vocab |= self._characters_of_model
-        else:
+        elif known is not None:
             vocab |= {token: found for token in known if (found := self.token_to_id(token)) is not None}
         # A token whose content a text does not hold cannot be found in it; of normalised texts this is not known.
         present = [token for token in tables.added if token.content in added or token.flags["normalized"]]
@@ -220,8 +216,7 @@ class TableTokenizer:
                 return (whole,)
         ids, count, pair = list(symbols), len(symbols), self._pair
         after, before = list(range(1, count + 1)), list(range(-1, count - 1))
-        queue = [(*found, at) for at in range(count - 1) if (found := pair(ids[at], ids[at + 1]))]
-        queue = [(rank, at, result) for rank, result, at in queue]
+        queue = [(found[0], at, found[1]) for at in range(count - 1) if (found := pair(ids[at], ids[at + 1]))]
         heapq.heapify(queue)
         while queue:
             _, at, result = heapq.heappop(queue)
