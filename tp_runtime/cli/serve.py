@@ -121,7 +121,11 @@ def run(args: argparse.Namespace) -> int:
     if args.prefix_cache < 0:
         raise RequestError("the size is negative", field="--prefix-cache", got=args.prefix_cache, wanted="0 or more")
     model = PatchedModel.from_pretrained(
-        args.model, args.device, threads=args.threads, prefix_cache_bytes=args.prefix_cache * _MB
+        args.model,
+        args.device,
+        threads=args.threads,
+        window_cache=args.window_cache,
+        prefix_cache_bytes=args.prefix_cache * _MB,
     )
     for name, patch in named:
         model.load_patch(patch, name)

@@ -17,6 +17,7 @@ class SessionOptions(TypedDict, total=False):
     cuda_graphs: bool
     cuda_options: Mapping[str, str | int] | None
     huge_pages: bool
+    window_cache: bool
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class SessionSettings:
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
             faster from then on.
+        window_cache: whether layers with a sliding window drop the keys and values that no later id attends to
+            (windows.py, docs/serving.md). They then need a fixed number of bytes, and a cache that goes back further
+            than they keep is computed again. Models without such layers do not change.
 
     Raises:
-        RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean.
+        RequestError: `spin`, `cuda_graphs`, `huge_pages` or `window_cache` is not a boolean.
     """
 
     threads: int | None = None
@@ -46,7 +50,8 @@ class SessionSettings:
     cuda_graphs: bool = False
     cuda_options: Mapping[str, str | int] | None = None
     huge_pages: bool = True
+    window_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("spin", "cuda_graphs", "huge_pages"):
+        for name in ("spin", "cuda_graphs", "huge_pages", "window_cache"):
             require_flag(name, getattr(self, name))
