@@ -9,7 +9,7 @@ from typing import Any
 Run = dict[str, Any]
 
 OURS, GENAI, LLAMA, OTHER = "#c4512d", "#1c6ba0", "#2b8a3e", "#868e96"
-_COLOURS = {"ours": OURS, "genai": GENAI, "llama_cpp": LLAMA}
+_COLOURS = {"ours": OURS, "ours_window": OURS, "genai": GENAI, "llama_cpp": LLAMA}
 _BITS = {"fp32": "o", "int8": "s", "int4": "^", "int4-fp16": "v"}
 _SHADES = {"fp32": "#c4512d", "int8": "#1c6ba0", "int4": "#2b8a3e", "int4-fp16": "#7a4fb5"}
 # These settings differ from those of the plots inside a report.

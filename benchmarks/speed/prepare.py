@@ -4,7 +4,8 @@
     ours-PRECISION      the export of `tp-export model --precision`; genai runs on it too
     prepared-PRECISION  the same export after `tp-runtime prepare`
     ours-int4-fp16      the int4 export that computes in float16, on a machine that is set up for CUDA
-    ours-int4-head4     the int4 export with a 4-bit head as well, as genai's builder has it
+    ours-int4-head4     the int4 export with a 4-bit head as well, as genai's builder has it; it also runs with window
+                        caches, which need no other files
     slots-SET-PRECISION the same export with other slots: none (slotless.py), mlp, all
     optimum             optimum's own export
     genai-PRECISION     the graph of onnxruntime-genai's builder, from a separate environment (genai_graphs.py)

@@ -40,6 +40,8 @@ class Rival:
             return f"{self.package} is not installed: pip install 'tp-runtime[bench]'"
         if not (models / self.files).exists():
             return f"there is no {self.files}"
+        if self.module == "ours_window" and '"windowed"' not in (models / self.files / "patch_slots.json").read_text():
+            return "the model has no layers with a sliding window"
         return None
 
     def named(self, models: Path) -> str:
@@ -92,6 +94,10 @@ RIVALS = (
     *_slots("int4"),
     Rival("prepared-int4", "tp-runtime int4, prepared", "ours", "tp_runtime", "prepared-int4", "int4"),
     Rival("ours-int4-head4", "tp-runtime int4, 4-bit head", "ours", "tp_runtime", "ours-int4-head4", "int4"),
+    Rival(
+        *("ours-int4-head4-window", "tp-runtime int4, 4-bit head, window caches", "ours_window", "tp_runtime"),
+        *("ours-int4-head4", "int4"),
+    ),
     Rival("ours-int4-fp16", "tp-runtime int4-fp16, CUDA", "ours", "tp_runtime", "ours-int4-fp16", "int4-fp16"),
     _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),

@@ -21,7 +21,7 @@ from .. import bench
 from ..errors import RequestError, printable
 from ..model import PatchedModel
 from ..patch import Patch
-from ..session import ModelFolder, require_onnxruntime
+from ..session import ModelFolder, SessionOptions, require_onnxruntime
 from ..storage import Kind, atomic_file, check_output_file, parse_json_object, temporary_folder
 from .options import add_model_options, open_model
 from .printing import note, plural, print_fields, size, version
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     model = open_model(args)
     load_seconds = time.perf_counter() - start
-    others = [PatchedModel.from_pretrained(folder, args.device, threads=args.threads) for folder in args.against]
+    options: SessionOptions = {"threads": args.threads, "window_cache": args.window_cache}
+    others = [PatchedModel.from_pretrained(folder, args.device, **options) for folder in args.against]
     resident = bench.resident(model, counts)  # this comes first, because later measurements allocate and free memory
     with _patch_files(args.patch, model.graph.folder) as files:
         report = _measure(model, others, files, ranks, args)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import TPError, printable
 from ..patch import Patch
-from ..session import ModelFolder, Slot, check_prepared, has_prepared
+from ..session import ModelFolder, Slot, check_prepared, has_prepared, kv_bytes
 from .printing import plural, print_fields, size
 
 
@@ -111,6 +111,7 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "context_window": folder.context_window,
         "kv": asdict(folder.kv),
         "windowed": asdict(folder.windowed) if folder.windowed else None,
+        "kv_bytes": {str(tokens): _kv_bytes(folder, tokens) for tokens in _lengths(folder.context_window)},
         "slots": len(folder.slots),
         "sites": _sites(folder.slots.values()),
         "default_patch": asdict(default) if default else None,
@@ -120,6 +121,16 @@ def describe_folder(folder: ModelFolder, verified: bool) -> dict[str, Any]:
         "unlisted": list(folder.unlisted),
         "verified": verified,
     }
+
+
+def _lengths(window: int) -> list[int]:
+    """Return the lengths of a text, up to the context window, whose keys and values are counted."""
+    return sorted({min(tokens, window) for tokens in (2048, 8192, 32768)})
+
+
+def _kv_bytes(folder: ModelFolder, tokens: int) -> dict[str, int]:
+    """Return the bytes of the keys and values of a text, without and with window caches."""
+    return {"whole": kv_bytes(folder, tokens), "window_cache": kv_bytes(folder, tokens, window_cache=True)}
 
 
 def _why_not_used(folder: ModelFolder) -> str | None:
@@ -200,6 +211,7 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", str(report["vocab_size"])),
         ("context window", plural(report["context_window"], "token")),
         ("KV cache", f"{kv['heads']} heads of {kv['head_dim']}, {kv['dtype']}{_windowed(report['windowed'])}"),
+        ("KV bytes", "\n".join(map(_kv_line, report["kv_bytes"].items()))),
         ("slots", "\n".join([str(report["slots"]), *_site_lines(report["sites"])])),
         ("default patch", "none" if default is None else _default(default)),
         ("files", "\n".join([*files, checked])),
@@ -213,6 +225,13 @@ def _folder_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _windowed(windowed: dict[str, Any] | None) -> str:
     return "" if windowed is None else f"; a window of {windowed['window']} in layers {_spans(windowed['layers'])}"
+
+
+def _kv_line(entry: tuple[str, dict[str, int]]) -> str:
+    tokens, found = entry
+    line = f"{size(found['whole'])} for a text of {plural(int(tokens), 'token')}"
+    bounded = found["window_cache"]
+    return line if bounded == found["whole"] else f"{line}, {size(bounded)} with --window-cache"
 
 
 def _prepared(report: dict[str, Any]) -> str:

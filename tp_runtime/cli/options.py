@@ -77,7 +77,7 @@ BASE = Selection(None)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, --device and --threads to a parser."""
+    """Add MODEL, --device, --threads and --window-cache to a parser."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder written by tp-export")
     parser.add_argument(
         "--device",
@@ -89,6 +89,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="the number of threads of one operator (default: one for each core)"
     )
+    parser.add_argument(
+        "--window-cache",
+        action="store_true",
+        help="let layers with a sliding window drop the keys and values outside it, which takes less memory on long "
+        "texts; going back far in a text then computes it again",
+    )
 
 
 def open_model(args: argparse.Namespace) -> PatchedModel:
@@ -98,7 +104,7 @@ def open_model(args: argparse.Namespace) -> PatchedModel:
         RequestError: the number of threads is not positive, or is too large.
         ModelError: see PatchedModel.from_pretrained.
     """
-    return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads)
+    return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads, window_cache=args.window_cache)
 
 
 def read_text(path: Path, field: str, most: int = MAX_JSON_BYTES) -> str:

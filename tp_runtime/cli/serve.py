@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         args.device,
         threads=args.threads,
+        window_cache=args.window_cache,
         prefix_cache_bytes=args.prefix_cache * _MB,
         bound_patch_bytes=args.converted_patches * _MB,
     )

@@ -39,12 +39,12 @@ def prompt_entries(
         graph.forward(list(prompt[start : start + STEP]), cache, bound)
         if progress is not None:
             progress(len(cache), len(prompt))
-    content, windowed = graph.content(cache), graph.folder.windowed
+    content, windowed = graph.content(cache), graph.folder.windowed  # windowed layers may have dropped what is cut here
     entries = {}
     for layer in range(graph.folder.layers):
-        first = 0
-        if windowed is not None and layer in windowed.layers:
-            first = max(0, len(prompt) - windowed.window + 1)
         for part in KV_PARTS:  # [heads, filled, head dim] -> [entries, heads, head dim]
-            entries[layer, part] = content[past_name(layer, part)][:, first:].transpose(1, 0, 2)
+            held, first = content[past_name(layer, part)], 0
+            if windowed is not None and layer in windowed.layers:
+                first = max(0, held.shape[1] - windowed.window + 1)
+            entries[layer, part] = held[:, first:].transpose(1, 0, 2)
     return KVPrefix(entries, tuple(replaces), len(prompt), before_system)

@@ -77,7 +77,12 @@ class PrefixCache:
         with self._lock:
             entries = self._entries  # places in this tuple stay valid, whatever the garbage collector stores meanwhile
             common, best = max(
-                ((entry.common(cache.key, wanted), place) for place, entry in enumerate(entries)), default=(0, -1)
+                (
+                    (common, place)
+                    for place, entry in enumerate(entries)
+                    if (common := entry.common(cache.key, wanted)) and entry.reaches(cache, common)
+                ),
+                default=(0, -1),
             )
             if common <= len(cache):
                 self.misses += 1
@@ -92,9 +97,8 @@ class PrefixCache:
             self._touch(entry)
         # Layers of different kinds may hold different numbers of positions, and each drops those of the other ids.
         dropped = len(entry.tokens) - common
-        # The ids come last: until then the cache holds what it held, which the entry begins with.
-        cache.start = {name: array[:, : array.shape[1] - dropped] for name, array in entry.content.items()}
-        cache.tokens[:] = tokens[:common]
+        start = {name: array[:, : array.shape[1] - dropped] for name, array in entry.content.items()}
+        cache.begin_with(start, entry.dropped(cache), tokens[:common])
 
     def offer(self, cache: KVCache, content: Callable[[], Content]) -> None:
         """Store what a cache holds if that succeeds; see `keep`.
@@ -107,19 +111,23 @@ class PrefixCache:
             log.warning("the prefix cache could not store %d tokens: %s", len(cache), library_text(error))
 
     def keep(self, cache: KVCache, content: Callable[[], Content]) -> bool:
-        """Store what a cache holds; the new entry replaces the entries that it extends.
+        """Store what a cache holds; the new entry replaces the entries all of whose contents it holds too.
 
         Args:
             cache: the cache, whose key and tokens the entry gets.
             content: a function that returns the cache's keys and values at the filled positions; they are copied.
 
         Returns:
-            Whether the tokens are stored now; a cache that is larger than the whole budget is not stored.
+            Whether the tokens are stored now. A cache that is larger than the whole budget is not stored, nor one that
+            lacks what the window shows the next id.
         """
+        if not cache.reaches:
+            return False
         tokens = np.array(cache.tokens, np.int64)
         with self._lock:
             for entry in self._entries:
-                if len(entry.tokens) >= len(tokens) and entry.common(cache.key, tokens) == len(tokens):
+                held = len(entry.tokens) >= len(tokens) and entry.common(cache.key, tokens) == len(tokens)
+                if held and entry.reaches(cache, len(tokens)):
                     self._touch(entry)
                     return True
         found = content()
@@ -128,7 +136,7 @@ class PrefixCache:
         new = PrefixEntry(cache.key, tokens, {name: _frozen(array) for name, array in found.items()})
 
         def added(entries: tuple[PrefixEntry, ...]) -> tuple[PrefixEntry, ...]:
-            kept = [entry for entry in entries if entry.common(new.key, tokens) < len(entry.tokens)]
+            kept = [entry for entry in entries if not entry.within(new)]
             room = self.budget - new.nbytes - sum(entry.nbytes for entry in kept)
             while room < 0:
                 room += kept.pop(0).nbytes

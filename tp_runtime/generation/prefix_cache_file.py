@@ -204,8 +204,9 @@ def _checked_ranges(
 ) -> list[dict[str, StoredRange]]:
     """Return the places of every entry's tensors, by graph input name.
 
-    All layers of a kind hold one number of positions. Without a patch it is that of the ids. Under a patch with entries
-    it is another one, which the cache compares with the patch when it uses the entry.
+    All layers of a kind hold one number of positions. Without a patch it is that of the ids, or less in windowed layers
+    that dropped positions. Under a patch with entries it is another one, which the cache compares with the patch when
+    it uses the entry.
     """
     pasts = {past_name(layer, part): layer for layer in range(folder.layers) for part in KV_PARTS}
     wanted = {f"{n}.{past}" for n in range(len(keys)) for past in pasts}
@@ -219,21 +220,25 @@ def _checked_ranges(
         )
     heads, head_dim = folder.kv.heads, folder.kv.head_dim
     windowed, dtype = () if folder.windowed is None else folder.windowed.layers, DTYPES[folder.kv.dtype]
+    hidden = 0 if folder.windowed is None else folder.windowed.window - 1
     places = []
     for n, (terms, tokens) in enumerate(keys):
         own = {past: ranges[f"{n}.{past}"] for past in pasts}
-        lengths: dict[bool, int] = {} if terms else dict.fromkeys((False, True), len(tokens))
+        lengths: dict[bool, int] = {} if terms else {False: len(tokens)}
         for past, place in own.items():
             if place.dtype != dtype:
                 _refuse(file, f"the tensor {n}.{past} has another dtype than the folder", place.dtype, dtype)
             length = place.shape[1] if len(place.shape) == 3 else 0
-            one = lengths.setdefault(pasts[past] in windowed, length)
-            if place.shape != (heads, one, head_dim) or not 0 < length <= folder.context_window:
+            is_windowed = pasts[past] in windowed
+            one = lengths.setdefault(is_windowed, length)
+            least = min(len(tokens), hidden) if is_windowed and not terms else 0
+            most = len(tokens) if is_windowed and not terms else folder.context_window
+            if place.shape != (heads, one, head_dim) or not max(least, 1) <= length <= most:
                 _refuse(
                     file,
                     f"the tensor {n}.{past} has a wrong shape",
                     list(place.shape),
-                    f"[{heads}, {one or 'positions'}, {head_dim}], at most {folder.context_window} positions",
+                    f"[{heads}, {one or 'positions'}, {head_dim}], {max(least, 1)} to {most} positions",
                 )
         places.append(own)
     return places

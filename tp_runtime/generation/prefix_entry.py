@@ -42,11 +42,34 @@ class PrefixEntry:
         return int(differ.argmax()) if differ.any() else length
 
     def fits(self, cache: KVCache) -> bool:
-        """Return whether the arrays are as long as the ids and the patch's KV prefix say, for a cache of the key."""
+        """Return whether the arrays are as long as the ids and the patch's KV prefix say, for a cache of the key.
+
+        Those of windowed layers may lack positions that the window does not show the next id.
+        """
+        full, windowed = self._positions(cache)
+        if any(array.shape[1] != full for past, array in self.content.items() if past not in cache.windowed):
+            return False
+        held = {array.shape[1] for past, array in self.content.items() if past in cache.windowed}
+        return held <= {windowed} or (len(held) == 1 and min(windowed, cache.window - 1) <= max(held) < windowed)
+
+    def dropped(self, cache: KVCache) -> int:
+        """Return the number of positions at the front that the arrays of windowed layers lack."""
+        return self._positions(cache)[1] - self.content[next(iter(cache.windowed))].shape[1] if cache.windowed else 0
+
+    def reaches(self, cache: KVCache, common: int) -> bool:
+        """Return whether `cache` could go on after the first `common` ids: the entry holds what the window shows."""
+        dropped = self.dropped(cache)
+        held = self._positions(cache)[1] - dropped - (len(self.tokens) - common)
+        return not dropped or held >= cache.window - 1
+
+    def _positions(self, cache: KVCache) -> tuple[int, int]:
+        """Return the number of positions of full and of windowed layers at which the ids end."""
         lead = 0 if cache.prefix is None else len(cache.prefix.replaces)
-        lengths = {len(self.tokens) - lead + count for count in cache.entries}
-        return {array.shape[1] for array in self.content.values()} <= lengths
+        return len(self.tokens) - lead + cache.entries.full, len(self.tokens) - lead + cache.entries.windowed
 
     def within(self, other: PrefixEntry) -> bool:
-        """Return whether `other` holds these ids under the same key, and perhaps more."""
-        return other.common(self.key, self.tokens) == len(self.tokens)
+        """Return whether `other` holds these ids under the same key, with all that this entry holds of them."""
+        further = len(other.tokens) - len(self.tokens)
+        return other.common(self.key, self.tokens) == len(self.tokens) and all(
+            array.shape[1] <= other.content[past].shape[1] - further for past, array in self.content.items()
+        )

@@ -33,6 +33,7 @@ from .settings import BOUND_PATCH_BYTES, SessionOptions, SessionSettings
 from .slots import check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
 from .uses import Use, Uses
+from .windows import kv_bytes
 
 __all__ = [
     "BEST_IDS",
@@ -81,6 +82,7 @@ __all__ = [
     "fit_slots",
     "grown_capacity",
     "has_prepared",
+    "kv_bytes",
     "measure_probe",
     "not_a_patch",
     "past_name",

@@ -270,6 +270,10 @@ class CapturedDecode:
         """Whether `cache` owns the buffers."""
         return cache.buffers is self.buffers
 
+    def pass_on(self, cache: KVCache) -> None:
+        """Make `cache` the owner in place of the one that owns the buffers now, whose contents it adopts next."""
+        self._owner = weakref.ref(cache)
+
     def take(self, cache: KVCache, length: int, patch: BoundPatch, decoding: bool) -> bool:
         """Make a sequence the owner of the buffers, if they have room for it.
 

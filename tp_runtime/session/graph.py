@@ -140,7 +140,7 @@ class Graph:
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
         self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
-        self._huge_pages = settings.huge_pages
+        self._huge_pages, self._window_cache = settings.huge_pages, settings.window_cache
         self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
         if not settings.cuda_graphs or not self._capture(chosen, session_options):
             self._open(chosen, session_options)
@@ -174,7 +174,7 @@ class Graph:
                 "int4-fp16",
                 self.dtype,
             )
-        self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype)
+        self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype, self._window_cache)
         if isinstance(self.kv, InPlaceBuffers) and kv_device != "cpu":
             self.kv.copies = DeviceCopies(self.ort, self.device, self.dtype)
 
@@ -288,7 +288,8 @@ class Graph:
             PatchTargetError: `bound` is not a bound patch.
         """
         require_bound(bound)
-        cache = KVCache(bound.key, bound.prefix, bound.entries)
+        window = 0 if self.kv.plan is None else self.kv.plan.window
+        cache = KVCache(bound.key, bound.prefix, bound.entries, self.kv.windowed, window)
         cache.session = self.mark
         return cache
 
@@ -451,9 +452,41 @@ class Graph:
                 fix="shorten the prompt or the conversation",
             )
         with self._exclusive():
+            if not cache.reaches:
+                self._run_again(cache, bound)
+            longest = len(tokens) if self.kv.plan is None else self.kv.plan.longest_run
+            if len(tokens) > longest:
+                return self._run_parts(tokens, longest, cache, bound, last)
             logits = self._run(tokens, position, cache, bound, last, copy, best)
             cache.tokens.extend(tokens)
         return logits
+
+    def _run_parts(
+        self, tokens: Sequence[int], longest: int, cache: KVCache, bound: BoundPatch, last: int
+    ) -> NDArray[np.float32]:
+        """Append ids in several runs of at most `longest` ids; windows.py says why."""
+        before, found = len(cache), []
+        try:
+            for end in range(longest, len(tokens) + longest, longest):
+                part = tokens[end - longest : end]
+                wanted = last - max(0, len(tokens) - end)  # of the logits, those that are of this part
+                logits = self._run(part, len(cache) + cache.skipped, cache, bound, min(max(wanted, 1), len(part)), True)
+                cache.tokens.extend(part)
+                if wanted > 0:
+                    found.append(logits)
+        except BaseException:
+            del cache.tokens[before:]
+            raise
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _run_again(self, cache: KVCache, bound: BoundPatch) -> None:
+        """Compute a cache again from its ids, because its windowed layers dropped what the next id attends to."""
+        again = self.new_cache(bound)
+        if tokens := cache.tokens[len(again) :]:
+            self._append(tokens, again, bound, 1, False)
+            if self.captured is not None and self.captured.holds(again):
+                self.captured.pass_on(cache)
+        cache.adopt(again)
 
     def _after_run(self) -> None:
         """After the first run, move the weights to huge pages; doing it earlier would delay the first token."""
@@ -500,7 +533,10 @@ class Graph:
 
     def _step_io(self, cache: KVCache) -> StepIO:
         if not isinstance(cache.step, StepIO) or cache.step.binding is not cache.binding:
-            lead, sizes = (cache.filled - len(cache), cache.skipped), (cache.capacity, self.folder.context_window)
+            lead, sizes = (
+                (cache.filled - len(cache), cache.skipped),
+                (cache.capacity, cache.shown, self.folder.context_window),
+            )
             logits = self.folder.vocab_size, self._logits_dtype
             cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
         return cache.step

@@ -5,7 +5,10 @@ optimum  The graph concatenates. The past is exactly as long as the tokens run s
          longer tensor.
 
 The buffers of windowed layers have lengths of their own, where a patch stores another number of entries for them than
-for full layers (layer_kinds.py). The cache's `shift` says by how much; it is bound once, together with the buffers.
+for full layers (layer_kinds.py), or where they dropped positions that are not needed any more (windows.py). The cache's
+`shift` says by how much. On the CPU, the part of these buffers that is bound begins at the first position that the
+window shows the next id; the bound lengths count from there. Every few dozen steps the next part is bound. (CUDA's
+operator skips the positions outside the window itself, and Python cannot make a part of a CUDA buffer.)
 
 In both variants a failed run leaves the tokens of the cache as they were, and a cache that was rewound
 (KVCache.keep_prefix) continues from the tokens it kept.
@@ -24,9 +27,10 @@ from .bound_patch import BoundPatch
 from .description import past_name, present_name
 from .device_copies import DeviceCopies
 from .interface import WINDOWED_SHIFT, WINDOWED_TOTAL
-from .kv_cache import KVCache
+from .kv_cache import ALWAYS, KVCache
 from .model_folder import ModelFolder
 from .slots import check_rows
+from .windows import SLIDE, WindowPlan
 
 _FIRST_CAPACITY = 256
 _UNKNOWN = -1
@@ -69,16 +73,22 @@ class _KVBuffers:
         ort: the onnxruntime module.
         device: the device that the attention operator runs on, `cpu` or `cuda`.
         dtype: the dtype of keys and values.
+        window_cache: whether windowed layers drop what no later id attends to (windows.py).
 
     Attributes:
+        plan: what the windowed layers keep; None if the graph has one cache length for all layers.
         device: the device that the buffers are on, which is the attention operator's.
         windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
         names: the names (graph input, graph output) of every key and value tensor, in the order in which they are
             bound.
     """
 
-    def __init__(self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype) -> None:
+    def __init__(
+        self, folder: ModelFolder, session: Any, ort: Any, device: str, dtype: np.dtype, window_cache: bool = False
+    ) -> None:
         self._kv, self._window = folder.kv, folder.context_window
+        self.plan = None if folder.windowed is None else WindowPlan(folder.windowed.window, window_cache)
+        self._shows_parts = self.plan is not None and device == "cpu"
         self._session, self.device, self._dtype = session, device, dtype
         self._ort, self._from_numpy = ort, ort.OrtValue.ortvalue_from_numpy
         parts = [(layer, part) for layer in range(folder.layers) for part in KV_PARTS]
@@ -88,14 +98,16 @@ class _KVBuffers:
         self.windowed = frozenset(past for past, (layer, _part) in self._entry.items() if layer in windowed)
         of_each_kind = {past in self.windowed: past for past in self._entry}
         self._of_each_kind = tuple(of_each_kind.values())
-        self._shifts: dict[int, dict[str, Any]] = {}  # the values that are bound for each shift, which must stay alive
 
     def _value(self, length: int, content: Any = None) -> Any:
         """Return a device buffer of `length` positions: first `content` [1, heads, kept, head dim], then zeros."""
         return self._from_numpy(self._array(length, content), self.device, 0)
 
     def _array(self, length: int, content: Any) -> NDArray[Any]:
-        array = np.zeros((1, self._kv.heads, length, self._kv.head_dim), self._dtype)
+        # A part of a buffer of several heads is as long as the buffer, so its last head ends behind the buffer's end.
+        # Nothing reads or writes what is behind it, and the system gives no memory to what nothing touches.
+        spare = 1 if self._shows_parts and self._kv.heads > 1 else 0
+        array = np.zeros((1, self._kv.heads + spare, length, self._kv.head_dim), self._dtype)[:, : self._kv.heads]
         if content is not None:
             array[:, :, : content.shape[2]] = content
         return array
@@ -126,14 +138,9 @@ class _KVBuffers:
         check_rows(values, 1)
         cache.values = values  # while the cache refers to them, its patch is never converted a second time
         binding = self._session.io_binding()
-        for name, value in {**values, **self._shift_values(cache.shift)}.items():
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         return binding
-
-    def _shift_values(self, shift: int) -> dict[str, Any]:
-        if shift and shift not in self._shifts:
-            self._shifts[shift] = shift_values(self._ort, [shift], shift)
-        return self._shifts.get(shift, {})
 
 
 class InPlaceBuffers(_KVBuffers):
@@ -148,38 +155,86 @@ class InPlaceBuffers(_KVBuffers):
 
     def prepare(self, cache: KVCache, length: int, patch: BoundPatch) -> None:
         """Bind buffers with room for `length` positions of full layers, and `patch`, to `cache.binding`."""
-        if length <= cache.capacity:
-            return
-        buffers = {}
-        for past, _present in self.names:
-            before = cache.buffers[past].shape()[2] if cache.capacity else 0
-            wanted = length + (cache.shift if past in self.windowed else 0)
-            capacity = grown_capacity(before, wanted, self._window)
-            buffers[past] = self._grown(cache, past, capacity)
-        self.hold(cache, buffers, patch)
+        filled = cache.filled
+        if length > cache.capacity:
+            surplus = 0 if self.plan is None else self.plan.surplus(filled + cache.shift, length - filled)
+            buffers = {}
+            for past, _present in self.names:
+                before = cache.buffers[past].shape()[2] if cache.capacity else 0
+                wanted, limit, skipped = length, self._window, 0
+                if past in self.windowed:
+                    assert self.plan is not None
+                    wanted, limit = length + cache.shift - surplus, self.plan.limit or limit
+                    skipped = surplus
+                buffers[past] = self._grown(cache, past, grown_capacity(before, wanted, limit), skipped)
+            self.hold(cache, buffers, patch, cache.dropped + surplus)
+        if filled not in cache.shown:
+            self._show(cache)
 
-    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: BoundPatch) -> None:
-        """Make `cache` run in `buffers`, which hold its contents: bind them and `patch` to a new binding of its own."""
+    def hold(self, cache: KVCache, buffers: dict[str, Any], patch: BoundPatch, dropped: int | None = None) -> None:
+        """Make `cache` run in `buffers`, which hold its contents: bind them and `patch` to a new binding of its own.
+
+        Args:
+            cache: the cache.
+            buffers: the buffers, by graph input name.
+            patch: the patch.
+            dropped: the number of positions that the windowed layers lack in these buffers; by default as before.
+        """
         binding = self._new_binding(cache, patch)
         for past, present in self.names:
             binding.bind_ortvalue_input(past, buffers[past])
             binding.bind_ortvalue_output(present, buffers[past])
-        # An interrupt between these lines leaves buffers of capacity 0, which the next run copies.
-        cache.capacity = 0
-        cache.buffers, cache.binding = buffers, binding
+        cache.replace_buffers(buffers, binding, cache.dropped if dropped is None else dropped)
+        cache.shown = ALWAYS
+        if self.windowed:
+            self._bind_lengths(cache, 0)
         cache.capacity = self._room(cache, buffers)
         cache.start = None
 
-    def _grown(self, cache: KVCache, past: str, capacity: int) -> Any:
-        """Return a buffer of `capacity` positions: first the content of one tensor of the cache, then zeros."""
+    def _show(self, cache: KVCache) -> None:
+        """Bind the part of the buffers of windowed layers that begins with what the next id needs."""
+        assert self.plan is not None
+        cache.shown = range(0)  # an interrupt below leaves parts of different lengths, which no run uses
+        cache.step = None  # it was made for what was shown before
+        first = self.plan.first_shown(cache.filled + cache.shift)
+        heads, head_dim = self._kv.heads, self._kv.head_dim
+        for past, present in self.names:
+            if past not in self.windowed:
+                continue
+            buffer = cache.buffers[past]
+            length = buffer.shape()[2]
+            shape = [1, heads, length - first if heads == 1 else length, head_dim]
+            at = buffer.data_ptr() + first * head_dim * self._dtype.itemsize
+            cache.binding.bind_input(past, "cpu", 0, self._dtype, shape, at)
+            cache.binding.bind_output(present, "cpu", 0, self._dtype, shape, at)
+        self._bind_lengths(cache, first)
+
+    def _bind_lengths(self, cache: KVCache, first: int) -> None:
+        """Bind the lengths of windowed layers if their buffers are bound from position `first`."""
+        values = shift_values(self._ort, [cache.shift - first], cache.shift - first)
+        for name, value in values.items():
+            cache.binding.bind_ortvalue_input(name, value)
+        cache.bound_lengths = values
+        if self._shows_parts and self.copies is None:
+            assert self.plan is not None
+            # A text that goes back in front of this part needs another one, and so does one that grows far beyond it.
+            filled = cache.filled if first else self.plan.hidden - cache.shift
+            cache.shown = range(filled if first or cache.dropped else 0, filled + SLIDE)
+
+    def _grown(self, cache: KVCache, past: str, capacity: int, skipped: int) -> Any:
+        """Return a buffer of `capacity` positions: first the content of one tensor of the cache, then zeros.
+
+        The first `skipped` positions of the content are left out.
+        """
         if self.copies is None:
-            return self._value(capacity, self.content(cache, past))
+            content = self.content(cache, past)
+            return self._value(capacity, None if content is None else content[:, :, skipped:])
         buffer = self.copies.new((1, self._kv.heads, capacity, self._kv.head_dim))
         source, target = self.device_content(cache, past), self.copies.rows(buffer)
         if source is None:
             self.copies.clear(target)
         else:
-            self.copies.copy(self.copies.rows(source), target)
+            self.copies.copy(self.copies.rows(source), target, skipped)
         return buffer
 
     def device_content(self, cache: KVCache, past: str) -> Any:

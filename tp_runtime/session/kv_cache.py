@@ -8,6 +8,7 @@ cache would write over each other, so a request takes the cache while it runs, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -23,6 +24,9 @@ from .uses import Use, Uses
 
 # The graph digest and the ordered terms (patch identity, strength); the base has no terms.
 CacheKey = tuple[str, tuple[tuple[str, float], ...]]
+
+ALWAYS = range(sys.maxsize)  # the value of `shown` if the buffers of windowed layers are bound as a whole
+_NOTHING_HELD = sys.maxsize  # the value of `dropped` while the buffers are replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,11 @@ class KVCache:
         key: the graph and the patch that the cache was made under.
         prefix: the entries that the patch puts at the front, which stand in for the first ids of every prompt.
         entries: the number of entries of `prefix` in the layers of each kind.
+        windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
+        window: the number of places that windowed layers attend to; 0 if there are none.
+        dropped: the number of positions at the front of windowed layers that the cache does not hold any more. It is
+            larger than the number of all positions while the buffers are replaced, so that an interrupt leaves a cache
+            that is computed again.
         tokens: the ids that the cache holds, in order, including those that `prefix` stands in for.
         capacity: the number of positions of full layers up to which the buffers of all layers have room.
         buffers: the buffers [1, kv heads, length, head dim] on the device, by graph input name; kv_buffers.py
@@ -53,6 +62,9 @@ class KVCache:
             which the next run copies to the device.
         binding: the ONNX Runtime binding of the last run; it is reused from step to step.
         values: the OrtValues of the patch that are bound, by graph input name; the binding does not keep them alive.
+        shown: the numbers of filled positions from which a run may continue with the part of the buffers of windowed
+            layers that is bound now (kv_buffers.py).
+        bound_lengths: the lengths of windowed layers that are bound, by graph input name, which must stay alive.
         made_by: the binding whose outputs the buffers are, in a graph that concatenates.
         spare: a binding that neither `binding` nor `made_by` needs.
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
@@ -67,6 +79,9 @@ class KVCache:
     key: CacheKey
     prefix: KVPrefix | None = None
     entries: Lengths = NO_ENTRIES
+    windowed: Set[str] = frozenset()
+    window: int = 0
+    dropped: int = field(default=0, init=False)
     capacity: int = 0
     tokens: list[int] = field(default_factory=list)
     buffers: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +89,8 @@ class KVCache:
     values: Mapping[str, Any] | None = None
     made_by: Any = None
     spare: Any = None
+    shown: range = field(default=ALWAYS, init=False, repr=False)
+    bound_lengths: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False)
     start: Mapping[str, NDArray[Any]] | None = None
     step: StepIO | DeviceStep | None = None
     batched: bool = field(default=False, init=False)
@@ -100,13 +117,21 @@ class KVCache:
     @property
     def shift(self) -> int:
         """The number of positions by which windowed layers hold more than full ones; negative if they hold fewer."""
-        return self.entries.windowed - self.entries.full
+        return self.entries.windowed - self.entries.full - self.dropped
 
     @property
     def lengths(self) -> Lengths:
         """The number of filled positions of the layers of each kind."""
         filled = self.filled
         return Lengths(filled, filled + self.shift)
+
+    @property
+    def reaches(self) -> bool:
+        """Whether windowed layers hold all that the window shows the next id.
+
+        A cache that dropped positions and was then rewound may lack some of them.
+        """
+        return not self.dropped or self.lengths.windowed >= self.window - 1
 
     @property
     def skipped(self) -> int:
@@ -145,6 +170,39 @@ class KVCache:
         self.session = None
         self.buffers, self.binding, self.capacity, self.start, self.step = {}, None, 0, None, None
         self.made_by, self.spare, self.values = None, None, None
+
+    def begin_with(self, start: Mapping[str, NDArray[Any]], dropped: int, tokens: Sequence[int]) -> None:
+        """Give a cache in which nothing was run its first contents.
+
+        Args:
+            start: the contents [kv heads, filled, head dim], by graph input name, which are never written.
+            dropped: the number of positions that those of windowed layers lack.
+            tokens: the ids.
+        """
+        self.dropped = _NOTHING_HELD
+        self.start = start
+        self.tokens[:] = tokens
+        self.dropped = dropped
+
+    def adopt(self, other: KVCache) -> None:
+        """Take over the contents of another cache of the same session, patch and tokens, which is not used any more."""
+        self.dropped = _NOTHING_HELD
+        self.start, self.step, self.made_by, self.spare = None, None, None, None
+        self.buffers, self.binding, self.bound_lengths = other.buffers, other.binding, other.bound_lengths
+        self.capacity, self.shown = other.capacity, other.shown
+        self.dropped = other.dropped
+
+    def replace_buffers(self, buffers: dict[str, Any], binding: Any, dropped: int) -> None:
+        """Put other buffers in place, in which windowed layers lack `dropped` positions; `capacity` is 0 then.
+
+        An interrupt between two lines leaves buffers of capacity 0, which the next run copies. If other positions are
+        dropped than before, it leaves a cache that is computed again.
+        """
+        self.capacity = 0
+        if dropped != self.dropped:
+            self.dropped = _NOTHING_HELD
+        self.buffers, self.binding = buffers, binding
+        self.dropped = dropped
 
     # -- one request at a time -------------------------------------------------------------------------------
 

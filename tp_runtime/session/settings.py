@@ -20,6 +20,7 @@ class SessionOptions(TypedDict, total=False):
     cuda_options: Mapping[str, str | int] | None
     huge_pages: bool
     bound_patch_bytes: int
+    window_cache: bool
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class SessionSettings:
         bound_patch_bytes: the largest number of bytes of converted patches to keep (bound_values.py). A loaded patch
             takes the memory of its file. To run, it is converted to the dtype of the graph's slots, on its device. The
             patches that ran last stay converted up to this number, besides those that a KV cache uses.
+        window_cache: whether layers with a sliding window drop the keys and values that no later id attends to
+            (windows.py, docs/serving.md). They then need a fixed number of bytes, and a cache that goes back further
+            than they keep is computed again. Models without such layers do not change.
 
     Raises:
-        RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean, or `bound_patch_bytes` is not a whole
-            number of at least 0.
+        RequestError: `spin`, `cuda_graphs`, `huge_pages` or `window_cache` is not a boolean, or `bound_patch_bytes` is
+            not a whole number of at least 0.
     """
 
     threads: int | None = None
@@ -54,9 +58,10 @@ class SessionSettings:
     cuda_options: Mapping[str, str | int] | None = None
     huge_pages: bool = True
     bound_patch_bytes: int = BOUND_PATCH_BYTES
+    window_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("spin", "cuda_graphs", "huge_pages"):
+        for name in ("spin", "cuda_graphs", "huge_pages", "window_cache"):
             require_flag(name, getattr(self, name))
         if type(self.bound_patch_bytes) is not int or self.bound_patch_bytes < 0:
             raise RequestError(

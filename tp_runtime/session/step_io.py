@@ -31,6 +31,7 @@ class StepIO:
         lead: how many positions of full layers the row's cache holds more than tokens, and by how much a token's
             position is larger than the number of tokens before it. Neither changes while the row is in the cache.
         capacity: the number of positions of full layers that the buffers bound to `binding` have room for.
+        shown: the numbers of filled positions from which a step may go on with what is bound of windowed layers.
         window: the number of positions that the graph can process.
         vocab_size: the size of the model's vocabulary.
         dtype: the dtype of the graph's logits.
@@ -43,6 +44,7 @@ class StepIO:
         binding: Any,
         lead: tuple[int, int],
         capacity: int,
+        shown: range,
         window: int,
         vocab_size: int,
         dtype: DTypeLike,
@@ -50,7 +52,8 @@ class StepIO:
     ) -> None:
         self.binding = binding
         self._entries, self._skipped = lead
-        self._vocab_size, self._room = vocab_size, min(capacity - self._entries, window - self._skipped)
+        self._vocab_size, self._least = vocab_size, shown.start - self._entries
+        self._room = min(min(capacity, shown.stop) - self._entries, window - self._skipped)
         self._id, self._position = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._mask, self._filled = np.zeros(capacity, np.int64), _UNKNOWN  # the ones at the front of the mask
         self._logits = np.empty((1, 1, vocab_size), dtype)
@@ -70,7 +73,7 @@ class StepIO:
             run: the ids to run.
             tokens: the number of tokens that the cache holds.
         """
-        if len(run) != 1 or binding is not self.binding or tokens >= self._room:
+        if len(run) != 1 or binding is not self.binding or not self._least <= tokens < self._room:
             return False
         return type(run[0]) is int and 0 <= run[0] < self._vocab_size
 

@@ -292,7 +292,13 @@ def test_a_description_that_contradicts_the_graphs_inputs_is_refused(tiny_gemma_
 def test_inspect_shows_the_windowed_layers(tmp_path: Path, cli: Cli, tiny_gemma_export: Path) -> None:
     assert "a window of 8 in layers 0, 2" in cli("inspect", tiny_gemma_export).out
     assert cli("inspect", tiny_gemma_export, "--json").json["windowed"] == {"layers": [0, 2], "window": 8}
+    small = cli("inspect", tiny_gemma_export, "--json").json["kv_bytes"]["512"]
+    assert small == {"whole": 512 * 3 * 256, "window_cache": (512 + 2 * 16) * 256}  # 256 bytes a layer and position
+    assert (
+        "for a text of 512 tokens, 139.3 kB (139264 bytes) with --window-cache" in cli("inspect", tiny_gemma_export).out
+    )
     path = fill(tmp_path / "model")
+    assert "--window-cache" not in cli("inspect", path).out
     assert "a window of" not in cli("inspect", path).out and cli("inspect", path, "--json").json["windowed"] is None
 
 
