@@ -190,6 +190,8 @@ class Calls:
             "cuda_graphs": {"False"},
             "cuda_options": {"None", "empty dict", "dict"},
             "huge_pages": FLAGS,
+            "bound_patch_bytes": {"0", *COUNTS},
+            "window_cache": FLAGS,
         }
         for name, accepted in opened.items():
             calls[f"from_pretrained {name}"] = (lambda v, name=name: self._open(name, v), accepted)
