@@ -24,7 +24,7 @@ from .default_patch import read_default_patch
 from .description import past_name
 from .device import Device, check_cuda_options, create_session, input_kinds, require_onnxruntime, select_device
 from .graph_file import graph_file
-from .huge_pages import Range, mapped, use_huge_pages_soon, without
+from .huge_pages import Range, empty_on_huge_pages, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import CacheKey, KVCache, SessionMark, require_cache, token_list
@@ -408,8 +408,9 @@ class Graph:
     def _step_io(self, cache: KVCache) -> StepIO:
         if cache.step is None or cache.step.binding is not cache.binding:
             lead, sizes = (cache.filled - len(cache), cache.skipped), (cache.capacity, self.folder.context_window)
-            logits = self.folder.vocab_size, self._logits_dtype
-            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
+            like = (1, 1, self.folder.vocab_size), self._logits_dtype
+            logits = empty_on_huge_pages(*like) if self._huge_pages else np.empty(*like)
+            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, logits, self._first_logit(-1))
         return cache.step
 
     def _first_logit(self, first: int) -> tuple[str, Any]:

@@ -34,7 +34,7 @@ class SessionSettings:
         cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
-            faster from then on.
+            faster from then on. The logits of decode steps get a huge page too, if they fill half of one.
 
     Raises:
         RequestError: `spin`, `cuda_graphs` or `huge_pages` is not a boolean.
