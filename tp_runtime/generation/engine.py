@@ -186,7 +186,7 @@ class _Completion:
 
     def ids(self, cache: KVCache, held: Use) -> Generator[int]:
         """Yield the ids. They run in `cache`, which the use `held` holds."""
-        tokens, prompt_tokens, picks = self.tokens, self._prompt_tokens, self._sampler
+        tokens, prompt_tokens, picks, stats = self.tokens, self._prompt_tokens, self._sampler, self._stats
         constrained = picks.constraint is not None
         best = picks.best
         copied = 0  # ids of the draft that are copies; forced ids are no guess
@@ -198,8 +198,8 @@ class _Completion:
             #    behind them. Only the logits of the last of these ids and of the draft are needed.
             run = [*tokens[kept:], *draft] if draft else tokens[kept:]
             logits = self._graph.forward_best(run, cache, self._bound, best=best, last=len(draft) + 1, held=held)
-            self._stats.runs += 1
-            self._stats.drafted += copied
+            stats.runs += 1
+            stats.drafted += copied
             # 2. Pick the next ids in order, as long as the pick is what the draft says; the pick after that is new.
             for at in range(len(draft) + 1):
                 drafted = draft[at] if at < len(draft) else None
@@ -208,7 +208,7 @@ class _Completion:
                 if token != drafted:
                     del cache.tokens[len(tokens) - 1 :]  # the ids of the draft behind the one that was refused
                 elif copied:
-                    self._stats.accepted += 1
+                    stats.accepted += 1
                 yield token
                 if self._ends(token):
                     return

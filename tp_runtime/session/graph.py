@@ -35,7 +35,7 @@ from .device import (
 from .device_copies import DeviceCopies
 from .device_step import DeviceStep, DeviceSteps, Logits
 from .graph_file import graph_file
-from .huge_pages import Range, mapped, use_huge_pages_soon, without
+from .huge_pages import Range, empty_on_huge_pages, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
 from .kv_cache import CacheKey, KVCache, SessionMark, require_cache, token_list
@@ -533,12 +533,11 @@ class Graph:
 
     def _step_io(self, cache: KVCache) -> StepIO:
         if not isinstance(cache.step, StepIO) or cache.step.binding is not cache.binding:
-            lead, sizes = (
-                (cache.filled - len(cache), cache.skipped),
-                (cache.capacity, cache.shown, self.folder.context_window),
-            )
-            logits = self.folder.vocab_size, self._logits_dtype
-            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, *logits, self._first_logit(-1))
+            lead = cache.filled - len(cache), cache.skipped
+            sizes = cache.capacity, cache.shown, self.folder.context_window
+            like = (1, 1, self.folder.vocab_size), self._logits_dtype
+            logits = empty_on_huge_pages(*like) if self._huge_pages else np.empty(*like)
+            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, logits, self._first_logit(-1))
         return cache.step
 
     def _run_binding(self, binding: Any) -> None:

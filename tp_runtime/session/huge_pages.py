@@ -8,12 +8,16 @@ was created and asks the kernel to put it on huge pages. The contents of the mem
 The request is only advice. On another system, with an old kernel, or with an administrator's setting `never`,
 everything stays as it was. It changes no result, so this module gives the advice in the background, after the first
 run. That takes 0.3 s for 100 MB if a virtual machine has to ask its host for each huge page.
+
+The logits of a large vocabulary lie on a huge page too: they are read after every step, to find the largest.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
+import mmap
 import re
 import threading
 import time
@@ -21,6 +25,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 log = logging.getLogger("tp_runtime")
 
@@ -66,6 +74,18 @@ def use_huge_pages(taken: Sequence[Range]) -> int:
         requested += end - first
     log.debug("requested huge pages for %.0f MB in %.2f s", requested / 1e6, time.perf_counter() - start)
     return requested
+
+
+def empty_on_huge_pages(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return an array of arbitrary contents; on huge pages, if the system has them and it fills half of one or more."""
+    wanted, size = math.prod(shape) * np.dtype(dtype).itemsize, page_size()
+    if size is None or 2 * wanted < size:
+        return np.empty(shape, dtype)
+    length = -(-wanted // size) * size
+    memory = np.frombuffer(mmap.mmap(-1, length + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    first = -memory.ctypes.data % size
+    _advise(memory.ctypes.data + first, length, _HUGE)  # the array holds the memory, which is untouched so far
+    return memory[first : first + wanted].view(dtype).reshape(shape)
 
 
 def page_size() -> int | None:

@@ -39,7 +39,7 @@ class SessionSettings:
         cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
-            faster from then on.
+            faster from then on. The logits of decode steps get a huge page too, if they fill half of one.
         bound_patch_bytes: the largest number of bytes of converted patches to keep (bound_values.py). A loaded patch
             takes the memory of its file. To run, it is converted to the dtype of the graph's slots, on its device. The
             patches that ran last stay converted up to this number, besides those that a KV cache uses.

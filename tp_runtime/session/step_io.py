@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 _UNKNOWN = -1
 
@@ -33,8 +33,7 @@ class StepIO:
         capacity: the number of positions of full layers that the buffers bound to `binding` have room for.
         shown: the numbers of filled positions from which a step may go on with what is bound of windowed layers.
         window: the number of positions that the graph can process.
-        vocab_size: the size of the model's vocabulary.
-        dtype: the dtype of the graph's logits.
+        logits: the array [1, 1, vocab] of the graph's dtype that every step writes its logits to.
         first_logit: the name and the value of the input that limits the logits to the last position.
     """
 
@@ -46,23 +45,21 @@ class StepIO:
         capacity: int,
         shown: range,
         window: int,
-        vocab_size: int,
-        dtype: DTypeLike,
+        logits: NDArray[Any],
         first_logit: tuple[str, Any],
     ) -> None:
         self.binding = binding
         self._entries, self._skipped = lead
-        self._vocab_size, self._least = vocab_size, shown.start - self._entries
+        self._vocab_size, self._least = logits.shape[2], shown.start - self._entries
         self._room = min(min(capacity, shown.stop) - self._entries, window - self._skipped)
         self._id, self._position = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._mask, self._filled = np.zeros(capacity, np.int64), _UNKNOWN  # the ones at the front of the mask
-        self._logits = np.empty((1, 1, vocab_size), dtype)
         from_numpy = ort.OrtValue.ortvalue_from_numpy
         for name, array in (("input_ids", self._id), ("position_ids", self._position), ("attention_mask", self._mask)):
             binding.bind_ortvalue_input(name, from_numpy(array[None]))
         binding.bind_ortvalue_input(*first_logit)
-        binding.bind_ortvalue_output("logits", from_numpy(self._logits))
-        self._row = self._logits[0]
+        binding.bind_ortvalue_output("logits", from_numpy(logits))
+        self._row = logits[0]
         self._converts = self._row.dtype != np.float32
 
     def serves(self, binding: Any, run: Sequence[int], tokens: int) -> bool:

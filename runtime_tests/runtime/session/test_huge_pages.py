@@ -15,6 +15,7 @@ from tp_runtime.session import graph as graph_module
 from tp_runtime.session.huge_pages import (
     Range,
     aligned,
+    empty_on_huge_pages,
     mapped,
     mappings,
     use_huge_pages,
@@ -131,3 +132,28 @@ def test_the_background_thread_advises_the_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huge_pages, "use_huge_pages", requested.append)
     use_huge_pages_soon([(0, 1)]).join(60)
     assert requested == [[(0, 1)]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 320), (1, 1, 262_144), (3, 500_001)])
+def test_an_array_on_huge_pages_is_an_array_like_any_other(shape: tuple[int, ...]) -> None:
+    arrays = [empty_on_huge_pages(shape, np.float32) for _ in range(3)]
+    for value, array in enumerate(arrays):
+        array[...] = value
+    for value, array in enumerate(arrays):
+        assert array.shape == shape and array.dtype == np.float32 and array.flags.c_contiguous
+        assert (array == value).all()
+
+
+def test_only_an_array_that_fills_half_a_huge_page_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(huge_pages, "page_size", lambda: 2**21)
+    monkeypatch.setattr(huge_pages, "_advise", lambda address, length, _advice: asked.append((address, length)))
+    empty_on_huge_pages((2**18 - 1,), np.float32)
+    assert not asked
+    array = empty_on_huge_pages((2**18,), np.float32)
+    assert asked == [(array.ctypes.data, 2**21)] and array.ctypes.data % 2**21 == 0
+
+
+def test_without_huge_pages_an_array_is_numpys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "page_size", lambda: None)
+    assert empty_on_huge_pages((2**20,), np.float32).base is None
