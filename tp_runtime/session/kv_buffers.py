@@ -7,8 +7,8 @@ optimum  The graph concatenates. The past is exactly as long as the tokens run s
 The buffers of windowed layers have lengths of their own, where a patch stores another number of entries for them than
 for full layers (layer_kinds.py), or where they dropped positions that are not needed any more (windows.py). The cache's
 `shift` says by how much. On the CPU, the part of these buffers that is bound begins at the first position that the
-window shows the next id; the bound lengths count from there. Every few dozen steps the next part is bound. (CUDA's
-operator skips the positions outside the window itself, and Python cannot make a part of a CUDA buffer.)
+window shows the next id; the bound lengths count from there. Every few dozen steps the next part is bound. On CUDA
+these buffers are bound as a whole, because steps there have not been tried with parts.
 
 In both variants a failed run leaves the tokens of the cache as they were, and a cache that was rewound
 (KVCache.keep_prefix) continues from the tokens it kept.
