@@ -40,6 +40,7 @@ def test_a_patch_is_shown_as_a_table(cli: Cli, tmp_path: Path) -> None:
         "layers": "0-2 (3 slots)",
         "KV prefix": "none",
         "file": shown["file"],
+        "memory": shown["memory"],
         "identity": Patch.load(file).identity,
         "form": "weights",
         "strength": "any",
@@ -58,6 +59,7 @@ def test_a_patch_is_shown_as_a_table(cli: Cli, tmp_path: Path) -> None:
         "created": "2025-01-31T12:00:00+00:00",
     }
     assert str(file.stat().st_size) in shown["file"] and shown["file"].endswith(", f16")
+    assert shown["memory"] == f"{Patch.load(file).memory_bytes} bytes while it is loaded"
 
 
 def test_a_patch_is_shown_as_json(cli: Cli, tmp_path: Path) -> None:
