@@ -25,7 +25,7 @@ from ..measure import (
     torch_probe,
 )
 from ..progress import bar
-from ..quantise import QuantisedStudent, as_student, student_of
+from ..quantise import QuantisedStudent, as_student
 from ..queries import check_disjoint, query_digest
 from ..rollout import Context, Dialogue, RolloutStore, check_beginning, check_text, dialogues_for
 from ..source import Source
@@ -35,6 +35,7 @@ from .closed_form import check_entries, entry_bytes, fit_patch
 from .forms import check_method
 from .recipe import Recipe
 from .refine import refine_deltas
+from .student import student_for
 
 
 def make_patch(
@@ -50,6 +51,7 @@ def make_patch(
     answers: Mapping[str, str] | None = None,
     store_context: bool = False,
     store: RolloutStore | None = None,
+    student: QuantisedStudent | None = None,
 ) -> Patch:
     """Compute a patch that stands in for `context`.
 
@@ -68,6 +70,8 @@ def make_patch(
             answers the patch keeps.
         store_context: whether to put the text itself into the patch's description.
         store: the store of the teacher's answers, which lets an interrupted run go on.
+        student: the weights of `recipe.student_precision`, such as those of an exported folder; None quantises the
+            model anew.
 
     Returns:
         The patch, rounded to what its file will hold. If it was refined, its figures also contain what the closed form
@@ -81,9 +85,8 @@ def make_patch(
     queries = [*fitted, *held_out]
     _check(source, model, context, recipe, target, queries)
     check_disjoint(fitted, held_out)
-    student = None
-    if recipe.student_precision not in FLOAT_PRECISIONS:
-        student = student_of(source, model, recipe.student_precision)
+    if student is None:
+        student = student_for(source, model, recipe.student_precision)
     prepared = None if context is None else Context.of(source, model, context, queries)
     cached = None if prepared is None else prepared.cached
     limit, stop = recipe.max_new_tokens, recipe.stop
@@ -116,6 +119,7 @@ def make_patch(
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stop=stop,
+        weights_digest=None if student is None else student.weights_digest,
     )
     held = _HeldOut(model, student, cached)
     if target is not None and prepared is not None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 
-from tqdm import tqdm
-
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch import FLOAT_PRECISIONS
 
 from .blocks import Blocks, FloatArray, k_quant, round_to_nearest
+from .calibrated import Calibrated
+from .gptq import gptq
+from .hqq import hqq
 
 Quantiser = Callable[[FloatArray], Blocks]
 
@@ -32,11 +32,14 @@ class Precision:
         head: the quantiser of the head and the embedding table, symmetric. With eight bits they lose next to nothing,
             with four a third of what the layers lose. But in a small model the head is up to two thirds of the bytes
             that a decode step reads.
+        calibrated: the quantiser of the linear layers of blocks by their rows in calibration texts; None for a
+            precision that needs no texts. `linear` then quantises only what lies outside of blocks.
     """
 
     name: str
     linear: Quantiser
     head: Quantiser
+    calibrated: Calibrated | None = None
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
         """Quantise a weight [K, N] into blocks."""
@@ -50,12 +53,15 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-symmetric", _INT4, _INT8),
         Precision("int4-rtn", _RTN, _INT8),
         Precision("int4-k-quant", partial(k_quant, bits=4), _INT8),
+        Precision("int4-hqq", hqq, _INT8),
+        Precision("int4-gptq-symmetric", _INT4, _INT8, partial(gptq, symmetric=True)),
+        Precision("int4-gptq", _RTN, _INT8, partial(gptq, symmetric=False)),
         Precision("int4-symmetric-head4", _INT4, _INT4),
         Precision("int4-rtn-head4", _RTN, _INT4),
     )
 }
 MEASURED = "int4"  # stands for the one of INT4 that loses least on the model
-INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
+INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-gptq-symmetric", "int4-gptq")
 PRECISIONS = (*FLOAT_PRECISIONS, MEASURED, *_QUANTISED)
 
 
@@ -72,30 +78,6 @@ def check_precision(name: str) -> None:
     """
     if name not in PRECISIONS:
         raise ModelFormatError("the precision is unknown", field="precision", got=name, wanted=" | ".join(PRECISIONS))
-
-
-def resolve(name: str, measure: Callable[[Precision], float]) -> str:
-    """Return `name`, or for `int4` the name of the precision whose quantiser loses least.
-
-    Args:
-        name: the name of a precision, one of PRECISIONS.
-        measure: a function that returns the KL of the model in a precision to float32 on held-out text, in nats per
-            token.
-
-    Returns:
-        The name of a precision, never `int4`.
-
-    Raises:
-        ModelFormatError: `name` is not one of PRECISIONS.
-    """
-    check_precision(name)
-    if name != MEASURED:
-        return name
-    losses = {}
-    for candidate in INT4:
-        losses[candidate] = measure(quantised(candidate))
-        tqdm.write(f"{candidate}: KL to float32 {losses[candidate]:.4f} nats per token", file=sys.stderr)
-    return min(losses, key=losses.__getitem__)
 
 
 def held_out_text() -> str:

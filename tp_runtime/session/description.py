@@ -22,13 +22,14 @@ FORMAT = "tp-slots"
 VERSION = 1
 PRECISIONS = (
     *("fp32", "fp16", "bf16", "int8", "int4-symmetric", "int4-rtn", "int4-k-quant"),
+    *("int4-hqq", "int4-gptq-symmetric", "int4-gptq"),
     *("int4-symmetric-head4", "int4-rtn-head4"),
 )
 _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
 }
-_OPTIONAL = {"digest_change", "windowed"}
+_OPTIONAL = {"digest_change", "windowed", "weights_digest"}
 
 
 def past_name(layer: int | str, part: str) -> str:
@@ -188,6 +189,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         files=_exported_files(data["files"]),
         digest_change=_digest_change(data["digest_change"]) if "digest_change" in data else None,
         windowed=_windowed(data["windowed"], layers, route) if "windowed" in data else None,
+        weights_digest=_digest(data["weights_digest"], "weights_digest") if "weights_digest" in data else None,
     )
 
 

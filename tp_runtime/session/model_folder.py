@@ -64,7 +64,8 @@ class ModelFolder:
     the folder was opened with its large files `verified`.
     `digest_change` is None, and not in the file, if earlier versions gave the base the same digest. `windowed` is None,
     and not in the file, if the graph has one cache length for all layers: its layers are of one kind, or the route is
-    `optimum`, or an earlier version exported it.
+    `optimum`, or an earlier version exported it. `weights_digest` is the SHA-256 of the quantised weights, and None and
+    not in the file unless they were calibrated.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class ModelFolder:
     files: dict[str, FileRecord]
     digest_change: DigestChange | None = None
     windowed: Windowed | None = None
+    weights_digest: str | None = None
     verified: bool = field(default=False, compare=False)
 
     @classmethod
@@ -169,7 +171,7 @@ class ModelFolder:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
         del data["path"], data["verified"]
-        for optional in ("digest_change", "windowed"):
+        for optional in ("digest_change", "windowed", "weights_digest"):
             if data[optional] is None:
                 del data[optional]
         data["slots"] = [
