@@ -48,7 +48,8 @@ def stored_student(model: Any, folder: ModelFolder) -> QuantisedStudent | None:
                 own = tuple(None if array is None else array[row] for array in arrays)
                 found.setdefault(name, {})[output] = record["inputs"], own
     blocks = {name: _joined(rows) for name, rows in found.items() if sorted(rows) == list(range(len(rows)))}
-    named = {id(weight): blocks[name] for name, weight in model.named_parameters() if name in blocks}
+    weights = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
+    named = {id(weights[name]): own for name, own in blocks.items() if name in weights}
     try:
         return QuantisedStudent(model, folder.precision, named)
     except KeyError:

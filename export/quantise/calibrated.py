@@ -80,7 +80,8 @@ def quantise_layers(
         The blocks, by the id of the parameter.
     """
     found: dict[int, Blocks] = {}
-    inputs = [torch.tensor([list(ids)]) for ids in texts]
+    device = next(model.parameters()).device
+    inputs = [torch.tensor([list(ids)], device=device) for ids in texts]
     teachers = [layer_inputs(model, ids, plain_inputs(torch.ones_like(ids))) for ids in inputs]
     with as_student():
         students = [layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))[0] for ids in inputs]
@@ -94,7 +95,7 @@ def quantise_layers(
                 _collect(block, groups, running)
                 for group in groups:
                     for linear in group.linears:
-                        blocks = quantise(_wanted(weight_of(linear), group), group.hessian)
+                        blocks = quantise(_wanted(weight_of(linear), group), group.hessian.cpu())
                         found[id(linear.weight)] = blocks
                         _assign(linear, blocks)
                         progress(1)
@@ -120,8 +121,9 @@ _ATTENTION = ("q", "k", "v", "qkv", "o")
 
 
 def _empty(linear: nn.Module, block: Block) -> tuple[Tensor, Tensor | None]:
-    size = weight_of(linear).shape[1]
-    return torch.zeros(size, size), None if block.router is not None else torch.zeros(size, size)
+    weight = weight_of(linear)
+    zeros = weight.new_zeros(weight.shape[1], weight.shape[1])
+    return zeros, None if block.router is not None else zeros.clone()
 
 
 def _run_teachers(block: Block, stages: Sequence[Sequence[_Group]], texts: Sequence[_Text]) -> None:
@@ -176,9 +178,9 @@ def _wanted(weight: Tensor, group: _Group) -> FloatArray:
         hessian = group.hessian.double()
         damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (_RIDGE * hessian.diagonal().mean())
         own = own + torch.linalg.solve(damped, group.shift.double() @ own)
-    return np.ascontiguousarray(own.float().numpy())
+    return np.ascontiguousarray(own.float().cpu().numpy())
 
 
 def _assign(linear: nn.Module, blocks: Blocks) -> None:
-    found = torch.from_numpy(blocks.dequantised())
+    found = torch.from_numpy(blocks.dequantised()).to(linear.weight)
     linear.weight.data = found if isinstance(linear, Conv1D) else found.T.contiguous()

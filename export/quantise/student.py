@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..decoder import Block, blocks_of, weight_of
 from ..progress import bar
-from .blocks import Blocks
+from .blocks import BLOCK, Blocks
 from .calibrated import quantise_layers
 from .precision import Precision, quantised
 
@@ -59,7 +59,9 @@ class QuantisedStudent:
         with bar(f"quantise to {precision.name}", len(matrices), "weight") as shown:
             found: dict[int, Blocks] = {}
             if precision.calibrated is not None:
-                ends = {id(module.weight): module for module in (head, table)}
+                ends = {
+                    id(m.weight): m for m in (head, table) if any(m.weight is own.weight for own in matrices.values())
+                }
                 found |= {key: _quantised(module, precision, is_head=True) for key, module in ends.items()}
                 swapped = [(module.weight, _weight(module, found[key])) for key, module in ends.items()]
                 shown.update(len(ends))
@@ -141,8 +143,13 @@ def float_weights(model: nn.Module) -> set[str]:
 
 
 def _matrices(model: nn.Module, kept: set[str]) -> dict[str, Any]:
-    """Return the linear layers and the embedding table, by the name of the weight, each weight once."""
+    """Return the linear layers and the embedding table, by the name of the weight, each weight once.
+
+    A table whose rows end within a block stays in float32, because no operator looks up such rows.
+    """
     table = model.get_input_embeddings()  # type: ignore[operator]
+    if table.weight.shape[1] % BLOCK:
+        table = None
     found: dict[int, tuple[str, Any]] = {}
     for name, module in model.named_modules():
         if (isinstance(module, nn.Linear | Conv1D) or module is table) and f"{name}.weight" not in kept:
