@@ -39,7 +39,8 @@ def quantise(model: ir.Model, student: QuantisedStudent) -> None:
         model: a graph of the student's dequantised weights, with its final names and slots.
         student: the weights.
     """
-    outputs, places = _Outputs(student.blocks), {}
+    outputs = _Outputs(student.blocks)
+    places: dict[str, list[Place]] = {}
     packed: dict[str, tuple[ir.Value, ir.Value, ir.Value | None, Blocks]] = {}
 
     def store(weight: ir.Value, values: FloatArray) -> bool:
@@ -135,7 +136,7 @@ class _Outputs:
 def _digests(weight: FloatArray) -> Iterator[bytes]:
     """Yield a digest of each column of a weight [K, N]; adding 0 makes 0 of -0, which has other bytes."""
     for values in np.ascontiguousarray(weight.T) + np.float32(0):
-        yield blake2b(values, digest_size=16).digest()
+        yield blake2b(values.tobytes(), digest_size=16).digest()
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:

@@ -53,7 +53,7 @@ class _Group:
         rows: the teacher's rows of each text, [T, K].
     """
 
-    linears: Sequence[nn.Module]
+    linears: Sequence[Any]
     hessian: Tensor
     shift: Tensor | None
     rows: list[Tensor]
@@ -109,9 +109,11 @@ def quantise_layers(
 
 def _stages(block: Block) -> list[list[_Group]]:
     """Return the linear layers of a block in the order in which they run, those that read the same rows together."""
-    attention = {site: block.layer.get_submodule(name) for site, name in block.linears.items() if site in _ATTENTION}
+    attention: dict[str, Any] = {
+        site: block.layer.get_submodule(name) for site, name in block.linears.items() if site in _ATTENTION
+    }
     first = [linear for site, linear in attention.items() if site != "o"]
-    stages = [[first], [[attention["o"]]]]
+    stages: list[list[list[Any]]] = [[first], [[attention["o"]]]]
     stages.append([list(mlp.reads_z.values()) for mlp in block.mlps])
     stages.append([[mlp.down] for mlp in block.mlps])
     return [[_Group(linears, *_empty(linears[0], block), []) for linears in groups] for groups in stages]
@@ -181,6 +183,6 @@ def _wanted(weight: Tensor, group: _Group) -> FloatArray:
     return np.ascontiguousarray(own.float().cpu().numpy())
 
 
-def _assign(linear: nn.Module, blocks: Blocks) -> None:
+def _assign(linear: Any, blocks: Blocks) -> None:
     found = torch.from_numpy(blocks.dequantised()).to(linear.weight)
     linear.weight.data = found if isinstance(linear, Conv1D) else found.T.contiguous()

@@ -31,7 +31,7 @@ def matrix(inputs: int, outputs: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((inputs, outputs)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [name for name in QUANTISED if quantised(name).calibrated is None])
 @settings(deadline=None, max_examples=15)
 @given(inputs=st.integers(1, 100), outputs=st.integers(1, 20), seed=st.integers(0, 99))
 def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, outputs: int, seed: int) -> None:
@@ -40,9 +40,10 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     found = blocks.dequantised()
     assert found.shape == weight.shape
     # The bound is one step: half a step for rounding, and another half if the zero point is a whole number. k-quant
-    # and GPTQ also narrow the range if that is better for the whole block, and clip values outside it.
+    # also narrows the range if that is better for the whole block, and clips values outside it: by 1.2 steps at most in
+    # 1,500 matrices.
     steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
-    bound = {"int4-k-quant": 1.5, "int4-gptq": 4.5, "int4-gptq-symmetric": 4.5}.get(name, 1.01)
+    bound = 1.5 if name == "int4-k-quant" else 1.01
     assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
 
 

@@ -72,7 +72,7 @@ def test_inputs_without_rows_and_weights_of_zeros_give_finite_blocks(hessian: to
     for symmetric in (True, False):
         found = gptq(weight, hessian, symmetric).dequantised()
         assert np.isfinite(found).all() and not found[:BLOCK].any()
-        assert np.abs(found - weight).max() < 1
+        assert np.abs(found - weight).max() < 2.5
 
 
 # -- whole models --------------------------------------------------------------------------------------------
