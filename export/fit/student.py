@@ -25,7 +25,7 @@ from ..queries import load_questions
 from ..rollout import dialogues_for
 from ..source import Source
 
-_QUESTIONS, _SAMPLES, _LONGEST = 64, 2, 128  # about 10,000 tokens of calibration text
+_QUESTIONS, _LONGEST = 32, 64  # about 3,000 tokens of calibration text
 
 
 def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent | None:
@@ -73,5 +73,5 @@ def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent 
 def calibration_texts(source: Source, model: Any) -> list[list[int]]:
     """Return the ids of built-in questions with the model's own answers."""
     questions = load_questions(None)[:_QUESTIONS]
-    found = dialogues_for(source, model, None, questions, _LONGEST, samples=_SAMPLES)
+    found = dialogues_for(source, model, None, questions, _LONGEST)
     return [[*dialogue.student()] for dialogue in found]

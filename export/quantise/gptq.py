@@ -18,7 +18,7 @@ from .blocks import BLOCK, Blocks, FloatArray, pack
 _LEVELS = 15  # the largest value of four bits
 _MIDDLE = 8.0  # the zero point of a symmetric block
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: few calibration rows leave directions without any row
-_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # the shares of a block's range that its levels may span
+_RANGES = (1.0, 0.9, 0.8)  # the shares of a block's range that its levels may span
 
 
 def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
