@@ -1,43 +1,88 @@
 """Measures what each precision of one model costs: the table of docs/precision.md.
 
     python benchmarks/precision.py SRC FOLDER... [--patch FILE --prompt-file FILE] [--queries FILE]
+    python benchmarks/precision.py SRC --quantisers
 
 SRC is the source of the model, and each FOLDER is an export of it (tp-export model --precision ...). The script prints
 one line of JSON for each folder. A KL figure is the divergence of the folder's graph from the float32 torch model, in
 nats per token. The script measures it on held-out text and on the torch model's own answers to the queries. With a
 patch that was fitted in float32, it also measures the divergence of the patched graph from the prompted torch model.
+
+With --quantisers the script compares the quantisers of int4 in torch, on the model's own weights and on weights off any
+grid (off_grid.py). The texts are the held-out text and documents of benchmarks/contexts; no quantiser is calibrated on
+any of them. A standard error takes the tokens as independent.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from off_grid import move_off_grid
 
+from tp_export.fit import calibration_texts
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
-from tp_export.quantise import held_out_text, log_probabilities
+from tp_export.quantise import INT4, QuantisedStudent, held_out_text, log_probabilities, quantised
 from tp_export.queries import load_questions
 from tp_export.rollout import Prompting, dialogues_for
-from tp_export.source import load_model, open_source
+from tp_export.source import Source, load_model, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
 DEMO = Path(__file__).parent.parent / "demo"
+CONTEXTS = Path(__file__).parent / "contexts"
+DOCUMENTS = ("policy.txt", "handbook.txt", "operators.txt")
+TOKENS = 1024  # of a text, at most
 
 
 def main() -> None:
-    """Measure the folders one after another."""
+    """Compare the quantisers, measure the folders, or both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("src")
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--patch", type=Path, help="a patch that was fitted in float32")
     parser.add_argument("--prompt-file", type=Path, default=DEMO / "pirate.txt", help="the prompt it replaces")
     parser.add_argument("--queries", type=Path, default=DEMO / "held-out.txt")
+    parser.add_argument("--quantisers", action="store_true", help="compare the quantisers of int4 in torch")
     args = parser.parse_args()
     source = open_source(args.src)
     model = load_model(source)
+    if args.quantisers:
+        compare_quantisers(source, model)
+    if args.folders:
+        measure_folders(args, source, model)
+
+
+def compare_quantisers(source: Source, model: Any) -> None:
+    """Measure each quantiser of int4 in torch, on the model's weights and on weights off any grid."""
+    documents = "\n".join((CONTEXTS / name).read_text() for name in DOCUMENTS)
+    texts = {"text": held_out_text(), "documents": documents}
+    window = min(TOKENS, model.config.max_position_embeddings)
+    read = {name: torch.tensor([source.codec.render(text, raw=True)[:window]]) for name, text in texts.items()}
+    calibration = calibration_texts(source, model)
+    for weights in ("own", "off any grid"):
+        if weights != "own":
+            move_off_grid(model)
+        exact = {name: log_probabilities(model, ids) for name, ids in read.items()}
+        for name in INT4:
+            start = time.perf_counter()
+            student = QuantisedStudent.of(model, quantised(name), calibration)
+            figures: dict[str, Any] = {"weights": weights, "precision": name}
+            figures["seconds"] = round(time.perf_counter() - start, 1)
+            with student.whole():
+                for text, ids in read.items():
+                    kl = (exact[text].exp() * (exact[text] - log_probabilities(model, ids))).sum(-1)
+                    figures[f"kl_{text}"] = round(float(kl.mean()), 4)
+                    figures[f"kl_{text}_se"] = round(float(kl.std()) / len(kl) ** 0.5, 4)
+            print(json.dumps(figures), flush=True)
+
+
+def measure_folders(args: argparse.Namespace, source: Source, model: Any) -> None:
+    """Measure exported folders, one after another."""
     ids = source.codec.render(held_out_text(), raw=True)
     reference = log_probabilities(model, torch.tensor([ids]))
     queries, teacher = load_questions(args.queries), TorchStudent(model)

@@ -232,8 +232,8 @@ class LoadedPatches:
     def _bind(self, patch: Patch) -> BoundPatch:
         """Bind an expression, or return the binding of an earlier call; the last few bindings are kept."""
         # The terms identify the values that are bound. Whether the patch may be bound to this graph depends on its base
-        # digest and precision, which the terms leave out.
-        key = (patch.terms, patch.config.base_digest, patch.config.precision)
+        # digest and its quantised weights, which the terms leave out.
+        key = (patch.terms, patch.config.base_digest, patch.config.precision, patch.config.weights_digest)
         with self.lock:
             if key in self._recent:
                 self._recent.move_to_end(key)

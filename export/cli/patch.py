@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_runtime.errors import CalibrationError
+from tp_runtime.errors import BaseMismatchError, CalibrationError
 
 from .options import (
     add_answer_length,
@@ -31,6 +31,8 @@ from .patch_many import add_many_options, run_many
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from tp_runtime.session import ModelFolder
 
     from ..fit import Recipe
     from ..rollout import PromptPair
@@ -189,6 +191,13 @@ def add_parser(subparsers: Any) -> None:
         "patch also repairs what quantisation costs; without a prompt the patch is only a repair (default: fp32, for "
         "every precision)",
     )
+    parser.add_argument(
+        "--student",
+        type=Path,
+        metavar="FOLDER",
+        help="fit behind the weights of this exported folder: as --student-precision with its precision, but with "
+        "exactly its weights, which a calibrated precision (int4-gptq) does not give again on every machine",
+    )
     parser.add_argument("--name", help="the name of the patch (default: the file's name)")
     parser.add_argument("--store-prompt", action="store_true", help="store the prompt's text in the patch file")
     add_many_options(parser)
@@ -209,12 +218,14 @@ def fit_one(args: argparse.Namespace) -> int:
     from tp_runtime.patch import FLOAT_PRECISIONS
 
     from ..fit import Target, make_patch
+    from ..graph import stored_student
     from ..measure import fidelity_line
     from ..quantise import check_precision
     from ..queries import load_answers, load_questions, save_questions, split_holdout
     from ..rollout import Prompting, RolloutStore
     from ..source import open_source
 
+    folder = None if args.student is None else _student_folder(args)
     check_precision(args.student_precision)
     _check(args)  # bad arguments are found before the minutes of work
     stop = stop_strings(args.stop)
@@ -233,6 +244,14 @@ def fit_one(args: argparse.Namespace) -> int:
     held_out_file = args.held_out or args.queries
     answers = {} if held_out_file is None else load_answers(held_out_file)
     source = open_source(args.src)
+    if folder is not None and folder.base_digest != source.digest:
+        raise BaseMismatchError(
+            "the folder is not an export of this source",
+            field="--student",
+            got=folder.base_digest[:16],
+            wanted=source.digest[:16],
+            fix="give the source that the folder was exported from",
+        )
     store = None if args.rollouts is None else RolloutStore(args.rollouts, source.digest)
     model = load_weights(source, args)
     prompts = Prompting(source.codec, context, systems.fitted if systems else ()).pairs([*fitted, *held_out])
@@ -252,6 +271,7 @@ def fit_one(args: argparse.Namespace) -> int:
         store_context=args.store_prompt,
         store=store,
         systems=systems,
+        student=None if folder is None else stored_student(model, folder),
     )
     if args.save_queries is not None:
         save_questions(args.save_queries, fitted)
@@ -261,6 +281,24 @@ def fit_one(args: argparse.Namespace) -> int:
         print(fidelity_line(patch.config.fidelity, of), file=sys.stderr)
     print(args.out)
     return 0
+
+
+def _student_folder(args: argparse.Namespace) -> ModelFolder:
+    """Open the folder of --student, and give the arguments its precision."""
+    from tp_runtime.patch import FLOAT_PRECISIONS
+    from tp_runtime.session import ModelFolder
+
+    folder = ModelFolder.open(args.student)
+    if args.student_precision not in ("fp32", folder.precision) or folder.precision in FLOAT_PRECISIONS:
+        raise CalibrationError(
+            "the folder does not have the student's precision",
+            field="--student",
+            got=folder.precision,
+            wanted="a quantised precision" if args.student_precision == "fp32" else args.student_precision,
+            fix="leave --student out to fit on the float base, or leave --student-precision out",
+        )
+    args.student_precision = folder.precision
+    return folder
 
 
 def _recipe(

@@ -13,6 +13,7 @@ from .lockstep import fit_lockstep
 from .make import assemble, make_patch
 from .recipe import ALL, Recipe
 from .repair import repair_patch
+from .student import calibration_texts, student_for
 
 __all__ = [
     "ALL",
@@ -22,6 +23,7 @@ __all__ = [
     "Settings",
     "Target",
     "assemble",
+    "calibration_texts",
     "default_entries",
     "fit_lockstep",
     "fit_patch",
@@ -30,5 +32,6 @@ __all__ = [
     "repair_patch",
     "restate",
     "steering_candidates",
+    "student_for",
     "verify",
 ]

@@ -25,7 +25,7 @@ from ..measure import (
     torch_probe,
 )
 from ..progress import bar
-from ..quantise import QuantisedStudent, as_student, student_of
+from ..quantise import QuantisedStudent, as_student
 from ..queries import SystemMessages, check_disjoint, query_digest
 from ..rollout import Context, Dialogue, Prompting, PromptPair, RolloutStore, check_beginning, check_text, dialogues_for
 from ..source import Source
@@ -35,6 +35,7 @@ from .closed_form import check_entries, entry_bytes, fit_patch
 from .forms import check_method
 from .recipe import Recipe
 from .refine import refine_deltas
+from .student import student_for
 
 
 def make_patch(
@@ -51,6 +52,7 @@ def make_patch(
     store_context: bool = False,
     store: RolloutStore | None = None,
     systems: SystemMessages | None = None,
+    student: QuantisedStudent | None = None,
 ) -> Patch:
     """Compute a patch that stands in for `context`.
 
@@ -71,6 +73,8 @@ def make_patch(
         store: the store of the teacher's answers, which lets an interrupted run go on.
         systems: system messages that the queries have of their own; the context then stands in front of them. None if
             queries have none, so that the context stands in place of one.
+        student: the weights of `recipe.student_precision`, such as those of an exported folder; None quantises the
+            model anew.
 
     Returns:
         The patch, rounded to what its file will hold. If it was refined, its figures also contain what the closed form
@@ -86,9 +90,8 @@ def make_patch(
     prompts = [*asked.pairs(fitted), *asked_held_out.pairs(held_out)]
     _check(source, model, context, recipe, target, prompts)
     check_disjoint(fitted, held_out)
-    student = None
-    if recipe.student_precision not in FLOAT_PRECISIONS:
-        student = student_of(source, model, recipe.student_precision)
+    if student is None:
+        student = student_for(source, model, recipe.student_precision)
     prepared = None if context is None else Context.of(model, asked, prompts)
     cached = None if prepared is None else prepared.cached
     limit, stop = recipe.max_new_tokens, recipe.stop
@@ -119,6 +122,7 @@ def make_patch(
         licence=source.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stop=stop,
+        weights_digest=None if student is None else student.weights_digest,
     )
     held = _HeldOut(model, student, cached)
     if target is not None and prepared is not None:

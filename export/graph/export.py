@@ -33,16 +33,9 @@ from tp_runtime.session import (
 from tp_runtime.storage import atomic_folder, check_output_folder, system_errors
 
 from ..decoder import SLOT_SETS, kv_shape, slots_of
-from ..fit import repair_patch
+from ..fit import repair_patch, student_for
 from ..progress import clock
-from ..quantise import (
-    MEASURED,
-    check_precision,
-    computes_in_float16,
-    float_weights,
-    measured_precision,
-    quantised,
-)
+from ..quantise import QuantisedStudent, as_student, check_precision, computes_in_float16
 from ..source import Source, load_model
 from .companions import companion_files
 from .device_steps import add_device_steps
@@ -124,16 +117,19 @@ def export_model(
     companions = companion_files(source)
     with clock("load weights"):
         model = load_model(source)
-    if precision in MEASURED:
-        with clock("measure the quantisers"):
-            precision = measured_precision(source, model, precision)
+    with clock("quantise the weights"):
+        student = student_for(source, model, precision)
+    if student is not None:
+        precision = student.name
     slots = slots_of(model, slot_set)
     if repair:
-        patch = repair_patch(source, model, precision, slots)
+        assert student is not None
+        patch = repair_patch(source, model, student, slots)
     deltas: Mapping[SlotKey, Delta] = {}
     if patch is not None:
         deltas = fit_slots(patch, {(slot.layer, slot.site): slot for slot in slots})
-    with atomic_folder(out, replaces, [source.path]) as folder, system_errors():
+    # The graph holds references to the model's weights until it is saved, and they are the student's.
+    with atomic_folder(out, replaces, [source.path]) as folder, system_errors(), as_student(student):
         with clock("trace the graph"):
             graph, route = _trace(model, slots, route, precision)
         with clock("write the folder"):
@@ -145,7 +141,7 @@ def export_model(
             add_first_logit(graph)
             windowed = separate_windowed(graph) if route == "fused" else None
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
-            _lower(graph, model, precision)
+            _lower(graph, student, precision)
             config = model.config.get_text_config()
             best = add_device_steps(graph, config.vocab_size) if computes_in_float16(precision) else None
             if route == "fused":
@@ -160,9 +156,10 @@ def export_model(
             files = describe_files(folder, [*written, *companions])
             default = None if patch is None else DefaultPatch(patch.name, patch.identity, patch.terms, repair)
             described = _describe(source, model, folder, slots, route, precision, default, files)
-            write_slots_file(replace(described, windowed=windowed, best=best))
+            digest = None if student is None else student.weights_digest
+            write_slots_file(replace(described, windowed=windowed, best=best, weights_digest=digest))
         with clock("check the export against torch"):
-            parity = check_export(source.codec, model, folder)
+            parity = check_export(source.codec, model, folder, student)
         tqdm.write("not checked: no ONNX Runtime" if parity is None else f"checked {parity}", file=sys.stderr)
     return out
 
@@ -211,12 +208,12 @@ def _needs_fused(precision: str, reason: str) -> ModelFormatError:
     )
 
 
-def _lower(graph: ir.Model, model: Any, precision: str) -> None:
-    """Convert a float32 graph to `precision`; changes it in place."""
+def _lower(graph: ir.Model, student: QuantisedStudent | None, precision: str) -> None:
+    """Convert a graph of float32 weights, those of the student, to `precision`; changes it in place."""
     if precision == "bf16":
         store_in_bf16(graph)
-    elif precision not in FLOAT_PRECISIONS:
-        quantise(graph, quantised(precision), float_weights(model))
+    elif student is not None:
+        quantise(graph, student)
     if computes_in_float16(precision):
         to_fp16(graph)  # after the weights are in blocks, so that only their scales are rounded
 

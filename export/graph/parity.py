@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from tp_runtime.errors import DeviceUnavailableError, ModelFormatError, RequestError, library_text
-from tp_runtime.patch import FLOAT_PRECISIONS
 from tp_runtime.session import GRAPH_FILE, Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
 from ..decoder import patched
-from ..quantise import QuantisedStudent, computes_in_float16, held_out_text, log_probabilities, quantised
+from ..quantise import QuantisedStudent, as_student, computes_in_float16, held_out_text, log_probabilities
 
 _TOKENS = 64
 # In float32 both compute the same sums in another order, so single log probabilities are compared. In the other
@@ -76,7 +75,7 @@ class Parity:
         )
 
 
-def measure_parity(codec: TextCodec, model: Any, graph: Graph) -> Parity:
+def measure_parity(codec: TextCodec, model: Any, graph: Graph, student: QuantisedStudent | None) -> Parity:
     """Let the graph and the torch model read the same prose, with nothing bound to the graph's slots.
 
     A quantised graph is compared with the torch model in the same quantised weights. A repaired graph is compared with
@@ -86,6 +85,7 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph) -> Parity:
         codec: the codec of the model.
         model: the torch model in float32.
         graph: the exported graph.
+        student: the weights of a quantised graph; None for a float precision.
 
     Raises:
         ModelFormatError: ONNX Runtime cannot run the graph.
@@ -102,8 +102,7 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph) -> Parity:
             fix="use --route optimum, or report this architecture",
         ) from error
     with ExitStack() as stack:
-        if precision not in FLOAT_PRECISIONS:
-            stack.enter_context(QuantisedStudent(model, quantised(precision)).whole())
+        stack.enter_context(as_student(student))
         if graph.repair is not None:
             stack.enter_context(patched(model, graph.repair))
         wanted = log_probabilities(model, torch.tensor([ids]))
@@ -124,13 +123,14 @@ def _ids(codec: TextCodec, vocab_size: int) -> list[int]:
     return ids + list(range(0, vocab_size, step))[: _TOKENS - len(ids)]
 
 
-def check_export(codec: TextCodec, model: Any, folder: Path) -> Parity | None:
+def check_export(codec: TextCodec, model: Any, folder: Path, student: QuantisedStudent | None) -> Parity | None:
     """Check that an exported folder computes what the torch model computes.
 
     Args:
         codec: the codec of the model.
         model: the torch model in float32.
         folder: the exported folder.
+        student: the weights of a quantised folder; None for a float precision.
 
     Returns:
         What was measured; None if no ONNX Runtime is installed, so that nothing could be checked.
@@ -142,6 +142,6 @@ def check_export(codec: TextCodec, model: Any, folder: Path) -> Parity | None:
         graph = Graph(ModelFolder.open(folder), device="cpu")
     except DeviceUnavailableError:
         return None
-    parity = measure_parity(codec, model, graph)
+    parity = measure_parity(codec, model, graph, student)
     parity.require("use --precision fp32, or report this architecture")
     return parity

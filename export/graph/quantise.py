@@ -4,18 +4,27 @@ Products with a constant weight become `MatMulNBits`, which unpacks one block at
 multiplies in int8. A decode step then reads an eighth to a quarter of the bytes. The lookup of token ids in the
 embedding table becomes `GatherBlockQuantized`. If the head is tied to the table, both read the same packed tensor, so
 the file stores it once.
+
+The graph comes from a model that has the student's dequantised weights. An output of a product is found among the
+student's by its values, since the graph may have joined, transposed or reordered the weights. So a graph computes with
+exactly the blocks that the student has, and a weight that the student keeps in float32 stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 
 import numpy as np
 import onnx_ir as ir
 
 from ..progress import bar
-from ..quantise import BLOCK, Blocks, Precision
+from ..quantise import BLOCK, Blocks, FloatArray, QuantisedStudent, quantised
 from .edit import add_initializer, replace_node
+
+PLACES = "tp_weights"  # the graph's metadata: for each packed weight, the model's weights that its outputs belong to
+Place = tuple[str, int]  # the name of a weight of the model, and the number of one of its outputs
 
 _DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4  # an accuracy level: without it, int4 is no faster than float32 on most CPUs
@@ -25,29 +34,34 @@ _PRODUCTS = ("MatMul", "FusedMatMul")
 _TRANSPOSED = ("transA", "transBatchA", "transBatchB")  # attributes that MatMulNBits does not have
 
 
-def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> None:
-    """Quantise the weights of `model` in place.
+def quantise(model: ir.Model, student: QuantisedStudent) -> None:
+    """Replace the weights of `model` with the student's blocks, in place.
 
     Args:
-        model: a graph with its final names and slots.
-        precision: the quantiser of the linear layers, and that of the head and the embedding table.
-        kept: the names of weights to leave in float32, such as a router's, whose few rows decide between experts.
+        model: a graph of the student's dequantised weights, with its final names and slots.
+        student: the weights.
     """
-    head = _head_weight(model)
+    outputs = _Outputs(student.blocks)
+    places: dict[str, list[Place]] = {}
     packed: dict[str, tuple[ir.Value, ir.Value, ir.Value | None, Blocks]] = {}
+
+    def store(weight: ir.Value, values: FloatArray) -> bool:
+        assert weight.name is not None
+        if weight.name not in packed and (found := outputs.find(values)) is not None:
+            blocks, places[weight.name] = found
+            packed[weight.name] = (*_initializers(model, weight.name, blocks), blocks)
+        return weight.name in packed
+
+    level = _OWN_ACTIVATIONS if quantised(student.name).half else _INT8_ACTIVATIONS
     products = [node for node in model.graph if _weight_of(node) is not None]
     with bar("quantise", len(products), "weight") as shown:
         for node in products:
             shown.update()
             weight = _weight_of(node)
             assert weight is not None and weight.const_value is not None and weight.name is not None
-            if weight.name in kept:
+            array = weight.const_value.numpy()
+            if not store(weight, array.T if _transposed(node) else array):
                 continue
-            if weight.name not in packed:
-                array = weight.const_value.numpy()
-                blocks = precision.quantise(array.T if _transposed(node) else array, is_head=weight is head)
-                packed[weight.name] = (*_initializers(model, weight.name, blocks), blocks)
-            level = _OWN_ACTIVATIONS if precision.half else _INT8_ACTIVATIONS
             _replace_product(model, node, packed[weight.name], level)
     for node in list(model.graph):
         if node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
@@ -55,14 +69,77 @@ def quantise(model: ir.Model, precision: Precision, kept: Collection[str]) -> No
             assert table is not None and table.name is not None and table.const_value is not None
             if table.const_value.shape.numpy()[1] % BLOCK:  # a row would end within a block
                 continue
-            if table.name not in packed:
-                blocks = precision.quantise(np.ascontiguousarray(table.const_value.numpy().T), is_head=True)
-                packed[table.name] = (*_initializers(model, table.name, blocks), blocks)
+            if not store(table, table.const_value.numpy().T):
+                continue
             _replace_lookup(model, node, packed[table.name])
     for name in packed:
         if not model.graph.initializers[name].uses():
             del model.graph.initializers[name]
     model.opset_imports[_DOMAIN] = 1
+    if student.weights_digest is not None:
+        model.metadata_props[PLACES] = json.dumps(
+            {name: {"inputs": packed[name][3].inputs, "outputs": _runs(found)} for name, found in places.items()}
+        )
+
+
+def _runs(places: Sequence[Place]) -> list[tuple[str, int, int]]:
+    """Return places as runs (weight, first output, number of outputs) of consecutive ones."""
+    runs: list[tuple[str, int, int]] = []
+    for name, row in places:
+        if runs and runs[-1][0] == name and sum(runs[-1][1:]) == row:
+            runs[-1] = name, runs[-1][1], runs[-1][2] + 1
+        else:
+            runs.append((name, row, 1))
+    return runs
+
+
+class _Outputs:
+    """The blocks of each output of the student's weights, found by the output's dequantised values.
+
+    Args:
+        blocks: the blocks of each weight, by its name.
+    """
+
+    def __init__(self, blocks: Mapping[str, Blocks]) -> None:
+        self._blocks = blocks
+        # Outputs of one kind can be joined. An output of zeros may occur in several kinds.
+        self._places: dict[tuple[int, bool], dict[bytes, Place]] = {}
+        self._values: dict[Place, bytes] = {}
+        for name, own in blocks.items():
+            places = self._places.setdefault((own.bits, own.zero_points is None), {})
+            for row, values in enumerate(_digests(own.dequantised())):
+                places.setdefault(values, (name, row))
+                self._values[name, row] = values
+
+    def find(self, weight: FloatArray) -> tuple[Blocks, list[Place]] | None:
+        """Return the blocks of a weight [K, N] and their places among the student's, or None if it has no such ones."""
+        wanted = list(_digests(weight))
+        for places in self._places.values():
+            if all(values in places for values in wanted):
+                found: list[Place] = []
+                for values in wanted:
+                    # Where outputs are equal, such as the rows of unused tokens, the one after the last is meant.
+                    after = (found[-1][0], found[-1][1] + 1) if found else ("", 0)
+                    found.append(after if self._values.get(after) == values else places[values])
+                return self._joined(found, weight.shape[0]), found
+        return None
+
+    def _joined(self, places: Sequence[Place], inputs: int) -> Blocks:
+        rows = [(self._blocks[name], row) for name, row in places]
+        zeros = [own.zero_points[row] for own, row in rows if own.zero_points is not None]
+        return Blocks(
+            np.stack([own.packed[row] for own, row in rows]),
+            np.stack([own.scales[row] for own, row in rows]),
+            np.stack(zeros) if zeros else None,
+            rows[0][0].bits,
+            inputs,
+        )
+
+
+def _digests(weight: FloatArray) -> Iterator[bytes]:
+    """Yield a digest of each column of a weight [K, N]; adding 0 makes 0 of -0, which has other bytes."""
+    for values in np.ascontiguousarray(weight.T) + np.float32(0):
+        yield blake2b(values.tobytes(), digest_size=16).digest()
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:
@@ -78,11 +155,6 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
 def _transposed(node: ir.Node) -> bool:
     attribute = node.attributes.get("transB")
     return attribute is not None and bool(attribute.as_int())
-
-
-def _head_weight(model: ir.Model) -> ir.Value | None:
-    """Return the weight of the last product, which is the head's."""
-    return next((w for node in reversed(model.graph) if (w := _weight_of(node)) is not None), None)
 
 
 def _initializers(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:

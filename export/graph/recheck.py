@@ -11,6 +11,7 @@ from tp_runtime.text import TextCodec
 
 from ..source import Difference, Source, compare_ids, load_model
 from .parity import measure_parity
+from .stored import stored_student
 
 _AGAIN = "export the model again from its source, and fit its patches again"
 
@@ -59,7 +60,8 @@ def check_against_source(folder: ModelFolder, source: Source) -> list[str]:
         )
     if (difference := compare_ids(TextCodec.from_model_folder(folder), source.path)) is not None:
         raise _other_ids(folder, difference)
-    parity = measure_parity(source.codec, load_model(source), Graph(folder, device="cpu"))
+    model = load_model(source)
+    parity = measure_parity(source.codec, model, Graph(folder, device="cpu"), stored_student(model, folder))
     parity.require(_AGAIN)
     return [
         "base: the source has the folder's base digest, and all of its weights",

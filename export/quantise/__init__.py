@@ -3,14 +3,16 @@
 This room knows nothing of graphs or patches.
 """
 
-from .blocks import BLOCK, Blocks
-from .precision import MEASURED, Precision, check_precision, computes_in_float16, held_out_text, quantised
-from .student import QuantisedStudent, as_student, float_weights, log_probabilities, measured_precision, student_of
+from .blocks import BLOCK, Blocks, FloatArray
+from .precision import INT4, MEASURED, Precision, check_precision, computes_in_float16, held_out_text, quantised
+from .student import QuantisedStudent, as_student, float_weights, log_probabilities
 
 __all__ = [
     "BLOCK",
+    "INT4",
     "MEASURED",
     "Blocks",
+    "FloatArray",
     "Precision",
     "QuantisedStudent",
     "as_student",
@@ -19,7 +21,5 @@ __all__ = [
     "float_weights",
     "held_out_text",
     "log_probabilities",
-    "measured_precision",
     "quantised",
-    "student_of",
 ]

@@ -86,11 +86,12 @@ def k_quant(weight: FloatArray, bits: int) -> Blocks:
     values = values.reshape(outputs, blocks, BLOCK).astype(np.uint8)
     zeros = zeros.reshape(outputs, blocks).astype(np.uint8)
     return Blocks(
-        _packed(values, bits), scales.reshape(outputs, blocks).astype(np.float32), _packed(zeros, bits), bits, inputs
+        pack(values, bits), scales.reshape(outputs, blocks).astype(np.float32), pack(zeros, bits), bits, inputs
     )
 
 
-def _packed(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack values of few bits into bytes along the last dimension; the low half of a byte is the first value."""
     if bits == 8:
         return values
     if values.shape[-1] % 2:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 
-from tqdm import tqdm
+from torch import Tensor
 
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch import FLOAT_PRECISIONS
 
 from .blocks import Blocks, FloatArray, k_quant, round_to_nearest
+from .calibrated import Calibrated
+from .gptq import gptq
+from .hqq import hqq
 
 Quantiser = Callable[[FloatArray], Blocks]
 
@@ -32,17 +34,27 @@ class Precision:
         head: the quantiser of the head and the embedding table, symmetric. With eight bits they lose next to nothing,
             with four a third of what the layers lose. But in a small model the head is up to two thirds of the bytes
             that a decode step reads.
+        calibrated: the quantiser of the linear layers of blocks by their rows in calibration texts; None for a
+            precision that needs no texts. `linear` then quantises only what lies outside of blocks.
         half: whether the graph computes in float16, scales included.
     """
 
     name: str
     linear: Quantiser
     head: Quantiser
+    calibrated: Calibrated | None = None
     half: bool = False
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
         """Quantise a weight [K, N] into blocks."""
-        blocks = (self.head if is_head else self.linear)(weight)
+        return self._stored((self.head if is_head else self.linear)(weight))
+
+    def calibrate(self, weight: FloatArray, hessian: Tensor) -> Blocks:
+        """Quantise a weight [K, N] of a block's linear layer by the Hessian [K, K] of its rows; see `calibrated`."""
+        assert self.calibrated is not None
+        return self._stored(self.calibrated(weight, hessian))
+
+    def _stored(self, blocks: Blocks) -> Blocks:
         return blocks.with_half_scales() if self.half else blocks
 
 
@@ -53,6 +65,9 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-symmetric", _INT4, _INT8),
         Precision("int4-rtn", _RTN, _INT8),
         Precision("int4-k-quant", partial(k_quant, bits=4), _INT8),
+        Precision("int4-hqq", hqq, _INT8),
+        Precision("int4-gptq-symmetric", _INT4, _INT8, partial(gptq, symmetric=True)),
+        Precision("int4-gptq", _RTN, _INT8, partial(gptq, symmetric=False)),
         Precision("int4-symmetric-head4", _INT4, _INT4),
         Precision("int4-rtn-head4", _RTN, _INT4),
     )
@@ -64,7 +79,7 @@ _HALVES: Mapping[str, Precision] = {
     if name.startswith("int4")
 }
 MEASURED = ("int4", f"int4{_HALF}")  # each stands for the one of INT4 that loses least on the model
-INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant")
+INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-gptq-symmetric", "int4-gptq")
 PRECISIONS = (*FLOAT_PRECISIONS, *MEASURED, *_QUANTISED, *_HALVES)
 
 
@@ -86,30 +101,6 @@ def check_precision(name: str) -> None:
     """
     if name not in PRECISIONS:
         raise ModelFormatError("the precision is unknown", field="precision", got=name, wanted=" | ".join(PRECISIONS))
-
-
-def resolve(name: str, measure: Callable[[Precision], float]) -> str:
-    """Return `name`, or for a name in MEASURED the name of the precision whose quantiser loses least.
-
-    Args:
-        name: the name of a precision, one of PRECISIONS.
-        measure: a function that returns the KL of the model in a precision to float32 on held-out text, in nats per
-            token.
-
-    Returns:
-        The name of a precision, never one of MEASURED.
-
-    Raises:
-        ModelFormatError: `name` is not one of PRECISIONS.
-    """
-    check_precision(name)
-    if name not in MEASURED:
-        return name
-    losses = {}
-    for candidate in (each + name.removeprefix("int4") for each in INT4):
-        losses[candidate] = measure(quantised(candidate))
-        tqdm.write(f"{candidate}: KL to float32 {losses[candidate]:.4f} nats per token", file=sys.stderr)
-    return min(losses, key=losses.__getitem__)
 
 
 def held_out_text() -> str:

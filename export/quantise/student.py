@@ -7,9 +7,10 @@ loss, and patches do not compensate it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import FLOAT_PRECISIONS, fitted_precision
+from tp_runtime.patch import fitted_precision
 
 from ..decoder import Block, blocks_of, weight_of
 from ..progress import bar
-from ..source import Source
-from .precision import Precision, held_out_text, quantised, resolve
+from .blocks import BLOCK, Blocks
+from .calibrated import quantise_layers
+from .precision import Precision, quantised
 
 
 class QuantisedStudent:
@@ -31,51 +32,106 @@ class QuantisedStudent:
 
     Args:
         model: the model in float32.
-        precision: the quantised precision of the student.
+        name: the name of the quantised precision.
+        blocks: the blocks of each weight, by the id of the parameter.
 
     Attributes:
+        name: the name of the quantised precision.
         precision: the precision that patches fitted for this student name.
     """
 
-    def __init__(self, model: nn.Module, precision: Precision) -> None:
-        self.precision = fitted_precision(precision.name)
+    def __init__(self, model: nn.Module, name: str, blocks: Mapping[int, Blocks]) -> None:
+        self.name, self.precision = name, fitted_precision(name)
+        self._blocks: dict[str, Blocks] = {}  # by the name of the parameter
         self._weights: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the parameter
+        for name, module in _matrices(model, float_weights(model)).items():
+            self._blocks[name] = own = blocks[id(module.weight)]
+            self._weights[id(module.weight)] = module.weight, _weight(module, own)
+
+    @classmethod
+    def of(cls, model: nn.Module, precision: Precision, texts: Sequence[Sequence[int]] = ()) -> QuantisedStudent:
+        """Quantise a model.
+
+        Args:
+            model: the model in float32.
+            precision: the quantised precision.
+            texts: the ids of the texts that a calibrated precision is calibrated on.
+        """
         head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-        kept = float_weights(model)
-        matrices = _matrices(model, kept)
+        matrices = _matrices(model, float_weights(model))
         with bar(f"quantise to {precision.name}", len(matrices), "weight") as shown:
-            for module in matrices:
-                matrix = weight_of(module).data.T  # [in, out]; [width, tokens] for the embedding table
-                array = np.ascontiguousarray(matrix.float().cpu().numpy())
-                blocks = precision.quantise(array, is_head=module is head or module is table)
-                found = torch.from_numpy(blocks.dequantised()).to(module.weight)
-                own = found if isinstance(module, Conv1D) else found.T.contiguous()
-                self._weights[id(module.weight)] = module.weight, own
-                shown.update()
+            found: dict[int, Blocks] = {}
+            if precision.calibrated is not None:
+                ends = {
+                    id(m.weight): m for m in (head, table) if any(m.weight is own.weight for own in matrices.values())
+                }
+                found |= {key: _quantised(module, precision, is_head=True) for key, module in ends.items()}
+                swapped = [(module.weight, _weight(module, found[key])) for key, module in ends.items()]
+                shown.update(len(ends))
+                found |= quantise_layers(
+                    model, texts, precision.calibrate, partial(_swapped, swapped), progress=shown.update
+                )
+            for module in matrices.values():
+                if id(module.weight) not in found:
+                    found[id(module.weight)] = _quantised(module, precision, is_head=module is head or module is table)
+                    shown.update()
+        return cls(model, precision.name, found)
+
+    @property
+    def blocks(self) -> Mapping[str, Blocks]:
+        """The blocks of each weight, by the name of the parameter."""
+        return self._blocks
+
+    @property
+    def weights_digest(self) -> str | None:
+        """The SHA-256 of all blocks, 64 hex digits; None for a precision that is not calibrated."""
+        if quantised(self.name).calibrated is None:
+            return None
+        digest = hashlib.sha256()
+        for name, blocks in sorted(self._blocks.items()):
+            digest.update(f"{name} {blocks.bits} {blocks.inputs}".encode())
+            for part in (blocks.packed, blocks.scales, blocks.zero_points):
+                digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Make the whole model the student within the context."""
-        with self._swapped(weight for weight, _found in self._weights.values()):
+        with _swapped(self._weights.values()):
             yield
 
     @contextmanager
     def layer(self, block: Block) -> Iterator[None]:
         """Give `block` the student's weights within the context."""
-        with self._swapped(block.layer.parameters()):
+        pairs = [self._weights[id(weight)] for weight in block.layer.parameters() if id(weight) in self._weights]
+        with _swapped(pairs):
             yield
 
-    @contextmanager
-    def _swapped(self, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-        pairs = [self._weights[id(weight)] for weight in weights if id(weight) in self._weights]
-        before = [weight.data for weight, _found in pairs]
-        for weight, found in pairs:
-            weight.data = found
-        try:
-            yield
-        finally:
-            for (weight, _found), original in zip(pairs, before, strict=True):
-                weight.data = original
+
+@contextmanager
+def _swapped(pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Give each parameter its new values within the context."""
+    before = []
+    for weight, found in pairs:
+        before.append((weight, weight.data))
+        weight.data = found
+    try:
+        yield
+    finally:
+        for weight, original in before:
+            weight.data = original
+
+
+def _quantised(module: Any, precision: Precision, is_head: bool) -> Blocks:
+    """Quantise one weight without calibration."""
+    matrix = weight_of(module).data.T  # [in, out]; [width, tokens] for the embedding table
+    return precision.quantise(np.ascontiguousarray(matrix.float().cpu().numpy()), is_head=is_head)
+
+
+def _weight(module: Any, blocks: Blocks) -> Tensor:
+    """Return the dequantised weight in the form, the dtype and on the device of the module's own."""
+    found = torch.from_numpy(blocks.dequantised()).to(module.weight)
+    return found if isinstance(module, Conv1D) else found.T.contiguous()
 
 
 def as_student(student: QuantisedStudent | None) -> AbstractContextManager[None]:
@@ -89,54 +145,19 @@ def float_weights(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if id(module) in routers}
 
 
-def _matrices(model: nn.Module, kept: set[str]) -> list[Any]:
-    """Return the linear layers and the embedding table, each weight once: the graph stores these in blocks."""
+def _matrices(model: nn.Module, kept: set[str]) -> dict[str, Any]:
+    """Return the linear layers and the embedding table, by the name of the weight, each weight once.
+
+    A table whose rows end within a block stays in float32, because no operator looks up such rows.
+    """
     table = model.get_input_embeddings()  # type: ignore[operator]
-    found: dict[int, Any] = {}
+    if table.weight.shape[1] % BLOCK:
+        table = None
+    found: dict[int, tuple[str, Any]] = {}
     for name, module in model.named_modules():
         if (isinstance(module, nn.Linear | Conv1D) or module is table) and f"{name}.weight" not in kept:
-            found.setdefault(id(module.weight), module)
-    return list(found.values())
-
-
-def student_of(source: Source, model: nn.Module, precision: str) -> QuantisedStudent:
-    """Return the student in a precision; `int4` stands for the quantiser that loses least, as in an export.
-
-    Raises:
-        CalibrationError: the precision is a float precision, which has no loss to repair.
-        ModelFormatError: the precision is unknown.
-    """
-    name = measured_precision(source, model, precision)
-    if name in FLOAT_PRECISIONS:
-        raise CalibrationError(
-            "the student's precision is not quantised",
-            field="student_precision",
-            got=precision,
-            wanted="int8, int4, int4-fp16 or int4-...",
-        )
-    return QuantisedStudent(model, quantised(name))
-
-
-def measured_precision(source: Source, model: nn.Module, precision: str) -> str:
-    """Return `precision`; for one of MEASURED, measure each quantiser and return the precision of the best one.
-
-    Raises:
-        ModelFormatError: the precision is unknown.
-    """
-
-    @cache  # the float32 model runs once, and only if there is a choice
-    def held_out() -> tuple[Tensor, Tensor]:
-        window = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
-        ids = source.codec.render(held_out_text(), raw=True)[:window]
-        text = torch.tensor([ids], device=next(model.parameters()).device)
-        return text, log_probabilities(model, text)
-
-    def loss(candidate: Precision) -> float:
-        text, reference = held_out()
-        with QuantisedStudent(model, candidate).whole():
-            return float((reference.exp() * (reference - log_probabilities(model, text))).sum(-1).mean())
-
-    return resolve(precision, loss)
+            found.setdefault(id(module.weight), (f"{name}.weight", module))
+    return dict(found.values())
 
 
 @torch.no_grad()

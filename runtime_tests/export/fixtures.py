@@ -105,7 +105,7 @@ def torch_figures(source: Source, folder: Path) -> dict[str, dict[str, list[Any]
     default = None if opened.default_patch is None else Patch.load(folder / DEFAULT_FILE)
     with ExitStack() as stack:
         if opened.precision not in FLOAT_PRECISIONS:
-            stack.enter_context(QuantisedStudent(model, quantised(opened.precision)).whole())
+            stack.enter_context(QuantisedStudent.of(model, quantised(opened.precision)).whole())
         patches = {"default": default, "patched": figure_patch(opened)}
         return {name: measure_probe(IDS, torch_logits(model, IDS, patch)) for name, patch in patches.items()}
 

@@ -43,17 +43,20 @@ def sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
         sign: "+" or "-", for the name.
 
     Raises:
-        BaseMismatchError: the patches were fitted on two quantised precisions.
+        BaseMismatchError: the patches were fitted behind two quantised bases.
     """
-    quantised = {fitted_precision(c.precision) for c in (p, q)} - set(FLOAT_PRECISIONS)
+    quantised = {
+        (fitted_precision(c.precision), c.weights_digest) for c in (p, q) if c.precision not in FLOAT_PRECISIONS
+    }
     if len(quantised) > 1:
         raise BaseMismatchError(
             "the patches repair different quantised bases",
-            field="precision",
-            got=repr(q.precision),
-            wanted=repr(p.precision),
-            fix="add patches fitted on one precision",
+            field="precision" if p.precision != q.precision else "weights_digest",
+            got=repr(q.precision if p.precision != q.precision else q.weights_digest),
+            wanted=repr(p.precision if p.precision != q.precision else p.weights_digest),
+            fix="add patches fitted behind one quantised base",
         )
+    precision, weights_digest = quantised.pop() if quantised else (p.precision, None)
     if p.licence is None or q.licence is None:
         licence = None  # if the licence of one patch is unknown, that of the sum is unknown too
     else:
@@ -64,10 +67,11 @@ def sum_config(p: PatchConfig, q: PatchConfig, sign: str) -> PatchConfig:
         base_model=p.base_model,
         base_digest=p.base_digest,
         architecture=p.architecture,
-        precision=quantised.pop() if quantised else p.precision,
+        precision=precision,
         context_digest=p.context_digest if p.context_digest == q.context_digest else "",
         licence=licence,
         stop=_sum_stop(p.stop, q.stop),
+        weights_digest=weights_digest,
     )
 
 

@@ -58,6 +58,8 @@ class PatchConfig:
         report: a summary of the last report on the patch, name to number, with at most `MAX_REPORT` entries.
         stop: the strings before which completions under the patch end, unless a request names its own; at most
             `MAX_STOP`. A list becomes a tuple.
+        weights_digest: the SHA-256 of the quantised weights that the patch was fitted behind (64 hex digits), if they
+            were calibrated, so that two exports of one precision can differ; None for all other precisions.
     """
 
     name: str
@@ -76,6 +78,7 @@ class PatchConfig:
     probe: dict[str, list[Any]] | None = None
     report: dict[str, float] | None = None
     stop: tuple[str, ...] = ()
+    weights_digest: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("name", "base_model", "architecture", "precision"):
@@ -95,6 +98,8 @@ class PatchConfig:
             raise _bad("base_digest", shown(self.base_digest), "64 lower-case hex digits")
         if self.context_digest != "" and not SHA256.fullmatch(_text("context_digest", self.context_digest)):
             raise _bad("context_digest", shown(self.context_digest), "64 lower-case hex digits, or an empty string")
+        if self.weights_digest is not None and not SHA256.fullmatch(_text("weights_digest", self.weights_digest)):
+            raise _bad("weights_digest", shown(self.weights_digest), "64 lower-case hex digits")
         for key in ("context", "licence"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))

@@ -20,13 +20,16 @@ GRAPH_FILE = "model.onnx"
 LARGEST_DESCRIPTION = 16 * 2**20  # in bytes
 FORMAT = "tp-slots"
 VERSION = 1
-_INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-symmetric-head4", "int4-rtn-head4")
+_INT4 = (
+    *("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-hqq", "int4-gptq-symmetric", "int4-gptq"),
+    *("int4-symmetric-head4", "int4-rtn-head4"),
+)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", *_INT4, *(f"{name}-fp16" for name in _INT4))
 _KEYS = {
     *("architecture", "base_model", "base_digest", "precision", "style", "route", "layers", "vocab_size"),
     *("context_window", "kv", "slots", "default_patch", "files"),
 }
-_OPTIONAL = {"digest_change", "windowed", "best"}
+_OPTIONAL = {"digest_change", "windowed", "best", "weights_digest"}
 
 
 def past_name(layer: int | str, part: str) -> str:
@@ -187,6 +190,7 @@ def parse_description(raw: bytes) -> dict[str, Any]:
         digest_change=_digest_change(data["digest_change"]) if "digest_change" in data else None,
         windowed=_windowed(data["windowed"], layers, route) if "windowed" in data else None,
         best=_best(data["best"], data["vocab_size"], route) if "best" in data else None,
+        weights_digest=_digest(data["weights_digest"], "weights_digest") if "weights_digest" in data else None,
     )
 
 

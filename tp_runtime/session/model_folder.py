@@ -66,6 +66,8 @@ class ModelFolder:
     and not in the file, if the graph has one cache length for all layers: its layers are of one kind, or the route is
     `optimum`, or an earlier version exported it. `best` is the number of the largest logits that the graph also
     returns; it is None, and not in the file, if the graph is not made for decode steps on a device (device_step.py).
+    `weights_digest` is the SHA-256 of the quantised weights, and None and
+    not in the file unless they were calibrated.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class ModelFolder:
     digest_change: DigestChange | None = None
     windowed: Windowed | None = None
     best: int | None = None
+    weights_digest: str | None = None
     verified: bool = field(default=False, compare=False)
 
     @classmethod
@@ -185,7 +188,7 @@ class ModelFolder:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)
         del data["path"], data["verified"]
-        for optional in ("digest_change", "windowed", "best"):
+        for optional in ("digest_change", "windowed", "best", "weights_digest"):
             if data[optional] is None:
                 del data[optional]
         data["slots"] = [

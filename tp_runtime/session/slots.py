@@ -16,7 +16,12 @@ from .model_folder import ModelFolder
 
 
 def check_base(
-    patch: Patch, base_model: str, base_digest: str, precision: str, change: DigestChange | None = None
+    patch: Patch,
+    base_model: str,
+    base_digest: str,
+    precision: str,
+    change: DigestChange | None = None,
+    weights_digest: str | None = None,
 ) -> None:
     """Check that `patch` was fitted on this base. A patch that repairs a quantised base fits that precision only.
 
@@ -26,10 +31,11 @@ def check_base(
         base_digest: the digest of the base.
         precision: the precision of the graph that the patch is to run on.
         change: the digest that earlier versions gave this base, if it was another one.
+        weights_digest: the digest of the graph's quantised weights, if they were calibrated.
 
     Raises:
-        BaseMismatchError: the patch was fitted on another base, or it repairs a base of another precision, or it has
-            the digest that earlier versions gave this base.
+        BaseMismatchError: the patch was fitted on another base, or it repairs a base of another precision or with other
+            calibrated weights, or it has the digest that earlier versions gave this base.
     """
     if change is not None and patch.config.base_digest == change.before:
         raise BaseMismatchError(
@@ -57,6 +63,15 @@ def check_base(
             wanted=fits,
             fix=f"use the {patch.config.precision} export of the base, or fit the patch for {fits}",
         )
+    fitted = patch.config.weights_digest
+    if fitted is not None and weights_digest is not None and fitted != weights_digest:
+        raise BaseMismatchError(
+            f"the patch {patch.name!r} was fitted behind other weights of this precision, from another calibration",
+            field="weights_digest",
+            got=fitted[:16],
+            wanted=weights_digest[:16],
+            fix="fit the patch behind this folder: tp-export patch ... --student FOLDER",
+        )
 
 
 def check_patch(patch: Patch, folder: ModelFolder) -> None:
@@ -69,7 +84,9 @@ def check_patch(patch: Patch, folder: ModelFolder) -> None:
         PatchValueError: the KV prefix replaces an id that the model does not have, or holds a value that does not fit
             the graph's dtype.
     """
-    check_base(patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change)
+    check_base(
+        patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change, folder.weights_digest
+    )
     if patch.prefix is not None:
         kv = folder.kv
         patch.prefix.check(folder.layers, kv.heads, kv.head_dim, folder.vocab_size, folder.context_window)

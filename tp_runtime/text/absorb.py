@@ -95,6 +95,7 @@ def absorb_prompt(
         licence=None if weights.patch is None else weights.patch.config.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         stop=() if weights.patch is None else weights.patch.config.stop,
+        weights_digest=folder.weights_digest,
     )
     prefix = prompt_entries(graph, beginning.teacher, beginning.student, weights.bound, progress, before_system)
     patch = Patch(weights.bound.deltas, config, prefix).rounded(stored)

@@ -169,7 +169,7 @@ def test_layers_above_see_the_entries_as_the_file_stores_them(gemma: Any) -> Non
 
 def test_entries_for_a_quantised_student_are_fitted_to_its_weights(gemma: Any) -> None:
     before = {name: weight.clone() for name, weight in gemma.named_parameters()}
-    student = QuantisedStudent(gemma, quantised("int4-rtn"))
+    student = QuantisedStudent.of(gemma, quantised("int4-rtn"))
     surroundings = behind(gemma, (4, 6))
     own, other = fit(gemma, surroundings, student=student)[1], fit(gemma, surroundings)[1]
     first = some_entries(gemma, FITTED, 4)

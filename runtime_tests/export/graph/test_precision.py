@@ -13,10 +13,10 @@ import torch
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
-from tp_export.fit import Recipe, make_patch
-from tp_export.graph import export_model
+from tp_export.fit import Recipe, make_patch, student_for
+from tp_export.graph import check_against_source, export_model, stored_student
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
-from tp_export.quantise import QuantisedStudent, float_weights, quantised, student_of
+from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
 from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
@@ -26,6 +26,7 @@ from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
 PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-rtn-fp16")
 IN_FLOAT16 = ("fp16", "int4-rtn-fp16")
 IDS = token_ids(40)
+TEXTS = [token_ids(48, seed=seed) for seed in range(6)]  # to calibrate on
 QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
 
 
@@ -68,7 +69,7 @@ def test_each_precision_computes_with_its_quantised_weights(
         if precision in FLOAT_PRECISIONS:
             wanted = exact
         else:
-            with QuantisedStudent(model, quantised(precision)).whole():
+            with QuantisedStudent.of(model, quantised(precision)).whole():
                 wanted = model(ids).logits[0]
     got = logits(folders[precision])
     # Only the rounding of activations is left, a fraction of the loss of the weights.
@@ -108,7 +109,7 @@ def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -
     }
     assert in_float32 <= float_weights(model) | {"transformer.wpe.weight"}
     assert not any(node.op_type == "Gemm" for node in graph.node)
-    with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
+    with QuantisedStudent.of(model, quantised("int4-rtn")).whole(), torch.no_grad():
         wanted = model(torch.tensor([IDS])).logits[0]
     steps = graph_logits(Graph(ModelFolder.open(folder), "cpu"), IDS, chunks=[1] * len(IDS))
     assert divergence(wanted, torch.from_numpy(steps)) < 0.02
@@ -169,15 +170,25 @@ def test_prompts_steps_and_batches_of_int4_fp16_give_the_same_logits(folders: di
 
 def test_the_student_restores_the_weights_of_the_model(model: Any) -> None:
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    student = QuantisedStudent(model, quantised("int4-rtn"))
+    student = QuantisedStudent.of(model, quantised("int4-rtn"))
     with student.whole():
         assert not torch.equal(model.lm_head.weight, before["model.embed_tokens.weight"])
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_a_float_precision_has_nothing_to_repair(source: Source, model: Any) -> None:
-    with pytest.raises(CalibrationError, match="quantised"):
-        student_of(source, model, "fp16")
+def test_the_student_of_a_float_precision_is_the_model(source: Source, model: Any) -> None:
+    assert student_for(source, model, "fp16") is None
+
+
+def test_int4_is_the_quantiser_with_the_least_loss(
+    source: Source, model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS)
+    student = student_for(source, model, "int4")
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if "KL to float32" in line]
+    losses = {words[0].rstrip(":"): float(words[4]) for words in lines}
+    assert student is not None and list(losses) == list(INT4)
+    assert losses[student.precision] == min(losses.values())
 
 
 def test_a_patch_needs_a_prompt_or_a_student_precision(source: Source, model: Any) -> None:
@@ -208,7 +219,8 @@ def test_a_repair_closes_part_of_the_gap_of_the_exported_graph(
 
 
 def test_a_patch_fitted_for_int4_fp16_names_the_weights(source: Source, model: Any) -> None:
-    assert student_of(source, model, "int4-rtn-fp16").precision == "int4-rtn"
+    student = student_for(source, model, "int4-rtn-fp16")
+    assert student is not None and (student.name, student.precision) == ("int4-rtn-fp16", "int4-rtn")
 
 
 def test_a_repair_of_another_precision_is_refused(repair: Patch, folders: dict[str, Path]) -> None:
@@ -222,6 +234,55 @@ def test_one_patch_can_contain_a_prompt_and_the_repair(source: Source, model: An
     patch = make_patch(source, model, "Talk like a pirate.", QUESTIONS[:14], QUESTIONS[14:], recipe, name="pirate")
     assert patch.config.context_digest and patch.config.precision == "int4-rtn"
     assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
+
+
+# -- calibrated precisions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of one calibrated precision, of two calibrations."""
+    root, folders = tmp_path_factory.mktemp("calibrated"), {}
+    for name, texts in {"one": TEXTS, "two": TEXTS[:2]}.items():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments, own=texts: own)
+            folders[name] = export_model(source, root / name, precision="int4-gptq", route="fused")
+    return folders
+
+
+def test_a_folder_gives_back_the_weights_that_it_computes_with(
+    calibrated: dict[str, Path], folders: dict[str, Path], source: Source, model: Any
+) -> None:
+    digests = {}
+    for name, path in calibrated.items():
+        folder = ModelFolder.open(path)
+        student = stored_student(model, folder)
+        assert student is not None and student.precision == "int4-gptq"
+        digests[name] = folder.weights_digest
+        assert student.weights_digest == folder.weights_digest
+        with student.whole(), torch.no_grad():
+            wanted = model(torch.tensor([IDS])).logits[0]
+        assert divergence(wanted, logits(path)) < 0.02
+        assert any("int4-gptq" in line for line in check_against_source(folder, source))
+    assert digests["one"] != digests["two"]
+    assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
+    nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
+    assert nearest is not None and nearest.weights_digest is None
+
+
+def test_a_patch_behind_calibrated_weights_fits_no_others(
+    calibrated: dict[str, Path], source: Source, model: Any
+) -> None:
+    student = stored_student(model, ModelFolder.open(calibrated["one"]))
+    assert student is not None
+    recipe = Recipe(student_precision=student.precision, max_new_tokens=16)
+    patch = make_patch(source, model, None, QUESTIONS[:14], QUESTIONS[14:], recipe, name="repair", student=student)
+    assert patch.config.weights_digest == student.weights_digest
+    assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
+    logits(calibrated["one"], patch)
+    for scaled in (patch, 0.5 * patch, patch + patch):
+        with pytest.raises(BaseMismatchError, match="--student"):
+            logits(calibrated["two"], scaled)
 
 
 # -- repaired folders ----------------------------------------------------------------------------------------

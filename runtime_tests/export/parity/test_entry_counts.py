@@ -63,7 +63,7 @@ def pair(
     if precision in FLOAT_PRECISIONS:
         yield model, graph
     else:
-        with QuantisedStudent(model, quantised(precision)).whole():
+        with QuantisedStudent.of(model, quantised(precision)).whole():
             yield model, graph
 
 
