@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 import json
 import re
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -64,7 +63,6 @@ class TableTokenizer:
 
     def __init__(self, tables: Tables, load: Callable[[], Tokenizer], budget: float = _BUDGET) -> None:
         self._tables, self._load, self._budget = tables, load, budget
-        self._lock = threading.Lock()
         self._whole: Tokenizer | None = None
         self._characters = 0
         self._added = {token.content: token.id for token in tables.added}
@@ -136,10 +134,10 @@ class TableTokenizer:
 
     def load(self) -> Tokenizer:
         """Load tokenizer.json, unless it is loaded; from now on the library does all the work."""
-        with self._lock:
-            if self._whole is None:
-                self._whole = self._load()
-            return self._whole
+        # Without a lock two threads may both load it, which costs time only. An interrupt could leave a lock held.
+        if self._whole is None:
+            self._whole = self._load()
+        return self._whole
 
     # -- symbols ---------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ def test_float16_without_fused_operators_is_refused(source: Source, tmp_path: Pa
 def test_int4_fp16_loses_at_most_what_fp16_and_int4_lose(folders: dict[str, Path], model: Any) -> None:
     """Against the float32 graph it loses what the weights lose, which torch measures, and what fp16 alone loses."""
     exact = logits(folders["fp32"])
-    with QuantisedStudent(model, quantised("int4-rtn")).whole(), torch.no_grad():
+    with QuantisedStudent.of(model, quantised("int4-rtn")).whole(), torch.no_grad():
         weights = divergence(exact, model(torch.tensor([IDS])).logits[0])
     found = {precision: divergence(exact, logits(folders[precision])) for precision in IN_FLOAT16}
     assert abs(found["int4-rtn-fp16"] - weights) < 0.02 * weights + 10 * found["fp16"]
