@@ -142,7 +142,7 @@ def test_a_patch_changes_the_logits(pair: Pair) -> None:
 def test_bound_slots_of_rank_zero_give_the_base(pair: Pair) -> None:
     """The graph multiplies matrices of rank 0 under IO binding."""
     graph = pair.cuda
-    values = graph._slot_values({}, graph.device.kind)
+    values = graph._binder._slot_values({}, graph.device.kind)
     bound = BoundPatch(lambda: values, graph.base.key)
     assert (
         bound.values and furthest(graph_logits(graph, IDS, bound, STEPS), graph_logits(graph, IDS, chunks=STEPS)) == 0

@@ -8,7 +8,7 @@ take place at the same time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Unpack
@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, require_positive
-from ..patch import FLOAT_PRECISIONS, KV_PARTS, Delta, Patch, SlotKey, in_bytes
-from .bound_patch import BoundPatch, not_a_patch, require_bound
-from .bound_values import BoundValues, BoundValuesStore
+from ..patch import KV_PARTS, Patch
+from .bound_patch import BoundPatch, require_bound
 from .cuda_graphs import CapturedDecode, check_capturable
-from .default_patch import read_default_patch
 from .description import past_name
 from .device import (
     Device,
@@ -38,13 +36,11 @@ from .graph_file import graph_file
 from .huge_pages import Range, empty_on_huge_pages, mapped, use_huge_pages_soon, without
 from .interface import FIRST_LOGIT, check_interface
 from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
-from .kv_cache import CacheKey, KVCache, SessionMark, require_cache, token_list
-from .layer_kinds import entry_counts
+from .kv_cache import KVCache, SessionMark, require_cache, token_list
 from .model_folder import ModelFolder
-from .precision_note import PrecisionNotes
+from .patch_binder import PatchBinder
 from .prepared import prepared_graph
 from .settings import SessionOptions, SessionSettings
-from .slots import check_patch, folder_arrays
 from .step_io import StepIO
 from .threads import set_threads
 from .uses import Use
@@ -114,29 +110,11 @@ class Graph:
         set_threads(session_options, settings.threads, settings.spin)
         if self.dtype == np.float16:
             avoid_float16_crash(self.ort, session_options)
-        self._notes = PrecisionNotes(folder.precision)
-        self.bound_values = BoundValuesStore(settings.bound_patch_bytes)
-        own = read_default_patch(folder)
-        self.repair = own if folder.default_patch and folder.default_patch.repair else None
-        if defaults is not None:
-            if not isinstance(defaults, Patch):
-                raise not_a_patch(defaults, "a Patch, or None")
-            check_patch(defaults, folder)
-            self._notes.note(defaults)
-        default = own if defaults is None else defaults
-        self.default_patch = None if default is None or default is self.repair or default.is_base else default
-        bound = self.repair if self.default_patch is None else self._repaired(self.default_patch)
-        deltas = {} if bound is None else bound.deltas
         chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
-        # A session does not give out its initializers, so they are replaced, be it with equal values. The identity of
-        # the default patch is then that of the session's own values, whatever the graph or its description state. The
-        # session reads these values in place, so they must live as long as the session. Off the CPU it would ignore
-        # them, since they are not where the graph's own initializers go; there the default patch is bound for each run.
-        replaced = chosen.kind == "cpu"
-        self._default_values = self._slot_values(deltas, "cpu") if replaced else {}
-        for name, value in self._default_values.items():
-            session_options.add_initializer(name, value)
-        self._has_defaults = bool(deltas) if replaced else own is not None  # whether a run without values is patched
+        on_host = session_options if chosen.kind == "cpu" else None
+        self._binder = PatchBinder(self.ort, folder, defaults, settings.bound_patch_bytes, on_host)
+        self.repair, self.default_patch = self._binder.repair, self._binder.default_patch
+        self.bound_values = self._binder.values
         self.captured: CapturedDecode | None = None
         self.capture_failure: str | None = None
         self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
@@ -144,12 +122,8 @@ class Graph:
         self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
         if not settings.cuda_graphs or not self._capture(chosen, session_options):
             self._open(chosen, session_options)
-        key = folder.graph_digest, () if bound is None else bound.terms
-        bind_all = not replaced and (self._has_defaults or bool(deltas))
-        values = self._slot_values(deltas, self.device.kind) if bind_all else {}
-        self.default = self._bound(lambda: values, key, deltas, bound)
-        self._default_identity = None if bound is None else bound.identity
-        self.base = self._bind_base()
+        self._binder.place(self.device.kind)
+        self.default, self.base = self._binder.default, self._binder.base
 
     def _open(self, device: Device, options: Any, cuda_graphs: bool = False) -> None:
         """Open a session; on the CPU, over the graph that was prepared for this processor, if there is one."""
@@ -215,71 +189,11 @@ class Graph:
             BaseMismatchError: the patch was fitted on another base, or on a quantised base of another precision.
             PatchTargetError, PatchShapeError, PatchValueError: the patch does not fit the slots, or is not a patch.
         """
-        if patch is None:
-            return self.base
-        if not isinstance(patch, Patch):
-            raise not_a_patch(patch, "a Patch, or None")
-        # This comes first because the fit does not depend on the strength or on the defaults.
-        check_patch(patch, self.folder)
-        self._notes.note(patch)
-        if not patch.terms:
-            return self.base
-        patch = self._repaired(patch)
-        # The identity is computed from the values, so a default that is exported as 0.5 * p is found too.
-        if self._default_identity is not None and patch.identity == self._default_identity:
-            return self.default
-        # If the defaults are rank 0, the slots without a delta need no binding.
-        only = None if self._has_defaults else set(patch.deltas)
-        deltas, key = patch.deltas, (self.folder.graph_digest, patch.terms)
-
-        def values() -> BoundValues:
-            return self.bound_values.get(key, lambda: self._converted(deltas, only))
-
-        values()  # values that the graph's dtype cannot hold are refused now
-        return self._bound(values, key, deltas, patch)
+        return self._binder.bind(patch)
 
     def release(self, bound: BoundPatch) -> None:
         """Give up the converted tensors of a patch that will not run soon; it can run all the same."""
         self.bound_values.drop(bound.key)
-
-    def _bind_base(self) -> BoundPatch:
-        terms, deltas = (self.repair.terms, self.repair.deltas) if self.repair else ((), {})
-        key = self.folder.graph_digest, terms
-        if key == self.default.key:
-            return self.default
-        values = self._slot_values(deltas, self.device.kind)
-        return BoundPatch(lambda: values, key, deltas=deltas)
-
-    def _bound(
-        self,
-        values: Callable[[], Mapping[str, Any]],
-        key: CacheKey,
-        deltas: Mapping[SlotKey, Delta],
-        patch: Patch | None,
-    ) -> BoundPatch:
-        if patch is None or patch.prefix is None:
-            return BoundPatch(values, key, deltas=deltas)
-        entries = entry_counts(patch.prefix, self.folder.windowed, self.folder.route)
-        return BoundPatch(values, key, patch.prefix, deltas, entries)
-
-    def _repaired(self, patch: Patch) -> Patch:
-        """Return `patch`, which has at least one term, with the repair added if it needs one; see `bind`."""
-        if self.repair is None or patch.config.precision not in FLOAT_PRECISIONS:
-            return patch
-        return self.repair + patch
-
-    def _slot_values(
-        self, deltas: Mapping[SlotKey, Delta], kind: str, only: set[SlotKey] | None = None
-    ) -> dict[str, Any]:
-        return self._on_device(folder_arrays(deltas, self.folder, only), kind)
-
-    def _converted(self, deltas: Mapping[SlotKey, Delta], only: set[SlotKey] | None) -> BoundValues:
-        arrays, kind = folder_arrays(deltas, self.folder, only), self.device.kind
-        copied = [array.nbytes for array in arrays.values() if kind != "cpu" or not in_bytes(array)]
-        return BoundValues(self._on_device(arrays, kind), sum(copied))
-
-    def _on_device(self, arrays: Mapping[str, NDArray[Any]], kind: str) -> dict[str, Any]:
-        return {name: self.ort.OrtValue.ortvalue_from_numpy(array, kind, 0) for name, array in arrays.items()}
 
     def new_cache(self, bound: BoundPatch) -> KVCache:
         """Return an empty cache for runs under `bound`; it begins with the patch's KV prefix, if there is one.
