@@ -76,7 +76,7 @@ next(iter(model.stream("hello", max_new_tokens=1)))
 print(*(sys.modules.keys() - before))
 """
 NEEDED = {"atexit", "bisect", "copy", "dataclasses", "encodings", "hashlib", "heapq", "json", "logging"}
-NEEDED |= {"numpy", "string", "threading", "tp_runtime", "traceback", "unicodedata"}
+NEEDED |= {"mmap", "numpy", "string", "threading", "tp_runtime", "traceback", "unicodedata"}
 OF_TEMPLATES = {"bz2", "jinja2", "lzma", "markupsafe", "pprint", "random", "shutil", "tempfile", "zlib"}
 SLOW = {
     "concurrent.futures",

@@ -12,8 +12,8 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import furthest, graph_logits, token_ids
 from tp_export.graph import export as model_export
-from tp_export.graph import export_model, optimum_route
-from tp_export.graph.parity import check_export, measure_parity
+from tp_export.graph import export_model, optimum_route, stored_student
+from tp_export.graph.parity import Parity, check_export, measure_parity
 from tp_export.quantise import held_out_text
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import ModelFormatError, RequestError
@@ -35,11 +35,16 @@ def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {p: export_model(source, root / p, precision=p, route="fused") for p in PRECISIONS}
 
 
+def checked(source: Source, model: Any, folder: Path) -> Parity | None:
+    """Check a folder against a model in the folder's precision."""
+    return check_export(source.codec, model, folder, stored_student(model, ModelFolder.open(folder)))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_right_export_agrees_and_the_check_says_what_it_measured(
     source: Source, folders: dict[str, Path], precision: str
 ) -> None:
-    parity = check_export(source.codec, load_model(source), folders[precision])
+    parity = checked(source, load_model(source), folders[precision])
     assert parity is not None and parity.agrees and parity.precision == precision
     assert parity.kl < parity.limit / 2
     assert str(parity).startswith(f"{precision} on 64 tokens of built-in text: KL ")
@@ -53,7 +58,7 @@ def test_an_export_that_does_not_compute_the_model_is_refused(
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.neg_()
     with pytest.raises(ModelFormatError, match=rf"does not compute .* got {precision} on 64 tokens .* of at most"):
-        check_export(source.codec, model, folders[precision])
+        checked(source, model, folders[precision])
 
 
 def test_one_wrong_weight_of_a_float32_graph_is_noticed(source: Source, folders: dict[str, Path]) -> None:
@@ -61,7 +66,7 @@ def test_one_wrong_weight_of_a_float32_graph_is_noticed(source: Source, folders:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] += 3
     with pytest.raises(ModelFormatError, match="does not compute"):
-        check_export(source.codec, model, folders["fp32"])
+        checked(source, model, folders["fp32"])
 
 
 def test_the_check_reads_prose(source: Source, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +75,7 @@ def test_the_check_reads_prose(source: Source, folders: dict[str, Path], monkeyp
     read: list[list[int]] = []
     run = graph.run
     monkeypatch.setattr(graph, "run", lambda ids, bound: read.append(list(ids)) or run(ids, bound))
-    measure_parity(source.codec, load_model(source), graph)
+    measure_parity(source.codec, load_model(source), graph, None)
     assert held_out_text().startswith(source.codec.decode(read[0]))
 
 
@@ -81,7 +86,7 @@ def test_a_tokenizer_without_tokens_of_the_prose_is_checked_on_its_own_ids(
         raise RequestError("the prompt is empty", field="messages")
 
     monkeypatch.setattr(source.codec, "render", refuse)
-    parity = check_export(source.codec, load_model(source), folders["fp32"])
+    parity = checked(source, load_model(source), folders["fp32"])
     assert parity is not None and parity.agrees and parity.tokens == 64
 
 
@@ -93,7 +98,7 @@ def test_logits_that_are_not_numbers_do_not_agree(
         model.model.norm.weight[0] = float("nan")
     for precision in PRECISIONS:
         with pytest.raises(ModelFormatError, match="does not compute"):
-            check_export(source.codec, model, folders[precision])
+            checked(source, model, folders[precision])
 
 
 def test_a_graph_that_onnx_runtime_cannot_run_is_refused(
@@ -104,7 +109,7 @@ def test_a_graph_that_onnx_runtime_cannot_run_is_refused(
 
     monkeypatch.setattr(Graph, "run", refuse)
     with pytest.raises(ModelFormatError, match="cannot run the exported graph; got RuntimeError: Non-zero status"):
-        check_export(source.codec, load_model(source), folders["fp32"])
+        checked(source, load_model(source), folders["fp32"])
 
 
 @pytest.mark.parametrize("head_dim", [4, 12, 20])
