@@ -14,6 +14,7 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from tp_export.fit import Recipe, make_patch, student_for
+from tp_export.formats import write_onnx_adapter
 from tp_export.graph import check_against_source, export_model, stored_student
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
@@ -271,7 +272,7 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
 
 
 def test_a_patch_behind_calibrated_weights_fits_no_others(
-    calibrated: dict[str, Path], source: Source, model: Any
+    calibrated: dict[str, Path], source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = stored_student(model, ModelFolder.open(calibrated["one"]))
     assert student is not None
@@ -283,6 +284,12 @@ def test_a_patch_behind_calibrated_weights_fits_no_others(
     for scaled in (patch, 0.5 * patch, patch + patch):
         with pytest.raises(BaseMismatchError, match="--student"):
             logits(calibrated["two"], scaled)
+    with pytest.raises(BaseMismatchError, match="weights_digest"):
+        write_onnx_adapter(patch, ModelFolder.open(calibrated["two"]), tmp_path / "p.onnx_adapter")
+    write_onnx_adapter(patch, ModelFolder.open(calibrated["one"]), tmp_path / "p.onnx_adapter")
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
+    with pytest.raises(BaseMismatchError, match="weights_digest"):
+        export_model(source, tmp_path / "out", precision="int4-gptq", route="fused", patch=patch)
 
 
 # -- repaired folders ----------------------------------------------------------------------------------------
