@@ -73,7 +73,7 @@ def test_the_file_says_what_the_patch_is(opened: PatchedModel) -> None:
 
 
 def test_equal_values_in_another_place_are_not_taken_for_each_other(model: PatchedModel) -> None:
-    """With templates such as Gemma's, a prompt has the same entries in place of a system message and in front of one."""
+    """With Gemma's template, a prompt has the same entries in place of a system message and in front of one."""
     plain = model.absorb(SYSTEM)
     assert plain.prefix is not None
     before = replace(plain, prefix=replace(plain.prefix, before_system=True))
