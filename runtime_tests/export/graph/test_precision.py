@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,8 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
         assert divergence(wanted, logits(path)) < 0.02
         assert any("int4-gptq" in line for line in check_against_source(folder, source))
     assert digests["one"] != digests["two"]
+    with pytest.raises(ModelFormatError, match="does not give back the weights"):
+        stored_student(model, replace(ModelFolder.open(calibrated["one"]), weights_digest=digests["two"]))
     assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
     nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
     assert nearest is not None and nearest.weights_digest is None
