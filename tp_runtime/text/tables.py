@@ -67,7 +67,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of one tokenizer. The arrays are views of the file's bytes.
+    """The tables of one tokenizer, as they are in the file.
 
     Attributes:
         text, ends, order, pairs, ranks, results: see the module.
