@@ -76,7 +76,8 @@ def _joined(rows: Mapping[int, tuple[int, _Row]]) -> Blocks:
     )
     if packed is None or scales is None:
         raise ValueError("a weight without values or scales")
-    return Blocks(packed, scales, zeros, packed.shape[-1] * 8 // BLOCK, inputs)
+    # A graph that computes in float16 stores scales in it; blocks have them in float32, and so has the digest.
+    return Blocks(packed, scales.astype(np.float32), zeros, packed.shape[-1] * 8 // BLOCK, inputs)
 
 
 def _unknown(folder: ModelFolder, got: str) -> ModelFormatError:

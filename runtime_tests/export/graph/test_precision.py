@@ -274,6 +274,16 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
     assert nearest is not None and nearest.weights_digest is None
 
 
+def test_a_calibrated_folder_in_float16_gives_back_its_weights_too(
+    source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
+    folder = ModelFolder.open(export_model(source, tmp_path / "half", precision="int4-gptq-fp16", route="fused"))
+    student = stored_student(model, folder)
+    assert student is not None and student.weights_digest == folder.weights_digest is not None
+    assert all(blocks.scales.dtype == np.float32 for blocks in student.blocks.values())
+
+
 def test_a_patch_behind_calibrated_weights_fits_no_others(
     calibrated: dict[str, Path], source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
