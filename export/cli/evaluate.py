@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_answer_length(parser)
     add_stop(parser, "the stop strings in the patch file")
-    add_system_messages(parser, "the held-out ones of the built-in messages")
+    add_system_messages(parser, "for entries made with --before-system the built-in messages; for others none")
     parser.add_argument(
         "--runtime",
         type=Path,
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     patch = Patch.load(args.patch)
     stop = stop_strings(args.stop, patch)
-    before_system = patch.prefix is not None and patch.prefix.before_system
+    # Entries say where they stand. Weights do not, so given messages say that these were fitted behind some.
+    before_system = args.system_messages is not None if patch.prefix is None else patch.prefix.before_system
     systems = system_messages(args, before_system, "a patch that was made with --before-system")
     # A patch that only repairs a quantised base has no prompt, so it is compared with the float32 base.
     context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)

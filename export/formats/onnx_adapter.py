@@ -35,7 +35,9 @@ def write_onnx_adapter(patch: Patch, folder: ModelFolder, out: Path) -> None:
             "the output file's name does not end in .onnx_adapter", field="OUT", got=out.name, wanted="*.onnx_adapter"
         )
     patch.require_weights_only("onnxruntime-genai adapter")
-    check_base(patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change)
+    check_base(
+        patch, folder.base_model, folder.base_digest, folder.precision, folder.digest_change, folder.weights_digest
+    )
     deltas = fit_slots(patch, folder.slots)
     ort = require_onnxruntime()
     values = {}

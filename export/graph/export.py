@@ -88,7 +88,7 @@ def export_model(
             together with `patch`, or the exported graph does not compute what the model computes.
         OutputError: `out` holds something that is not replaced, or is, holds or lies in the folder of `source`; this is
             found before the work.
-        BaseMismatchError: `patch` was fitted on another base model or another precision.
+        BaseMismatchError: `patch` was fitted on another base model, another precision or other calibrated weights.
         PatchTargetError: `patch` addresses a slot that the graph does not have, or has a KV prefix.
         PatchShapeError: `patch` has more layers than the graph, or the shape of a delta does not fit its slot.
         UnsafePathError: a licence file has a name that a model folder cannot list.
@@ -121,6 +121,9 @@ def export_model(
         student = student_for(source, model, precision)
     if student is not None:
         precision = student.name
+        if patch is not None:  # only now are the weights known that it has to be fitted behind
+            change, digest = source.digest_change, student.weights_digest
+            check_base(patch, source.name, source.digest, precision, change, digest)
     slots = slots_of(model, slot_set)
     if repair:
         assert student is not None

@@ -103,12 +103,13 @@ class _Outputs:
     def __init__(self, blocks: Mapping[str, Blocks]) -> None:
         self._blocks = blocks
         # Outputs of one kind can be joined. An output of zeros may occur in several kinds.
-        self._places: dict[tuple[int, bool], dict[bytes, Place]] = {}
+        self._places: dict[tuple[int, bool], dict[bytes, list[Place]]] = {}
         self._values: dict[Place, bytes] = {}
+        self._taken: set[Place] = set()
         for name, own in blocks.items():
             places = self._places.setdefault((own.bits, own.zero_points is None), {})
             for row, values in enumerate(_digests(own.dequantised())):
-                places.setdefault(values, (name, row))
+                places.setdefault(values, []).append((name, row))
                 self._values[name, row] = values
 
     def find(self, weight: FloatArray) -> tuple[Blocks, list[Place]] | None:
@@ -118,11 +119,24 @@ class _Outputs:
             if all(values in places for values in wanted):
                 found: list[Place] = []
                 for values in wanted:
-                    # Where outputs are equal, such as the rows of unused tokens, the one after the last is meant.
-                    after = (found[-1][0], found[-1][1] + 1) if found else ("", 0)
-                    found.append(after if self._values.get(after) == values else places[values])
+                    found.append(self._next(places[values], found[-1] if found else ("", -1)))
+                    self._taken.add(found[-1])
                 return self._joined(found, weight.shape[0]), found
         return None
+
+    def _next(self, equal: list[Place], last: Place) -> Place:
+        """Return which of equal outputs, such as the rows of unused tokens, is meant behind the place `last`.
+
+        It is the next one of the same weight, or else any that no weight of the graph has yet. So each output of the
+        student is found once before one is found again, as for a table that the graph holds twice.
+        """
+        after = last[0], last[1] + 1
+        follows = self._values.get(after) == self._values[equal[0]]
+        if follows and after not in self._taken:
+            return after
+        while len(equal) > 1 and equal[-1] in self._taken:
+            equal.pop()
+        return after if follows and equal[-1] in self._taken else equal[-1]
 
     def _joined(self, places: Sequence[Place], inputs: int) -> Blocks:
         rows = [(self._blocks[name], row) for name, row in places]

@@ -31,29 +31,35 @@ def stored_student(model: Any, folder: ModelFolder) -> QuantisedStudent | None:
         folder: the folder.
 
     Raises:
-        ModelFormatError: the graph lacks a weight of the model.
+        ModelFormatError: the graph lacks a weight of the model, or its weights do not have the folder's digest.
     """
     if folder.precision in FLOAT_PRECISIONS:
         return None
     graph = ir.load(folder.path / GRAPH_FILE)
     if PLACES not in graph.metadata_props:  # every quantiser without calibration gives the same blocks again
         return QuantisedStudent.of(model, quantised(folder.precision))
+    try:
+        blocks = _blocks(graph)
+        weights = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
+        named = {id(weights[name]): own for name, own in blocks.items() if name in weights}
+        student = QuantisedStudent(model, folder.precision, named)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):
+        raise _unknown(folder, "other weights, or an incomplete list of their places") from None
+    if student.weights_digest != folder.weights_digest:
+        raise _unknown(folder, f"weights with the digest {str(student.weights_digest)[:16]}")
+    return student
+
+
+def _blocks(graph: ir.Model) -> dict[str, Blocks]:
+    """Return the blocks of each weight whose outputs are all in the graph, by its name."""
     found: dict[str, dict[int, tuple[int, _Row]]] = {}  # by the name of a weight and the number of an output
     for packed, record in json.loads(graph.metadata_props[PLACES]).items():
         arrays = [_array(graph, f"{packed}.{part}") for part in ("packed", "scales", "zero_points")]
-        rows = iter(range(len(arrays[1])))
-        for name, first, count in record["outputs"]:
-            for output in range(first, first + count):
-                row = next(rows)
-                own = tuple(None if array is None else array[row] for array in arrays)
-                found.setdefault(name, {})[output] = record["inputs"], own
-    blocks = {name: _joined(rows) for name, rows in found.items() if sorted(rows) == list(range(len(rows)))}
-    weights = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
-    named = {id(weights[name]): own for name, own in blocks.items() if name in weights}
-    try:
-        return QuantisedStudent(model, folder.precision, named)
-    except KeyError:
-        raise _unknown(folder, f"{len(named)} whole weights") from None
+        places = [(name, first + row) for name, first, count in record["outputs"] for row in range(count)]
+        for row, (name, output) in enumerate(places):
+            own = tuple(None if array is None else array[row] for array in arrays)
+            found.setdefault(name, {})[output] = record["inputs"], own
+    return {name: _joined(rows) for name, rows in found.items() if sorted(rows) == list(range(len(rows)))}
 
 
 def _array(graph: ir.Model, name: str) -> Any:
@@ -68,15 +74,17 @@ def _joined(rows: Mapping[int, tuple[int, _Row]]) -> Blocks:
         None if any(part is None for part in parts) else np.stack(parts)
         for parts in zip(*(rows[output][1] for output in range(len(rows))), strict=True)
     )
-    assert packed is not None and scales is not None
-    return Blocks(packed, scales, zeros, packed.shape[-1] * 8 // BLOCK, inputs)
+    if packed is None or scales is None:
+        raise ValueError("a weight without values or scales")
+    # A graph that computes in float16 stores scales in it; blocks have them in float32, and so has the digest.
+    return Blocks(packed, scales.astype(np.float32), zeros, packed.shape[-1] * 8 // BLOCK, inputs)
 
 
 def _unknown(folder: ModelFolder, got: str) -> ModelFormatError:
     return ModelFormatError(
-        "the graph lacks a weight of the model",
+        "the graph does not give back the weights that the folder was exported with",
         field=str(folder.path / GRAPH_FILE),
         got=got,
-        wanted="every weight of the model",
+        wanted=f"every weight of the model, with the digest {str(folder.weights_digest)[:16]}",
         fix="export the model again with this version of tp-export",
     )

@@ -30,7 +30,8 @@ def fitted_precision(precision: str) -> str:
 
     A folder of int4-rtn-fp16 has the weights of an int4-rtn folder, but for the rounding of their scales, and computes
     in float16. A patch compensates what the weights lose, so it runs on both, and names int4-rtn. One that names
-    int4-rtn-fp16 all the same counts as if it named int4-rtn.
+    int4-rtn-fp16 all the same counts as if it named int4-rtn. Of a calibrated precision the two folders have other
+    weights, which the digest of the weights tells apart.
     """
     return precision.removesuffix(_IN_HALF)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, shown
 from ..generation import Constraint, Sampler, Sampling, WantedLogprobs
 from ..loaded_patches import LoadedPatches, ResolvedPatch
 from ..patch import BEFORE_SYSTEM, ENTRIES_STAND
 from .answer import AnswerReader
+from .beginning import beginnings_of, in_front_of
 from .codec import Message, TextCodec
 from .request import Request
 from .tools import refuse_tools_and_documents
@@ -62,14 +63,15 @@ class RequestEncoder:
 
         Raises:
             RequestError: the prompt cannot be encoded, has a system message, tools or documents where the patch's
-                entries stand, lacks the system message that they stand in front of, or the constraint cannot be
-                compiled.
+                entries stand, lacks the system message that they stand in front of, or has tools or documents between
+                the two, or the constraint cannot be compiled.
             PatchError: the patch is not loaded or does not fit.
         """
         codec, patch = self.codec, self.patches.resolve(request.patch, request.strength)
         prefix = patch.bound.prefix
         if prefix is not None and prefix.before_system:
             _require_system(request)
+            _require_behind(codec, request)
         elif prefix is not None:
             _refuse_system(request.prompt, request.system)
             refuse_tools_and_documents(request.tools, request.documents)
@@ -162,6 +164,32 @@ def _require_system(request: Request) -> None:
             wanted="a system message",
             fix="pass one, or use a patch that was made without --before-system",
         )
+
+
+def _require_behind(codec: TextCodec, request: Request) -> None:
+    """Refuse tools and documents that the template writes in front of the system message, behind a patch's entries.
+
+    The ids may not show it: the prompt can begin as without them. So two prompts tell it, whose system messages have
+    another beginning: tools in front of it are in the part that both have in front.
+    """
+    given = {field: getattr(request, field) for field in ("tools", "documents")}
+    if request.raw or codec.style != "chat" or not any(value is not None for value in given.values()):
+        return
+
+    def front(**variables: object) -> set[tuple[int, ...]]:
+        options: Any = {"template_args": request.template_args, **variables}
+        own, other = (codec.render("Hello", system, **options) for system in ("be kind", in_front_of("be kind", "Hm:")))
+        return {beginning.student for beginning in beginnings_of([(other, own)])}
+
+    for field, value in given.items():
+        if value is not None and front(**{field: value}) != front():
+            raise RequestError(
+                f"the chat template writes {field} in front of the system message, but {BEFORE_SYSTEM}",
+                field=field,
+                got=shown(value),
+                wanted="None",
+                fix=f"leave {field} out, or use a patch of weights alone",
+            )
 
 
 def _system_of(prompt: str | Sequence[Message], system: str | None) -> object:

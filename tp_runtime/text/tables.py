@@ -67,7 +67,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of one tokenizer. The arrays are views of the file's bytes.
+    """The tables of one tokenizer, as they are in the file.
 
     Attributes:
         text, ends, order, pairs, ranks, results: see the module.
@@ -113,7 +113,7 @@ def build_tables(tokenizer: bytes) -> bytes | None:
     if any(len(token["content"]) == 1 for token in apart) or (apart and model.get("ignore_merges")):
         return None
     found = _symbols(vocab, model)
-    if found is None or (model.get("ignore_merges") and found[1]):
+    if found is None or (model.get("ignore_merges") and (found[1] or not _are_spelt(vocab, tokens))):
         return None
     merges = _merges(model["merges"], vocab)
     if merges is None:
@@ -156,6 +156,15 @@ def _symbols(vocab: Mapping[str, int], model: Mapping[str, Any]) -> tuple[list[i
     return sorted(special), True
 
 
+def _are_spelt(vocab: Mapping[str, int], tokens: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether every character of every token is a token, so that a whole word is known by its symbols.
+
+    An added token is found before the text becomes words, unless it has to be a word of its own.
+    """
+    found_before = {token["content"] for token in tokens if not token.get("single_word")}
+    return all(character in vocab for token in vocab.keys() - found_before for character in token)
+
+
 def _merges(merges: Iterable[Any], vocab: Mapping[str, int]) -> dict[str, NDArray[Any]] | None:
     """Return the three arrays of merges; None if the library would read them in a way of its own."""
     found: dict[int, tuple[int, int]] = {}
@@ -173,14 +182,18 @@ def _merges(merges: Iterable[Any], vocab: Mapping[str, int]) -> dict[str, NDArra
 
 
 def _grouped(tokens: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return added tokens as [flags, ids, contents], because thousands of them have the same flags."""
-    groups: dict[tuple[bool, ...], list[list[Any]]] = {}
+    """Return added tokens in their order, as runs [flags, ids, contents]: thousands of them have the same flags.
+
+    Where two of them are found in the same text, because the normaliser makes them equal, the first one counts.
+    """
+    runs: list[list[Any]] = []
     for token in tokens:
-        flags = tuple(bool(token.get(name)) for name in _FLAGS)
-        ids, contents = groups.setdefault(flags, [[], []])
-        ids.append(token["id"])
-        contents.append(token["content"])
-    return [[list(flags), *lists] for flags, lists in groups.items()]
+        flags = [bool(token.get(name)) for name in _FLAGS]
+        if not runs or runs[-1][0] != flags:
+            runs.append([flags, [], []])
+        runs[-1][1].append(token["id"])
+        runs[-1][2].append(token["content"])
+    return runs
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ def test_weights_are_fitted_behind_system_messages_too(source: Path, tmp_path: P
     assert fit(source, out, "--rank", "2", "--before-system") == 0
     patch = Patch.load(out)
     assert patch.capabilities.form == "weights" and patch.capabilities.system == "allowed"
+    systems, held = tmp_path / "systems.txt", tmp_path / "held.txt"
+    systems.write_text("Be brief.\n")
+    held.write_text("Where is the key?\n")
+    arguments = ["evaluate", str(source), str(out), "--prompt", POLICY, "--queries", str(held), "--max-new-tokens", "4"]
+    assert cli.main([*arguments, "--system-messages", str(systems)]) == 0
 
 
 def test_system_messages_without_the_option_are_refused(source: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits, token_ids
 from runtime_tests.patches import patch_for
 from tp_export.fit import Recipe, make_patch, student_for
+from tp_export.formats import write_onnx_adapter
 from tp_export.graph import check_against_source, export_model, stored_student
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
@@ -265,13 +267,25 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
         assert divergence(wanted, logits(path)) < 0.02
         assert any("int4-gptq" in line for line in check_against_source(folder, source))
     assert digests["one"] != digests["two"]
+    with pytest.raises(ModelFormatError, match="does not give back the weights"):
+        stored_student(model, replace(ModelFolder.open(calibrated["one"]), weights_digest=digests["two"]))
     assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
     nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
     assert nearest is not None and nearest.weights_digest is None
 
 
+def test_a_calibrated_folder_in_float16_gives_back_its_weights_too(
+    source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
+    folder = ModelFolder.open(export_model(source, tmp_path / "half", precision="int4-gptq-fp16", route="fused"))
+    student = stored_student(model, folder)
+    assert student is not None and student.weights_digest == folder.weights_digest is not None
+    assert all(blocks.scales.dtype == np.float32 for blocks in student.blocks.values())
+
+
 def test_a_patch_behind_calibrated_weights_fits_no_others(
-    calibrated: dict[str, Path], source: Source, model: Any
+    calibrated: dict[str, Path], source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = stored_student(model, ModelFolder.open(calibrated["one"]))
     assert student is not None
@@ -283,6 +297,12 @@ def test_a_patch_behind_calibrated_weights_fits_no_others(
     for scaled in (patch, 0.5 * patch, patch + patch):
         with pytest.raises(BaseMismatchError, match="--student"):
             logits(calibrated["two"], scaled)
+    with pytest.raises(BaseMismatchError, match="weights_digest"):
+        write_onnx_adapter(patch, ModelFolder.open(calibrated["two"]), tmp_path / "p.onnx_adapter")
+    write_onnx_adapter(patch, ModelFolder.open(calibrated["one"]), tmp_path / "p.onnx_adapter")
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
+    with pytest.raises(BaseMismatchError, match="weights_digest"):
+        export_model(source, tmp_path / "out", precision="int4-gptq", route="fused", patch=patch)
 
 
 # -- repaired folders ----------------------------------------------------------------------------------------

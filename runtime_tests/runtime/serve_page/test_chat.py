@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from runtime_tests.runtime.serve_page.conftest import PROMPT
@@ -52,6 +53,25 @@ def test_the_prompt_is_a_system_message_where_the_patches_allow_one(page: Any) -
     assert "system" not in {message["role"] for message in sent[1]["messages"]}
     row(page, "policy").get_by_role("checkbox").uncheck()
     assert page.get_by_label("send the prompt of Compare").is_enabled()
+
+
+def test_a_patch_in_front_of_a_system_message_gets_one(
+    serve: Callable[..., Served], open_page: Callable[..., Any], tiny_llama_export: Path
+) -> None:
+    model = PatchedModel.from_pretrained(tiny_llama_export, "cpu")
+    model.load_patch(model.absorb("Answer in rhymes.", "front", before_system=True), "front")
+    page = open_page(serve(model))
+    sent = bodies(page)
+    page.locator("#prompt").fill("You answer by telephone.")
+    choose(page, "front")
+    view(page, "Chat")
+    help_text = page.locator("#chat-prompt-help").text_content()
+    assert help_text == "System message: front: needed: the entries stand in front of a system message."
+    page.get_by_label("send the prompt of Compare").check()
+    say(page, "Hello")
+    wait(page, "#send")
+    assert sent[0]["messages"][0] == {"role": "system", "content": "You answer by telephone."}
+    assert len(turns(page)) == 2
 
 
 def test_stop_keeps_what_was_said(page: Any, pace: Pace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_the_file_says_what_the_patch_is(opened: PatchedModel) -> None:
     assert prefix is not None and prefix.position == len(opened.codec.render("Hi", SYSTEM)) - (
         len(opened.codec.render("Hi")) - len(prefix.replaces)
     )
+
+
+def test_equal_values_in_another_place_are_not_taken_for_each_other(model: PatchedModel) -> None:
+    """With Gemma's template, a prompt has the same entries in place of a system message and in front of one."""
+    plain = model.absorb(SYSTEM)
+    assert plain.prefix is not None
+    before = replace(plain, prefix=replace(plain.prefix, before_system=True))
+    assert plain.identity == before.identity
+    model.generate("Hi", patch=plain, max_new_tokens=2)
+    with pytest.raises(RequestError, match="the request has no system message"):
+        model.generate("Hi", patch=before, max_new_tokens=2)
+    with pytest.raises(RequestError, match="the request has a system message"):
+        model.generate("Hi", system="Be brief.", patch=plain, max_new_tokens=2)
 
 
 def test_windowed_layers_keep_what_their_window_shows(tiny_gemma_export: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 from runtime_tests.codecs import codec_of
 from runtime_tests.runtime.text.notations import ANSWERS, TOOLS
 from runtime_tests.runtime.text.test_codec import byte_level_folder
+from tp_runtime.errors import RequestError
 from tp_runtime.loaded_patches import LoadedPatches
 from tp_runtime.text import AnswerChunk, Request
 from tp_runtime.text.encoder import EncodedRequest, RequestEncoder
@@ -54,3 +56,30 @@ def test_reasoning_and_calls_are_looked_for_where_the_request_can_have_them(
         pytest.importorskip("llguidance")
     got = read(encoder.encode(Request("Why?", **options)), f"hm</think>{CALL}")
     assert (got.text, got.reasoning, len(got.tool_calls)) == (text, reasoning, calls)
+
+
+# -- entries in front of a system message --------------------------------------------------------------------
+
+SYSTEM_LAST = (
+    "{% if tools %}{{ tools[0].function.name }}: {% endif %}{{ messages[0].content }}{{ messages[-1].content }}"
+)
+SYSTEM_FIRST = (
+    "{{ messages[0].content }}{% if tools %}{{ tools[0].function.name }}: {% endif %}{{ messages[-1].content }}"
+)
+
+
+@pytest.mark.parametrize(("template", "accepted"), [(SYSTEM_FIRST, True), (SYSTEM_LAST, False)])
+def test_tools_may_not_come_between_entries_and_the_system_message(
+    tmp_path: Path, template: str, accepted: bool
+) -> None:
+    codec = codec_of(byte_level_folder(tmp_path / "model", template))
+    bound = SimpleNamespace(prefix=SimpleNamespace(before_system=True))
+    under = SimpleNamespace(patch=None, bound=bound)
+    encoder = RequestEncoder(codec, cast(LoadedPatches, SimpleNamespace(resolve=lambda *_: under)), 400)
+    encoder.encode(Request("Why?", system="Be brief."))
+    request = Request("Why?", system="Be brief.", tools=TOOLS, tool_choice="none")
+    if accepted:
+        encoder.encode(request)
+        return
+    with pytest.raises(RequestError, match="the chat template writes tools in front of the system message"):
+        encoder.encode(request)

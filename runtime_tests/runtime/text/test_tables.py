@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,26 @@ def _unlike(**model: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+def _plain(vocab: dict[str, int], added: Sequence[AddedToken] = (), **model: Any) -> bytes:
+    """A tokenizer without merges, in lower case."""
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="?", **model))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens(list(added))
+    return tokenizer.to_str().encode()
+
+
+def test_of_two_added_tokens_in_one_text_the_first_counts_whatever_their_settings() -> None:
+    """Once normalised, `TOOL` and `tool` are the same text."""
+    added = [AddedToken("zz"), AddedToken("TOOL", single_word=True), AddedToken("tool")]
+    content = _plain({character: number for number, character in enumerate("tolx?")}, added)
+    raw, library = build_tables(content), Tokenizer.from_buffer(content)
+    assert raw is not None
+    tables = read_tables(raw, hashlib.sha256(content).hexdigest(), "tables")
+    limited = TableTokenizer(tables, lambda: library, budget=math.inf)
+    for text in ("tool", "xtoolx", "zz TOOL"):
+        assert limited.encode(text).ids == library.encode(text).ids
+
+
 OTHERS = {
     "unigram": lambda: Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], 0, False)).to_str().encode(),
     "word pieces": lambda: Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str().encode(),
@@ -188,6 +208,7 @@ OTHERS = {
     "ends of words": lambda: _unlike(end_of_word_suffix="</w>"),
     "two texts of one id": lambda: _unlike(vocab={"a": 0, "b": 0, "ab": 1}, merges=[]),
     "added tokens apart, whole words": lambda: _unlike(ignore_merges=True),
+    "a whole word of characters that are no tokens": lambda: _plain({"a": 0, "€€": 1, "?": 2}, ignore_merges=True),
 }
 
 

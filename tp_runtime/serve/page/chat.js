@@ -22,7 +22,7 @@ export class Chat {
     byId("chat-clear").addEventListener("click", () => this.clear());
   }
 
-  /** Say under which patches the next message runs, and whether it can have a system message. */
+  /** Say under which patches the next message runs, and whether it can have or needs a system message. */
   describe() {
     const { choice } = this.state;
     const completes = choice.base?.model?.style === "completion";
@@ -32,8 +32,10 @@ export class Chat {
         ? "This model has no chat template. It continues each message as a text of its own and does not remember the others."
         : "The patches may change from message to message.");
     byId("chat-prompt").disabled = choice.noSystem !== null;
-    const prompt = byId("prompt").value.trim() === "" ? "The prompt of Compare is empty." : "";
-    byId("chat-prompt-help").textContent = choice.noSystem === null ? prompt : `System message: ${choice.noSystem}.`;
+    const empty = byId("prompt").value.trim() === "" && choice.noSystem === null;
+    const prompt = empty ? "The prompt of Compare is empty." : "";
+    const words = choice.noSystem ?? choice.needsSystem;
+    byId("chat-prompt-help").textContent = words === null ? prompt : `System message: ${words}. ${prompt}`.trim();
   }
 
   async send() {

@@ -55,8 +55,18 @@ export class Choice {
 
   /** Return why a request under the choice can have no system message, or null if it can. */
   get noSystem() {
-    const refusing = this.active.find(([name]) => this.cards.get(name).capabilities.system !== "allowed");
-    return refusing ? `${refusing[0]}: ${this.cards.get(refusing[0]).capabilities.system}` : null;
+    return this.systemWords("none");
+  }
+
+  /** Return why a request under the choice needs a system message, or null if it does not. */
+  get needsSystem() {
+    return this.systemWords("needed");
+  }
+
+  /** Return which patch's capability begins with a word, and the capability; null if that of none does. */
+  systemWords(word) {
+    const found = this.active.find(([name]) => this.cards.get(name).capabilities.system.startsWith(word));
+    return found ? `${found[0]}: ${this.cards.get(found[0]).capabilities.system}` : null;
   }
 
   /** Return the stop strings of the choice: those of its patches. */
