@@ -207,7 +207,9 @@ class DeviceSteps:
 
     def _ones_of(self, count: int) -> Any:
         """Return at least `count` ones on the device."""
-        if not self._ones or self._ones[-1].shape()[0] < count:
+        last = self._ones[-1] if self._ones else None  # another thread may append shorter ones at any time
+        if last is None or last.shape()[0] < count:
             ones = np.ones(max(2 * count, self._folder.context_window), np.int64)
-            self._ones.append(self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, 0))
-        return self._ones[-1]
+            last = self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, 0)
+            self._ones.append(last)
+        return last
