@@ -95,10 +95,13 @@ class DeviceStep:
             self._mask_bound = mask
         self._binding = binding
 
-    def unbind(self) -> None:
-        """Take out of the binding what a run of another shape cannot use: the lengths and the largest logits."""
-        binding, self._binding = self._binding, None
-        if binding is not None and self._folder.best is not None:
+    def unbind(self, binding: Any) -> None:
+        """Take out of a binding what a run of another shape cannot use: the lengths and the largest logits.
+
+        This comes before every such run, because a run leaves largest logits of its own shape in the binding.
+        """
+        self._binding = None
+        if self._folder.best is not None:
             binding.bind_ortvalue_input(LENGTH_SHIFT, self._no_shift)
             for name in (BEST_VALUES, BEST_IDS):
                 binding.bind_output(name, self._device, 0)

@@ -70,7 +70,7 @@ class KVCache:
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
             never written.
         step: the ids and logits that are bound to `binding` since the last decode step; None after any other run. On a
-            device the values are a DeviceStep.
+            device the values are a DeviceStep, which stays.
         session: the session that made the cache; None if a batch has taken over its contents.
         batched: whether the cache belongs to a row of a batch, whose steps are not captured (cuda_graphs.py).
         uses: the requests that use the cache. The first one holds it, and any other is about to be refused.

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +98,11 @@ def test_an_interrupt_at_any_line_leaves_a_store_that_counts_right() -> None:
     def use() -> None:
         stores.append(BoundValuesStore(25))
         for name, size in sizes.items():
-            stores[-1].get(key(name), lambda size=size: values(size))
+            stores[-1].get(key(name), partial(values, size))
 
     for _at in interrupted_at_every_step(use, ("session/bound_values.py",)):
         for name in ("large", "p", "q"):
-            stores[-1].get(key(name), lambda name=name: values(sizes[name]))
+            stores[-1].get(key(name), partial(values, sizes[name]))
         assert stores[-1].nbytes == 20
 
 
