@@ -245,7 +245,8 @@ class LoadedPatches:
         with self.lock:
             self._recent[key] = bound
             while len(self._recent) > _KEPT_BINDINGS:
-                self._recent.popitem(last=False)
+                _key, oldest = self._recent.popitem(last=False)
+                self._graph.release(oldest)  # values that share a file's memory count as no bytes, and would stay
         return bound
 
     @contextmanager

@@ -104,3 +104,16 @@ def test_steps_can_alternate_with_runs_of_several_ids(plain: Graph, on_device: G
             logits.append([graph.forward(run, cache, bound, last=2) for run in runs])
         for one, other in zip(*logits, strict=True):
             assert one.shape == other.shape and abs(one - other).max() < 1e-2 * abs(one).max()
+
+
+def test_runs_of_other_shapes_follow_a_step_and_one_another(plain: Graph, on_device: Graph) -> None:
+    logits = []
+    for graph in (plain, on_device):
+        cache = graph.new_cache(graph.base)
+        cache.batched = True  # so that no step is captured
+        graph.forward(PROMPT, cache, graph.base)
+        graph.forward([3], cache, graph.base)
+        for last in (4, 2, 3, 1, 5):
+            logits.append(graph.forward([8, 9, 4, 5, 6][:last], cache, graph.base, last=last))
+    for one, two in zip(logits[:5], logits[5:], strict=True):
+        assert abs(one - two).max() < 0.02

@@ -40,19 +40,24 @@ class BoundValuesStore:
         limit: the largest number of bytes to keep; with 0 nothing is kept that no cache uses.
 
     Attributes:
-        nbytes: the number of bytes that are kept.
         hits: how often values that were asked for were there.
         misses: how often they had to be converted.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.nbytes = self.hits = self.misses = 0
+        self.hits = self.misses = 0
         self._kept: OrderedDict[CacheKey, BoundValues] = OrderedDict()
         self._alive: WeakValueDictionary[CacheKey, BoundValues] = WeakValueDictionary()
         # It is reentrant because the garbage collector may end a dropped request at any line, including one that holds
         # the lock.
         self._lock = threading.RLock()
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that are kept."""
+        with self._lock:
+            return sum(values.nbytes for values in list(self._kept.values()))
 
     def get(self, key: CacheKey, convert: Callable[[], BoundValues]) -> BoundValues:
         """Return the values of a patch, which are converted if they are not there.
@@ -77,15 +82,10 @@ class BoundValuesStore:
     def drop(self, key: CacheKey) -> None:
         """Stop keeping the values of a patch; they are gone when no cache uses them."""
         with self._lock:
-            dropped = self._kept.pop(key, None)
-            if dropped is not None:
-                self.nbytes -= dropped.nbytes
+            self._kept.pop(key, None)
 
     def _keep(self, key: CacheKey, values: BoundValues) -> None:
-        if key not in self._kept:
-            self._kept[key] = values
-            self.nbytes += values.nbytes
+        self._kept[key] = values
         self._kept.move_to_end(key)
-        while self.nbytes > self.limit:
-            _key, oldest = self._kept.popitem(last=False)
-            self.nbytes -= oldest.nbytes
+        while self.nbytes > self.limit:  # counted anew, so that an interrupt at any line leaves no wrong number
+            self._kept.popitem(last=False)

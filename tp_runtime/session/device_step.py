@@ -95,10 +95,13 @@ class DeviceStep:
             self._mask_bound = mask
         self._binding = binding
 
-    def unbind(self) -> None:
-        """Take out of the binding what a run of another shape cannot use: the lengths and the largest logits."""
-        binding, self._binding = self._binding, None
-        if binding is not None and self._folder.best is not None:
+    def unbind(self, binding: Any) -> None:
+        """Take out of a binding what a run of another shape cannot use: the lengths and the largest logits.
+
+        This comes before every such run, because a run leaves largest logits of its own shape in the binding.
+        """
+        self._binding = None
+        if self._folder.best is not None:
             binding.bind_ortvalue_input(LENGTH_SHIFT, self._no_shift)
             for name in (BEST_VALUES, BEST_IDS):
                 binding.bind_output(name, self._device, 0)
@@ -207,7 +210,9 @@ class DeviceSteps:
 
     def _ones_of(self, count: int) -> Any:
         """Return at least `count` ones on the device."""
-        if not self._ones or self._ones[-1].shape()[0] < count:
+        last = self._ones[-1] if self._ones else None  # another thread may append shorter ones at any time
+        if last is None or last.shape()[0] < count:
             ones = np.ones(max(2 * count, self._folder.context_window), np.int64)
-            self._ones.append(self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, 0))
-        return self._ones[-1]
+            last = self._ort.OrtValue.ortvalue_from_numpy(ones, self._device, 0)
+            self._ones.append(last)
+        return last

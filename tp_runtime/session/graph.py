@@ -437,8 +437,9 @@ class Graph:
             return on_device.run(cache.step, cache.binding, [tokens[0]], [position], [length], [cache.shift], [best])
         else:
             if isinstance(cache.step, DeviceStep):
-                cache.step.unbind()
-            cache.step = None  # the run below binds other values to the inputs that it had bound
+                cache.step.unbind(cache.binding)
+            else:
+                cache.step = None  # the run below binds other values to the inputs that it had bound
             mask = self._ones[:, :length]
             ids, positions = np.array([tokens], np.int64), np.arange(position, position + steps)[None]
             logits = self.execute(cache.binding, ids, mask, positions, last=last)[0]

@@ -70,7 +70,7 @@ class KVCache:
         start: the first contents of the buffers, [kv heads, filled, head dim], by graph input name; they are read and
             never written.
         step: the ids and logits that are bound to `binding` since the last decode step; None after any other run. On a
-            device the values are a DeviceStep.
+            device the values are a DeviceStep, which stays.
         session: the session that made the cache; None if a batch has taken over its contents.
         batched: whether the cache belongs to a row of a batch, whose steps are not captured (cuda_graphs.py).
         uses: the requests that use the cache. The first one holds it, and any other is about to be refused.
@@ -187,7 +187,8 @@ class KVCache:
     def adopt(self, other: KVCache) -> None:
         """Take over the contents of another cache of the same session, patch and tokens, which is not used any more."""
         self.dropped = _NOTHING_HELD
-        self.start, self.step, self.made_by, self.spare = None, None, None, None
+        self.start, self.step = None, None
+        self.values, self.made_by, self.spare = other.values, other.made_by, other.spare
         self.buffers, self.binding, self.bound_lengths = other.buffers, other.binding, other.bound_lengths
         self.capacity, self.shown = other.capacity, other.shown
         self.dropped = other.dropped

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from runtime_tests.committed import private_copy
+from runtime_tests.interrupts import interrupted_at_every_step
 from runtime_tests.logits import furthest, graph_logits
 from runtime_tests.patches import patch_for
 from tp_runtime import PatchedModel
@@ -88,6 +92,20 @@ def test_a_conversion_that_fails_leaves_nothing_behind() -> None:
     assert store.nbytes == 0 and store.get(key("p"), values)
 
 
+def test_an_interrupt_at_any_line_leaves_a_store_that_counts_right() -> None:
+    sizes, stores = {"p": 10, "q": 10, "r": 10, "large": 40}, [BoundValuesStore(25)]
+
+    def use() -> None:
+        stores.append(BoundValuesStore(25))
+        for name, size in sizes.items():
+            stores[-1].get(key(name), partial(values, size))
+
+    for _at in interrupted_at_every_step(use, ("session/bound_values.py",)):
+        for name in ("large", "p", "q"):
+            stores[-1].get(key(name), partial(values, sizes[name]))
+        assert stores[-1].nbytes == 20
+
+
 # -- a graph that keeps no converted patch ---------------------------------------------------------------------
 
 
@@ -133,6 +151,20 @@ def test_a_request_that_runs_keeps_the_tensors_of_a_patch_that_was_released(smal
             small.run(IDS, other)
         gc.collect()
     assert np.array_equal(np.concatenate(got), wanted)
+
+
+@pytest.mark.parametrize("route", ["tiny-llama", "tiny-llama-optimum"])
+def test_a_cache_that_is_computed_again_holds_what_its_binding_needs(route: str, tmp_path: Path) -> None:
+    graph = Graph(ModelFolder.open(private_copy(route, tmp_path)), "cpu", threads=1, bound_patch_bytes=0)
+    bound = graph.bind(halved(graph.folder, 11))
+    cache = graph.new_cache(bound)
+    cache.begin_with({}, sys.maxsize, IDS[:4])  # as an interrupt leaves a cache that took its beginning from another
+    assert not cache.reaches and cache.values is None
+    graph._run_again(cache, bound)
+    gc.collect()
+    assert cache.values is not None and cache.values is bound.values
+    assert route == "tiny-llama" or cache.made_by is cache.binding  # so the next run takes another binding
+    assert furthest(graph.forward(IDS[4:], cache, bound, all_logits=True), graph.run(IDS, bound)[4:]) < 1e-5
 
 
 def test_a_second_cache_takes_the_tensors_of_a_first_one_that_runs(small: Graph, folder: ModelFolder) -> None:
@@ -189,6 +221,13 @@ def test_unloading_and_replacing_a_patch_let_its_converted_tensors_go(
     model.unload_patch("p")
     model.unload_patch("q")
     assert store.nbytes == 0
+
+
+def test_patches_that_requests_passed_are_given_up(tiny_llama_export: Path, folder: ModelFolder) -> None:
+    model = PatchedModel.from_pretrained(tiny_llama_export, "cpu", threads=1)
+    for seed in range(12):
+        model.logits(IDS, halved(folder, seed, "f32"))  # the slots take its tensors as they are, which needs no bytes
+    assert model.graph.bound_values.nbytes == 0 and len(model.graph.bound_values._kept) == 8
 
 
 def test_a_patch_in_the_slots_own_dtype_is_not_converted(folder: ModelFolder, tmp_path: Path) -> None:
