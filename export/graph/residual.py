@@ -124,7 +124,7 @@ class _Scaling:
         )
         readers = [use.node for use in lookup.outputs[0].uses()]
         if len(readers) == 1 and readers[0].op_type == "Mul":
-            factors = [value for value in readers[0].inputs if is_weight(value, 0)]
+            factors = [value for value in readers[0].inputs if value is not None and is_weight(value, 0)]
             if factors:
                 self._scale_constant(factors[0])
                 self._stream.add(readers[0].outputs[0])
