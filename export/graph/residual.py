@@ -151,7 +151,7 @@ class _Scaling:
             self._scale_constant(value)
             return value
         node = value.producer()
-        if node is not None and len(value.uses()) == 1:
+        if node is not None and value is node.outputs[0] and len(value.uses()) == 1:
             if node.op_type in ("Add", "Sum"):
                 self._scale_inputs(node, range(len(node.inputs)))
                 return value
@@ -184,8 +184,9 @@ class _Scaling:
 
 def _factors(node: ir.Node) -> list[ir.Value]:
     """Return the inputs by which a node's output scales: a weight, a norm's scale and bias, a table, a slot's b."""
-    if node.op_type in _NORMS:
-        found = [value for value in node.inputs[1:] if value is not None]
+    if node.op_type in _NORMS or node.op_type in _SKIP_BIAS:  # a slot in front of a post-norm is fused with it
+        inputs = node.inputs[1:] if node.op_type in _NORMS else node.inputs[2 : _SKIP_BIAS[node.op_type]]
+        found = [value for value in inputs if value is not None]
         return found if all(is_weight(value, 1) for value in found) else []
     index = {"MatMul": 1, "FusedMatMul": 1, "Gather": 0}.get(node.op_type)
     factor = None if index is None else node.inputs[index]
