@@ -42,8 +42,9 @@ from .device_steps import add_device_steps
 from .genai_config import write_genai_config
 from .half import store_in_bf16, to_fp16
 from .names import name_dimensions, name_nodes, name_vectors, name_weights
-from .parity import check_export
+from .parity import check_export, prose_ids
 from .quantise import quantise
+from .residual import residual_scale, scale_residual
 from .simplify import simplify
 from .slots import add_first_logit, make_slots_overridable, save_graph
 from .trace import context_window, trace
@@ -143,6 +144,11 @@ def export_model(
             name_dimensions(graph)
             add_first_logit(graph)
             windowed = separate_windowed(graph) if route == "fused" else None
+            if computes_in_float16(precision):
+                scale = residual_scale(model, prose_ids(source.codec, model.config.get_text_config().vocab_size))
+                if scale < 1:
+                    tqdm.write(f"the residual stream is scaled by {scale} to fit float16", file=sys.stderr)
+                    slots = scale_residual(graph, slots, scale)
             default_values = make_slots_overridable(graph, slots, deltas, np.dtype(np.float32))
             _lower(graph, student, precision)
             config = model.config.get_text_config()

@@ -91,7 +91,7 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph, student: Quantise
         ModelFormatError: ONNX Runtime cannot run the graph.
     """
     precision = graph.folder.precision
-    ids = _ids(codec, graph.folder.vocab_size)[: graph.folder.context_window]
+    ids = prose_ids(codec, graph.folder.vocab_size)[: graph.folder.context_window]
     try:
         got = torch.from_numpy(graph.run(ids, graph.base)).log_softmax(-1)
     except RuntimeError as error:  # what a run with a binding raises
@@ -110,10 +110,11 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph, student: Quantise
     return Parity(precision, len(ids), float((got - wanted).abs().max()), kl)
 
 
-def _ids(codec: TextCodec, vocab_size: int) -> list[int]:
-    """Return the ids of prose; if the tokenizer has too few for it, ids from all over the vocabulary follow.
+def prose_ids(codec: TextCodec, vocab_size: int) -> list[int]:
+    """Return the ids of prose, with those that every text begins with.
 
-    Only such ids would not do: on random text the rounding of activations costs several times what it costs on prose.
+    If the tokenizer has too few for it, ids from all over the vocabulary follow. Only such ids would not do: on
+    random text the rounding of activations costs several times what it costs on prose.
     """
     try:
         ids = codec.render(held_out_text(), raw=True)[:_TOKENS]

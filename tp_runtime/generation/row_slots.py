@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patch import Delta, SlotKey
-from ..session import BoundPatch, CacheKey, Slot, check_rows
+from ..session import BoundPatch, CacheKey, Slot, as_added, check_rows
 
 
 class StackedSlots:
@@ -74,7 +74,7 @@ class StackedSlots:
         for i in (*changed, *range(count, self._limit)):
             self._written[i] = None  # a row is unknown until it is complete, because memory may run out in between
         for key, slot in self._slots.items():
-            here = [each.get(key) or Delta() for each in deltas]
+            here = [as_added(each.get(key) or Delta(), slot) for each in deltas]
             a, b, bias = self._stack(key, slot, max(delta.rank for delta in here), count)
             for i in changed:
                 delta = here[i]

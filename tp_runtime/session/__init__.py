@@ -30,7 +30,7 @@ from .prepared import check_prepared, has_prepared, prepare
 from .probe import ProbeCheck, check_probe, measure_probe
 from .replaceable import MODEL_FOLDER
 from .settings import BOUND_PATCH_BYTES, SessionOptions, SessionSettings
-from .slots import check_base, check_rows, fit_slots, slot_arrays
+from .slots import as_added, check_base, check_rows, fit_slots, slot_arrays
 from .threads import share_threads
 from .uses import Use, Uses
 from .windows import kv_bytes
@@ -72,6 +72,7 @@ __all__ = [
     "Use",
     "Uses",
     "Windowed",
+    "as_added",
     "check_base",
     "check_interface",
     "check_prepared",

@@ -5,6 +5,7 @@ Every value is checked here, so that the rest of the runtime can rely on it. Thi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,16 @@ class Slot:
         site: the kind of place in the layer, such as "mlp_out".
         inputs: the number of inputs of the delta.
         outputs: the number of outputs of the delta.
+        scale: what b and bias are multiplied by where a delta is bound; below 1 if the graph computes the values to
+            which the delta is added scaled down, so that they fit float16. It is a power of two, so nothing is rounded
+            but numbers near the smallest ones of float16.
     """
 
     layer: int
     site: str
     inputs: int
     outputs: int
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -198,16 +203,24 @@ def _slots(value: Any, layers: int) -> dict[SlotKey, Slot]:
     slots: dict[SlotKey, Slot] = {}
     for index, item in enumerate(_list(value, "slots")):
         field = f"slots[{index}]"
-        _keys(item, field, {"layer", "site", "in", "out"})
+        scaled = isinstance(item, dict) and "scale" in item
+        _keys(item, field, {"layer", "site", "in", "out", *(("scale",) if scaled else ())})
         slot = Slot(
             layer=_integer(item["layer"], f"{field}.layer", 0, layers - 1),
             site=_text(item["site"], f"{field}.site", SITES),
             inputs=_integer(item["in"], f"{field}.in"),
             outputs=_integer(item["out"], f"{field}.out"),
+            scale=_scale(item["scale"], f"{field}.scale") if scaled else 1.0,
         )
         if slots.setdefault((slot.layer, slot.site), slot) is not slot:
             raise _bad(field, f"{slot.name} a second time", "each slot once")
     return slots
+
+
+def _scale(value: Any, field: str) -> float:
+    if type(value) is not float or not 0 < value < 1 or math.frexp(value)[0] != 0.5:
+        raise _bad(field, value, "a power of two below 1")
+    return value
 
 
 def _default_patch(value: Any) -> DefaultPatch | None:

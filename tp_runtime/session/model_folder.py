@@ -193,6 +193,7 @@ class ModelFolder:
                 del data[optional]
         data["slots"] = [
             {"layer": slot.layer, "site": slot.site, "in": slot.inputs, "out": slot.outputs}
+            | ({} if slot.scale == 1 else {"scale": slot.scale})
             for slot in self.slots.values()
         ]
         return json.dumps({"format": FORMAT, "version": VERSION, **data}, indent=1, allow_nan=False) + "\n"

@@ -172,7 +172,7 @@ def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, 
     Raises:
         PatchValueError: a value does not fit the dtype.
     """
-    tensors = {} if delta is None else delta.tensors
+    tensors = {} if delta is None else as_added(delta, slot).tensors
     shapes = {"a": (slot.inputs, 0), "b": (0, slot.outputs), "bias": (slot.outputs,)}
     arrays = {}
     for name, (part, shape) in zip(slot.tensors, shapes.items(), strict=True):
@@ -189,6 +189,11 @@ def slot_arrays(delta: Delta | None, slot: Slot, dtype: DTypeLike) -> dict[str, 
             )
         arrays[name] = values.reshape(1, -1, slot.outputs) if part == "bias" else values[None]
     return arrays
+
+
+def as_added(delta: Delta, slot: Slot) -> Delta:
+    """Return a delta as the graph adds it: times the slot's scale. All tensors that are bound come from here."""
+    return delta if slot.scale == 1 else delta.scaled(slot.scale)
 
 
 def _converted(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray:

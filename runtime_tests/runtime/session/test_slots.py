@@ -61,6 +61,12 @@ def test_the_largest_float16_still_fits() -> None:
     assert (arrays["tp.1.mlp_out.bias"] == np.float16(65504)).all()
 
 
+def test_a_slot_with_a_scale_gets_b_and_bias_times_the_scale_and_a_as_it_is() -> None:
+    parts = {"a": np.ones((12, 2)), "b": np.full((2, 8), -70000.0), "bias": np.full(8, 70000.0)}
+    arrays = slot_arrays(Delta(**parts), replace(SLOT, scale=2.0**-5), np.float16)
+    assert [float(array.flat[0]) for array in arrays.values()] == [1.0, np.float16(-2187.5), np.float16(2187.5)]
+
+
 # -- fit -----------------------------------------------------------------------------------------------------
 
 
