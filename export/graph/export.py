@@ -32,7 +32,7 @@ from tp_runtime.session import (
 )
 from tp_runtime.storage import atomic_folder, check_output_folder, system_errors
 
-from ..decoder import SLOT_SETS, kv_shape, slots_of
+from ..decoder import SLOT_SETS, blocks_of, kv_shape, slots_of
 from ..fit import repair_patch, student_for
 from ..progress import clock
 from ..quantise import QuantisedStudent, as_student, check_precision, computes_in_float16
@@ -144,7 +144,10 @@ def export_model(
             name_dimensions(graph)
             add_first_logit(graph)
             windowed = separate_windowed(graph) if route == "fused" else None
-            if computes_in_float16(precision):
+            # Scales of blocks would become too small for float16, so quantised weights that write to the residual
+            # stream are not scaled; what overflows then is refused by the check.
+            writes_by_norms = blocks_of(model)[0].adapter.attention_norm is not None
+            if computes_in_float16(precision) and (student is None or writes_by_norms):
                 scale = residual_scale(model, prose_ids(source.codec, model.config.get_text_config().vocab_size))
                 if scale < 1:
                     tqdm.write(f"the residual stream is scaled by {scale} to fit float16", file=sys.stderr)
