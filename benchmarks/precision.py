@@ -66,7 +66,8 @@ def compare_quantisers(source: Source, model: Any, names: Sequence[str], off_gri
     texts = {"text": held_out_text(), "documents": documents}
     window = min(TOKENS, model.config.max_position_embeddings)
     read = {name: torch.tensor([source.codec.render(text, raw=True)[:window]]) for name, text in texts.items()}
-    calibration = calibration_texts(source, model)
+    calibrated = any(quantised(name).calibrated is not None for name in names)
+    calibration = calibration_texts(source, model) if calibrated else ()
     if off_grid:
         move_off_grid(model)
     exact = {name: log_probabilities(model, ids) for name, ids in read.items()}
