@@ -10,8 +10,9 @@ patch of a prompt, it also measures the divergence of the patched graph from the
 only repairs, the figures are those of the graph under the repair.
 
 With --quantisers the script compares quantisers of int4 in torch (all of `--precision int4` unless some are named), on
-the model's own weights, or with --off-grid on weights off any grid (off_grid.py). The texts are the held-out text and documents of benchmarks/contexts; no quantiser is calibrated on
-any of them. A standard error takes the tokens as independent.
+the model's own weights, or with --off-grid on weights off any grid (off_grid.py). The texts are the held-out text and
+documents of benchmarks/contexts; no quantiser is calibrated on any of them. A standard error takes the tokens as
+independent.
 """
 
 from __future__ import annotations
