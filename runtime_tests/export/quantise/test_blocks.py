@@ -16,7 +16,7 @@ from tp_export.quantise.precision import INT4, PRECISIONS, check_precision
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.session import description
 
-QUANTISED = ("int8", "int4-hqq", *INT4)
+QUANTISED = ("int8", *INT4)
 
 
 def blocks_of(name: str, weight: np.ndarray) -> Blocks:
