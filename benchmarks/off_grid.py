@@ -24,7 +24,7 @@ def move_off_grid(model: Any, seed: int = 0) -> None:
     heads, size = kv_shape(model.config)
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone())  # the table and the head change differently
-    _fold(model.base_model.norm, [head])
+    _fold(model.model.norm, [head])
     blocks = blocks_of(model)
     for block in blocks:
         attention, mlp = block.layer.self_attn, block.layer.mlp

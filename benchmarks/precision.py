@@ -1,16 +1,18 @@
 """Measures what each precision of one model costs: the table of docs/precision.md.
 
     python benchmarks/precision.py SRC FOLDER... [--patch FILE --prompt-file FILE] [--queries FILE]
-    python benchmarks/precision.py SRC --quantisers
+    python benchmarks/precision.py SRC --quantisers [NAME...] [--off-grid]
 
 SRC is the source of the model, and each FOLDER is an export of it (tp-export model --precision ...). The script prints
 one line of JSON for each folder. A KL figure is the divergence of the folder's graph from the float32 torch model, in
-nats per token. The script measures it on held-out text and on the torch model's own answers to the queries. With a
-patch that was fitted in float32, it also measures the divergence of the patched graph from the prompted torch model.
+nats per token. The script measures it on held-out text and on the torch model's own answers to the queries. With the
+patch of a prompt, it also measures the divergence of the patched graph from the prompted torch model. With a patch that
+only repairs, the figures are those of the graph under the repair.
 
-With --quantisers the script compares the quantisers of int4 in torch, on the model's own weights and on weights off any
-grid (off_grid.py). The texts are the held-out text and documents of benchmarks/contexts; no quantiser is calibrated on
-any of them. A standard error takes the tokens as independent.
+With --quantisers the script compares quantisers of int4 in torch (all of `--precision int4` unless some are named), on
+the model's own weights, or with --off-grid on weights off any grid (off_grid.py). The texts are the held-out text and
+documents of benchmarks/contexts; no quantiser is calibrated on any of them. A standard error takes the tokens as
+independent.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,41 +47,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("src")
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--patch", type=Path, help="a patch that was fitted in float32")
+    parser.add_argument("--patch", type=Path, help="a patch of the prompt, or a repair of the folders")
     parser.add_argument("--prompt-file", type=Path, default=DEMO / "pirate.txt", help="the prompt it replaces")
     parser.add_argument("--queries", type=Path, default=DEMO / "held-out.txt")
-    parser.add_argument("--quantisers", action="store_true", help="compare the quantisers of int4 in torch")
+    parser.add_argument("--quantisers", nargs="*", metavar="NAME", help="compare the quantisers of int4 in torch")
+    parser.add_argument("--off-grid", action="store_true", help="compare them on weights off any grid")
     args = parser.parse_args()
     source = open_source(args.src)
     model = load_model(source)
-    if args.quantisers:
-        compare_quantisers(source, model)
+    if args.quantisers is not None:
+        compare_quantisers(source, model, args.quantisers or INT4, args.off_grid)
     if args.folders:
         measure_folders(args, source, model)
 
 
-def compare_quantisers(source: Source, model: Any) -> None:
-    """Measure each quantiser of int4 in torch, on the model's weights and on weights off any grid."""
+def compare_quantisers(source: Source, model: Any, names: Sequence[str], off_grid: bool) -> None:
+    """Measure quantisers of int4 in torch, on the model's own weights or on weights off any grid."""
     documents = "\n".join((CONTEXTS / name).read_text() for name in DOCUMENTS)
     texts = {"text": held_out_text(), "documents": documents}
     window = min(TOKENS, model.config.max_position_embeddings)
     read = {name: torch.tensor([source.codec.render(text, raw=True)[:window]]) for name, text in texts.items()}
-    calibration = calibration_texts(source, model)
-    for weights in ("own", "off any grid"):
-        if weights != "own":
-            move_off_grid(model)
-        exact = {name: log_probabilities(model, ids) for name, ids in read.items()}
-        for name in INT4:
-            start = time.perf_counter()
-            student = QuantisedStudent.of(model, quantised(name), calibration)
-            figures: dict[str, Any] = {"weights": weights, "precision": name}
-            figures["seconds"] = round(time.perf_counter() - start, 1)
-            with student.whole():
-                for text, ids in read.items():
-                    kl = (exact[text].exp() * (exact[text] - log_probabilities(model, ids))).sum(-1)
-                    figures[f"kl_{text}"] = round(float(kl.mean()), 4)
-                    figures[f"kl_{text}_se"] = round(float(kl.std()) / len(kl) ** 0.5, 4)
-            print(json.dumps(figures), flush=True)
+    calibrated = any(quantised(name).calibrated is not None for name in names)
+    calibration = calibration_texts(source, model) if calibrated else ()
+    if off_grid:
+        move_off_grid(model)
+    exact = {name: log_probabilities(model, ids) for name, ids in read.items()}
+    for name in names:
+        start = time.perf_counter()
+        student = QuantisedStudent.of(model, quantised(name), calibration)
+        figures: dict[str, Any] = {"weights": "off any grid" if off_grid else "own", "precision": name}
+        figures["seconds"] = round(time.perf_counter() - start, 1)
+        with student.whole():
+            for text, ids in read.items():
+                kl = (exact[text].exp() * (exact[text] - log_probabilities(model, ids))).sum(-1)
+                figures[f"kl_{text}"] = round(float(kl.mean()), 4)
+                figures[f"kl_{text}_se"] = round(float(kl.std()) / len(kl) ** 0.5, 4)
+        print(json.dumps(figures), flush=True)
 
 
 def measure_folders(args: argparse.Namespace, source: Source, model: Any) -> None:
@@ -87,17 +91,21 @@ def measure_folders(args: argparse.Namespace, source: Source, model: Any) -> Non
     reference = log_probabilities(model, torch.tensor([ids]))
     queries, teacher = load_questions(args.queries), TorchStudent(model)
     plain = dialogues_for(model, Prompting(source.codec, None), queries, 48)
-    patch = None if args.patch is None else Patch.load(args.patch)
+    given = None if args.patch is None else Patch.load(args.patch)
+    repairs = given is not None and given.config.context_digest == ""
+    patch, repair = (None, given) if repairs else (given, None)
     asked = Prompting(source.codec, args.prompt_file.read_text().strip())
     prompted = dialogues_for(model, asked, queries, 48) if patch else []
     for folder in args.folders:
         graph = Graph(ModelFolder.open(folder), "cpu")
-        got = torch.from_numpy(graph.run(list(ids), graph.base)).log_softmax(-1)
-        base = RuntimeStudent(graph)
+        got = torch.from_numpy(graph.run(list(ids), graph.bind(repair))).log_softmax(-1)
+        kl = (reference.exp() * (reference - got)).sum(-1)
+        base = RuntimeStudent(graph, repair)
         figures = {
-            "precision": graph.folder.precision + (" repaired" if graph.repair else ""),
+            "precision": graph.folder.precision + (" repaired" if graph.repair or repair else ""),
             "megabytes": round(sum(f.stat().st_size for f in folder.glob("*.onnx*")) / 1e6, 1),
-            "kl_text": round(float((reference.exp() * (reference - got)).sum(-1).mean()), 4),
+            "kl_text": round(float(kl.mean()), 4),
+            "kl_text_se": round(float(kl.std()) / len(kl) ** 0.5, 4),
             "top1_text": round(float((reference.argmax(-1) == got.argmax(-1)).float().mean()), 3),
         }
         if graph.folder.precision != "fp32":  # fp32 is the precision of the reference itself

@@ -1,9 +1,9 @@
-"""HQQ: half-quadratic quantisation, a search of zero points that needs no calibration (Badri and Shaji, 2023).
+"""HQQ: half-quadratic quantisation, a search that needs no calibration (Badri and Shaji, 2023).
 
 The blocks minimise |w - ŵ|^p with p below 1, which forgives the few values that are far off and moves the others
-closer. Two steps alternate: a shrinkage picks the errors e that are forgiven, and the zero point becomes the mean that
-w - e asks for. HQQ's own zero points are fractions, which MatMulNBits multiplies slowly and GatherBlockQuantized does
-not read. So the best fraction is rounded at the end.
+closer. Two steps alternate: a shrinkage picks the errors e that are forgiven, and the levels are fitted to w - e. HQQ
+fits the zero points only, as fractions. MatMulNBits multiplies by fractions slowly, and GatherBlockQuantized does not
+read them. With whole zero points nothing of that search is left, so the scales are fitted as well, by regression.
 """
 
 from __future__ import annotations
@@ -24,18 +24,26 @@ def hqq(weight: FloatArray) -> Blocks:
     rows[:, :inputs] = weight.T
     values = rows.reshape(outputs, blocks, BLOCK)
     low, high = np.minimum(values.min(-1, keepdims=True), 0), np.maximum(values.max(-1, keepdims=True), 0)
-    steps = np.where(high > low, (high - low) / _LEVELS, 1).astype(np.float32)
-    zeros, beta = -low / steps, _BETA
-    best, least = zeros, np.full_like(zeros, np.inf)
+    scales = np.where(high > low, (high - low) / _LEVELS, 1).astype(np.float32)
+    zeros, beta = -low / scales, _BETA
+    best_scales, best_points, least = scales, zeros, np.full_like(zeros, np.inf)
     for _ in range(_STEPS):
-        levels = (values / steps + zeros).round().clip(0, _LEVELS)
-        errors = values - (levels - zeros) * steps
-        loss = (np.abs(errors) ** _NORM).mean(-1, keepdims=True)
-        best, least = np.where(loss < least, zeros, best), np.minimum(loss, least)
+        points = zeros.round().clip(0, _LEVELS)
+        levels = (values / scales + points).round().clip(0, _LEVELS)
+        errors = values - (levels - points) * scales
         size = np.abs(errors)
+        loss = (size**_NORM).mean(-1, keepdims=True)
+        better = loss < least
+        best_scales, best_points = np.where(better, scales, best_scales), np.where(better, points, best_points)
+        least = np.minimum(loss, least)
         forgiven = np.sign(errors) * np.maximum(size - np.maximum(size, 1e-8) ** (_NORM - 1) / beta, 0)
-        zeros = (levels - (values - forgiven) / steps).mean(-1, keepdims=True)
+        wanted = values - forgiven
+        zeros = (levels - wanted / scales).mean(-1, keepdims=True)
+        steps = levels - zeros.round().clip(0, _LEVELS)
+        squares = (steps * steps).sum(-1, keepdims=True)
+        fitted = (steps * wanted).sum(-1, keepdims=True) / np.where(squares == 0, 1, squares)
+        scales = np.where(fitted > 0, fitted, scales)
         beta *= _GROWTH
-    points = best.round().clip(0, _LEVELS)
-    levels = (values / steps + points).round().clip(0, _LEVELS)
-    return Blocks(pack(levels.astype(np.uint8), 4), steps[..., 0], pack(points[..., 0].astype(np.uint8), 4), 4, inputs)
+    levels = (values / best_scales + best_points).round().clip(0, _LEVELS)
+    packed, points = pack(levels.astype(np.uint8), 4), pack(best_points[..., 0].astype(np.uint8), 4)
+    return Blocks(packed, best_scales[..., 0], points, 4, inputs)

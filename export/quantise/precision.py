@@ -79,7 +79,7 @@ _HALVES: Mapping[str, Precision] = {
     if name.startswith("int4")
 }
 MEASURED = ("int4", f"int4{_HALF}")  # each stands for the one of INT4 that loses least on the model
-INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-gptq-symmetric", "int4-gptq")
+INT4 = ("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-hqq", "int4-gptq-symmetric", "int4-gptq")
 PRECISIONS = (*FLOAT_PRECISIONS, *MEASURED, *_QUANTISED, *_HALVES)
 
 

@@ -40,10 +40,10 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     found = blocks.dequantised()
     assert found.shape == weight.shape
     # The bound is one step: half a step for rounding, and another half if the zero point is a whole number. k-quant
-    # also narrows the range if that is better for the whole block, and clips values outside it: by 1.2 steps at most in
-    # 1,500 matrices.
+    # and HQQ also narrow the range if that is better for the whole block, and clip values outside it: by 1.2 and 1.9
+    # steps at most in 1,500 matrices.
     steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
-    bound = 1.5 if name == "int4-k-quant" else 1.01
+    bound = {"int4-k-quant": 1.5, "int4-hqq": 2.2}.get(name, 1.01)
     assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
 
 
