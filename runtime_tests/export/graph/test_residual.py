@@ -92,7 +92,7 @@ def folder_in(folders: dict[str, ModelFolder], precision: str) -> ModelFolder:
 
 def test_without_a_scale_the_export_is_refused(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_export, "residual_scale", lambda *_arguments: 1.0)
-    with pytest.raises(ModelFormatError, match="does not compute what the model computes|does not fit float16"):
+    with pytest.raises(ModelFormatError, match=r"does not compute what the model computes|does not fit float16"):
         export_model(source, tmp_path / "out", precision="fp16")
 
 
