@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from tp_runtime.session import (
     probe,
     write_slots_file,
 )
+from tp_runtime.session.patch_binder import PatchBinder
 from tp_runtime.session.prepared import prepared_graph
 
 CLOSE = 1e-5
@@ -195,10 +197,10 @@ def test_layers_of_one_kind_with_other_counts_are_refused(graph: Graph) -> None:
         _over(graph, other).bind(with_counts(graph, 6, 20, 7))
 
 
-def _over(graph: Graph, folder: ModelFolder) -> Graph:
-    """Return a graph with another description; it can bind patches and run nothing."""
-    other = object.__new__(Graph)
-    other.__dict__.update({**graph.__dict__, "folder": folder})
+def _over(graph: Graph, folder: ModelFolder) -> PatchBinder:
+    """Return what binds patches to a graph with another description."""
+    other = copy(graph._binder)
+    other._folder = folder
     return other
 
 
