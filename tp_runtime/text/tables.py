@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from ..errors import ModelFormatError
 from ..storage import (
@@ -111,6 +112,12 @@ def build_tables(tokenizer: bytes) -> bytes | None:
         return None
     # An added token that is no token of the model must not be found as a character or, with ignore_merges, as a word.
     if any(len(token["content"]) == 1 for token in apart) or (apart and model.get("ignore_merges")):
+        return None
+    # Releases of the library differ in the text of an added token that the normaliser changes.
+    normalizer = Tokenizer.from_buffer(tokenizer).normalizer
+    if normalizer is not None and any(
+        token.get("normalized") and normalizer.normalize_str(token["content"]) != token["content"] for token in tokens
+    ):
         return None
     found = _symbols(vocab, model)
     if found is None or (model.get("ignore_merges") and (found[1] or not _are_spelt(vocab, tokens))):

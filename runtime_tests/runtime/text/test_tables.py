@@ -48,7 +48,11 @@ def _trained(model: models.BPE, alphabet: str = "", special: tuple[str, ...] = (
         vocab_size=size, special_tokens=list(special), initial_alphabet=initial, show_progress=False
     )
     tokenizer.train_from_iterator([*_CORPUS, alphabet] if len(alphabet) > 5 else _CORPUS, trainer)
-    tokenizer.add_tokens(_ADDED[2:])
+    # With an added token that the normaliser changes there would be no tables.
+    change = tokenizer.normalizer.normalize_str if tokenizer.normalizer is not None else str
+    tokenizer.add_tokens(
+        [token for token in _ADDED[2:] if not token.normalized or change(token.content) == token.content]
+    )
     tokenizer.add_special_tokens(_ADDED[:2])
     return tokenizer
 
@@ -189,24 +193,13 @@ def _plain(vocab: dict[str, int], added: Sequence[AddedToken] = (), **model: Any
     return tokenizer.to_str().encode()
 
 
-def test_of_two_added_tokens_in_one_text_the_first_counts_whatever_their_settings() -> None:
-    """Once normalised, `TOOL` and `tool` are the same text."""
-    added = [AddedToken("zz"), AddedToken("TOOL", single_word=True), AddedToken("tool")]
-    content = _plain({character: number for number, character in enumerate("tolx?")}, added)
-    raw, library = build_tables(content), Tokenizer.from_buffer(content)
-    assert raw is not None
-    tables = read_tables(raw, hashlib.sha256(content).hexdigest(), "tables")
-    limited = TableTokenizer(tables, lambda: library, budget=math.inf)
-    for text in ("tool", "xtoolx", "zz TOOL"):
-        assert limited.encode(text).ids == library.encode(text).ids
-
-
 OTHERS = {
     "unigram": lambda: Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], 0, False)).to_str().encode(),
     "word pieces": lambda: Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str().encode(),
     "random merges": lambda: _unlike(dropout=0.1),
     "ends of words": lambda: _unlike(end_of_word_suffix="</w>"),
     "two texts of one id": lambda: _unlike(vocab={"a": 0, "b": 0, "ab": 1}, merges=[]),
+    "an added token that is normalised": lambda: _plain({"t": 0, "?": 1}, [AddedToken("TOOL")]),
     "added tokens apart, whole words": lambda: _unlike(ignore_merges=True),
     "a whole word of characters that are no tokens": lambda: _plain({"a": 0, "€€": 1, "?": 2}, ignore_merges=True),
 }
