@@ -8,7 +8,7 @@ the targets of the other reshapes (shapes.py), and drops outputs of fused norms 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,17 +95,22 @@ def _drop_statistics(node: ir.Node) -> None:
                 output.name = ""
 
 
-def _norm_before_transposing(model: ir.Model) -> None:
-    """Drop the transposes around a per-head norm (Qwen 3, Gemma 3): the norm's last dimension does not move."""
-    for node in model.graph:
-        if node.op_type != "Transpose" or node.inputs[0] is None:
+def _norms_between(model: ir.Model, op_type: str) -> Iterator[tuple[ir.Node, ir.Node, ir.Node]]:
+    """Yield (first, norm, last) for each norm that alone stands between two nodes of a type; callers may drop both."""
+    for last in model.graph:
+        if last.op_type != op_type or last.inputs[0] is None:
             continue
-        norm = node.inputs[0].producer()
+        norm = last.inputs[0].producer()
         if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not is_read_once(norm):
             continue
         first = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-        if first is None or first.op_type != "Transpose":
-            continue
+        if first is not None and first.op_type == op_type:
+            yield first, norm, last
+
+
+def _norm_before_transposing(model: ir.Model) -> None:
+    """Drop the transposes around a per-head norm (Qwen 3, Gemma 3): the norm's last dimension does not move."""
+    for first, norm, node in _norms_between(model, "Transpose"):
         there, back = (list(t.attributes["perm"].as_ints()) for t in (first, node))
         last = len(there) - 1
         if [there[i] for i in back] == list(range(len(there))) and there[last] == last:
@@ -116,17 +121,9 @@ def _norm_before_transposing(model: ir.Model) -> None:
 
 def _norm_before_splitting(model: ir.Model) -> None:
     """Drop the reshapes around the norm of a single head (Gemma 3's keys): to split one head off changes nothing."""
-    for node in model.graph:
-        if node.op_type != "Reshape" or node.inputs[0] is None:
-            continue
-        norm = node.inputs[0].producer()
-        if norm is None or norm.op_type != "SimplifiedLayerNormalization" or not is_read_once(norm):
-            continue
-        first = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-        if first is None or first.op_type != "Reshape" or first.inputs[0] is None:
-            continue
+    for first, norm, node in _norms_between(model, "Reshape"):
         whole, heads = first.inputs[0], first.outputs[0].shape
-        if heads is None or not _same_shape(whole, node.outputs[0]) or whole.shape is None:
+        if whole is None or heads is None or not _same_shape(whole, node.outputs[0]) or whole.shape is None:
             continue
         if isinstance(heads[-1], int) and whole.shape[-1] == heads[-1] and norm.attributes["axis"].as_int() == -1:
             norm.replace_input_with(0, whole)
