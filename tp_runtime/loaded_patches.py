@@ -234,9 +234,8 @@ class LoadedPatches:
         # The terms identify the values that are bound. Whether the patch may be bound to this graph depends on its base
         # digest and its quantised weights, and a request's system message on where its entries stand. The terms leave
         # these out.
-        before_system = patch.prefix is not None and patch.prefix.before_system
         config = patch.config
-        key = (patch.terms, config.base_digest, config.precision, config.weights_digest, before_system)
+        key = (patch.terms, config.base_digest, config.precision, config.weights_digest, patch.before_system)
         with self.lock:
             if key in self._recent:
                 self._recent.move_to_end(key)

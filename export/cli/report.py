@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         stop = stop_strings(args.stop, patch)
         subjects.append(Subject(patch, file, context, held, known, load_answers(held_out), stop))
     for file, subject in zip(args.patches, subjects, strict=True):
-        if subject.patch.prefix is not None and subject.patch.prefix.before_system:
+        if subject.patch.before_system:
             raise CalibrationError(
                 f"the page asks queries without a system message, but {BEFORE_SYSTEM}",
                 field="PATCH",

@@ -113,8 +113,12 @@ class Patch:
     @property
     def capabilities(self) -> Capabilities:
         """What the patch can do, which differs between weights and entries."""
-        before_system = self.prefix is not None and self.prefix.before_system
-        return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision, before_system)
+        return Capabilities.of(bool(self.deltas), self.prefix is not None, self.config.precision, self.before_system)
+
+    @property
+    def before_system(self) -> bool:
+        """Whether the patch has entries, and they stand in front of a system message of the request's own."""
+        return self.prefix is not None and self.prefix.before_system
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return every tensor by its name in the file."""
@@ -309,7 +313,7 @@ class Patch:
         config = self.config.to_dict()
         if self.prefix is not None:
             config["prefix"] = {"replaces": list(self.prefix.replaces), "position": self.prefix.position}
-            if self.prefix.before_system:
+            if self.before_system:
                 config["prefix"]["before_system"] = True
         return config
 
