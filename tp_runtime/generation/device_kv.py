@@ -17,18 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..session import KV, DeviceCopies, Lengths
-from .row_kv import fitting
+from .row_kv import BatchKV
 
 
-class DeviceKV:
+class DeviceKV(BatchKV):
     """The key/value buffers of a batch, on the device of `copies`; the methods are those of StackedKV.
 
+    The arguments are those of BatchKV and this one.
+
     Args:
-        names: the names (graph input, graph output) of every key and value tensor.
-        windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
-        shape: the number of heads and the head dimension of keys and values.
-        limit: the largest number of rows.
-        window: the largest number of positions.
         copies: what copies on the device.
     """
 
@@ -41,10 +38,8 @@ class DeviceKV:
         window: int,
         copies: DeviceCopies,
     ) -> None:
-        self._names, self._windowed, self._shape = names, windowed, shape
-        self._limit, self._window, self._copies = limit, window, copies
-        full = next(past for past, _present in names if past not in windowed)
-        self._of_each_kind = full, next(iter(windowed), full)
+        super().__init__(names, windowed, shape, limit, window)
+        self._copies = copies
         self._buffers: dict[str, Any] = {}
 
     @property
@@ -59,10 +54,6 @@ class DeviceKV:
         """The number of rows that the buffers have room for."""
         return self._buffers[self._of_each_kind[0]].shape()[0] if self._buffers else 0
 
-    def has_room(self, lengths: Lengths) -> bool:
-        """Whether each row has room for `lengths` positions."""
-        return all(length <= capacity for length, capacity in zip(lengths, self.capacities, strict=True))
-
     def fit(self, lengths: Lengths, count: int) -> None:
         """Make room for `lengths` positions in each row, and give back room that long rows have left behind.
 
@@ -70,9 +61,8 @@ class DeviceKV:
         """
         if not count:
             self._buffers = {}
-        before, places = self.capacities, self._places
-        wanted = Lengths(*(fitting(*pair, self._window) for pair in zip(before, lengths, strict=True)))
-        if wanted != before:
+        places, wanted = self._places, self._fitting(lengths)
+        if wanted != self.capacities:
             self._resize(wanted, min(count, places), max(1, places))  # a row that failed to join may have no place
 
     def _resize(self, capacities: Lengths, count: int, places: int) -> None:
@@ -87,9 +77,6 @@ class DeviceKV:
             if count:
                 self._copies.copy(self._copies.rows(old, 0, count), self._copies.rows(buffers[past], 0, count))
         self._buffers = {**self._buffers, **buffers}  # this is the last line, because memory may run out above
-
-    def _of(self, past: str, lengths: Lengths) -> int:
-        return lengths.windowed if past in self._windowed else lengths.full
 
     def put(self, place: int, content: Mapping[str, Any]) -> None:
         """Fill a row from OrtValues [1, heads, at least filled, head dim] on the device, by graph input name.

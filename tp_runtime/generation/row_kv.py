@@ -9,6 +9,7 @@ Unused room costs memory and no time, so the buffers shrink only if most of them
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -28,16 +29,47 @@ def fitting(capacity: int, length: int, window: int) -> int:
     return smallest if smallest * _SHRINK <= capacity else capacity
 
 
-class StackedKV:
-    """The key/value buffers of a batch.
+class BatchKV(ABC):
+    """What the two forms of a batch's buffers share: which tensors there are, and the room that rows need.
 
     Args:
         names: the names (graph input, graph output) of every key and value tensor.
         windowed: the graph inputs of windowed layers; empty if the graph has one cache length for all layers.
         shape: the number of heads and the head dimension of keys and values.
-        dtype: the dtype of keys and values.
         limit: the largest number of rows.
         window: the largest number of positions.
+    """
+
+    def __init__(
+        self, names: Sequence[tuple[str, str]], windowed: Set[str], shape: KV, limit: int, window: int
+    ) -> None:
+        self._names, self._windowed, self._shape = names, windowed, shape
+        self._limit, self._window = limit, window
+        full = next(past for past, _present in names if past not in windowed)
+        self._of_each_kind = full, next(iter(windowed), full)
+
+    @property
+    @abstractmethod
+    def capacities(self) -> Lengths:
+        """The numbers of positions that each row has room for; 0 before the first row."""
+
+    def has_room(self, lengths: Lengths) -> bool:
+        """Whether each row has room for `lengths` positions."""
+        return all(length <= capacity for length, capacity in zip(lengths, self.capacities, strict=True))
+
+    def _fitting(self, lengths: Lengths) -> Lengths:
+        """Return the capacities for `lengths` positions, which may be those that there are."""
+        return Lengths(*(fitting(*pair, self._window) for pair in zip(self.capacities, lengths, strict=True)))
+
+    def _of(self, past: str, lengths: Lengths) -> int:
+        return lengths.windowed if past in self._windowed else lengths.full
+
+
+class StackedKV(BatchKV):
+    """The key/value buffers of a batch on the host; the arguments are those of BatchKV and these.
+
+    Args:
+        dtype: the dtype of keys and values.
         to_value: a function that returns an array as an OrtValue that shares the array's memory.
     """
 
@@ -51,10 +83,8 @@ class StackedKV:
         window: int,
         to_value: Callable[[NDArray], Any],
     ) -> None:
-        self._names, self._shape, self._dtype, self._limit, self._window = names, shape, dtype, limit, window
-        self._to_value, self._windowed = to_value, windowed
-        full = next(past for past, _present in names if past not in windowed)
-        self._of_each_kind = full, next(iter(windowed), full)
+        super().__init__(names, windowed, shape, limit, window)
+        self._dtype, self._to_value = dtype, to_value
         self._arrays: dict[str, NDArray] = {}
         self._values: dict[str, Any] = {}
 
@@ -65,17 +95,12 @@ class StackedKV:
             return Lengths(0, 0)
         return Lengths(*(self._arrays[past].shape[2] for past in self._of_each_kind))
 
-    def has_room(self, lengths: Lengths) -> bool:
-        """Whether each row has room for `lengths` positions."""
-        return all(length <= capacity for length, capacity in zip(lengths, self.capacities, strict=True))
-
     def fit(self, lengths: Lengths, count: int) -> None:
         """Make room for `lengths` positions in each row, and give back room that long rows have left behind.
 
         The contents of the first `count` rows stay, up to `lengths` positions.
         """
-        before = self.capacities
-        wanted = Lengths(*(fitting(*pair, self._window) for pair in zip(before, lengths, strict=True)))
+        before, wanted = self.capacities, self._fitting(lengths)
         if wanted == before:
             return
         arrays = {}
@@ -88,9 +113,6 @@ class StackedKV:
             if kept:
                 array[:count, :, :kept] = self._arrays[past][:count, :, :kept]
         self._arrays = {**self._arrays, **arrays}  # this is the last line, because memory may run out above
-
-    def _of(self, past: str, lengths: Lengths) -> int:
-        return lengths.windowed if past in self._windowed else lengths.full
 
     def put(self, row: int, content: Mapping[str, NDArray]) -> None:
         """Fill the first positions of a row from arrays [heads, filled, head dim], by graph input name."""
