@@ -29,7 +29,7 @@ from off_grid import move_off_grid
 
 from tp_export.fit import calibration_texts
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
-from tp_export.quantise import INT4, QuantisedStudent, held_out_text, log_probabilities, quantised
+from tp_export.quantise import INT4, QuantisedStudent, held_out_text, log_probabilities, quantised, token_kl
 from tp_export.queries import load_questions
 from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
@@ -79,10 +79,14 @@ def compare_quantisers(source: Source, model: Any, names: Sequence[str], off_gri
         figures["seconds"] = round(time.perf_counter() - start, 1)
         with student.whole():
             for text, ids in read.items():
-                kl = (exact[text].exp() * (exact[text] - log_probabilities(model, ids))).sum(-1)
-                figures[f"kl_{text}"] = round(float(kl.mean()), 4)
-                figures[f"kl_{text}_se"] = round(float(kl.std()) / len(kl) ** 0.5, 4)
+                figures |= kl_figures(text, exact[text], log_probabilities(model, ids))
         print(json.dumps(figures), flush=True)
+
+
+def kl_figures(text: str, reference: torch.Tensor, got: torch.Tensor) -> dict[str, float]:
+    """Return the mean KL on a text with its standard error, which takes the tokens as independent."""
+    kl = token_kl(reference, got)
+    return {f"kl_{text}": round(float(kl.mean()), 4), f"kl_{text}_se": round(float(kl.std()) / len(kl) ** 0.5, 4)}
 
 
 def measure_folders(args: argparse.Namespace, source: Source, model: Any) -> None:
@@ -99,13 +103,11 @@ def measure_folders(args: argparse.Namespace, source: Source, model: Any) -> Non
     for folder in args.folders:
         graph = Graph(ModelFolder.open(folder), "cpu")
         got = torch.from_numpy(graph.run(list(ids), graph.bind(repair))).log_softmax(-1)
-        kl = (reference.exp() * (reference - got)).sum(-1)
         base = RuntimeStudent(graph, repair)
         figures = {
             "precision": graph.folder.precision + (" repaired" if graph.repair or repair else ""),
             "megabytes": round(sum(f.stat().st_size for f in folder.glob("*.onnx*")) / 1e6, 1),
-            "kl_text": round(float(kl.mean()), 4),
-            "kl_text_se": round(float(kl.std()) / len(kl) ** 0.5, 4),
+            **kl_figures("text", reference, got),
             "top1_text": round(float((reference.argmax(-1) == got.argmax(-1)).float().mean()), 3),
         }
         if graph.folder.precision != "fp32":  # fp32 is the precision of the reference itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -60,16 +61,12 @@ def ratio(run: Run, what: str, one: str, other: str, length: int = 128) -> float
     return median(a / b for a, b in zip(*samples, strict=True))
 
 
-def _decode(rival: str, ours: str, length: int = 128) -> Callable[[Run], float]:
-    return lambda run: ratio(run, "token", rival, ours, length)
+def _decode(rival: str, ours: str) -> Callable[[Run], float]:
+    return lambda run: ratio(run, "token", rival, ours)
 
 
 def _prefill(bits: str, llama: str) -> Callable[[Run], float]:
     return lambda run: min(ratio(run, "first", rival, f"ours-{bits}") for rival in (f"genai-{bits}", llama))
-
-
-def _first(rival: str, ours: str, length: int) -> Callable[[Run], float]:
-    return lambda run: ratio(run, "first", rival, ours, length)
 
 
 def _cold_ratio(bits: str) -> Callable[[Run], float]:
@@ -142,20 +139,12 @@ TARGETS = (
     Target(f"fp32 decode time, {_ITS_GRAPH}", 1.0, True, _decode("genai-fp32", "ours-fp32"), _LOOP),
     *(
         Target(
-            f"int4 decode time after {length} tokens, {_ITS_GRAPH} {_WINDOWS}",
-            1.0,
+            f"int4 {name} after {length} tokens, {_ITS_GRAPH} {_WINDOWS}",
+            wanted,
             True,
-            _decode("genai-int4", "ours-int4-head4-window", length),
+            partial(ratio, what=what, one="genai-int4", other="ours-int4-head4-window", length=length),
         )
-        for length in (2048, 8192)
-    ),
-    *(
-        Target(
-            f"int4 first token after {length} tokens, {_ITS_GRAPH} {_WINDOWS}",
-            2.5,
-            True,
-            _first("genai-int4", "ours-int4-head4-window", length),
-        )
+        for what, name, wanted in (("token", "decode time", 1.0), ("first", "first token", 2.5))
         for length in (2048, 8192)
     ),
     Target(

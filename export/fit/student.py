@@ -20,6 +20,7 @@ from ..quantise import (
     held_out_text,
     log_probabilities,
     quantised,
+    token_kl,
 )
 from ..queries import load_questions
 from ..rollout import Prompting, dialogues_for
@@ -63,7 +64,7 @@ def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent 
         student = made(quantised(name))
         with student.whole():
             got = log_probabilities(model, text)
-        loss = float((reference.exp() * (reference - got)).sum(-1).mean())
+        loss = float(token_kl(reference, got).mean())
         tqdm.write(f"{name}: KL to float32 {loss:.4f} nats per token", file=sys.stderr)
         if best is None or loss < least:
             best, least = student, loss

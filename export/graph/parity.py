@@ -17,7 +17,7 @@ from tp_runtime.session import GRAPH_FILE, Graph, ModelFolder
 from tp_runtime.text import TextCodec
 
 from ..decoder import patched
-from ..quantise import QuantisedStudent, as_student, computes_in_float16, held_out_text, log_probabilities
+from ..quantise import QuantisedStudent, as_student, computes_in_float16, held_out_text, log_probabilities, token_kl
 
 _TOKENS = 64
 # In float32 both compute the same sums in another order, so single log probabilities are compared. In the other
@@ -106,7 +106,7 @@ def measure_parity(codec: TextCodec, model: Any, graph: Graph, student: Quantise
         if graph.repair is not None:
             stack.enter_context(patched(model, graph.repair))
         wanted = log_probabilities(model, torch.tensor([ids]))
-    kl = float((wanted.exp() * (wanted - got)).sum(-1).mean())
+    kl = float(token_kl(wanted, got).mean())
     return Parity(precision, len(ids), float((got - wanted).abs().max()), kl)
 
 

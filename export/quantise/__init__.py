@@ -5,7 +5,7 @@ This room knows nothing of graphs or patches.
 
 from .blocks import BLOCK, Blocks, FloatArray
 from .precision import INT4, MEASURED, Precision, check_precision, computes_in_float16, held_out_text, quantised
-from .student import QuantisedStudent, as_student, float_weights, log_probabilities
+from .student import QuantisedStudent, as_student, float_weights, log_probabilities, token_kl
 
 __all__ = [
     "BLOCK",
@@ -22,4 +22,5 @@ __all__ = [
     "held_out_text",
     "log_probabilities",
     "quantised",
+    "token_kl",
 ]

@@ -160,6 +160,11 @@ def _matrices(model: nn.Module, kept: set[str]) -> dict[str, Any]:
     return dict(found.values())
 
 
+def token_kl(wanted: Tensor, got: Tensor) -> Tensor:
+    """Return the KL divergence [T] of log probabilities `got` [T, vocab] from `wanted`, in nats."""
+    return (wanted.exp() * (wanted - got)).sum(-1)
+
+
 @torch.no_grad()
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the log probabilities [T, vocab] of the next token after each of `ids` [1, T]."""
