@@ -1,6 +1,7 @@
 """Builds graphs with onnxruntime-genai's own builder, for `python -m benchmarks.speed` to compare with.
 
     BUILDER_PYTHON benchmarks/genai_graphs.py SOURCE OUT [--precisions fp32,int8,int4]
+    BUILDER_PYTHON benchmarks/genai_graphs.py SOURCE OUT --device cuda [--precisions fp16,int4]
 
 SOURCE is a folder that `tp-export fetch` prints. OUT receives one folder for each precision. The builder needs
 transformers 5, which the export extra cannot have, so it needs its own environment:
@@ -9,7 +10,7 @@ transformers 5, which the export extra cannot have, so it needs its own environm
     build/builder/bin/pip install torch==2.13.0 "transformers>=5" onnx onnx_ir onnxruntime onnxruntime-genai==0.18.0
 
 For int8 and int4 the script uses the builder's fastest options on a CPU: blocks of 32 and activations in 8 bits
-(accuracy level 4).
+(accuracy level 4). For CUDA it leaves the activations in float16.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
 
-PRECISIONS = ("fp32", "int8", "int4")
-_QUANTISED = ("--extra_options", "accuracy_level=4", "block_size=32")
+PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "int4")}
+_BLOCKS = "block_size=32"
+_QUANTISED = {"cpu": ("--extra_options", "accuracy_level=4", _BLOCKS), "cuda": ("--extra_options", _BLOCKS)}
 _WEIGHTS = "model.safetensors"
 
 
@@ -54,16 +57,21 @@ def readable(source: Path) -> Iterator[Path]:
         yield copy
 
 
-def build(source: Path, out: Path, precision: str) -> None:
+def build(source: Path, out: Path, precision: str, device: str) -> None:
     """Build one graph; a complete folder that exists already stays as it is."""
     if (out / "genai_config.json").exists():
         print(f"{out} exists already", file=sys.stderr)
         return
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch, readable(source) as folder:
-        options = () if precision == "fp32" else _QUANTISED
-        command = ["-i", str(folder), "-o", str(out), "-p", precision, "-e", "cpu", "-c", scratch, *options]
-        subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *command], check=True)
+        options = _QUANTISED[device] if precision.startswith("int") else ()
+        command = ["-i", str(folder), "-o", str(out), "-p", precision, "-e", device, "-c", scratch, *options]
+        # The file runs by its path, because importing the package also loads genai itself, which building does not use.
+        package = util.find_spec("onnxruntime_genai")
+        if package is None or package.origin is None:
+            raise SystemExit("error: onnxruntime-genai is not installed")
+        builder = Path(package.origin).parent / "models" / "builder.py"
+        subprocess.run([sys.executable, str(builder), *command], check=True)
 
 
 def main() -> None:
@@ -71,12 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--device", choices=list(PRECISIONS), default="cpu")
+    parser.add_argument("--precisions", help="default: all of the device")
     args = parser.parse_args()
-    for precision in args.precisions.split(","):
-        if precision not in PRECISIONS:
-            parser.error(f"{precision!r} is not one of {', '.join(PRECISIONS)}")
-        build(args.source, args.out / precision, precision)
+    known = PRECISIONS[args.device]
+    for precision in args.precisions.split(",") if args.precisions else known:
+        if precision not in known:
+            parser.error(f"{precision!r} is not one of {', '.join(known)}")
+        build(args.source, args.out / precision, precision, args.device)
 
 
 if __name__ == "__main__":

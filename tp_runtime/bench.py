@@ -2,7 +2,8 @@
 
 The variants that are compared (the arms) are interleaved as finely as possible: every arm decodes one token, then every
 arm the next token, and each token begins with another arm. If the machine slows down or speeds up during the
-measurement, this affects all arms.
+measurement, this affects all arms. Captured decode steps (session/cuda_graphs.py) belong to one sequence at a time, so
+there every arm decodes all tokens of a round before the next arm begins, and each round begins with another arm.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import gc
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -171,20 +172,35 @@ def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]
     Returns:
         For each arm the seconds of the first token and of `tokens` more.
     """
-    runs = [
-        generate(arm.graph, arm.prompt, arm.bound, sampler=Sampler(), max_new_tokens=tokens + 1, eos_ids=frozenset())
-        for arm in arms
-    ]
+    order = [(first + offset) % len(arms) for offset in range(len(arms))]
+    if any(arm.graph.captured is not None for arm in arms):
+        answers = {arm: _answer_seconds(arms[arm], tokens) for arm in order}
+        return [answers[arm] for arm in range(len(arms))]
+    runs = [_answer(arm, tokens) for arm in arms]
     several = len({id(arm.graph) for arm in arms}) > 1
     seconds: list[list[float]] = [[] for _ in arms]
     for step in range(tokens + 1):
-        for offset in range(len(arms)):
-            arm = (first + step + offset) % len(arms)
+        for offset in order:
+            arm = (step + offset) % len(arms)
             if several:
                 _settle()
             start = time.perf_counter()
             next(runs[arm])
             seconds[arm].append(time.perf_counter() - start)
+    return seconds
+
+
+def _answer(arm: Arm, tokens: int) -> Iterator[int]:
+    return generate(arm.graph, arm.prompt, arm.bound, sampler=Sampler(), max_new_tokens=tokens + 1, eos_ids=frozenset())
+
+
+def _answer_seconds(arm: Arm, tokens: int) -> list[float]:
+    """Return the seconds of the first token of an answer and of `tokens` more."""
+    run, seconds = _answer(arm, tokens), []
+    for _ in range(tokens + 1):
+        start = time.perf_counter()
+        next(run)
+        seconds.append(time.perf_counter() - start)
     return seconds
 
 
@@ -202,17 +218,19 @@ def python_seconds(arm: Arm, tokens: int) -> list[float]:
         The seconds of each token.
     """
     graph, timed = arm.graph, _TimedSession(arm.graph.session)
-    run = generate(graph, arm.prompt, arm.bound, sampler=Sampler(), max_new_tokens=tokens + 1, eos_ids=frozenset())
+    holders: list[Any] = [graph] if graph.captured is None else [graph, graph.captured]
+    run, seconds = _answer(arm, tokens), []
     next(run)
-    seconds = []
-    graph.session = timed
+    for holder in holders:
+        holder.session = timed
     try:
         for _ in range(tokens):
             timed.seconds, start = 0.0, time.perf_counter()
             next(run)
             seconds.append(time.perf_counter() - start - timed.seconds)
     finally:
-        graph.session = timed.session
+        for holder in holders:
+            holder.session = timed.session
     return seconds
 
 
@@ -222,9 +240,9 @@ class _TimedSession:
     def __init__(self, session: Any) -> None:
         self.session, self.seconds = session, 0.0
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, *options: Any) -> None:
         start = time.perf_counter()
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, *options)
         self.seconds += time.perf_counter() - start
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
@@ -15,14 +16,19 @@ from benchmarks.speed.protocol import Worker, serve
 class GenAI(Worker):
     """Greedy search, in which a generator holds the cache."""
 
-    packages = ("onnxruntime-genai", "onnxruntime")
+    packages: tuple[str, ...] = ("onnxruntime-genai", "onnxruntime")
+    captured = False
 
     def load(self, path: Path, threads: int) -> None:
         """Load the folder, and change nothing in its configuration but the number of threads."""
         settings = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         config = og.Config(str(path))
-        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-        config.overlay(json.dumps(overlay))
+        options: dict[str, Any] = {"intra_op_num_threads": threads}
+        if "cuda" in str(settings["model"]["decoder"]["session_options"]["provider_options"]):
+            self.packages = ("onnxruntime-genai-cuda", "onnxruntime-gpu")
+            if self.captured:
+                options["provider_options"] = [{"cuda": {"enable_cuda_graph": "1"}}]
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = og.Model(config)
         # Its operator for sliding windows needs a cache that holds a whole window, and cannot go back.
         self.least = settings["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)

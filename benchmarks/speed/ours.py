@@ -16,15 +16,15 @@ from tp_runtime.session import BoundPatch
 class Ours(Worker):
     """The graph's forward step and the engine's sampler. A context in the cache is rewound as in a chat."""
 
-    packages = ("tp-runtime", "onnxruntime", "numpy")
+    packages: tuple[str, ...] = ("tp-runtime", "onnxruntime", "numpy")
+    device = "cpu"
+    cuda_graphs = False
     window_cache = False
 
     def load(self, path: Path, threads: int) -> None:
-        """Load the model as an application does, with tokenizer and template; one in float16 is for CUDA."""
-        on_cuda = path.name.endswith("fp16")
-        device = "cuda" if on_cuda else "cpu"
+        """Load the model as an application does, with tokenizer and template."""
         model = PatchedModel.from_pretrained(
-            path, device, threads=threads, cuda_graphs=on_cuda, window_cache=self.window_cache
+            path, self.device, threads=threads, cuda_graphs=self.cuda_graphs, window_cache=self.window_cache
         )
         self.graph, self.sampler = model.graph, Sampler()
         self.bounds: dict[int | str | None, BoundPatch] = {None: self.graph.base}

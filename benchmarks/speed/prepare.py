@@ -3,7 +3,6 @@
     source              a link to the fetched Hugging Face folder
     ours-PRECISION      the export of `tp-export model --precision`; genai runs on it too
     prepared-PRECISION  the same export after `tp-runtime prepare`
-    ours-int4-fp16      the int4 export that computes in float16, on a machine that is set up for CUDA
     ours-int4-head4     the int4 export with a 4-bit head as well, as genai's builder has it; it also runs with window
                         caches, which need no other files
     slots-SET-PRECISION the same export with other slots: none (slotless.py), mlp, all
@@ -22,13 +21,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tp_runtime.session import cuda_is_expected
-
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 BITS = ("fp32", "int8", "int4")
-# Maps a folder's name to the value that --precision takes; `int4` keeps the head in eight bits.
-_PRECISIONS = {**dict(zip(BITS, BITS, strict=True)), "int4-head4": "int4-symmetric-head4"}
-_ON_CUDA = {"int4-fp16": "int4-fp16"}
+# Maps a folder's name to the value that --precision takes. `int4-rtn` has the operators and the bytes of `int4`, which
+# first calibrates several quantisers for minutes and chooses one; only the values of the weights differ.
+_PRECISIONS = {"fp32": "fp32", "int8": "int8", "int4": "int4-rtn", "int4-head4": "int4-symmetric-head4"}
 _HERE = Path(__file__).parent.parent
 
 
@@ -51,7 +48,7 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
         if found is None:
             return failed
         source.symlink_to(found.strip().splitlines()[-1])
-    for bits, precision in (_PRECISIONS | (_ON_CUDA if cuda_is_expected() else {})).items():
+    for bits, precision in _PRECISIONS.items():
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
             _run([*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name)

@@ -32,7 +32,7 @@ class Rival:
     @property
     def takes_patches(self) -> bool:
         """Whether it is also measured with patches: its runtime supports them, and its graph has the default slots."""
-        return self.module == "ours" and not self.key.startswith("slots-")
+        return self.module in ("ours", "ours_cuda", "ours_captured") and not self.key.startswith("slots-")
 
     def missing(self, models: Path) -> str | None:
         """Return the reason why it cannot be measured, or None."""
@@ -98,7 +98,27 @@ RIVALS = (
         *("ours-int4-head4-window", "tp-runtime int4, 4-bit head, window caches", "ours_window", "tp_runtime"),
         *("ours-int4-head4", "int4"),
     ),
-    Rival("ours-int4-fp16", "tp-runtime int4-fp16, CUDA", "ours", "tp_runtime", "ours-int4-fp16", "int4-fp16"),
     _llama("published", "as published", "int4"),
     _llama("q4_0", "Q4_0", "int4"),
+)
+
+# What `python -m benchmarks.speed.cuda` compares on a GPU. `graphs` stands for captured decode steps.
+_CUDA_BITS = {"fp16": "fp16", "int4-fp16": "int4"}
+CUDA_RIVALS = (
+    Rival("transformers", "transformers eager, 16 bits", "transformers_cuda", "transformers", "source", "fp16"),
+    *(
+        rival
+        for bits, genai in _CUDA_BITS.items()
+        for rival in (
+            Rival(f"ours-{bits}", f"tp-runtime {bits}", "ours_cuda", "tp_runtime", f"ours-{bits}", bits),
+            Rival(
+                f"ours-{bits}-graphs", f"tp-runtime {bits}, graphs", "ours_captured", "tp_runtime", f"ours-{bits}", bits
+            ),
+            Rival(f"genai-{bits}", f"genai {genai}", "genai", "onnxruntime_genai", f"genai-cuda-{genai}", bits),
+            Rival(
+                *(f"genai-{bits}-graphs", f"genai {genai}, graphs", "genai_captured", "onnxruntime_genai"),
+                *(f"genai-cuda-{genai}", bits),
+            ),
+        )
+    ),
 )

@@ -1,7 +1,9 @@
-"""The runtime on CUDA, compared with the CPU. It was written without a GPU; `run.sh` in this folder runs it on one.
+"""The runtime on CUDA, compared with exact results and with the CPU. `run.sh` in this folder runs it on a GPU.
 
-The tolerances are fractions of the largest logit and depend on what each precision rounds: the CPU's int4 kernel also
-rounds activations to eight bits, and CUDA's does not. Nothing here falls back to the CPU: every graph requests `cuda`.
+The exact results are those of a graph with the same weights that computes in float32 on the CPU. Rounding moves the
+logits of some patched models far: in float16 by up to 8 % of the largest logit, on both devices. So CUDA may be at most
+twice as far from the exact logits as the CPU is in the same precision. Nothing here falls back to the CPU: every graph
+requests `cuda`.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,7 +44,10 @@ pytestmark = [
     pytest.mark.skipif(CHOSEN.provider != CUDA and not REQUIRED, reason=str(CHOSEN.reason)),
 ]
 
-CLOSE = {"fp32": 1e-3, "fp16": 3e-2, "int4-rtn": 2e-1, "int4-rtn-fp16": 3e-2}
+# By precision: the precision of the exact graph, and the distance from its logits that is always allowed, as a fraction
+# of the largest logit. CUDA computes int4 in float32, and the CPU's kernel rounds activations to eight bits.
+EXACT = {"fp32": "fp32", "fp16": "fp32", "int4-rtn": "int4-rtn", "int4-rtn-fp16": "int4-rtn"}
+CLOSE = {"fp32": 1e-3, "fp16": 1e-2, "int4-rtn": 1e-3, "int4-rtn-fp16": 1e-2}
 IDS = token_ids(48)
 STEPS = (24, *(1,) * 24)
 
@@ -49,16 +56,25 @@ STEPS = (24, *(1,) * 24)
 class Pair:
     """One model folder, opened on both devices."""
 
+    exact: Graph
     cpu: Graph
     cuda: Graph
 
-    def require_close(self, got: Logits, wanted: Logits) -> None:
-        error = furthest(got, wanted) / float(np.abs(wanted).max())
-        assert error < CLOSE[self.cuda.folder.precision], error
+    def require_close(self, compute: Callable[[Graph], Logits], graph: Graph | None = None) -> None:
+        """Require that what a graph on CUDA computes is as close to the exact logits as what the CPU computes."""
+        exact, allowed = compute(self.exact), CLOSE[self.cuda.folder.precision]
+        if self.cuda.folder.kv.dtype == "f16":
+            allowed = max(allowed, 2 * self.distance(compute(self.cpu), exact))
+        assert self.distance(compute(graph or self.cuda), exact) < allowed
+
+    @staticmethod
+    def distance(got: Logits, wanted: Logits) -> float:
+        """Return the largest difference as a fraction of the largest logit."""
+        return furthest(got, wanted) / float(np.abs(wanted).max())
 
     def patch(self, rank: int, seed: int = 1) -> Patch:
-        """Return a patch that is small enough for a real model to stay finite, and large enough to have an effect."""
-        return patch_for(self.cpu.folder, seed=seed, rank=rank, scale=0.3)
+        """Return a patch that changes the logits about as much as they differ from 0."""
+        return patch_for(self.cpu.folder, seed=seed, rank=rank, scale=0.05)
 
 
 def on_cuda(folder: ModelFolder, **options: Any) -> Graph:
@@ -82,9 +98,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model, precision = request.param
     out = tmp_path_factory.mktemp("gpu") / f"{model}-{precision}"
     slots = "all" if model == "tiny_gemma" else "output"
-    export_model(open_source(request.getfixturevalue(model)), out, slot_set=slots, precision=precision)
+    source = open_source(request.getfixturevalue(model))
+    export_model(source, out, slot_set=slots, precision=precision)
+    exact = out.with_name("exact")
+    with mock.patch("tp_export.graph.quantise._INT8_ACTIVATIONS", 1):  # MatMulNBits then computes in float32
+        export_model(source, exact, slot_set=slots, precision=EXACT[precision])
     folder = ModelFolder.open(out)
-    return Pair(Graph(folder, "cpu"), on_cuda(folder))
+    return Pair(Graph(ModelFolder.open(exact), "cpu"), Graph(folder, "cpu"), on_cuda(folder))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +143,10 @@ def test_auto_selects_cuda(pair: Pair) -> None:
     assert Graph(pair.cuda.folder, "auto").device.kind == DEVICE
 
 
+def patched_logits(graph: Graph, patch: Patch | None, chunks: Sequence[int] = ()) -> Logits:
+    return graph_logits(graph, IDS, graph.bind(patch), chunks)
+
+
 # -- logits --------------------------------------------------------------------------------------------------
 
 
@@ -130,13 +154,12 @@ def test_auto_selects_cuda(pair: Pair) -> None:
 @pytest.mark.parametrize("rank", [None, 0, 1, 16, 60])
 def test_logits_match_those_of_the_cpu(pair: Pair, rank: int | None, chunks: Sequence[int]) -> None:
     patch = None if rank is None else pair.patch(rank)
-    wanted = graph_logits(pair.cpu, IDS, pair.cpu.bind(patch), chunks)
-    pair.require_close(graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks), wanted)
+    pair.require_close(partial(patched_logits, patch=patch, chunks=chunks))
 
 
 def test_a_patch_changes_the_logits(pair: Pair) -> None:
     base, patched = (graph_logits(pair.cuda, IDS, pair.cuda.bind(patch)) for patch in (None, pair.patch(16)))
-    assert furthest(base, patched) > 2 * CLOSE[pair.cuda.folder.precision] * float(np.abs(base).max())
+    assert pair.distance(patched, base) > 0.2
 
 
 def test_bound_slots_of_rank_zero_give_the_base(pair: Pair) -> None:
@@ -159,8 +182,8 @@ def test_binding_and_dropping_patches_does_not_change_the_base(pair: Pair) -> No
 def test_a_patch_set_as_default_matches_the_cpu(pair: Pair) -> None:
     patch = pair.patch(4)
     graph = on_cuda(pair.cuda.folder, defaults=patch)
-    pair.require_close(graph_logits(graph, IDS, graph.default), graph_logits(pair.cpu, IDS, pair.cpu.bind(patch)))
-    pair.require_close(graph_logits(graph, IDS, graph.base), graph_logits(pair.cpu, IDS))
+    pair.require_close(lambda one: graph_logits(one, IDS, one.default if one is graph else one.bind(patch)), graph)
+    pair.require_close(lambda one: graph_logits(one, IDS, one.base), graph)
 
 
 def prefixed_logits(graph: Graph, patch: Patch) -> Logits:
@@ -174,31 +197,27 @@ def prefixed_logits(graph: Graph, patch: Patch) -> Logits:
 def prefixed(pair: Pair) -> list[Patch]:
     """Return patches with entries; where a graph has full and windowed layers, also with a count for each kind."""
     folder = pair.cpu.folder
-    counts = [5] if folder.windowed is None else [5, Lengths(20, 6), Lengths(4, 13)]
+    counts: list[int | Lengths] = [5] if folder.windowed is None else [5, Lengths(20, 6), Lengths(4, 13)]
     return [with_prefix(pair.patch(4), folder, replaces=[7, 8], entries=entries, position=25) for entries in counts]
 
 
 def test_a_kv_prefix_matches_the_cpu(pair: Pair) -> None:
     for patch in prefixed(pair):
-        pair.require_close(prefixed_logits(pair.cuda, patch), prefixed_logits(pair.cpu, patch))
+        pair.require_close(partial(prefixed_logits, patch=patch))
 
 
 def test_a_prompt_runs_into_the_entries_that_the_cpu_gives(pair: Pair) -> None:
     """A patch that was absorbed on either device runs on both."""
-    made = [
-        Patch({}, replace(pair.patch(4).config, method="prefix"), prompt_entries(graph, IDS, (7, 8), graph.base))
-        for graph in (pair.cpu, pair.cuda)
-    ]
-    wanted = prefixed_logits(pair.cpu, made[0])
-    for patch in made:
-        for graph in (pair.cpu, pair.cuda):
-            pair.require_close(prefixed_logits(graph, patch), wanted)
+    for where in (pair.cpu, pair.cuda):
+        entries = prompt_entries(where, IDS, (7, 8), where.base)
+        patch = Patch({}, replace(pair.patch(4).config, method="prefix"), entries)
+        pair.require_close(partial(prefixed_logits, patch=patch))
 
 
 def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
     patches = [None, pair.patch(4), prefixed(pair)[-1], pair.patch(0)]
-    logits = {}
-    for graph in (pair.cpu, pair.cuda):
+
+    def batch(graph: Graph) -> Logits:
         buffers, rows = new_rows(graph, 4), []
         for length, patch in zip((9, 20, 5, 12), patches, strict=True):
             bound = graph.bind(patch)
@@ -216,8 +235,9 @@ def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
             for row, token in zip(rows, IDS[at:], strict=False):
                 row.tokens.append(token)
             steps.append(buffers.step(rows))
-        logits[graph.device.kind] = np.concatenate(steps)
-    pair.require_close(logits[DEVICE], logits["cpu"])
+        return np.concatenate([step for step in steps if isinstance(step, np.ndarray)])
+
+    pair.require_close(batch)
 
 
 # -- picks on the device -------------------------------------------------------------------------------------
@@ -269,41 +289,38 @@ def test_decode_steps_are_captured_only_in_float16_exports(pair: Pair, captured:
     print(f"\n{named(pair)}: captured: {captured.capture_failure or 'yes'}")
 
 
-def captured_close(pair: Pair, got: Logits, wanted: Logits) -> None:
-    """Assert that logits of the same device are close; wider shapes may be summed in another order."""
-    assert furthest(got, wanted) / float(np.abs(wanted).max()) < CLOSE[pair.cuda.folder.precision] / 3
-
-
 @pytest.mark.parametrize("rank", [None, 0, 3, 4, 16, 64, 65])
 def test_captured_steps_give_the_logits_of_ordinary_steps(pair: Pair, captured: Graph, rank: int | None) -> None:
     patch = None if rank is None else pair.patch(rank)
     for chunks in (STEPS, (1,) * 48):
-        wanted = graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), chunks)
-        captured_close(pair, graph_logits(captured, IDS, captured.bind(patch), chunks), wanted)
+        pair.require_close(partial(patched_logits, patch=patch, chunks=chunks), captured)
 
 
 def test_captured_steps_read_patches_written_in_place(pair: Pair, captured: Graph) -> None:
     """Two patches of one bucket alternate, so a replay that kept the first patch's tensors would give wrong logits."""
-    patches = [pair.patch(16, seed=seed) for seed in (1, 2)]
-    wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
-    for at in (0, 1, 0, 1):
-        captured_close(pair, graph_logits(captured, IDS, captured.bind(patches[at]), STEPS), wanted[at])
+    for seed in (1, 2, 1, 2):
+        patch = pair.patch(16, seed=seed)
+        pair.require_close(partial(patched_logits, patch=patch, chunks=STEPS), captured)
 
 
 def test_captured_sequences_can_alternate_their_decode_steps(pair: Pair, captured: Graph) -> None:
     patches = [None, pair.patch(4), pair.patch(16)]
-    wanted = [graph_logits(pair.cuda, IDS, pair.cuda.bind(patch), STEPS) for patch in patches]
-    bounds = [captured.bind(patch) for patch in patches]
-    caches = [captured.new_cache(bound) for bound in bounds]
-    for at in (0, *range(24, 48)):
-        for bound, cache, logits in zip(bounds, caches, wanted, strict=True):
-            end = at + 1 if at else 24
-            captured_close(pair, captured.forward(IDS[at:end], cache, bound), logits[end - 1 : end])
+
+    def alternating(graph: Graph) -> Logits:
+        bounds = [graph.bind(patch) for patch in patches]
+        caches = [graph.new_cache(bound) for bound in bounds]
+        logits = []
+        for at in (0, *range(24, 48)):
+            for bound, cache in zip(bounds, caches, strict=True):
+                logits.append(graph.forward(IDS[at : at + 1 if at else 24], cache, bound))
+        return np.concatenate(logits)
+
+    pair.require_close(alternating, captured)
 
 
 def test_a_kv_prefix_works_with_captured_steps(pair: Pair, captured: Graph) -> None:
     for patch in prefixed(pair):
-        captured_close(pair, prefixed_logits(captured, patch), prefixed_logits(pair.cuda, patch))
+        pair.require_close(partial(prefixed_logits, patch=patch), captured)
 
 
 # -- times ---------------------------------------------------------------------------------------------------

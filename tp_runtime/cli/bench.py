@@ -21,9 +21,9 @@ from .. import bench
 from ..errors import RequestError, printable
 from ..model import PatchedModel
 from ..patch import Patch
-from ..session import ModelFolder, SessionOptions, require_onnxruntime
+from ..session import ModelFolder, require_onnxruntime
 from ..storage import Kind, atomic_file, check_output_file, parse_json_object, temporary_folder
-from .options import add_model_options, open_model
+from .options import add_model_options, open_model, session_options
 from .printing import note, plural, print_fields, size, version
 
 _QUIET_SECONDS = 2.0
@@ -102,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     model = open_model(args)
     load_seconds = time.perf_counter() - start
-    options: SessionOptions = {"threads": args.threads, "window_cache": args.window_cache}
-    others = [PatchedModel.from_pretrained(folder, args.device, **options) for folder in args.against]
+    others = [PatchedModel.from_pretrained(folder, args.device, **session_options(args)) for folder in args.against]
     resident = bench.resident(model, counts)  # this comes first, because later measurements allocate and free memory
     with _patch_files(args.patch, model.graph.folder) as files:
         report = _measure(model, others, files, ranks, args)
@@ -115,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         "device": model.graph.device.kind,
         "provider": model.graph.device.provider,
         "threads": args.threads,
+        "cuda_graphs": args.cuda_graphs,
         "cpu_count": os.cpu_count(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("tp-runtime", "numpy")}

@@ -15,7 +15,7 @@ from ..errors import PatchTargetError, PatchValueError, RequestError, library_te
 from ..generation import Sampling
 from ..model import ACTIVE, PatchChoice, PatchedModel, TextStream
 from ..patch import Patch
-from ..session import DEVICES, ModelFolder
+from ..session import DEVICES, ModelFolder, SessionOptions
 from ..storage import MAX_JSON_BYTES, UnreadableFileError, read_regular
 from ..text import Request, SamplingOptions
 from .printing import note, plural
@@ -77,7 +77,7 @@ BASE = Selection(None)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, --device, --threads and --window-cache to a parser."""
+    """Add MODEL and the options of `session_options` to a parser."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder written by tp-export")
     parser.add_argument(
         "--device",
@@ -95,6 +95,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="let layers with a sliding window drop the keys and values outside it, which takes less memory on long "
         "texts; going back far in a text then computes it again",
     )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="on CUDA, capture the decode steps of single sequences and replay them; the model must compute in float16",
+    )
+
+
+def session_options(args: argparse.Namespace) -> SessionOptions:
+    """Return the settings of a session that the command line states."""
+    return {"threads": args.threads, "window_cache": args.window_cache, "cuda_graphs": args.cuda_graphs}
 
 
 def open_model(args: argparse.Namespace) -> PatchedModel:
@@ -104,7 +114,7 @@ def open_model(args: argparse.Namespace) -> PatchedModel:
         RequestError: the number of threads is not positive, or is too large.
         ModelError: see PatchedModel.from_pretrained.
     """
-    return PatchedModel.from_pretrained(args.model, args.device, threads=args.threads, window_cache=args.window_cache)
+    return PatchedModel.from_pretrained(args.model, args.device, **session_options(args))
 
 
 def read_text(path: Path, field: str, most: int = MAX_JSON_BYTES) -> str:

@@ -12,7 +12,7 @@ from ..errors import RequestError, shown
 from ..model import PatchedModel
 from ..patch import Patch
 from ..session import BOUND_PATCH_BYTES
-from .options import add_model_options, read_text, split_spec
+from .options import add_model_options, read_text, session_options, split_spec
 from .printing import note
 
 _KEY_VARIABLE = "TP_API_KEY"
@@ -132,10 +132,8 @@ def run(args: argparse.Namespace) -> int:
     model = PatchedModel.from_pretrained(
         args.model,
         args.device,
-        threads=args.threads,
-        window_cache=args.window_cache,
         prefix_cache_bytes=args.prefix_cache * _MB,
-        bound_patch_bytes=args.converted_patches * _MB,
+        **session_options(args) | {"bound_patch_bytes": args.converted_patches * _MB},
     )
     for name, patch in named:
         model.load_patch(patch, name)

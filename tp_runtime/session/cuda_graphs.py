@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from ..errors import DeviceUnavailableError, RequestError
 from ..patch import Delta, SlotKey
@@ -55,6 +55,7 @@ from .device_step import DeviceStep, Logits
 from .kv_buffers import InPlaceBuffers
 from .kv_cache import CacheKey, KVCache
 from .model_folder import ModelFolder
+from .packed_tensors import PackedTensors
 from .slots import slot_arrays
 
 BUCKETS = (0, 4, 16, 64)  # the ranks that a decode step is captured for
@@ -94,14 +95,14 @@ class _Bucket:
     Attributes:
         rank: the rank of every slot's factors a and b, padding included.
         binding: the binding of all inputs and outputs.
-        slots: the slots' tensors on the device, by graph input name.
+        slots: the slots' tensors on the device.
         options: the run options that name the capture.
         key: the cache key of the patch that `slots` hold; None while that is unknown.
     """
 
     rank: int
     binding: Any
-    slots: dict[str, Any]
+    slots: PackedTensors
     options: Any
     key: CacheKey | None = None
 
@@ -126,6 +127,7 @@ class CapturedDecode:
         buffers: the keys or values [1, kv heads, capacity, head dim], by graph input name. The owner's
             cache has this same dictionary as its `buffers`.
         buckets: the buckets, in ascending order of rank.
+        session: ONNX Runtime's session.
         io: the inputs and outputs of a step other than keys, values and patch.
     """
 
@@ -141,7 +143,7 @@ class CapturedDecode:
     ) -> None:
         from concurrent.futures import ThreadPoolExecutor  # sessions that capture nothing open without this import
 
-        self._slots, self._dtype, self._kv, self._session = folder.slots, dtypes[0], kv, session
+        self._slots, self._dtype, self._kv, self.session = folder.slots, dtypes[0], kv, session
         self._ort, self._device = ort, device
         self._thread, self._lock = ThreadPoolExecutor(1, "tp-captured-decode"), threading.RLock()
         self._thread_id = self._thread.submit(threading.get_ident).result()
@@ -153,34 +155,39 @@ class CapturedDecode:
         self.buckets = [self._bucket(rank, number, first_logit) for number, rank in enumerate(BUCKETS, start=1)]
         self._current = self.buckets[0]
 
-    def _value(self, array: NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
-
     def _options(self, graph_id: int) -> Any:
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return options
 
     def _bucket(self, rank: int, number: int, first_logit: tuple[str, Any]) -> _Bucket:
-        slots = {name: self._value(array) for name, array in self._padded({}, rank).items()}
-        binding = self._session.io_binding()
+        slots = PackedTensors(self._ort, self._device, self._padded_shapes(rank))
+        binding = self.session.io_binding()
         self.io.bind(binding, first_logit)
-        for name, value in (*slots.items(), *self.buffers.items()):
+        slots.bind_inputs(binding)
+        for name, value in self.buffers.items():
             binding.bind_ortvalue_input(name, value)
         for past, present in self._kv.names:
             binding.bind_ortvalue_output(present, self.buffers[past])
         return _Bucket(rank, binding, slots, self._options(number))
 
-    def _padded(self, deltas: Mapping[SlotKey, Delta], rank: int) -> dict[str, NDArray[Any]]:
-        """Return the tensors of all slots by graph input name: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
-        arrays = {}
+    def _padded_shapes(self, rank: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+        """Return shape and dtype of all slots' tensors: a [1, in, rank], b [1, rank, out], bias [1, 1, out]."""
+        shapes: dict[str, tuple[tuple[int, ...], DTypeLike]] = {}
+        for slot in self._slots.values():
+            for name, array in slot_arrays(None, slot, self._dtype).items():
+                padded = {"a": (1, slot.inputs, rank), "b": (1, rank, slot.outputs), "bias": array.shape}
+                shapes[name] = padded[name.rpartition(".")[2]], self._dtype
+        return shapes
+
+    def _write(self, bucket: _Bucket, deltas: Mapping[SlotKey, Delta]) -> None:
+        """Write the tensors of a patch in place, in one copy; the added rows and columns are zeros."""
+        memory = bucket.slots.new_memory()
+        padded = bucket.slots.arrays(memory)
         for key, slot in self._slots.items():
             for name, array in slot_arrays(deltas.get(key), slot, self._dtype).items():
-                shape = {"a": (1, slot.inputs, rank), "b": (1, rank, slot.outputs), "bias": array.shape}
-                padded = np.zeros(shape[name.rpartition(".")[2]], self._dtype)
-                padded[:, : array.shape[1], : array.shape[2]] = array
-                arrays[name] = padded
-        return arrays
+                padded[name][:, : array.shape[1], : array.shape[2]] = array
+        bucket.slots.send(memory)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -199,7 +206,7 @@ class CapturedDecode:
 
     def run(self, binding: Any, options: Any = None) -> None:
         """Run the session over a binding, on the session's thread. Without `options` the run is an ordinary one."""
-        running = self._thread.submit(self._session.run_with_iobinding, binding, options or self._not_captured)
+        running = self._thread.submit(self.session.run_with_iobinding, binding, options or self._not_captured)
         try:
             running.result()
         except BaseException:
@@ -257,9 +264,7 @@ class CapturedDecode:
             return False
         if bucket.key != key:
             bucket.key = None
-            for name, array in self._padded(deltas, bucket.rank).items():
-                if array.size:
-                    bucket.slots[name].update_inplace(array)
+            self._write(bucket, deltas)
             bucket.key = key
         self._current = bucket
         return True

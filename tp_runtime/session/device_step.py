@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from .best_logits import BestLogits, best_logits
 from .interface import BEST_IDS, BEST_VALUES, LENGTH_SHIFT, WINDOWED_SHIFT
 from .model_folder import ModelFolder
+from .packed_tensors import PackedTensors
 
 Logits = NDArray[np.float32] | list[BestLogits]  # [rows, vocab], or the largest ones of each row
 
@@ -36,44 +37,50 @@ class DeviceStep:
 
     Attributes:
         rows: the number of sequences.
-        best_values: the largest logits on the device [rows, best]; None if the graph does not return them.
-        best_ids: their ids.
+        best: the largest logits on the device [rows, best] and their ids; None if the graph does not return them.
     """
 
     def __init__(
         self, ort: Any, folder: ModelFolder, device: str, dtype: DTypeLike, rows: int = 1, width: int | None = None
     ) -> None:
         self.rows = rows
-        self._folder, self._width = folder, width
+        self._folder, self._device = folder, device
         self._binding: Any = None  # the binding of `bind_for`; None while that is incomplete
         self._mask_bound: tuple[int, int] | None = None  # the address and the width of the mask that is bound to it
 
         def value(shape: tuple[int, ...], kind: DTypeLike) -> Any:
             return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), device, 0)
 
-        self._device = device
-        self._inputs = {name: value((rows, 1), np.int64) for name in ("input_ids", "position_ids")}
-        self._mask = np.ones((rows, width or 0), np.int64)
-        if width is not None:
-            self._inputs["attention_mask"] = ort.OrtValue.ortvalue_from_numpy(self._mask, device, 0)
+        shapes: dict[str, tuple[tuple[int, ...], DTypeLike]] = dict.fromkeys(
+            ("input_ids", "position_ids"), ((rows, 1), np.int64)
+        )
         if folder.best is not None:
-            self._inputs[LENGTH_SHIFT], self._no_shift = value((rows,), np.int32), value((1,), np.int32)
-        self._shifts: list[int] | None = [0] * rows  # what `tp.windowed_shift` holds; None while that is unknown
+            shapes[LENGTH_SHIFT], self._no_shift = ((rows,), np.int32), value((1,), np.int32)
         if folder.windowed is not None:
-            self._inputs[WINDOWED_SHIFT] = value((rows,), np.int32)
+            shapes[WINDOWED_SHIFT] = (rows,), np.int32
+        self._inputs = PackedTensors(ort, device, shapes)
+        self._memory = self._inputs.new_memory()
+        self._numbers = self._inputs.arrays(self._memory)
+        self._mask = np.ones((rows, width or 0), np.int64)
+        self._fixed_mask = None if width is None else ort.OrtValue.ortvalue_from_numpy(self._mask, device, 0)
         self._logits = value((rows, 1, folder.vocab_size), dtype)
-        self._outputs = {"logits": self._logits}
-        self.best_values = self.best_ids = None
+        self.best: PackedTensors | None = None
         if folder.best is not None:
-            self.best_values, self.best_ids = value((rows, folder.best), dtype), value((rows, folder.best), np.int64)
-            self._outputs |= {BEST_VALUES: self.best_values, BEST_IDS: self.best_ids}
+            largest = (rows, folder.best)
+            self.best = PackedTensors(ort, device, {BEST_VALUES: (largest, dtype), BEST_IDS: (largest, np.int64)})
 
     def bind(self, binding: Any, first_logit: tuple[str, Any]) -> None:
-        """Bind everything, and the input that limits the logits to the last position, to a binding of the session."""
-        for name, value in (*self._inputs.items(), first_logit):
-            binding.bind_ortvalue_input(name, value)
-        for name, value in self._outputs.items():
-            binding.bind_ortvalue_output(name, value)
+        """Bind everything, and the input that limits the logits to the last position, to a binding of the session.
+
+        The step must outlive the binding's use of it: the binding holds addresses.
+        """
+        self._inputs.bind_inputs(binding)
+        binding.bind_ortvalue_input(*first_logit)
+        if self._fixed_mask is not None:
+            binding.bind_ortvalue_input("attention_mask", self._fixed_mask)
+        binding.bind_ortvalue_output("logits", self._logits)
+        if self.best is not None:
+            self.best.bind_outputs(binding)
 
     def bind_for(self, binding: Any, first_logit: tuple[str, Any], ones: Any, width: int) -> None:
         """Bind everything to the binding that the next step runs over, as far as it is not bound to it yet.
@@ -118,18 +125,18 @@ class DeviceStep:
             width: the width of the mask.
             shifts: for each row the number of positions by which windowed layers hold more.
         """
-        column = self.rows, 1
-        self._inputs["input_ids"].update_inplace(np.array(tokens, np.int64).reshape(column))
-        self._inputs["position_ids"].update_inplace(np.array(positions, np.int64).reshape(column))
-        if LENGTH_SHIFT in self._inputs:
-            self._inputs[LENGTH_SHIFT].update_inplace(np.array(filled, np.int32) - np.int32(width))
-        else:
+        numbers = self._numbers
+        numbers["input_ids"][:, 0] = tokens
+        numbers["position_ids"][:, 0] = positions
+        if LENGTH_SHIFT in numbers:
+            numbers[LENGTH_SHIFT][:] = filled
+            numbers[LENGTH_SHIFT] -= width
+        elif self._fixed_mask is not None:
             self._mask[:] = np.arange(width) < np.array(filled)[:, None]
-            self._inputs["attention_mask"].update_inplace(self._mask)
-        if WINDOWED_SHIFT in self._inputs and self._shifts != list(shifts):
-            self._shifts = None
-            self._inputs[WINDOWED_SHIFT].update_inplace(np.array(shifts, np.int32))
-            self._shifts = list(shifts)
+            self._fixed_mask.update_inplace(self._mask)
+        if WINDOWED_SHIFT in numbers:
+            numbers[WINDOWED_SHIFT][:] = shifts
+        self._inputs.send(self._memory)
 
     def logits(self, best: Sequence[int]) -> Logits:
         """Fetch what the last step returned.
@@ -141,8 +148,9 @@ class DeviceStep:
             For each row all logits that are at least as large as the n-th largest one, if the graph returns enough of
             them for every row. Otherwise the caller's own copy of all logits [rows, vocab].
         """
-        if self.best_values is not None and self.best_ids is not None and all(best):
-            pairs = zip(self.best_values.numpy(), self.best_ids.numpy(), best, strict=True)
+        if self.best is not None and all(best):
+            largest = self.best.fetch()
+            pairs = zip(largest[BEST_VALUES], largest[BEST_IDS], best, strict=True)
             found = [best_logits(values, ids, number, self._folder.vocab_size) for values, ids, number in pairs]
             if (complete := [row for row in found if row is not None]) and len(complete) == self.rows:
                 return complete

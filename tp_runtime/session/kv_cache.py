@@ -187,7 +187,8 @@ class KVCache:
     def adopt(self, other: KVCache) -> None:
         """Take over the contents of another cache of the same session, patch and tokens, which is not used any more."""
         self.dropped = _NOTHING_HELD
-        self.start, self.step = None, None
+        self.start = None
+        self.step = other.step if isinstance(other.step, DeviceStep) else None  # the binding has its addresses
         self.values, self.made_by, self.spare = other.values, other.made_by, other.spare
         self.buffers, self.binding, self.bound_lengths = other.buffers, other.binding, other.bound_lengths
         self.capacity, self.shown = other.capacity, other.shown

@@ -25,6 +25,7 @@ from tp_runtime.generation import Batch, Sampler, Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import BoundPatch, DeviceStep, Graph, ModelFolder
 from tp_runtime.session.device import CPU, CUDA
+from tp_runtime.session.interface import BEST_IDS, BEST_VALUES
 
 PROMPT = (5, 6, 7, 8)
 RANKS = (None, 4, 16, 64, 65)  # of the patches; None is the base
@@ -60,10 +61,12 @@ def steps(graph: Graph, bound: BoundPatch, sampling: Sampling, number: int = 8) 
 
 def write_best(step: object) -> None:
     """Write what kernels would: largest logits, without ties. Zeros would be ties, for which all logits are fetched."""
-    if isinstance(step, DeviceStep) and step.best_values is not None and step.best_ids is not None:
-        rows, best = step.best_ids.shape()
-        step.best_values.update_inplace(np.tile(np.arange(best, 0, -1, step.best_values.numpy().dtype), (rows, 1)))
-        step.best_ids.update_inplace(np.tile(np.arange(best), (rows, 1)))
+    if isinstance(step, DeviceStep) and step.best is not None:
+        memory = step.best.new_memory()
+        written = step.best.arrays(memory)
+        best = written[BEST_IDS].shape[1]
+        written[BEST_VALUES][:], written[BEST_IDS][:] = np.arange(best, 0, -1), np.arange(best)
+        step.best.send(memory)
 
 
 def counted(act: Callable[[], object]) -> Counts:
@@ -88,7 +91,15 @@ def switches(graph: Graph) -> list[dict[str, Any]]:
         size = graph.dtype.itemsize * sum(rank * (slot.inputs + slot.outputs) + slot.outputs for slot in slots)
         switch = partial(graph.captured.switch, bound.key, bound.deltas)
         first, again = counted(switch), counted(switch)
-        found.append({"rank": rank, "bytes": size, "first": asdict(first), "again": asdict(again)})
+        found.append(
+            {
+                "rank": rank,
+                "bytes": size,
+                "tensors": 3 * len(graph.folder.slots),
+                "first": asdict(first),
+                "again": asdict(again),
+            }
+        )
     return found
 
 

@@ -34,6 +34,11 @@ def steady(found: Any, **wanted: Any) -> list[dict[str, Any]]:
     return chosen
 
 
+def aligned(size: int) -> int:
+    """Return the bytes that a tensor of `size` bytes takes in a buffer of several tensors."""
+    return -(-size // 256) * 256
+
+
 def test_every_node_is_on_the_gpu_but_those_of_the_length_that_the_host_reads(found: Any) -> None:
     """The attention operator wants the longest length there, with windowed layers two of them.
 
@@ -66,17 +71,18 @@ def test_a_step_launches_what_its_operators_need_and_no_more(found: Any) -> None
 
 
 def test_a_steady_step_sends_its_numbers_and_fetches_the_largest_logits(found: Any) -> None:
-    """An id, a position and a length go in (and what windowed layers differ by went in before)."""
+    """An id, a position, a length and what windowed layers differ by go in; each kind begins at a multiple of 256."""
     for step in steady(found):
         rows = 3 if step["request"] == "batch" else 1
-        assert (step["bytes_in"], step["copies_in"]) == (rows * (8 + 8 + 4), 3)
+        assert (step["bytes_in"], step["copies_in"]) == (256 * (4 if found["windowed"] else 3), 1)
         best = min(128, found["vocab"])
-        out = 2 * found["vocab"] if step["request"] == "all logits" else rows * (2 + 8) * best
+        out = 2 * found["vocab"] if step["request"] == "all logits" else aligned(rows * 2 * best) + rows * 8 * best
         assert step["bytes_out"] == out and out <= SMALL
 
 
 def test_a_switch_of_captured_steps_moves_the_patch_once(found: Any) -> None:
     for switch in found["switches"]:
-        assert switch["first"]["bytes_in"] == switch["bytes"]
+        assert switch["first"]["copies_in"] == 1
+        assert 0 <= switch["first"]["bytes_in"] - switch["bytes"] < 256 * switch["tensors"]
         assert switch["first"]["bytes_out"] == switch["first"]["allocations"] == 0
         assert not any(switch["again"].values())

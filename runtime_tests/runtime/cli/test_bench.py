@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,15 +81,20 @@ def test_the_arms_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
             yield 0
 
     monkeypatch.setattr(bench, "generate", steps)
-    two = [bench.Arm(name, None, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
+    graph = SimpleNamespace(captured=None)
+    two = [bench.Arm(name, graph, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
     measured = bench.one_round(two, 3, first=1)
     assert order == ["patch", "base", "base", "patch"] * 2
     assert [len(steps) for steps in measured] == [4, 4]
     assert min(map(min, measured)) > 0
     order.clear()
-    three = [bench.Arm(name, None, name, [1]) for name in "abc"]  # type: ignore[arg-type]
+    three = [bench.Arm(name, graph, name, [1]) for name in "abc"]  # type: ignore[arg-type]
     bench.one_round(three, 2, first=0)
     assert "".join(order) == "abcbcacab"
+    order.clear()
+    graph.captured = object()  # its buffers hold one sequence, which decodes to its end
+    measured = bench.one_round(three, 2, first=1)
+    assert "".join(order) == "bbbcccaaa" and [len(steps) for steps in measured] == [3, 3, 3]
 
 
 def test_ratios_are_relative_to_the_first_arm(tiny_llama_export: Path) -> None:
@@ -204,7 +210,7 @@ def test_arms_of_different_sessions_are_separated_by_a_pause(monkeypatch: pytest
     waits: list[int] = []
     monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
     monkeypatch.setattr(bench, "generate", lambda *_, **__: iter(range(3)))
-    one, other = object(), object()
+    one, other = SimpleNamespace(captured=None), SimpleNamespace(captured=None)
     one_session = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
     bench.one_round(one_session, 2, first=0)
     assert not waits

@@ -205,8 +205,8 @@ def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypat
     bound, other = (capturing.bind(patch) for patch in rank_patches(capturing, 3, 4))
     caches = {bound.key: capturing.new_cache(bound)}
     capturing.forward(IDS[:5], caches[bound.key], bound)
-    values = [captured.io._logits, *captured.io._inputs.values(), *captured.buffers.values()]
-    values += [value for bucket in captured.buckets for value in bucket.slots.values()]
+    packed = [captured.io._inputs, captured.io.best, *(bucket.slots for bucket in captured.buckets)]
+    values = [captured.io._logits, *captured.buffers.values(), *(one._buffer for one in packed if one is not None)]
     before = [(value.data_ptr(), value.shape()) for value in values]
     allocations = Counted(monkeypatch, capturing.ort.OrtValue, "ortvalue_from_numpy")
     bindings = Counted(monkeypatch, capturing.session, "io_binding")
@@ -235,7 +235,7 @@ def test_every_bucket_has_its_own_graph_id_and_ordinary_runs_have_none(
             seen.append(options.get_run_config_entry("gpu_graph_id"))
             capturing.session.run_with_iobinding(binding, options)
 
-    monkeypatch.setattr(captured, "_session", Session())
+    monkeypatch.setattr(captured, "session", Session())
     for patch in (None, *rank_patches(capturing, 4, 16, 64)):
         bound = capturing.bind(patch)
         cache = capturing.new_cache(bound)
@@ -254,7 +254,7 @@ def test_every_run_is_on_one_thread(capturing: Graph, monkeypatch: pytest.Monkey
             session.run_with_iobinding(binding, options)
 
     assert capturing.captured is not None
-    monkeypatch.setattr(capturing.captured, "_session", Session())
+    monkeypatch.setattr(capturing.captured, "session", Session())
     monkeypatch.setattr(capturing, "session", None)  # nothing else may run the session
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
@@ -268,14 +268,14 @@ def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.Monk
     small, large = (capturing.bind(patch) for patch in rank_patches(capturing, 2, 30))
     for bound in (small, large):
         captured.switch(bound.key, bound.deltas)
-    padded = Counted(monkeypatch, captured, "_padded")
+    written = Counted(monkeypatch, captured, "_write")
     for bound in (small, large, small, large):
         assert captured.switch(bound.key, bound.deltas)
-    assert padded.calls == 0
+    assert written.calls == 0
     other = capturing.bind(rank_patches(capturing, 3)[0])
     captured.switch(other.key, other.deltas)
     captured.switch(small.key, small.deltas)
-    assert padded.calls == 2
+    assert written.calls == 2
 
 
 # -- several sequences ---------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_run_that_fails_does_not_change_the_sequence(
     capturing.forward(IDS[:9], cache, capturing.base)
     assert capturing.captured is not None
     with monkeypatch.context() as broken:
-        broken.setattr(capturing.captured, "_session", None)
+        broken.setattr(capturing.captured, "session", None)
         with pytest.raises(AttributeError):
             capturing.forward(IDS[9:10], cache, capturing.base)
     assert cache.tokens == IDS[:9]
@@ -422,7 +422,7 @@ def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
             session.run_with_iobinding(binding, options)
 
     assert capturing.captured is not None
-    monkeypatch.setattr(capturing.captured, "_session", Session())
+    monkeypatch.setattr(capturing.captured, "session", Session())
     before = store.bytes
     capturing.forward(IDS[:1], capturing.new_cache(capturing.base), capturing.base)
     assert store.bytes > before and not dropped
