@@ -2,9 +2,9 @@
 # Runs the GPU tests and the benchmark on any CUDA machine, from a fresh checkout:
 #     runtime_tests/gpu/run.sh [RESULTS]      (default: build/gpu)
 # The script makes a virtual environment in RESULTS/venv, runs runtime_tests/gpu, and then runs `tp-runtime bench` on
-# the fp32, fp16, int4 and int4-fp16 exports of SmolLM2-135M and of Gemma 3 270M. It writes the GPU, the driver, the versions, the
-# test results and every figure to RESULTS/report.json. It exits with 1 if a test or a benchmark failed. It has not been
-# run on a GPU yet.
+# the fp32, fp16, int4 and int4-fp16 exports of SmolLM2-135M and of Gemma 3 270M, for float16 ones also with captured
+# steps. It writes the GPU, the driver, the versions, the test results and every figure to RESULTS/report.json. It exits
+# with 1 if a test or a benchmark failed.
 set -euo pipefail
 
 start=$PWD
@@ -40,10 +40,16 @@ for name in smollm2-135m-instruct gemma-3-270m; do
     fi
     for precision in fp32 fp16 int4 int4-fp16; do
         model=$results/model-$name-$precision
-        "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite \
-            && "$bin/tp-runtime" bench "$model" --device cuda --ranks 0,1,4,16,64 --resident 1,10,100 --tokens 64 \
-                -o "$results/bench-$name-$precision.json" \
-            || failed+=("bench-$name-$precision")
+        if ! "$bin/tp-export" model "$base" "$model" --precision "$precision" --overwrite; then
+            failed+=("export-$name-$precision")
+            continue
+        fi
+        modes=("")
+        [[ $precision != *fp16 ]] || modes+=(--cuda-graphs)
+        for mode in "${modes[@]}"; do
+            "$bin/tp-runtime" bench "$model" --device cuda $mode --ranks 0,1,4,16,64 --resident 1,10,100 --tokens 64 \
+                -o "$results/bench-$name-$precision$mode.json" || failed+=("bench-$name-$precision$mode")
+        done
     done
 done
 

@@ -32,8 +32,8 @@ cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The 
   else in the process uses the device.
 
 `OrtValue.update_inplace` copies with cudaMemcpy and waits for the copy, so a replay that follows reads the new content.
-None of this has been run on a GPU; runtime_tests/gpu/standin shows that ONNX Runtime's CUDA provider takes the captures
-and replays them, and not what they compute.
+runtime_tests/gpu/standin shows that ONNX Runtime's CUDA provider takes the captures and replays them, and
+runtime_tests/gpu/test_gpu.py compares on a GPU what they compute.
 """
 
 from __future__ import annotations

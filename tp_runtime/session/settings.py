@@ -34,9 +34,8 @@ class SessionSettings:
             False leaves the cores to other models and programs.
         cuda_graphs: whether to capture the decode steps of single sequences and replay them (cuda_graphs.py,
             docs/serving.md). This needs CUDA and an export that computes in float16, so `auto` does not fall back to
-            the CPU. A graph that cannot be captured runs without capture, and the reason is logged. Not run on a GPU
-            yet.
-        cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`. Not run on a GPU yet.
+            the CPU. A graph that cannot be captured runs without capture, and the reason is logged.
+        cuda_options: options of ONNX Runtime's CUDA provider, such as `{"gpu_mem_limit": 2**31}`.
         huge_pages: whether to move the weights that loading placed in the process's own memory to huge pages. This
             happens on the CPU, after the first run, if the system has huge pages (huge_pages.py). Decode steps are
             faster from then on. The logits of decode steps get a huge page too, if they fill half of one.
