@@ -71,6 +71,7 @@ precision of a table, not between machines or days.
 - Versions: {", ".join(f"{name} {version}" for name, version in sorted(versions.items()))}
 - Weights: all runtimes compute with the same weights. The published 4-bit GGUF file was dequantised to float32, and
   every other file was made from those values. llama.cpp's own quantiser made Q8_0 and Q4_0 from the published file.
+  tp-runtime's int4 is `int4-rtn` here, which has the operators and the bytes of the calibrated `int4-gptq`.
 - First token: the time from the token ids to the next id with greedy decoding, including the allocation of the KV
   cache. The prompt is the context followed by a question of {plan["question"]} tokens.
 - Cold start: the time from the start of a process to its first token after 32 tokens, with the files in the page cache.
