@@ -129,8 +129,8 @@ _LOOP = (
     "graph is slower than tp-runtime's."
 )
 _PREFILL = (
-    "With one thread the ratio has been 2.9 (an interleaved run of 2,048 tokens). What the second thread gives genai and "
-    "not tp-runtime has not been found."
+    "With one thread the ratio has been 2.9 (an interleaved run of 2,048 tokens). What the second thread gives genai "
+    "and not tp-runtime has not been found."
 )
 _START = (
     "tp-runtime also reads its tokenizer and chat template and imports the packages for them, as an application does. "
