@@ -124,10 +124,7 @@ _ELSEWHERE = (
     "- The targets of int4's quality are measured elsewhere: docs/precision.md has the figures of "
     "`benchmarks/precision.py`."
 )
-_LOOP = (
-    "The reasons are the empty slots and Python's share of a token (rows below). genai's own loop on tp-runtime's "
-    "graph is slower than tp-runtime's."
-)
+_LOOP = "The reasons are the empty slots and Python's share of a token (rows below)."
 _PREFILL = (
     "With one thread the ratio has been 2.9 (an interleaved run of 2,048 tokens). What the second thread gives genai "
     "and not tp-runtime has not been found."
