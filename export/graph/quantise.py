@@ -200,7 +200,7 @@ def _replace_product(
 def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:
     """Look up rows of [tokens, blocks, BLOCK] and flatten them, so that the packed tensor keeps the head's form."""
     packed, scales, zeros, blocks = parts
-    assert zeros is None and node.outputs[0].shape is not None
+    assert zeros is None  # the table has symmetric blocks in every precision
     tokens, per_token = blocks.scales.shape
     name = str(packed.name).removesuffix(".packed")
     steps = [
@@ -217,7 +217,7 @@ def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Va
         step.name = f"{name}.{step.op_type}_{number}"
         step.outputs[0].type = scales.type
     out = steps[2].outputs[0]
-    out.shape = node.outputs[0].shape
+    out.shape = node.outputs[0].shape  # None on the optimum route, whose graph states no shapes between nodes
     model.graph.insert_before(node, steps)
     ir.convenience.replace_all_uses_with(node.outputs[0], out)
     model.graph.remove(node, safe=True)

@@ -137,6 +137,15 @@ def test_float16_without_fused_operators_is_refused(source: Source, tmp_path: Pa
         export_model(source, tmp_path / "out", precision=precision, route="optimum")
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-gptq"])
+def test_the_optimum_route_quantises_as_the_fused_route_does(source: Source, tmp_path: Path, precision: str) -> None:
+    found = {
+        route: logits(export_model(source, tmp_path / route, precision=precision, route=route))
+        for route in ("fused", "optimum")
+    }
+    assert divergence(found["fused"], found["optimum"]) < 1e-3
+
+
 # -- int4 weights with float16 activations ---------------------------------------------------------------------
 
 
