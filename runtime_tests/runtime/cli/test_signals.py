@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 # A command that writes a folder and waits in the middle of it. `SECOND` names a signal that it sends to itself once it
 # cleans up, and `KEEP` makes a library of its own swallow the first exception.
 PROGRAM = """
-import os, shutil, signal, sys
+import os, select, shutil, signal, sys
 from pathlib import Path
 from tp_runtime.cli import run_program
 from tp_runtime.storage import atomic_file, atomic_folder, temporary_folder
@@ -30,6 +30,8 @@ shutil.rmtree = interrupted
 
 def wait():
     print("ready", flush=True)
+    while not select.select([sys.stdin], [], [], 0.05)[0]:  # a read that begins just after a signal would not notice it
+        pass
     sys.stdin.read()
 
 class Command:
