@@ -180,8 +180,7 @@ def one_round(arms: Sequence[Arm], tokens: int, first: int) -> list[list[float]]
     several = len({id(arm.graph) for arm in arms}) > 1
     seconds: list[list[float]] = [[] for _ in arms]
     for step in range(tokens + 1):
-        for offset in order:
-            arm = (step + offset) % len(arms)
+        for arm in order[step % len(arms) :] + order[: step % len(arms)]:
             if several:
                 _settle()
             start = time.perf_counter()

@@ -21,15 +21,13 @@ from typing import Any
 
 from benchmarks.speed import machine
 from benchmarks.speed.__main__ import numbers, text_ids
-from benchmarks.speed.prepare import MODELS, program
+from benchmarks.speed.prepare import MODELS, program, run_step
 from benchmarks.speed.rivals import CUDA_RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from tp_runtime.storage import ANY_FILE, atomic_file
 
-_PRECISIONS = {
-    "fp16": "fp16",
-    "int4-fp16": "int4-symmetric-head4-fp16",
-}  # genai's builder has the head in four bits too
+# genai's builder has the head in four bits too.
+_PRECISIONS = {"fp16": "fp16", "int4-fp16": "int4-symmetric-head4-fp16"}
 _GRAPHS = Path(__file__).parent.parent / "genai_graphs.py"
 
 
@@ -39,29 +37,24 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
     failed: dict[str, str] = {}
     source = folder / "source"
     if not source.exists():
-        found = _run([*program("tp_export", "fetch"), name], failed, "source")
+        found = run_step([*program("tp_export", "fetch"), name], failed, "source")
+        if found is None:
+            return failed
         source.symlink_to(found.strip().splitlines()[-1])
     for bits, precision in _PRECISIONS.items():
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
-            _run([*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name)
+            run_step(
+                [*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name
+            )
     for precision in ("fp16", "int4") if builder else ():
         out = folder / f"genai-cuda-{precision}"
         if not (out / "genai_config.json").exists():
             command = [str(builder), str(_GRAPHS), str(source), str(folder / "made"), "--device", "cuda"]
-            _run([*command, "--precisions", precision], failed, out.name)
+            run_step([*command, "--precisions", precision], failed, out.name)
             if out.name not in failed:
                 (folder / "made" / precision).rename(out)
     return failed
-
-
-def _run(command: list[str], failed: dict[str, str], what: str) -> str:
-    print(f"preparing {what}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        failed[what] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        print(f"  failed: {failed[what]}", file=sys.stderr, flush=True)
-    return done.stdout
 
 
 def gpu() -> dict[str, str]:

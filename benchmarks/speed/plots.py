@@ -10,8 +10,8 @@ Run = dict[str, Any]
 
 OURS, GENAI, LLAMA, OTHER = "#c4512d", "#1c6ba0", "#2b8a3e", "#868e96"
 _COLOURS = {"ours": OURS, "ours_window": OURS, "genai": GENAI, "llama_cpp": LLAMA}
-_BITS = {"fp32": "o", "int8": "s", "int4": "^", "int4-fp16": "v"}
-_SHADES = {"fp32": "#c4512d", "int8": "#1c6ba0", "int4": "#2b8a3e", "int4-fp16": "#7a4fb5"}
+_BITS = {"fp32": "o", "int8": "s", "int4": "^"}
+_SHADES = {"fp32": "#c4512d", "int8": "#1c6ba0", "int4": "#2b8a3e"}
 # These settings differ from those of the plots inside a report.
 _OWN_STYLE: dict[Any, Any] = {
     "axes.grid": False,

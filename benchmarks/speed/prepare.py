@@ -44,32 +44,34 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
     failed: dict[str, str] = {}
     source = folder / "source"
     if not source.exists():
-        found = _run([*program("tp_export", "fetch"), name], failed, "source")
+        found = run_step([*program("tp_export", "fetch"), name], failed, "source")
         if found is None:
             return failed
         source.symlink_to(found.strip().splitlines()[-1])
     for bits, precision in _PRECISIONS.items():
         out = folder / f"ours-{bits}"
         if not (out / "patch_slots.json").exists():
-            _run([*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name)
+            run_step(
+                [*program("tp_export", "model"), str(source), str(out), "--precision", precision], failed, out.name
+            )
         if bits not in ("fp32", "int4") or out.name in failed:
             continue
         prepared = folder / f"prepared-{bits}"
         if not prepared.exists():
             shutil.copytree(out, prepared, ignore=shutil.ignore_patterns("prepared"))
-            _run([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
+            run_step([*program("tp_runtime", "prepare"), str(prepared)], failed, prepared.name)
         for slots in ("none", "mlp", "all"):
             out = folder / f"slots-{slots}-{bits}"
             if not (out / "patch_slots.json").exists():
                 made = [sys.executable, str(_HERE / "slotless.py")]
                 if slots != "none":
                     made = [*program("tp_export", "model"), "--slots", slots]
-                _run([*made, str(source), str(out), "--precision", precision], failed, out.name)
+                run_step([*made, str(source), str(out), "--precision", precision], failed, out.name)
     if not (folder / "optimum" / "config.json").exists():
         command = ["-m", "optimum.exporters.onnx", "--model", str(source), "--task", "text-generation-with-past"]
-        _run([sys.executable, *command, str(folder / "optimum")], failed, "optimum")
+        run_step([sys.executable, *command, str(folder / "optimum")], failed, "optimum")
     if any(not (folder / f"{kind}.gguf").exists() for kind in ("published", "q8_0", "q4_0")):
-        _run([sys.executable, str(_HERE / "gguf_files.py"), name, str(folder)], failed, "*.gguf")
+        run_step([sys.executable, str(_HERE / "gguf_files.py"), name, str(folder)], failed, "*.gguf")
     for bits in BITS:
         out = folder / f"genai-{bits}"
         if not (out / "genai_config.json").exists():
@@ -80,7 +82,7 @@ def prepare(name: str, folder: Path, builder: str | None) -> dict[str, str]:
                 continue
             made = folder / "genai"
             script = [builder, str(_HERE / "genai_graphs.py"), str(source), str(made), "--precisions", bits]
-            if _run(script, failed, out.name) is not None:
+            if run_step(script, failed, out.name) is not None:
                 (made / bits).rename(out)
                 made.rmdir()
     return failed
@@ -91,8 +93,8 @@ def program(package: str, command: str) -> list[str]:
     return [sys.executable, "-c", f"from {package}.cli import main; raise SystemExit(main())", command]
 
 
-def _run(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:
-    """Return the command's stdout. On failure return None, and keep its last line on stderr as the reason."""
+def run_step(command: Sequence[str], failed: dict[str, str], what: str) -> str | None:
+    """Run one step and return its stdout. On failure return None, and keep its last line on stderr as the reason."""
     print(f"preparing {what}", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
