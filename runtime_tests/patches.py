@@ -94,6 +94,7 @@ def version_patches() -> dict[str, tuple[Patch, str]]:
         "1": (Patch({(0, "mlp_out"): delta, (1, "gate"): Delta(bias=fixed(4))}, config), "f16"),
         "2": (Patch({(0, "mlp_out"): delta}, config, prefix), "f32"),
         "3": (Patch({(0, "mlp_out"): delta}, stopping, ragged), "i8"),
+        "4": (Patch({(0, "mlp_out"): delta}, config, prefix), "i4"),
     }
 
 

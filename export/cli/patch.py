@@ -143,10 +143,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("i8", "f16", "bf16", "f32"),
-        default="i8",
-        help="the dtype of entries and factors in the file (default: i8, with scales; it costs at most 0.002 of the "
-        "prompt's effect)",
+        choices=("i4", "i8", "f16", "bf16", "f32"),
+        help="the dtype of entries and factors in the file (default: i8, with scales, which costs at most 0.002 of the "
+        "prompt's effect; with --target or --max-bytes i4 or i8, whichever serves better). i4 holds twice as many "
+        "entries in the same bytes, fitted for it; factors are i8 beside them",
     )
     parser.add_argument(
         "--no-restating",
@@ -232,7 +232,8 @@ def fit_one(args: argparse.Namespace) -> int:
     systems = system_messages(args, args.before_system, "--before-system")
     target = None
     if args.target is not None or args.max_bytes is not None:
-        target = Target(args.target, args.max_bytes, args.best)
+        dtypes = ("i4", "i8") if args.dtype is None else (args.dtype,)
+        target = Target(args.target, args.max_bytes, args.best, dtypes)
     repairs = args.student_precision not in FLOAT_PRECISIONS
     context = read_any_context(args) if repairs else read_context(args)
     queries = load_questions(args.queries)
@@ -326,7 +327,7 @@ def _recipe(
         method=method,
         settings=Settings(args.rank or _RANK, ridge, args.first_layer, not args.no_bias),
         prefix=prefix,
-        dtype=args.dtype,
+        dtype=args.dtype or "i8",
         restate=not args.no_restating,
         stop=stop,
         samples=args.samples,

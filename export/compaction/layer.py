@@ -1,4 +1,4 @@
-"""The compaction of one layer: select, mass and fold, values, joint values (docs/method.md).
+"""The compaction of one layer: select, mass and fold, values, joint values, rounding (docs/method.md).
 
 It takes what the student's queries are, already behind the entries of the layers below, and what the teacher's heads
 and its residual stream are on the same tokens. The teacher is the same model behind all entries of the context.
@@ -14,10 +14,12 @@ from torch import Tensor
 from ..decoder import Entry
 from .joint import fit_joint
 from .mass import fold, fold_direction, mass_factors
+from .rounding import Rounding, round_lines, unrounded
 from .rows import QueryRows
 from .selection import select_forward, select_seen
 from .values import fit_values
 
+_KEY_RIDGE = 1e-2  # of the keys' rounding; the values' has that of their fit
 _JOINT_COLUMNS = 12_288  # heads * entries up to which the joint fit's Gram matrix (600 MB) is made
 
 
@@ -49,9 +51,16 @@ class Target:
 
 
 def compact(
-    rows: QueryRows, context: Entry, count: int, target: Target, ridges: Ridges, *, forward: bool = False
+    rows: QueryRows,
+    context: Entry,
+    count: int,
+    target: Target,
+    ridges: Ridges,
+    rounding: Rounding = unrounded,
+    *,
+    forward: bool = False,
 ) -> Entry:
-    """Return `count` entries for each key/value head that stand in for the context's.
+    """Return `count` entries for each key/value head that stand in for the context's, rounded to what the file holds.
 
     Args:
         rows: the student's rows.
@@ -59,6 +68,7 @@ def compact(
         count: the number of entries to keep, at most n.
         target: what the entries are fitted to.
         ridges: the ridges of the fit.
+        rounding: the rounding of the file. The values are fitted behind the rounded keys.
         forward: whether entries are selected one after another (selection.py); it costs a Gram matrix for each head.
 
     Returns:
@@ -68,13 +78,17 @@ def compact(
     tokens = target.weight if target.length is None else target.weight / target.length.square().clamp(min=1e-20)
     weight = (tokens / tokens.mean()).repeat_interleave(rows.group)
     pairs = [
-        _compact_head(rows, head, (context[0][head], context[1][head]), count, target, weight, ridges, forward)
+        _compact_head(
+            rows, head, (context[0][head], context[1][head]), count, target, weight, ridges, rounding, forward
+        )
         for head in range(rows.kv_heads)
     ]
     keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
     if rows.query.shape[1] * count <= _JOINT_COLUMNS:
         values = values + _joint(rows, keys, values, target, ridges)
-    return keys, values
+    return keys, torch.stack(
+        [_rounded_values(rows, head, keys[head], value, weight, ridges, rounding) for head, value in enumerate(values)]
+    )
 
 
 def _compact_head(
@@ -85,6 +99,7 @@ def _compact_head(
     target: Target,
     weight: Tensor,
     ridges: Ridges,
+    rounding: Rounding,
     forward: bool,
 ) -> Entry:
     keys, values = context
@@ -93,11 +108,21 @@ def _compact_head(
     keys, values, shares = keys[kept], values[kept], shares[:, kept]
     weighted = shares * weight[:, None]
     factors = mass_factors(weighted.T @ shares, weighted.T @ (1 - text), ridges.mass)
-    attention = (weighted * shares).sum(1)
-    keys = fold(keys, factors, fold_direction(rows.of_head(rows.query, head), attention, rows.heads.scale))
+    attention, query = (weighted * shares).sum(1), rows.of_head(rows.query, head)
+    keys = fold(keys, factors, fold_direction(query, attention, rows.heads.scale))
+    hessian = (query * attention[:, None]).T @ query
+    keys = round_lines(keys.T, hessian, _KEY_RIDGE, rounding).T
     shares, text = rows.shares(head, keys)
     behind = rows.of_head(target.heads, head) - text[:, None] * rows.of_head(rows.out, head)
     return keys, fit_values(shares, behind - shares @ values, values, weight, ridges.values)
+
+
+def _rounded_values(
+    rows: QueryRows, head: int, keys: Tensor, values: Tensor, weight: Tensor, ridges: Ridges, rounding: Rounding
+) -> Tensor:
+    shares, _text = rows.shares(head, keys)
+    gram = (shares * weight[:, None]).T @ shares
+    return round_lines(values, gram, ridges.values, rounding)
 
 
 def _joint(rows: QueryRows, keys: Tensor, values: Tensor, target: Target, ridges: Ridges) -> Tensor:

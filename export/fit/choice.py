@@ -1,10 +1,11 @@
 """The choice of a form: the smallest file that reaches a target, or the best that a number of bytes allows.
 
-Entries alone give more for their bytes than weights do (docs/fidelity.md), so the search goes over the number of
-entries: a ladder of counts, halved at each fit, because more entries are never much worse. Then fewer entries with
-weights of a low rank get a try. Candidates are fitted on one set of rows and measured on queries of the search's own.
-The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file states come
-from other queries, which neither the choice nor the fit has seen.
+Entries alone give more for their bytes than weights do, and more of them in four bits more than fewer in eight
+(docs/fidelity.md). So the search goes over the number of entries in four bits, and then over those numbers in eight
+that take more bytes: a ladder that is halved at each fit, because more bytes are never much worse. Then the step below
+gets a try with weights of a low rank beside it. Candidates are fitted on one set of rows and measured on queries of the
+search's own. The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file
+states come from other queries, which neither the choice nor the fit has seen.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Target:
             which nothing has to be searched.
         max_bytes: the largest size of the file; None for any.
         best: whether the best file that was found will do if none reaches the target.
+        dtypes: the dtypes to choose from, the one that holds most entries in a byte first.
 
     Raises:
         CalibrationError: a value is out of its range.
@@ -39,6 +41,7 @@ class Target:
     gap: float | None = None
     max_bytes: int | None = None
     best: bool = False
+    dtypes: tuple[str, ...] = ("i4", "i8")
 
     def __post_init__(self) -> None:
         if self.gap is not None and not 0 < self.gap <= 1:
@@ -76,36 +79,36 @@ def default_entries(context: int) -> int:
     return ALL if context <= WHOLE else max(WHOLE, context // 5)
 
 
-def choose(
-    recipe: Recipe, target: Target, context: int, size_of: Callable[[int], int], fit: Callable[[Recipe], Trial]
-) -> Trial:
+SizeOf = Callable[[str, int], int]
+"""A function that returns the bytes of a file of a dtype with that many entries on average."""
+
+
+def choose(recipe: Recipe, target: Target, context: int, size_of: SizeOf, fit: Callable[[Recipe], Trial]) -> Trial:
     """Find the smallest file that reaches a target.
 
     Args:
-        recipe: the recipe whose method, rank and number of entries are chosen.
+        recipe: the recipe whose method, rank, number of entries and dtype are chosen.
         target: the target.
         context: the number of entries that the context has.
-        size_of: a function that returns the bytes of a file with that many entries on average.
+        size_of: the bytes of a file.
         fit: a function that fits a recipe and measures it on the selection queries.
 
     Raises:
         CalibrationError: no file reaches the target, and the best one will not do.
     """
-    entries = replace(recipe, method="prefix")
-    counts = [*(step for step in _LADDER if step < context), ALL]
-    ladder = [count for count in counts if target.max_bytes is None or size_of(count) <= target.max_bytes]
+    ladder = _ladder(recipe, target, context, size_of)
     wanted = 1.0 if target.gap is None else target.gap
     found: dict[int, Trial] = {}
 
     def reaches(place: int) -> bool:
         if place not in found:
-            found[place] = fit(replace(entries, prefix=ladder[place]))
+            found[place] = fit(ladder[place])
         return found[place].gap >= wanted
 
     first = _first(len(ladder), reaches)
     best = found[first] if first < len(ladder) else None
-    if first > 0:  # fewer entries, with weights beside them
-        smaller = replace(recipe, method="output", prefix=ladder[first - 1])
+    if first > 0:  # the step below, with weights beside it
+        smaller = replace(ladder[first - 1], method="output")
         trial = fit(replace(smaller, settings=replace(smaller.settings, rank=_RANK)))
         fits = target.max_bytes is None or trial.size <= target.max_bytes
         if fits and trial.gap >= wanted and (best is None or trial.size < best.size):
@@ -120,19 +123,41 @@ def choose(
     return nearest
 
 
-def most_entries(context: int, size_of: Callable[[int], int], target: Target) -> int:
-    """Return the largest number of entries whose file has at most the bytes of a target; `ALL` if all of them fit.
+def _ladder(recipe: Recipe, target: Target, context: int, size_of: SizeOf) -> list[Recipe]:
+    """Return recipes of entries alone in order of size; a dtype begins where the one before it has ended."""
+    counts = [*(step for step in _LADDER if step < context), ALL]
+    ladder: list[Recipe] = []
+    largest = 0
+    for dtype in target.dtypes:
+        sizes = [(size_of(dtype, count), count) for count in counts]
+        most = sizes[-1][0] if target.max_bytes is None else target.max_bytes
+        ladder += [
+            replace(recipe, method="prefix", prefix=count, dtype=dtype)
+            for size, count in sizes
+            if largest < size <= most
+        ]
+        largest = sizes[-1][0]
+    return ladder
+
+
+def most_entries(recipe: Recipe, context: int, size_of: SizeOf, target: Target) -> Recipe:
+    """Return the recipe of the best file of entries that has at most the bytes of a target.
+
+    It has all entries in the last dtype in which they fit; otherwise as many as fit in the first one.
 
     Raises:
         CalibrationError: a file of one entry is larger.
     """
     most = target.max_bytes
-    if most is None or size_of(ALL) <= most:
-        return ALL
-    count = _first(context, lambda count: size_of(count + 1) > most)
+    recipe = replace(recipe, method="prefix", prefix=ALL)
+    for dtype in reversed(target.dtypes):
+        if most is None or size_of(dtype, ALL) <= most:
+            return replace(recipe, dtype=dtype)
+    dtype = target.dtypes[0]
+    count = _first(context, lambda count: most is not None and size_of(dtype, count + 1) > most)
     if not count:
         raise _unreachable(target, None)
-    return count
+    return replace(recipe, prefix=count, dtype=dtype)
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:

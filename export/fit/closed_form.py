@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import round_to_int8
+from tp_runtime.patch import entry_nbytes, round_lines_to_int4, round_to_int8
 
 from ..compaction import split_budget
 from ..decoder import Entry, TorchDelta, TorchPrefix, kv_shape, layer_windows
@@ -22,7 +23,9 @@ from .entries import ANSWER_WEIGHT, LEAST_FORWARD, Compaction
 from .lockstep import Behind, fit_lockstep
 from .recipe import ALL, Recipe
 
-_HEADER_BYTES = 16_384  # of a patch file: the description, the probe and the list of tensors
+_HEADER_BYTES = 4_096  # of a patch file: the description and the probe
+_NAMED_BYTES = 105  # of a tensor in the list of tensors
+_FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _RESTATED_WEIGHT = 1.0  # of a row that predicts an answer, where the context is restated
 
 
@@ -47,7 +50,9 @@ def fit_patch(
     context = calibration.context
     behind = Behind(None if context is None else context.cached)
     if recipe.prefix and context is not None:
-        behind = _behind(model, context, recipe, bool(calibration.restated), student is None)
+        # Four bits lose something even where all entries are kept, which fitted values make up for.
+        exact = student is None and recipe.dtype != "i4"
+        behind = _behind(model, context, recipe, bool(calibration.restated), exact)
     method = None if recipe.method == "prefix" else recipe.method
     if method is None and behind.compaction is None:
         return {}, behind.student
@@ -85,17 +90,16 @@ def _behind(model: Any, context: Context, recipe: Recipe, restated: bool, exact:
     return Behind(context.cached, replace(entries, entries=kept), compaction)
 
 
-def _stored(entry: Entry, dtype: str) -> Entry:
-    """Return the entries of a layer [kv heads, n, head dim] as a file of that dtype gives them back."""
-    if dtype != "i8":
-        kinds = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-        key, value = (part.to(kinds[dtype]).to(part.dtype) for part in entry)
-        return key, value
-    key, value = (
-        torch.from_numpy(round_to_int8(part, tensor.transpose(0, 1).float().cpu().numpy())).to(tensor).transpose(0, 1)
-        for part, tensor in zip(("key", "value"), entry, strict=True)
-    )
-    return key, value
+def _stored(lines: Tensor, dtype: str) -> Tensor:
+    """Return lines [..., k] of keys or values as a file of that dtype gives them back."""
+    if dtype in _FLOATS:
+        return lines.to(_FLOATS[dtype]).to(lines.dtype)
+    array = lines.detach().float().cpu().numpy()
+    if dtype == "i4":
+        return torch.from_numpy(round_lines_to_int4(array)).to(lines)
+    # One scale for each line, as the values of an entry have.
+    rounded = round_to_int8("value", array.reshape(-1, 1, array.shape[-1]))
+    return torch.from_numpy(rounded.reshape(array.shape)).to(lines)
 
 
 def entry_bytes(config: Any, windows: Sequence[int | None], context: int, dtype: str, average: int) -> int:
@@ -110,11 +114,9 @@ def entry_bytes(config: Any, windows: Sequence[int | None], context: int, dtype:
     """
     heads, head_dim = kv_shape(config)
     counts = split_budget(average, windows, context)
-    numbers = 2 * heads * head_dim * sum(counts)
-    if dtype != "i8":
-        return _HEADER_BYTES + numbers * (4 if dtype == "f32" else 2)
-    scales = heads * head_dim * len(counts) + heads * sum(counts)  # one for each channel, and one for each value
-    return _HEADER_BYTES + numbers + 2 * scales
+    tensors = {"i8": 4, "i4": 6}.get(dtype, 2)  # of a layer: keys, values and what stands beside them
+    listed = _HEADER_BYTES + _NAMED_BYTES * tensors * len(counts)
+    return listed + sum(entry_nbytes(dtype, count, heads, head_dim) for count in counts)
 
 
 def _last(entry: Entry, window: int | None) -> Entry:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compaction import QueryRows, Ridges, Target, compact, text_part
+from ..compaction import QueryRows, Ridges, Rounding, Target, compact, text_part, unrounded
 from ..decoder import Block, Entry, Heads
 from ..rollout import Batch
 
@@ -33,9 +33,10 @@ class Compaction:
         ridges: the ridges of the fit.
         answer_weight: the weight of a row that predicts a token of an answer; other rows have 1.
         forward: whether entries are selected one after another; otherwise each one by itself.
-        exact: whether a layer that keeps all entries keeps them as they are. They are exact for the teacher's weights;
-            a student of other weights gets values that are fitted to it.
-        stored: a function that rounds the entries of a layer to what the file stores, so that the layers above see it.
+        exact: whether a layer that keeps all entries keeps them as they are, in the precision of the file. They are
+            exact for the teacher's weights; a student of other weights gets values that are fitted to it, and so does
+            a file of four bits.
+        stored: the rounding of the file, so that the layers above see what it stores.
     """
 
     counts: tuple[int, ...]
@@ -43,7 +44,7 @@ class Compaction:
     answer_weight: float = ANSWER_WEIGHT
     forward: bool = False
     exact: bool = True
-    stored: Callable[[Entry], Entry] = lambda entry: entry
+    stored: Rounding = unrounded
 
 
 class _Done(Exception):
@@ -180,4 +181,4 @@ def fit_entries(
     if bias is not None:
         change = change - (bias if length is None else bias / length[:, None])
     target = Target(teacher_heads, change, projection, length, weight.to(teacher_heads))
-    return compaction.stored(compact(rows, context, count, target, compaction.ridges, forward=compaction.forward))
+    return compact(rows, context, count, target, compaction.ridges, compaction.stored, forward=compaction.forward)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compaction import round_entry
 from ..decoder import (
     Block,
     Entry,
@@ -196,7 +197,7 @@ def _entries(
     assert behind.student is not None and behind.compaction is not None
     context, count = behind.student.entries[block.index], behind.compaction.counts[block.index]
     if behind.compaction.exact and count >= context[0].shape[1]:
-        return behind.compaction.stored(context)
+        return round_entry(context, behind.compaction.stored)
     collected = StudentRows(chosen)
     for side in students:
         collected.run(partial(side.split, block, before=collected.keep))

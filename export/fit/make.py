@@ -65,8 +65,8 @@ def make_patch(
         held_out: the queries kept for measuring. The figures in the patch come only from these.
         recipe: the settings of the fit.
         name: the name of the patch.
-        target: what the file has to reach, by which method, rank and number of entries are chosen; None takes those of
-            the recipe.
+        target: what the file has to reach, by which method, rank, number of entries and dtype are chosen; None takes
+            those of the recipe.
         answers: the expected answers to held-out queries, by query; with them the file also states how many right
             answers the patch keeps.
         store_context: whether to put the text itself into the patch's description.
@@ -127,9 +127,9 @@ def make_patch(
     held = _HeldOut(model, student, cached)
     if target is not None and prepared is not None:
         length = prepared.entries().position
-        size_of = partial(entry_bytes, model.config, layer_windows(model), length, recipe.dtype)
+        size_of = partial(entry_bytes, model.config, layer_windows(model), length)
         if target.gap is None:
-            recipe, target = replace(recipe, method="prefix", prefix=most_entries(length, size_of, target)), None
+            recipe, target = most_entries(recipe, length, size_of, target), None
     if target is not None:
         assert prepared is not None
         rest, kept = _split(dialogues, len(fitted), selection_size(fitted))

@@ -23,7 +23,7 @@ class Recipe:
         ridges: the ridges of the entries' fit.
         answer_weight: the weight of rows that predict an answer in the entries' fit; other rows have 1. None takes 1
             where the context is restated, and 5 where its queries are all that there is.
-        dtype: the dtype that the patch is stored in: `i8`, `f16`, `bf16` or `f32`.
+        dtype: the dtype that the patch is stored in: `i4`, `i8`, `f16`, `bf16` or `f32`.
         restate: whether dialogues that restate a long context are fitted too.
         stop: the texts that end an answer.
         samples: the number of answers to fit on for each query. The first is greedy and the rest are sampled.

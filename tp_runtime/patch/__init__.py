@@ -17,7 +17,8 @@ from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
 from .dtypes import DTYPES
-from .file import check_dtype
+from .encoding import check_dtype, entry_nbytes
+from .int4 import round_lines_to_int4, round_to_int4
 from .int8 import round_to_int8
 from .kind import PATCH_FILE
 from .kv_prefix import KVPrefix
@@ -46,9 +47,12 @@ __all__ = [
     "Tensor",
     "check_dtype",
     "context_digest",
+    "entry_nbytes",
     "fitted_precision",
     "in_bytes",
     "read_tensors",
+    "round_lines_to_int4",
+    "round_to_int4",
     "round_to_int8",
     "slot_name",
 ]

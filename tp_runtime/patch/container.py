@@ -44,7 +44,7 @@ class StoredTensor(NamedTuple):
 
     Attributes:
         dtype: its dtype in the file, a key of `ITEM_BYTES`.
-        values: int8 values for I8, float32 values for every other dtype.
+        values: int8 values for I8, uint8 values for U8, float32 values for every other dtype.
     """
 
     dtype: str
@@ -68,7 +68,7 @@ class StoredTensor(NamedTuple):
 StoredTensors = dict[str, StoredTensor]
 """The tensors to write to a file, by name."""
 FileTensors = dict[str, FileTensor]
-"""The tensors of a file by name, the scales of int8 tensors among them."""
+"""The tensors of a file by name, the scales of quantised tensors among them."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------

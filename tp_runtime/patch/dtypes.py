@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from ..errors import PatchValueError
 from ..storage import StoredRange
 
-DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "i8": "I8"}
-"""The dtypes that a patch can be saved in, with their names in the file. With i8 some tensors are F16; see int8.py."""
+DTYPES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "i8": "I8", "i4": "U8"}
+"""The dtypes that a patch can be saved in, with the names of its main tensors' dtype in the file (encoding.py)."""
 FLOATS = ("F16", "BF16", "F32")
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1}
 
 _WITHOUT_EXTENDED_SIGN = np.uint32(0x8FFFFFFF).view(np.int32)
 _BIAS = np.float32(2.0**112)
@@ -23,10 +23,10 @@ _LARGEST = {"F16": "65504", "BF16": "3.38953e38", "F32": "3.40282e38"}
 def stored_view(raw: bytes, place: StoredRange) -> NDArray[Any]:
     """Return a tensor of a file as it is stored; the array shares the memory of `raw`.
 
-    Its dtype is int8, float16 or float32. bfloat16 gives the bits, as uint16.
+    Its dtype is int8, uint8, float16 or float32. bfloat16 gives the bits, as uint16.
     """
     dtype, shape, begin, end = place
-    kind = np.dtype({"I8": "i1", "BF16": "<u2", "F16": "<f2", "F32": "<f4"}[dtype])
+    kind = np.dtype({"I8": "i1", "U8": "u1", "BF16": "<u2", "F16": "<f2", "F32": "<f4"}[dtype])
     values = np.frombuffer(raw, kind, (end - begin) // kind.itemsize, begin) if end > begin else np.empty(0, kind)
     return values.reshape(shape)
 
@@ -65,7 +65,7 @@ def widen(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
 
 
 def encode(values: NDArray[Any], dtype: str, name: str) -> bytes:
-    """Return the bytes of a tensor: int8 values for I8, float32 values for every other dtype.
+    """Return the bytes of a tensor: whole numbers for I8 and U8, float32 values for every other dtype.
 
     Args:
         values: the array.
@@ -75,7 +75,7 @@ def encode(values: NDArray[Any], dtype: str, name: str) -> bytes:
     Raises:
         PatchValueError: a value does not fit the dtype.
     """
-    if dtype == "I8":
+    if dtype in ("I8", "U8"):
         return values.tobytes()
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -1,7 +1,7 @@
 """The patch file: which tensors and which metadata of a safetensors container make a patch.
 
-This module handles the metadata, the names of tensors, and int8 tensors with their scales (int8.py has the formulas,
-versions.py what each version holds). It does not handle the bytes of the container (container.py), the meaning of a
+This module handles the metadata and the names of tensors (versions.py says what each version holds). It does not handle
+the bytes of the container (container.py), how values become whole numbers with scales (encoding.py), the meaning of a
 patch, the sum of patches, or the contents of the config.
 """
 
@@ -14,13 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import PatchFormatError, PatchShapeError, PatchTargetError, PatchValueError, PatchVersionError, shown
+from ..errors import PatchTargetError, PatchVersionError, shown
 from .container import (
-    FileTensors,
-    StoredTensor,
     StoredTensors,
     checked_header,
     container_bytes,
@@ -30,23 +25,19 @@ from .container import (
     read_file,
     write_container,
 )
-from .dtypes import DTYPES, ITEM_BYTES
-from .int8 import AXES, LARGEST, quantise, scale_shape, scales_fit_half
+from .dtypes import ITEM_BYTES
+from .encoding import Tensors, decoded, dtype_of, encoded
 from .kind import FORMAT, PATCH_FILE
-from .names import EntryKey, SlotKey, parse_entry_name, parse_scale_name, parse_slot_name, part_of, scale_name
-from .tensors import FileTensor, Tensor
+from .names import EntryKey, SlotKey, parse_entry_name, parse_slot_name
+from .tensors import Tensor
 from .versions import VERSIONS, check_version, versioned
 
 DeltaTensors = dict[SlotKey, dict[str, Tensor]]
 """The tensors of each slot's delta, by part ("a" | "b" | "bias" | "mean")."""
 EntryTensors = dict[EntryKey, Tensor]
 """The tensors of the KV prefix."""
-Tensors = Mapping[str, Tensor]
-"""The tensors of a patch, by the names that `slot_name` and `entry_name` give."""
 
 METADATA_KEYS = ("format", "version", "config")
-
-_AGAIN = "export the patch again with this version of tp-export"
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -60,7 +51,7 @@ class PatchFile:
         config: the parsed config object.
         dtype: the dtype in which saving the patch again changes no value, a key of `DTYPES`.
         nbytes: the number of bytes of the file.
-        tensors: the tensors by name, int8 ones together with their scales; they share the memory of the file's bytes.
+        tensors: the tensors by name, quantised ones together with their scales; they share the memory of the file.
     """
 
     config: dict[str, Any]
@@ -77,7 +68,7 @@ def read_patch(path: str | os.PathLike[str]) -> PatchFile:
 
     Raises:
         PatchFormatError: the file is not a well-formed safetensors patch file, its version does not fit what it holds,
-            or an int8 tensor is not one that may be int8, or its scales are missing or without it.
+            or a quantised tensor is not one that may be quantised, or its scales are missing or without it.
         PatchVersionError: the file has a version or a metadata key that this version of tp-runtime does not know.
         PatchTargetError: there is no tensor.
         PatchShapeError: the shape of scales does not fit their tensor.
@@ -102,7 +93,7 @@ def parse_patch(raw: bytes, file: Path) -> PatchFile:
     version, config = _checked_metadata(metadata, file)
     stored = file_tensors(raw, ranges)
     check_version(str(file), version, config, stored)
-    tensors = _with_scales(stored)
+    tensors = decoded(stored)
     if not tensors:
         raise PatchTargetError(
             "the patch holds no delta",
@@ -111,7 +102,7 @@ def parse_patch(raw: bytes, file: Path) -> PatchFile:
             wanted="at least one layers.<i>.<site>.a|b|bias",
             fix="export the patch again",
         )
-    return PatchFile(config, _dtype_of(stored), len(raw), tensors)
+    return PatchFile(config, dtype_of(stored), len(raw), tensors)
 
 
 def split_tensors(tensors: Tensors) -> tuple[DeltaTensors, EntryTensors]:
@@ -164,111 +155,6 @@ def _checked_metadata(metadata: Any, file: Path) -> tuple[str, dict[str, Any]]:
     return metadata["version"], json_object(metadata["config"], file, "config")
 
 
-# -- tensors as they are stored ------------------------------------------------------------------------------
-
-
-def rounded_tensors(tensors: Tensors, dtype: str) -> dict[str, FileTensor]:
-    """Return the tensors as a file of this dtype holds them; rounding them again changes nothing.
-
-    Raises:
-        PatchFormatError: the dtype is unknown.
-        PatchValueError: a value does not fit the dtype.
-    """
-    stored = _encoded(tensors, dtype)
-    return _with_scales({name: tensor.rounded(name) for name, tensor in stored.items()})
-
-
-def _encoded(tensors: Tensors, dtype: str) -> StoredTensors:
-    """Return the tensors of a file of this dtype, the scales of int8 tensors among them."""
-    check_dtype(dtype)
-    if dtype != "i8":
-        return {name: StoredTensor(DTYPES[dtype], tensor.float32()) for name, tensor in tensors.items()}
-    stored: StoredTensors = {}
-    for name, tensor in tensors.items():
-        values = tensor.float32()
-        if (part := part_of(name)) not in AXES:  # a bias or a mean
-            stored[name] = StoredTensor(DTYPES["f16"], values)
-            continue
-        q, scales = quantise(part, values)
-        stored[name] = StoredTensor("I8", q)
-        stored[scale_name(name)] = StoredTensor("F16" if scales_fit_half(scales) else "F32", scales)
-    return stored
-
-
-def _with_scales(stored: FileTensors) -> dict[str, FileTensor]:
-    """Return the tensors of a file, int8 ones together with their scales, which are checked."""
-    tensors = {}
-    for name, tensor in stored.items():
-        dtype = tensor.dtype
-        if (scaled := parse_scale_name(name)) is not None:
-            if scaled not in stored or stored[scaled].dtype != "I8":
-                found = "no such tensor" if scaled not in stored else stored[scaled].dtype
-                raise _misfit(name, "there are scales, but their tensor is not int8", found, f"{scaled!r} as I8")
-        elif dtype != "I8":
-            tensors[name] = tensor
-        elif (part := part_of(name)) not in AXES:
-            raise _misfit(name, "this tensor may not be int8", "I8", "F16, BF16 or F32; I8 for a, b, key and value")
-        elif (scales := stored.get(scale_name(name))) is None:
-            raise _misfit(name, "the int8 tensor has no scales", "no such tensor", repr(scale_name(name)))
-        else:
-            _check_int8(name, tensor.stored, scales)
-            tensors[name] = tensor.scaled_by(scales, part)
-    return tensors
-
-
-def _check_int8(name: str, q: NDArray[np.int8], scales: FileTensor) -> None:
-    """Check an int8 tensor and its scales against each other."""
-    field = scale_name(name)
-    if scales.dtype not in ("F16", "F32"):
-        raise _misfit(field, "the scales have a wrong dtype", scales.dtype, "F16 or F32")
-    axis = AXES[part_of(name)]
-    if q.ndim <= axis or scales.shape != scale_shape(part_of(name), q.shape):
-        raise PatchShapeError(
-            "the scales do not fit their tensor",
-            field=field,
-            got=list(scales.shape),
-            wanted=f"the shape of {name!r}, {list(q.shape)}, without dimension {axis}",
-            fix=_AGAIN,
-        )
-    values = scales.float32()
-    if not (good := np.isfinite(values) & (values > 0)).all():
-        raise PatchValueError(
-            "a scale is NaN, infinite, zero or negative",
-            field=field,
-            got=f"{float(values[~good][0])}, {np.count_nonzero(~good)} of {good.size} scales",
-            wanted="finite numbers > 0",
-            fix=_AGAIN,
-        )
-    if (q < -LARGEST).any():
-        wanted = f"-{LARGEST}..{LARGEST}"
-        raise PatchValueError("the int8 values are not symmetric", field=name, got=-128, wanted=wanted, fix=_AGAIN)
-
-
-def _dtype_of(stored: FileTensors) -> str:
-    """Return the dtype in which saving changes no value: float32 for a mixture that none of the others gives."""
-    found = {(tensor.dtype, part_of(name) in AXES) for name, tensor in stored.items() if not parse_scale_name(name)}
-    if ("I8", True) in found:
-        return "i8" if found <= {("I8", True), ("F16", False)} else "f32"
-    dtypes = {dtype for dtype, _scaled in found}
-    return next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "f32")
-
-
-def check_dtype(dtype: object) -> None:
-    """Raise PatchFormatError unless the value is a key of `DTYPES`."""
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise PatchFormatError(
-            "the dtype is unknown",
-            field="dtype",
-            got=shown(dtype),
-            wanted=" | ".join(DTYPES),
-            fix="choose one of these",
-        )
-
-
-def _misfit(name: str, problem: str, got: str, wanted: str) -> PatchFormatError:
-    return PatchFormatError(problem, field=name, got=got, wanted=wanted, fix=_AGAIN)
-
-
 # -- writing -------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +178,7 @@ def write_patch(path: str | os.PathLike[str], tensors: Tensors, config: Mapping[
     if file.suffix != ".safetensors":
         fix = f"save as {file.name}.safetensors"
         malformed(file, "the file's name does not end in .safetensors", repr(file.suffix), ".safetensors", fix)
-    stored = _encoded(tensors, dtype)
+    stored = encoded(tensors, dtype)
     write_container(file, _metadata(config, stored), stored, PATCH_FILE)
 
 
@@ -302,7 +188,7 @@ def patch_bytes(tensors: Tensors, config: Mapping[str, Any], dtype: str) -> int:
     Raises:
         PatchFormatError: `dtype` is unknown.
     """
-    stored = _encoded(tensors, dtype)
+    stored = encoded(tensors, dtype)
     return container_bytes(_metadata(config, stored), stored)
 
 

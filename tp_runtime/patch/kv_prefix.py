@@ -91,6 +91,7 @@ class KVPrefix:
                     field=field,
                     got="a value that is not finite",
                     wanted="finite numbers",
+                    fix="export the patch again",
                 )
         # The identity covers the ids and the position, so these are plain numbers that the caller cannot change.
         object.__setattr__(self, "replaces", tuple(int(token) for token in self.replaces))

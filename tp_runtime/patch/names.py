@@ -15,13 +15,15 @@ SITES = ("mlp_out", "gate", "up", "gate_up", "q", "k", "v", "qkv", "o", "down")
 DELTA_PARTS = ("a", "b", "bias", "mean")
 KV_PARTS = ("key", "value")
 SCALED_PARTS = ("a", "b", "key", "value")
-"""The parts that a file may store as int8, each with a tensor of scales beside it."""
+"""The parts that a file may store as whole numbers, each with a tensor of scales beside it."""
+COMPANIONS = ("scale", "zero")
+"""What stands beside such a tensor; zero points stand beside tensors of four bits only."""
 MAX_LAYER = 99_999
 
 _LAYER = r"(0|[1-9][0-9]{0,4})"  # 0..MAX_LAYER
 _NAME = re.compile(rf"layers\.{_LAYER}\.([a-z_]+)\.({'|'.join(DELTA_PARTS)})")
 _ENTRY = re.compile(rf"prefix\.{_LAYER}\.({'|'.join(KV_PARTS)})")
-_SCALE = re.compile(rf"(.*\.({'|'.join(SCALED_PARTS)}))_scale", re.DOTALL)
+_COMPANION = re.compile(rf"(.*\.({'|'.join(SCALED_PARTS)}))_({'|'.join(COMPANIONS)})", re.DOTALL)
 
 
 def slot_name(layer: int, site: str, part: str) -> str:
@@ -35,14 +37,19 @@ def entry_name(layer: int, part: str) -> str:
 
 
 def scale_name(name: str) -> str:
-    """Return the name of the tensor with the scales of an int8 tensor, e.g. "prefix.3.key_scale"."""
+    """Return the name of the tensor with the scales of a quantised tensor, e.g. "prefix.3.key_scale"."""
     return f"{name}_scale"
 
 
-def parse_scale_name(name: str) -> str | None:
-    """Return the name of the tensor whose scales a name addresses; None if it addresses no scales."""
-    match = _SCALE.fullmatch(name)
-    return None if match is None else match[1]
+def zero_name(name: str) -> str:
+    """Return the name of the tensor with the zero points of a tensor of four bits, e.g. "prefix.3.key_zero"."""
+    return f"{name}_zero"
+
+
+def parse_companion_name(name: str) -> tuple[str, str] | None:
+    """Return which tensor a companion stands beside, and which of the `COMPANIONS` it is; None for other names."""
+    match = _COMPANION.fullmatch(name)
+    return None if match is None else (match[1], match[3])
 
 
 def part_of(name: str) -> str:

@@ -25,16 +25,8 @@ from .algebra import sum_config, valid_strength
 from .capabilities import ADDS_TO_WEIGHTS, NO_STRENGTH, ONLY_WEIGHTS_TRAVEL, Capabilities
 from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
-from .file import (
-    PatchFile,
-    check_dtype,
-    parse_patch,
-    patch_bytes,
-    read_patch,
-    rounded_tensors,
-    split_tensors,
-    write_patch,
-)
+from .encoding import check_dtype, rounded_tensors
+from .file import PatchFile, parse_patch, patch_bytes, read_patch, split_tensors, write_patch
 from .kv_prefix import KVPrefix, prefix_from
 from .names import entry_name, slot_name
 from .tensors import Float32Values, Tensor
@@ -285,8 +277,9 @@ class Patch:
             path: the file to write, which ends in .safetensors.
             dtype: the dtype of the tensors; None takes the patch's own (`Patch.dtype`). "f16" and "bf16" halve the file
                 and round the values, so the patch that is loaded from it has another identity. "i8" stores factors and
-                entries in a quarter of the bytes of float32, and the other tensors as "f16" does. "f32" keeps the
-                values.
+                entries in a quarter of the bytes of float32, and the other tensors as "f16" does. "i4" stores entries
+                in about a seventh and the rest as "i8" does; entries that were not fitted for it lose by it. "f32"
+                keeps the values.
 
         Raises:
             PatchTargetError: the patch holds no delta and no KV prefix.

@@ -1,8 +1,8 @@
 """The tensors of a patch in memory: as their file stores them, and float32 only while somebody reads their values.
 
-Of many loaded patches few run at a time. So a tensor keeps the bytes that were read from its file, half precision or
-int8 with its scales, and makes float32 values of them whenever they are asked for. A scaled tensor and a sum hold no
-values at all: they hold the tensors that they are made of.
+Of many loaded patches few run at a time. So a tensor keeps the bytes that were read from its file, half precision, or
+int8 or four bits with their scales, and makes float32 values of them whenever they are asked for. A scaled tensor and a
+sum hold no values at all: they hold the tensors that they are made of.
 
 Nobody can change a tensor. The identity of a patch is computed once, so its values must stay what they were.
 """
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .arrays import unchangeable
 from .dtypes import floats, widen
+from .int4 import FourBits, dequantise4
 from .int8 import dequantise
 
 Array = NDArray[np.float32]
@@ -62,38 +63,30 @@ class FileTensor(Tensor):
     """A tensor as a file stores it.
 
     Args:
-        dtype: the dtype in the file, a key of `ITEM_BYTES`.
+        dtype: the dtype in the file, a key of `ITEM_BYTES`. I8 and U8 are numbers without their scales, of which
+            `Int8Tensor` and `Int4Tensor` make values.
         values: the values, in the numpy dtype of `dtypes.stored_view`, in memory that nobody can change.
-        scales: the scales of an int8 tensor; None for every other one.
-        part: the part that an int8 tensor is, a key of `int8.AXES`.
     """
 
-    __slots__ = ("_part", "_scales", "_values", "dtype")
+    __slots__ = ("_values", "dtype")
 
-    def __init__(self, dtype: str, values: NDArray[Any], scales: FileTensor | None = None, part: str = "") -> None:
+    def __init__(self, dtype: str, values: NDArray[Any]) -> None:
         self.shape, self.dtype = values.shape, dtype
-        self._values, self._scales, self._part = values, scales, part
-
-    def scaled_by(self, scales: FileTensor, part: str) -> FileTensor:
-        """Return an int8 tensor together with its scales."""
-        return FileTensor(self.dtype, self._values, scales, part)
+        self._values = values
 
     @property
     def stored(self) -> NDArray[Any]:
-        """The values in the numpy dtype of `dtypes.stored_view`: int8 values without their scales, bfloat16 as bits."""
+        """The values in the numpy dtype of `dtypes.stored_view`: bfloat16 as bits."""
         return self._values
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes in the file, the scales included."""
-        return int(self._values.nbytes) + (0 if self._scales is None else self._scales.nbytes)
+        """The number of bytes in the file."""
+        return int(self._values.nbytes)
 
     def float32(self) -> Array:
         """Return the values as a read-only array; float32 ones are not copied, if they are aligned."""
-        if self._scales is not None:
-            array = dequantise(self._part, self._values, self._scales.float32())
-        else:
-            array = floats(self.dtype, self._values)
+        array = floats(self.dtype, self._values)
         if array is not self._values:
             array.flags.writeable = False
         return array
@@ -106,10 +99,71 @@ class FileTensor(Tensor):
         """Write the values to an array of the tensor's shape, float16 or float32."""
         if self.dtype == "F16" and out.dtype == np.float32:
             widen(self._values, out)
-        elif self._scales is not None and out.dtype == np.float32:
-            dequantise(self._part, self._values, self._scales.float32(), out)
         else:
             super().write(out)
+
+
+class QuantisedTensor(Tensor):
+    """A tensor that a file stores as whole numbers with companions beside it, such as scales.
+
+    Args:
+        shape: the dimensions of the values.
+        part: which part of a patch it is, such as "key".
+        stored: the whole numbers.
+        companions: the tensors beside it.
+    """
+
+    __slots__ = ("_companions", "_part", "_stored")
+
+    def __init__(self, shape: tuple[int, ...], part: str, stored: FileTensor, *companions: FileTensor) -> None:
+        self.shape = shape
+        self._part, self._stored, self._companions = part, stored, companions
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes in the file, the companions included."""
+        return self._stored.nbytes + sum(companion.nbytes for companion in self._companions)
+
+    @abstractmethod
+    def _dequantised(self, out: Array | None) -> Array:
+        """Return the values, in `out` if it is given."""
+
+    def float32(self) -> Array:
+        """Return the values as a read-only array."""
+        return _read_only(self._dequantised(None))
+
+    def write(self, out: NDArray[Any]) -> None:
+        """Write the values to an array of the tensor's shape, float16 or float32."""
+        if out.dtype == np.float32:
+            self._dequantised(out)
+        else:
+            super().write(out)
+
+
+class Int8Tensor(QuantisedTensor):
+    """A tensor of int8 values with its scales (int8.py)."""
+
+    __slots__ = ()
+
+    def __init__(self, part: str, q: FileTensor, scales: FileTensor) -> None:
+        super().__init__(q.shape, part, q, scales)
+
+    def _dequantised(self, out: Array | None) -> Array:
+        (scales,) = self._companions
+        return dequantise(self._part, self._stored.stored, scales.float32(), out)
+
+
+class Int4Tensor(QuantisedTensor):
+    """Entries of four bits with the scales and the zero points of their blocks (int4.py)."""
+
+    __slots__ = ()
+
+    def __init__(self, part: str, packed: FileTensor, scales: FileTensor, zeros: FileTensor) -> None:
+        super().__init__((*packed.shape[:-1], 2 * packed.shape[-1]), part, packed, scales, zeros)
+
+    def _dequantised(self, out: Array | None) -> Array:
+        scales, zeros = self._companions
+        return dequantise4(self._part, FourBits(self._stored.stored, scales.float32(), zeros.stored), out)
 
 
 class ScaledTensor(Tensor):

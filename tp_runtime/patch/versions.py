@@ -4,6 +4,7 @@
     2   also a KV prefix
     3   also int8 tensors, stop strings, a number of entries that differs between layers, and entries that stand in
         front of a system message
+    4   also entries of four bits
 
 The writer takes the lowest version that holds the patch, so older readers still read what they can represent.
 """
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from ..errors import PatchFormatError
 from .names import parse_entry_name
 
-VERSIONS = ("1", "2", "3")
+VERSIONS = ("1", "2", "3", "4")
 
 _AGAIN = "export the patch again with this version of tp-export"
 
@@ -48,12 +49,16 @@ def check_version(where: str, version: str, config: Mapping[str, Any], tensors: 
     """
     prefix = config.get("prefix")
     counts = isinstance(prefix, Mapping) and "counts" in prefix
-    if version == "3":
+    packed = [name for name, tensor in sorted(tensors.items()) if tensor.dtype == "U8"]
+    if packed and version != "4":
+        problem = f"the version does not fit a file with four bits in {packed[0]!r}"
+        raise _misfit(where, problem, repr(version), "'4'")
+    if version in ("3", "4"):
         if "stop" not in config:
-            problem = "a file of version 3 lacks the key `stop`"
+            problem = f"a file of version {version} lacks the key `stop`"
             raise _misfit("config", problem, "no `stop`", "a list of strings, which may be empty")
         if isinstance(prefix, Mapping) and not counts:
-            problem = "a file of version 3 lacks the key `counts`"
+            problem = f"a file of version {version} lacks the key `counts`"
             raise _misfit("config.prefix", problem, ", ".join(prefix) or "no keys", "replaces, position, counts")
         return
     newer = [f"int8 values in {name!r}" for name, tensor in sorted(tensors.items()) if tensor.dtype == "I8"][:1]
@@ -77,13 +82,14 @@ def versioned(config: Mapping[str, Any], tensors: Mapping[str, Described]) -> tu
         tensors: the tensors as they are stored.
     """
     counts = _counts(tensors)
-    newer = config.get("stop") or _before_system(config)
-    if not newer and len(set(counts)) < 2 and all(tensor.dtype != "I8" for tensor in tensors.values()):
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    newer = config.get("stop") or _before_system(config) or dtypes & {"I8", "U8"}
+    if not newer and len(set(counts)) < 2:
         return VERSIONS["prefix" in config], dict(config)
     completed = {**config, "stop": list(config.get("stop", ()))}
     if "prefix" in config:
         completed["prefix"] = {**config["prefix"], "counts": counts}
-    return "3", completed
+    return "4" if "U8" in dtypes else "3", completed
 
 
 def _before_system(config: Mapping[str, Any]) -> bool:

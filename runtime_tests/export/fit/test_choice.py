@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tp_export.fit import ALL, Recipe, Target, default_entries
@@ -19,10 +21,10 @@ class Sized:
 
 
 class Fits:
-    """Fits by formula: a share of 1 - 1 / (1 + entries / 8), and weights close a tenth of what is left."""
+    """Fits by formula: a share of 1 - 1 / (1 + n / 8) for n entries, less in four bits, more with weights."""
 
-    def __init__(self, weights: float = 0.1) -> None:
-        self.weights, self.made = weights, list[Recipe]()
+    def __init__(self, weights: float = 0.1, four_bits: float = 1.0) -> None:
+        self.weights, self.four_bits, self.made = weights, four_bits, list[Recipe]()
 
     def __call__(self, recipe: Recipe) -> Trial:
         self.made.append(recipe)
@@ -30,60 +32,95 @@ class Fits:
         with_weights = recipe.method == "output"
         if with_weights:
             gap += self.weights * (1 - gap)
-        return Trial(recipe, Sized(size_of(recipe.prefix) + 5000 * with_weights), gap)  # type: ignore[arg-type]
+        if recipe.dtype == "i4":
+            gap *= self.four_bits
+        return Trial(recipe, Sized(size_of(recipe.prefix, recipe.dtype) + 5000 * with_weights), gap)  # type: ignore[arg-type]
 
 
-def size_of(entries: int) -> int:
+def size_of(entries: int, dtype: str = "i8") -> int:
     """Return the bytes of a file of entries."""
-    return BYTES * min(entries, CONTEXT)
+    return BYTES * min(entries, CONTEXT) // (2 if dtype == "i4" else 1)
+
+
+def size(dtype: str, entries: int) -> int:
+    """Return the bytes of a file of entries, for the search."""
+    return size_of(entries, dtype)
+
+
+def eight_bits(gap: float | None = None, **options: Any) -> Target:
+    """Return a target whose search has one dtype to choose from."""
+    return Target(gap, dtypes=("i8",), **options)
 
 
 def search(target: Target, fits: Fits) -> Trial:
     """Search with the fit by formula."""
-    return choose(Recipe(), target, CONTEXT, size_of, fits)
+    return choose(Recipe(), target, CONTEXT, size, fits)
 
 
 def test_the_search_finds_the_smallest_file_that_reaches_the_target() -> None:
     fits = Fits()
-    found = search(Target(0.9), fits)
+    found = search(eight_bits(0.9), fits)
     assert found.size == size_of(96)  # 64 entries reach 0.889, and with weights 0.8999
     assert found.gap >= 0.9
     assert len(fits.made) <= 6
 
 
 def test_fewer_entries_with_weights_win_where_they_reach_the_target_in_fewer_bytes() -> None:
-    found = search(Target(0.9), Fits(weights=0.5))
+    found = search(eight_bits(0.9), Fits(weights=0.5))
     assert found.size == size_of(64) + 5000
     assert found.gap >= 0.9
 
 
 def test_all_entries_reach_every_target() -> None:
-    assert search(Target(1.0), Fits()).size == size_of(ALL)
+    assert search(eight_bits(1.0), Fits()).size == size_of(ALL)
 
 
 def test_a_target_that_no_file_of_the_size_reaches_names_the_best_found() -> None:
     with pytest.raises(CalibrationError, match="no file reaches the target") as error:
-        search(Target(0.99, max_bytes=size_of(96)), Fits())
+        search(eight_bits(0.99, max_bytes=size_of(96)), Fits())
     assert error.value.field == "--target"
     assert "0.923 in 96000 bytes" in str(error.value)
     assert "--best" in str(error.value)
 
 
 def test_the_best_file_will_do_if_asked_for() -> None:
-    assert search(Target(0.99, max_bytes=size_of(96), best=True), Fits()).size == size_of(96)
+    assert search(eight_bits(0.99, max_bytes=size_of(96), best=True), Fits()).size == size_of(96)
 
 
 def test_a_size_without_a_target_takes_as_many_entries_as_fit() -> None:
-    assert most_entries(CONTEXT, size_of, Target(max_bytes=size_of(37))) == 37
-    assert most_entries(CONTEXT, size_of, Target(max_bytes=123_456)) == 123
-    assert most_entries(CONTEXT, size_of, Target(max_bytes=size_of(CONTEXT))) == ALL
+    for size_in_bytes, entries in {size_of(37): 37, 123_456: 123, size_of(CONTEXT): ALL}.items():
+        found = most_entries(Recipe(), CONTEXT, size, eight_bits(max_bytes=size_in_bytes))
+        assert (found.method, found.prefix, found.dtype) == ("prefix", entries, "i8")
+
+
+@pytest.mark.parametrize(
+    ("most", "entries", "dtype"),
+    [(size_of(37), 74, "i4"), (size_of(CONTEXT) // 2, ALL, "i4"), (size_of(390), ALL, "i4"), (size_of(ALL), ALL, "i8")],
+)
+def test_a_size_without_a_target_takes_eight_bits_where_all_entries_fit_and_otherwise_four(
+    most: int, entries: int, dtype: str
+) -> None:
+    found = most_entries(Recipe(), CONTEXT, size, Target(max_bytes=most))
+    assert (found.prefix, found.dtype) == (entries, dtype)
+
+
+def test_the_search_takes_four_bits_first() -> None:
+    found = search(Target(0.9), Fits())
+    assert (found.recipe.prefix, found.recipe.dtype) == (96, "i4")
+
+
+def test_the_search_goes_on_in_eight_bits_where_four_do_not_reach_the_target() -> None:
+    fits = Fits(weights=0.0, four_bits=0.95)
+    found = search(Target(0.96), fits)
+    assert (found.recipe.prefix, found.recipe.dtype) == (256, "i8")
+    assert all(recipe.prefix > 200 for recipe in fits.made if recipe.dtype == "i8")  # fewer are no larger than i4
 
 
 def test_a_size_below_the_smallest_file_is_refused() -> None:
     with pytest.raises(CalibrationError, match="nothing that small"):
-        most_entries(CONTEXT, size_of, Target(max_bytes=100))
+        most_entries(Recipe(), CONTEXT, size, eight_bits(max_bytes=100))
     with pytest.raises(CalibrationError, match="nothing that small"):
-        search(Target(0.5, max_bytes=100), Fits())
+        search(eight_bits(0.5, max_bytes=100), Fits())
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])

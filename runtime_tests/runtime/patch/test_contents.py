@@ -39,10 +39,12 @@ def test_a_wrong_type_in_the_config_is_refused(tmp_path):
     malformed(tmp_path, tensors(metadata={**METADATA, "config": config}), r"config\.ridge.*got str; wanted a number")
 
 
-@pytest.mark.parametrize("version", ["4", "0", "1.0", "", 1, None])
+@pytest.mark.parametrize("version", ["5", "0", "1.0", "", 1, None])
 def test_an_unknown_version_is_refused(tmp_path, version):
     metadata = {**METADATA, "version": version, "new": "thing"}
-    refused(tmp_path, tensors(metadata=metadata), PatchVersionError, r"unknown version.*wanted '1' \| '2' \| '3'")
+    refused(
+        tmp_path, tensors(metadata=metadata), PatchVersionError, r"unknown version.*wanted '1' \| '2' \| '3' \| '4'"
+    )
 
 
 def test_an_unknown_metadata_key_is_refused(tmp_path):

@@ -18,13 +18,14 @@ from tp_runtime.patch import KVPrefix, Patch
 FUZZ = settings(max_examples=250, deadline=None)
 
 
-@pytest.fixture(scope="module", params=["weights in f16", "weights and entries in int8"])
+@pytest.fixture(scope="module", params=["weights in f16", "weights and entries in i8", "weights and entries in i4"])
 def valid(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "p.safetensors"
     patch = random_patch(layers=1, ranks=2, inputs=4, outputs=3, sites=("gate", "mlp_out"))
-    if request.param.endswith("int8"):
+    dtype = request.param.rpartition(" ")[2]
+    if dtype != "f16":
         patch = Patch(patch.deltas, random_config(stop=("\n",)), KVPrefix(arrays(layers=1), (1, 2), 5))
-    patch.save(path, "i8" if request.param.endswith("int8") else "f16")
+    patch.save(path, dtype)
     return path.read_bytes()
 
 

@@ -247,18 +247,22 @@ def test_int8_without_its_scales_is_refused(tmp_path: Path, name: str) -> None:
     refused(tmp_path, content, PatchFormatError, f"the int8 tensor has no scales; got no such tensor; wanted '{name}'")
 
 
-def test_scales_without_int8_are_refused(tmp_path: Path) -> None:
+def test_scales_without_their_tensor_are_refused(tmp_path: Path) -> None:
     content = changed(tmp_path, A, "F16", [12, 4], bytes(96))
-    refused(tmp_path, content, PatchFormatError, f"{A_SCALE}: there are scales, but their tensor is not int8; got F16")
+    refused(
+        tmp_path, content, PatchFormatError, f"{A_SCALE}: there are scales, but their tensor is not quantised; got F16"
+    )
     content = changed(tmp_path, KEY, None)
-    refused(tmp_path, content, PatchFormatError, "there are scales, but their tensor is not int8; got no such tensor")
+    refused(
+        tmp_path, content, PatchFormatError, "there are scales, but their tensor is not quantised; got no such tensor"
+    )
 
 
 @pytest.mark.parametrize("name", [A_SCALE, KEY_SCALE])
 def test_scales_in_a_file_without_int8_are_refused(tmp_path: Path, name: str) -> None:
     metadata, parts = unpacked(saved(tmp_path, None, "f16"))
     parts[name] = ("F16", [4], bytes(8))
-    refused(tmp_path, packed(metadata, parts), PatchFormatError, "there are scales, but their tensor is not int8")
+    refused(tmp_path, packed(metadata, parts), PatchFormatError, "there are scales, but their tensor is not quantised")
 
 
 @pytest.mark.parametrize("name", [BIAS, MEAN])
