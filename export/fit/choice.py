@@ -20,6 +20,7 @@ from .recipe import ALL, Recipe
 
 WHOLE = 192  # tokens: a context up to this length keeps all its entries, which is exact and still a small file
 _LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_NEARLY_ALL = 0.75  # of the entries: in int8 they lose less than all of them do in four bits (docs/fidelity.md)
 _RANK = 4  # of the weights that are tried beside fewer entries
 
 
@@ -143,21 +144,24 @@ def _ladder(recipe: Recipe, target: Target, context: int, size_of: SizeOf) -> li
 def most_entries(recipe: Recipe, context: int, size_of: SizeOf, target: Target) -> Recipe:
     """Return the recipe of the best file of entries that has at most the bytes of a target.
 
-    It has all entries in the last dtype in which they fit; otherwise as many as fit in the first one.
+    A later dtype of the target is taken where nearly all entries fit in it, and otherwise the first one, with as many
+    as fit.
 
     Raises:
         CalibrationError: a file of one entry is larger.
     """
-    most = target.max_bytes
-    recipe = replace(recipe, method="prefix", prefix=ALL)
-    for dtype in reversed(target.dtypes):
-        if most is None or size_of(dtype, ALL) <= most:
-            return replace(recipe, dtype=dtype)
-    dtype = target.dtypes[0]
-    count = _first(context, lambda count: most is not None and size_of(dtype, count + 1) > most)
-    if not count:
+
+    def fitting(dtype: str) -> int:
+        most = target.max_bytes
+        return context if most is None else _first(context, lambda count: size_of(dtype, count + 1) > most)
+
+    found = {dtype: fitting(dtype) for dtype in target.dtypes}
+    if not any(found.values()):
         raise _unreachable(target, None)
-    return replace(recipe, prefix=count, dtype=dtype)
+    nearly = [dtype for dtype in target.dtypes[1:] if found[dtype] >= _NEARLY_ALL * context]
+    dtype = nearly[-1] if nearly else target.dtypes[0]
+    prefix = ALL if found[dtype] == context else found[dtype]
+    return replace(recipe, method="prefix", prefix=prefix, dtype=dtype)
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:

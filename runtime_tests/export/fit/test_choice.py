@@ -95,9 +95,15 @@ def test_a_size_without_a_target_takes_as_many_entries_as_fit() -> None:
 
 @pytest.mark.parametrize(
     ("most", "entries", "dtype"),
-    [(size_of(37), 74, "i4"), (size_of(CONTEXT) // 2, ALL, "i4"), (size_of(390), ALL, "i4"), (size_of(ALL), ALL, "i8")],
+    [
+        (size_of(37), 74, "i4"),
+        (size_of(200), ALL, "i4"),
+        (size_of(299), ALL, "i4"),
+        (size_of(300), 300, "i8"),
+        (size_of(ALL), ALL, "i8"),
+    ],
 )
-def test_a_size_without_a_target_takes_eight_bits_where_all_entries_fit_and_otherwise_four(
+def test_a_size_without_a_target_takes_eight_bits_where_nearly_all_entries_fit_and_otherwise_four(
     most: int, entries: int, dtype: str
 ) -> None:
     found = most_entries(Recipe(), CONTEXT, size, Target(max_bytes=most))
