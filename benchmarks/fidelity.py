@@ -59,20 +59,21 @@ def task(name: str, new_tokens: int, inputs: int, recipes: tuple[Recipe, ...] = 
 
 SHORT = {"max_new_tokens": 8}
 INT4 = {"student_precision": "int4"}
+FOUR_BITS = {"dtype": "i4"}  # 90, 184 and 360 entries take the bytes of 48, 96 and 192 in int8
 CASES = (
     Case("persona", "smollm2", DEMO / "pirate.txt", None, DEMO / "held-out.txt", (entries(ALL), weights())),
     Case("french", "smollm2", HERE / "french.txt", None, DEMO / "held-out.txt", (entries(ALL), weights())),
     Case("facts", "smollm2", HERE / "facts.txt", HERE / "facts-queries.txt", HERE / "facts-held-out.jsonl", (
-        entries(24), entries(48), entries(ALL), weights(),
+        entries(48), entries(90, **FOUR_BITS), entries(ALL, **FOUR_BITS), entries(ALL), weights(),
     )),
     # The model wrote these queries itself: tp-export questions SMOLLM2 policy.txt policy-queries.txt --rounds 4
     Case("policy", "smollm2", HERE / "policy.txt", HERE / "policy-queries.txt", HERE / "policy-held-out.txt", (
-        entries(48), entries(96), entries(192), entries(96, dtype="f16"), weights(prefix=96, samples=1),
-        weights(samples=1), entries(96, restate=False),
+        entries(48), entries(96), entries(192), entries(90, **FOUR_BITS), entries(184, **FOUR_BITS),
+        entries(360, **FOUR_BITS), weights(prefix=96, samples=1), weights(samples=1), entries(96, restate=False),
     ), 80),
     Case("handbook", "smollm2", HERE / "handbook.txt", HERE / "handbook-queries.txt",
          HERE / "handbook-held-out.jsonl", (
-        entries(96), entries(192), entries(384), weights(samples=1),
+        entries(192), entries(360, **FOUR_BITS), weights(samples=1),
     ), 80),
     *task("events", 50, 100),
     *task("home", 16, 100),
