@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_runtime.errors import BaseMismatchError, CalibrationError
 
-from .options import (
-    add_answer_length,
-    add_context_options,
-    add_device_options,
-    add_source,
-    add_stop,
-    add_system_messages,
-    check_patch_file,
-    given,
-    load_weights,
-    read_any_context,
-    read_context,
-    require_at_least,
-    require_folder_of,
-    stop_strings,
-    system_messages,
-)
+from .options import load_weights, read_any_context, read_context, stop_strings, system_messages
+from .patch_checks import check_arguments
 from .patch_many import add_many_options, run_many
+from .patch_options import HELD_OUT, RANK, add_fit_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,10 +22,7 @@ if TYPE_CHECKING:
     from ..rollout import PromptPair
     from ..source import Source
 
-_CALIBRATION_QUERIES = 64
-_HELD_OUT = 16
 _SEED = 0
-_RANK = 16
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,151 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "one is compacted. The fidelity is measured on queries that are held out of the fit. The command prints the "
         "path of the file.",
     )
-    add_source(parser)
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
-    add_context_options(parser)
-    add_device_options(parser)
-    parser.add_argument(
-        "--queries",
-        type=Path,
-        metavar="FILE",
-        help="a file of queries, one per line, or a .json or .jsonl file (default: the built-in questions, and for a "
-        "long prompt of a chat model as many that the model writes about it)",
-    )
-    parser.add_argument(
-        "--held-out", type=Path, metavar="FILE", help="a file of queries to measure on, instead of --holdout"
-    )
-    parser.add_argument(
-        "--holdout",
-        type=int,
-        metavar="N",
-        help=f"how many queries are held out of the fit (default {_HELD_OUT}); with --held-out, how many of its first "
-        "queries are measured (default: all)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=_CALIBRATION_QUERIES,
-        metavar="N",
-        help=f"the largest number of queries to fit on (default {_CALIBRATION_QUERIES})",
-    )
-    parser.add_argument(
-        "--method",
-        choices=("vector", "output", "matrix", "lora", "prefix", "isotropic"),
-        help="the form of the weights (default: output with --rank, otherwise prefix); output gives weights alone "
-        "unless --prefix adds entries: such a patch has any strength, adds to every other patch and travels to other "
-        "formats; a lora patch is added to the output of the MLP's last linear layer, for the LoRA export of "
-        "Gemma-like models; a prefix patch has entries and no weights, see --prefix; isotropic is a baseline for "
-        "comparison",
-    )
-    parser.add_argument(
-        "--no-bias",
-        action="store_true",
-        help="with --method lora: fit a pair of factors without a bias, for engines whose LoRA has no bias (vLLM) and "
-        "for merging",
-    )
-    parser.add_argument(
-        "--first-layer",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave the layers below N unpatched (default 0); control vectors of llama.cpp begin at layer 1",
-    )
-    parser.add_argument("--rank", type=int, help="the rank of each pair of factors (default 16 where there are any)")
-    parser.add_argument(
-        "--ridge",
-        type=float,
-        help="the ridge of the weights, relative to the mean diagonal of the Gram matrix (default 1)",
-    )
-    parser.add_argument(
-        "--prefix",
-        type=_entries,
-        metavar="N",
-        help="compact the prompt to N key/value entries for each head of a layer, on average over the layers; `all` "
-        "keeps every entry, which is exact; 0 gives weights alone",
-    )
-    parser.add_argument(
-        "--before-system",
-        action="store_true",
-        help="let the prompt stand in front of a system message that every request has of its own, with a blank line "
-        "between them, not in place of one",
-    )
-    add_system_messages(parser, "with --before-system built-in messages")
-    parser.add_argument(
-        "--target",
-        type=float,
-        metavar="SHARE",
-        help="find the smallest file that reaches this share of the prompt's effect, such as 0.95, on a part of the "
-        "calibration queries that is kept for the choice",
-    )
-    parser.add_argument(
-        "--max-bytes",
-        type=_size,
-        metavar="SIZE",
-        help="the largest size of the file, such as 2MB; without --target the best file of that size",
-    )
-    parser.add_argument(
-        "--best", action="store_true", help="write the best file that was found if none reaches --target"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("i4", "i8", "f16", "bf16", "f32"),
-        help="the dtype of entries and factors in the file (default: i8, with scales, which costs at most 0.002 of the "
-        "prompt's effect; with --target or --max-bytes i4 or i8, whichever serves better). i4 holds twice as many "
-        "entries in the same bytes, fitted for it; factors are i8 beside them",
-    )
-    parser.add_argument(
-        "--no-restating",
-        action="store_true",
-        help="fit the answers to the queries only; otherwise a long prompt of a chat model is repeated and echoed too, "
-        "so that the fit sees all of it",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=2,
-        metavar="N",
-        help="the number of answers to each query to fit on; one is greedy and the others are sampled (default 2)",
-    )
-    add_answer_length(parser)
-    add_stop(parser, "none; the file remembers it, and the runtime stops there too")
-    parser.add_argument(
-        "--rollouts",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="store the teacher's answers in this file, and reuse those that it already has",
-    )
-    parser.add_argument(
-        "--save-queries",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="save the queries that the patch is fitted on, which the model writes in part, in this new file: for "
-        "--queries here, and for --calibration of tp-export report",
-    )
-    parser.add_argument(
-        "--refine",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="improve the closed form by this many gradient steps on the same parameters (default 0)",
-    )
-    parser.add_argument(
-        "--student-precision",
-        default="fp32",
-        metavar="PRECISION",
-        help="fit on the base as an export of this precision computes it (int8, int4, int4-rtn, ...), so that the "
-        "patch also repairs what quantisation costs; without a prompt the patch is only a repair (default: fp32, for "
-        "every precision)",
-    )
-    parser.add_argument(
-        "--student",
-        type=Path,
-        metavar="FOLDER",
-        help="fit behind the weights of this exported folder: as --student-precision with its precision, but with "
-        "exactly its weights, which a calibrated precision (int4-gptq) does not give again on every machine",
-    )
-    parser.add_argument("--name", help="the name of the patch (default: the file's name)")
-    parser.add_argument("--store-prompt", action="store_true", help="store the prompt's text in the patch file")
+    add_fit_options(parser)
     add_many_options(parser)
     parser.set_defaults(run=run)
 
@@ -227,7 +64,7 @@ def fit_one(args: argparse.Namespace) -> int:
 
     folder = None if args.student is None else _student_folder(args)
     check_precision(args.student_precision)
-    _check(args)  # bad arguments are found before the minutes of work
+    check_arguments(args)  # bad arguments are found before the minutes of work
     stop = stop_strings(args.stop)
     systems = system_messages(args, args.before_system, "--before-system")
     target = None
@@ -240,7 +77,7 @@ def fit_one(args: argparse.Namespace) -> int:
     if args.held_out is not None:
         fitted, held_out = queries[: args.limit], load_questions(args.held_out)[: args.holdout]
     else:
-        kept = _HELD_OUT if args.holdout is None else args.holdout
+        kept = HELD_OUT if args.holdout is None else args.holdout
         fitted, held_out = split_holdout(queries[: args.limit + kept], kept, _SEED)
     held_out_file = args.held_out or args.queries
     answers = {} if held_out_file is None else load_answers(held_out_file)
@@ -325,7 +162,7 @@ def _recipe(
     ridge = 1.0 if args.ridge is None else args.ridge
     return Recipe(
         method=method,
-        settings=Settings(args.rank or _RANK, ridge, args.first_layer, not args.no_bias),
+        settings=Settings(args.rank or RANK, ridge, args.first_layer, not args.no_bias),
         prefix=prefix,
         dtype=args.dtype or "i8",
         restate=not args.no_restating,
@@ -383,89 +220,3 @@ def _with_own_questions(
             file=sys.stderr,
         )
     return [*own, *fitted[: len(fitted) - len(own)]]
-
-
-def _entries(text: str) -> int:
-    """Return the number of entries that --prefix names."""
-    from ..fit import ALL
-
-    if text == "all":
-        return ALL
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of entries, or all")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    """Return the number of bytes that --max-bytes names, with the decimal units kB, MB and GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 500kB or 2MB")
-    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
-
-
-def _check(args: argparse.Namespace) -> None:
-    from tp_runtime.storage import check_output_file
-
-    inputs = given(args.src, args.prompt_file, args.queries, args.held_out, args.rollouts)
-    check_patch_file(args.out, [*inputs, *given(args.save_queries)])
-    if args.save_queries is not None:
-        if args.save_queries.suffix.lower() != ".jsonl":
-            raise CalibrationError(
-                "the queries are saved as lines of JSON",
-                field="--save-queries",
-                got=str(args.save_queries),
-                wanted="a name that ends in .jsonl",
-            )
-        require_folder_of("--save-queries", args.save_queries)
-        # As with tp-export questions no file is replaced: nothing in it tells whose it is.
-        check_output_file(args.save_queries, inputs=inputs)
-    at_least = (
-        ("--rank", _RANK if args.rank is None else args.rank, 1),
-        ("--limit", args.limit, 1),
-        ("--holdout", _HELD_OUT if args.holdout is None else args.holdout, 0),
-        ("--prefix", 1 if args.prefix is None else args.prefix, 1 if args.method == "prefix" else 0),
-        ("--samples", args.samples, 1),
-        ("--refine", args.refine, 0),
-        ("--first-layer", args.first_layer, 0),
-        ("--max-new-tokens", args.max_new_tokens, 1),
-    )
-    for field, value, least in at_least:
-        require_at_least(field, value, least)
-    if args.target is not None or args.max_bytes is not None:
-        chosen = (
-            ("--prefix", args.prefix),
-            ("--rank", args.rank),
-            ("--method", args.method),
-            ("--first-layer", args.first_layer or None),
-            ("--refine", args.refine or None),
-        )
-        for field, value in chosen:
-            if value is not None:
-                raise CalibrationError(
-                    "the search chooses this itself",
-                    field=field,
-                    got=value,
-                    wanted="nothing beside --target or --max-bytes",
-                    fix=f"leave {field} out, or leave the search out",
-                )
-    if args.best and args.target is None:
-        raise CalibrationError("there is no search whose best could be taken", field="--best", wanted="--target")
-    if args.ridge is not None and not 0 <= args.ridge < float("inf"):
-        raise CalibrationError(
-            "the ridge is negative or not finite", field="--ridge", got=args.ridge, wanted="a finite number >= 0"
-        )
-    if args.refine and args.method == "prefix":
-        raise CalibrationError(
-            "the patch has no weights to refine", field="--refine", got=args.refine, wanted="0 with --method prefix"
-        )
-    if args.rollouts is not None:
-        require_folder_of("--rollouts", args.rollouts)
-    if args.refine and args.offload:
-        raise CalibrationError(
-            "gradient steps need all layers in memory", field="--refine", got=args.refine, wanted="0 with --offload"
-        )
-    if args.no_bias and args.method != "lora":
-        raise CalibrationError(
-            "only --method lora can leave out the bias", field="--no-bias", got=args.method, wanted="--method lora"
-        )
