@@ -135,7 +135,10 @@ def _fitted(
         name = f"{plan.series}, {plan.label}"
         try:
             patch = make_patch(
-                *(setup.source, setup.model, subject.context, subject.fitted, [], plan.recipe), name=name, store=store
+                *(setup.source, setup.model, subject.context, subject.fitted, [], plan.recipe),
+                name=name,
+                store=store,
+                systems=subject.systems,
             )
         except (CalibrationError, PatchError) as error:  # the model or the context may not allow this form
             missing.append(f"{name}: {error}")
@@ -158,13 +161,14 @@ def _patch_candidate(
 
 def _shorter(setup: Setup, subject: Subject, held: Sequence[Dialogue], known: Known) -> Iterator[_Candidate]:
     """Yield a candidate for each shorter prompt."""
-    render, base = setup.source.codec.render, TorchStudent(setup.model)
+    own, base = setup.asked(subject), TorchStudent(setup.model)
     for label, context in shorter_prompts(subject.context).items():
+        asked = replace(own, context=context)
         prompts = {
-            dialogue.student_prompt: tuple(render(query, context))
+            dialogue.student_prompt: tuple(asked.teacher(query))
             for dialogue, query in zip(held, subject.queries, strict=True)
         }
         tokens = len(prompts[held[0].student_prompt]) - len(held[0].student_prompt)
-        asked = [render(query, context) for query in known.queries]
+        questions = [asked.teacher(query) for query in known.queries]
         arm = ShorterPromptArm(base, prompts)
-        yield _Candidate((SHORTER, label, "", None, tokens), arm, setup.in_torch(subject, None), asked)
+        yield _Candidate((SHORTER, label, "", None, tokens), arm, setup.in_torch(subject, None), questions)

@@ -364,7 +364,9 @@ def test_the_page_states_that_the_prompt_has_no_effect_on_the_first_token(report
 
 
 def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
-    found = running.measure_turns(open_source(tiny_gemma), model, PIRATE, Patch.load(files[0]), QUERIES, ["Why?"], 8)
+    source = open_source(tiny_gemma)
+    asked = Prompting(source.codec, PIRATE)
+    found = running.measure_turns(source, model, asked, Patch.load(files[0]), QUERIES, ["Why?"], 8)
     assert found.turns == [] and "it has no chat turns" in found.why_not
 
 
