@@ -276,7 +276,8 @@ class Point:
     Attributes:
         series: one of SERIES.
         label: what distinguishes the point in its series, such as "r16", "48" (entries per head) or "2 of 8 lines".
-        dtype: the dtype of the tensors in the file, "f16" or "i8"; "" for a shorter prompt.
+        dtype: the dtype of the tensors in the file, "f16", "i8" or "i4"; "" for a shorter prompt and for the patch of
+            the report.
         bytes: the bytes of the patch file; None for a shorter prompt, which needs none.
         context_tokens: the keys and values that each session holds beyond a session with no prompt, in tokens: an
             entry in every layer counts as one.
