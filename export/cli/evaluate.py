@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
+    MEASURED_BEHIND,
     add_answer_length,
     add_context_options,
     add_device_options,
@@ -18,11 +19,11 @@ from .options import (
     check_measurable,
     load_weights,
     open_graph,
+    patch_system_messages,
     read_any_context,
     read_context,
     require_at_least,
     stop_strings,
-    system_messages,
 )
 
 
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_answer_length(parser)
     add_stop(parser, "the stop strings in the patch file")
-    add_system_messages(parser, "for entries made with --before-system the built-in messages; for others none")
+    add_system_messages(parser, MEASURED_BEHIND)
     parser.add_argument(
         "--runtime",
         type=Path,
@@ -85,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     patch = Patch.load(args.patch)
     stop = stop_strings(args.stop, patch)
-    # Entries say where they stand. Weights do not, so given messages say that these were fitted behind some.
-    before_system = args.system_messages is not None if patch.prefix is None else patch.prefix.before_system
-    systems = system_messages(args, before_system, "a patch that was made with --before-system")
+    systems = patch_system_messages(args, patch)
     # A patch that only repairs a quantised base has no prompt, so it is compared with the float32 base.
     context = read_any_context(args) if patch.config.context_digest == "" else read_context(args)
     queries, known = load_questions(args.queries), load_answers(args.queries)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..queries import SystemMessages
     from ..source import Source
 
+# The system messages of queries on which a patch is measured, without --system-messages.
+MEASURED_BEHIND = "for entries made with --before-system the built-in messages; for others none"
 
 # -- arguments -------------------------------------------------------------------------------------------------
 
@@ -214,6 +216,18 @@ def system_messages(args: argparse.Namespace, before_system: bool, wanted: str) 
             wanted=f"{wanted} beside it",
         )
     return None
+
+
+def patch_system_messages(args: argparse.Namespace, patch: Patch) -> SystemMessages | None:
+    """Return the system messages that queries have of their own where a patch is measured; None if they have none.
+
+    Entries say where they stand. Weights do not, so given messages say that these were fitted behind some.
+
+    Raises:
+        CalibrationError: see `system_messages`.
+    """
+    before_system = args.system_messages is not None if patch.prefix is None else patch.before_system
+    return system_messages(args, before_system, "a patch that was made with --before-system")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

@@ -10,13 +10,17 @@ from typing import Any, TypeVar
 from tp_runtime.errors import CalibrationError, PatchFormatError
 
 from .options import (
+    MEASURED_BEHIND,
     add_answer_length,
     add_device_option,
     add_source,
     add_stop,
+    add_system_messages,
     check_measurable,
+    given,
     load_weights,
     open_graph,
+    patch_system_messages,
     read_prompt_file,
     require_at_least,
     require_folder_of,
@@ -78,6 +82,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--store", action="store_true", help="store a summary in the descriptions of the patch files")
     add_answer_length(parser)
     add_stop(parser, "the stop strings in each patch file")
+    add_system_messages(parser, MEASURED_BEHIND)
     parser.add_argument(
         "--long",
         type=int,
@@ -138,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--long", args.long, 0)
     require_folder_of("-o", args.output)
     prompt_files = [prompt for prompt in args.prompts or [] if isinstance(prompt, Path)]
-    texts = [*prompt_files, *args.queries, *(args.calibration or [])]
+    texts = [*prompt_files, *args.queries, *(args.calibration or []), *given(args.system_messages)]
     check_output_file(args.output, PAGE, [args.src, *args.patches, *texts])
     if args.store:
         for file in args.patches:
@@ -157,16 +162,8 @@ def run(args: argparse.Namespace) -> int:
         check_measurable(patch, file.name, context, held, source, graph)
         known = fitted_queries(patch, load_questions(fitted))
         stop = stop_strings(args.stop, patch)
-        subjects.append(Subject(patch, file, context, held, known, load_answers(held_out), stop))
-    for file, subject in zip(args.patches, subjects, strict=True):
-        if subject.patch.before_system:
-            raise CalibrationError(
-                f"the page asks queries without a system message, but {BEFORE_SYSTEM}",
-                field="PATCH",
-                got=str(file),
-                wanted="a patch that was made without --before-system",
-                fix="measure it with tp-export evaluate",
-            )
+        systems = patch_system_messages(args, patch)
+        subjects.append(Subject(patch, file, context, held, known, load_answers(held_out), stop, systems))
     if len({subject.patch.identity for subject in subjects}) < count:
         raise PatchFormatError("the same patch is given twice", field="PATCH", got=", ".join(map(str, args.patches)))
     if sum(subject.patch.prefix is not None for subject in subjects) > 1:
@@ -176,6 +173,15 @@ def run(args: argparse.Namespace) -> int:
             got=", ".join(map(str, args.patches)),
             wanted="at most one patch with entries",
             fix="make a page for each patch",
+        )
+    alone = [str(subject.file) for subject in subjects if subject.systems is None]
+    if alone and len(alone) < count:  # without the option; given messages are those of every patch
+        raise CalibrationError(
+            f"this page asks the queries of each patch under the sum of its patches, but {BEFORE_SYSTEM}",
+            field="--system-messages",
+            got=f"none, so that the queries of {', '.join(alone)} have no system message",
+            wanted="a file of system messages for the queries of every patch",
+            fix="pass it if all patches were made with --before-system, or make a page for each patch",
         )
     model = load_weights(source, args)
     setup = Setup(source, model, graph, args.max_new_tokens, args.long, methods, frontier, ranks)

@@ -30,7 +30,7 @@ from ..fit import (
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
 from ..queries import query_digest
-from ..rollout import Context, Dialogue, Prompting, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from .figures import Baseline, Fits
 from .setup import Setup, Subject
 
@@ -114,7 +114,7 @@ def _calibration(setup: Setup, subject: Subject, store: RolloutStore) -> list[Di
     made = config.calibration or {}
     limit, samples = int(made.get("max_new_tokens", setup.max_new_tokens)), int(made.get("samples", 1))
     model, queries = setup.model, subject.fitted
-    asked = Prompting(setup.source.codec, subject.context)
+    asked = setup.asked_fitted(subject)
     context = Context.of(model, asked, asked.pairs(queries))
     options: dict[str, Any] = {"samples": samples, "stop": config.stop, "cached": context.cached, "store": store}
     dialogues = dialogues_for(model, asked, queries, limit, **options)

@@ -219,7 +219,8 @@ class Turns:
         dialogues: the number of dialogues.
         limit: the largest number of tokens of an answer.
         turns: the figures of each turn.
-        shown: one dialogue in full, as (role, text) of each message, by variant.
+        shown: one dialogue in full, as (role, text) of each message, by variant. A system message is the dialogue's
+            own; the prompt is not shown.
         why_not: the reason why turns are missing; empty if none is missing.
     """
 
@@ -275,7 +276,8 @@ class Point:
     Attributes:
         series: one of SERIES.
         label: what distinguishes the point in its series, such as "r16", "48" (entries per head) or "2 of 8 lines".
-        dtype: the dtype of the tensors in the file, "f16" or "i8"; "" for a shorter prompt.
+        dtype: the dtype of the tensors in the file, "f16", "i8" or "i4"; "" for a shorter prompt and for the patch of
+            the report.
         bytes: the bytes of the patch file; None for a shorter prompt, which needs none.
         context_tokens: the keys and values that each session holds beyond a session with no prompt, in tokens: an
             entry in every layer counts as one.
@@ -310,7 +312,8 @@ class PatchReport:
     `prompt_tokens` is the number of tokens of the prompt's text. `added_tokens` is the number of tokens by which a
     session with the prompt is longer than one without. It is smaller than `prompt_tokens` if the chat template has a
     default system text that the prompt replaces. `entries` has the different numbers of KV entries per head that layers
-    have, and is empty for a patch of weights. `known_answers` is the number of held-out queries whose answers are
+    have, and is empty for a patch of weights. `systems` has the system messages that queries have of their own, and is
+    empty if the prompt stands in place of one. `known_answers` is the number of held-out queries whose answers are
     known.
     """
 
@@ -325,6 +328,7 @@ class PatchReport:
     file_bytes: int
     created: str | None
     prompt: str
+    systems: list[str]
     prompt_tokens: int
     added_tokens: int
     queries: int

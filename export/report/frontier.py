@@ -1,8 +1,9 @@
 """The prompt's effect against what it costs: bytes in a file, or tokens of context in every session.
 
 The points are planned as data first: which patches are to be fitted, with which recipe, and which shorter prompts stand
-beside them. Every patch is fitted in the same run on the same queries as the patch of the report, saved in each dtype,
-and measured as it is read back, so the bytes are those on disk and the figures include the rounding.
+beside them. Every patch is fitted in the same run on the same queries as the patch of the report, saved in each dtype
+that it was fitted for, and measured as it is read back, so the bytes are those on disk and the figures include the
+rounding. Entries of four bits are a fit of their own, because the fit knows how coarse they are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .known import Known
 from .setup import Setup, Subject
 from .shorter import ShorterPromptArm, shorter_prompts
 
-_DTYPES = ("f16", "i8")  # of the files; the fit rounds to the first
+_DTYPES = ("f16", "i8")  # of the files of a fit for the first; entries lose little more in int8
+_FOUR_BITS = "i4"  # of the file of a fit for it
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Planned:
     series: str
     label: str
     recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """What the fit is called where it cannot be made."""
+        return ", ".join([self.series, self.label, *(["4 bits"] if self.recipe.dtype == _FOUR_BITS else [])])
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the files that the patch is saved in, a point for each."""
+        return (_FOUR_BITS,) if self.recipe.dtype == _FOUR_BITS else _DTYPES
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class _Candidate:
 def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new_tokens: int) -> list[Planned]:
     """Return the patches to fit: weights alone, entries alone, both, and the exact cache.
 
+    Entries alone and the exact cache are fitted once more for a file of four bits.
+
     Args:
         like: the patch of the report. The fits have its ridge, its stop strings and its number of answers to each
             query, and both has its rank; the form of the weights is `output`.
@@ -80,14 +94,15 @@ def plan_fits(like: Patch, ranks: Sequence[int], entries: Sequence[int], max_new
         max_new_tokens=int(made.get("max_new_tokens", max_new_tokens)),
     )
     alone = replace(weights, method="prefix")
+    coarse = replace(alone, dtype=_FOUR_BITS)
     return [
         *(
             Planned(WEIGHTS, f"r{rank}", replace(weights, settings=replace(settings, rank=rank)))
             for rank in ranks or (settings.rank,)
         ),
-        *(Planned(ENTRIES, f"{count}", replace(alone, prefix=count)) for count in entries),
+        *(Planned(ENTRIES, f"{count}", replace(one, prefix=count)) for one in (alone, coarse) for count in entries),
         *(Planned(BOTH, f"{count} + r{settings.rank}", replace(weights, prefix=count)) for count in entries),
-        Planned(EXACT, "all", replace(alone, prefix=ALL)),
+        *(Planned(EXACT, "all", replace(one, prefix=ALL)) for one in (alone, coarse)),
     ]
 
 
@@ -132,15 +147,17 @@ def _fitted(
         missing.append(f"the fits: {NOT_FOUND}")
         return
     for plan in plan_fits(subject.patch, setup.ranks, setup.frontier, setup.max_new_tokens):
-        name = f"{plan.series}, {plan.label}"
         try:
             patch = make_patch(
-                *(setup.source, setup.model, subject.context, subject.fitted, [], plan.recipe), name=name, store=store
+                *(setup.source, setup.model, subject.context, subject.fitted, [], plan.recipe),
+                name=plan.name,
+                store=store,
+                systems=subject.systems,
             )
         except (CalibrationError, PatchError) as error:  # the model or the context may not allow this form
-            missing.append(f"{name}: {error}")
+            missing.append(f"{plan.name}: {error}")
             continue
-        for dtype in _DTYPES:
+        for dtype in plan.dtypes:
             file = folder / "point.safetensors"
             patch.save(file, dtype)
             yield _patch_candidate(
@@ -158,13 +175,14 @@ def _patch_candidate(
 
 def _shorter(setup: Setup, subject: Subject, held: Sequence[Dialogue], known: Known) -> Iterator[_Candidate]:
     """Yield a candidate for each shorter prompt."""
-    render, base = setup.source.codec.render, TorchStudent(setup.model)
+    own, base = setup.asked(subject), TorchStudent(setup.model)
     for label, context in shorter_prompts(subject.context).items():
+        asked = replace(own, context=context)
         prompts = {
-            dialogue.student_prompt: tuple(render(query, context))
+            dialogue.student_prompt: tuple(asked.teacher(query))
             for dialogue, query in zip(held, subject.queries, strict=True)
         }
         tokens = len(prompts[held[0].student_prompt]) - len(held[0].student_prompt)
-        asked = [render(query, context) for query in known.queries]
+        questions = [asked.teacher(query) for query in known.queries]
         arm = ShorterPromptArm(base, prompts)
-        yield _Candidate((SHORTER, label, "", None, tokens), arm, setup.in_torch(subject, None), asked)
+        yield _Candidate((SHORTER, label, "", None, tokens), arm, setup.in_torch(subject, None), questions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -20,13 +21,19 @@ _COLOURS = {
 }
 _FIGURES = (("gap closed", "gap_closed"), ("first-token gap", "gap_closed_first"), ("answers kept", "kept"))
 _LOWEST = -0.1
+# How the markers of a dtype are drawn, and its name in the legend; those of every other dtype are filled.
+_FACES: dict[str, tuple[dict[str, str], str]] = {
+    "i8": ({"markerfacecolor": "white"}, "int8"),
+    "i4": ({"fillstyle": "bottom", "markerfacecoloralt": "white"}, "4 bits"),
+}
 
 
 def frontier(points: Sequence[Point]) -> str:
     """Draw each figure against the bytes of the file, and against the tokens of context in every session.
 
     The rows are the gap closed, the gap closed at the first token and the share of right answers kept; a row without
-    any figure is left out. Points of int8 files are hollow. Points below the plot are not drawn.
+    any figure is left out. Points of int8 files are hollow, and those of files of four bits half filled. Points below
+    the plot are not drawn.
     """
     rows = [(name, key) for name, key in _FIGURES if any(getattr(p.held_out, key) is not None for p in points)]
     with drawn("frontier", (7.6, 2.5 * len(rows) + 0.5)) as (figure, svg):
@@ -46,9 +53,11 @@ def frontier(points: Sequence[Point]) -> str:
         grid[-1, 1].set(xlabel="tokens of context in each session", xlim=(min(fewest, 0) - 2, None))
         present = [series for series in SERIES if any(point.series == series for point in points)]
         handles = [grid[0, 0].plot([], [], color=_COLOURS[series], marker="o", label=series)[0] for series in present]
-        if any(point.dtype == "i8" for point in points):
-            handles += grid[0, 0].plot([], [], color=BASE, marker="o", mfc="white", linestyle="", label="int8")
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=7.5)
+        for dtype, (face, name) in _FACES.items():
+            if any(point.dtype == dtype for point in points):
+                style: dict[str, Any] = {"color": BASE, "marker": "o", "linestyle": "", **face}
+                handles += grid[0, 0].plot([], [], label=name, **style)
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=7.5, columnspacing=1.2)
     return svg[0]
 
 
@@ -59,16 +68,16 @@ def _draw(axes: Axes, placed: Sequence[tuple[float, Point]], key: str, named: bo
         shares = [number(getattr(point.held_out, key)) for _, point in chosen]
         errors = [number(getattr(point.held_out, f"{key}_se"), 0.0) for _, point in chosen]
         colour = _COLOURS[chosen[0][1].series]
-        face = "white" if dtype == "i8" else colour
+        face, _ = _FACES.get(dtype, ({}, ""))
         marker = "D" if chosen[0][1].series == THIS else "o"
         axes.errorbar(
             [x for x, _ in chosen],
             shares,
             yerr=errors,
             color=colour,
-            **{"marker": marker, "markersize": 4.5, "mfc": face, "linewidth": 1, **ERROR},
+            **{"marker": marker, "markersize": 4.5, "linewidth": 1, **face, **ERROR},
         )
         for (x, point), share in zip(chosen, shares, strict=True):
-            if named and dtype != "i8" and point.series != THIS and share > _LOWEST:
+            if named and dtype not in _FACES and point.series != THIS and share > _LOWEST:
                 short = point.label.partition(" of ")[0]
                 axes.annotate(short, (x, share), xytext=(5, -9), textcoords="offset points", fontsize=7, color=colour)

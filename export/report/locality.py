@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..measure import Student
 from ..queries import load_questions
-from ..rollout import Dialogue, Ending, complete
+from ..rollout import Dialogue, Ending, Prompting, complete
 from ..source import Source
 
 
@@ -43,7 +43,8 @@ def plain_text(source: Source, context: str, passages: Sequence[str]) -> list[Di
 class BehindPrefix:
     """The student of a patch with a KV prefix, for text that does not begin with the ids that the prefix replaces.
 
-    Those ids are put in front of the text, so that it follows the prefix.
+    Those ids are put in front of the text, so that it follows the prefix; it does so too if the prefix stands in front
+    of a system message, which plain text does not have.
 
     Args:
         student: a student that runs under the patch.
@@ -63,11 +64,12 @@ class BehindPrefix:
         return self._student((*self._replaces, *tokens[own:]), len(self._replaces) + first - own)
 
 
-def base_answers(
-    source: Source, model: Any, context: str, questions: Sequence[str], max_new_tokens: int
-) -> list[Dialogue]:
-    """Return dialogues of unrelated questions, answered by the base model without the prompt."""
-    student = [tuple(source.codec.render(question)) for question in questions]
-    teacher = [tuple(source.codec.render(question, context)) for question in questions]
-    found = complete(model, student, max_new_tokens, Ending.of(source.codec))
+def base_answers(model: Any, asked: Prompting, questions: Sequence[str], max_new_tokens: int) -> list[Dialogue]:
+    """Return dialogues of unrelated questions, answered by the base model without the prompt.
+
+    The questions have system messages of their own where `asked` has some, as the held-out queries do.
+    """
+    student = [tuple(asked.student(question)) for question in questions]
+    teacher = [tuple(asked.teacher(question)) for question in questions]
+    found = complete(model, student, max_new_tokens, Ending.of(asked.codec))
     return [Dialogue(*parts) for parts in zip(teacher, student, found, strict=True)]

@@ -17,7 +17,7 @@ from tp_runtime.patch import Patch
 
 from ..measure import Divergence, TorchStudent, cached_teacher, diverge, measure_closeness, with_prompt, without_prompt
 from ..progress import bar
-from ..rollout import Context, Dialogue, Prompting, RolloutStore, dialogues_for
+from ..rollout import Context, Dialogue, RolloutStore, dialogues_for
 from . import compare, locality, running
 from .figures import NO_PROMPT, PATCH, Answer, Composed, Layer, PatchReport, Strength, Sweep
 from .frontier import measure_frontier
@@ -59,7 +59,8 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
     long = running.measure_long(source, model, patch, held[:LONG], setup.long, stop) if setup.long else None
     openings, follow_ups = subject.queries[:_DIALOGUES], locality.built_in("follow-ups")
     limit = setup.max_new_tokens
-    turns = running.measure_turns(source, model, subject.context, patch, openings, follow_ups, limit, stop=stop)
+    asked = setup.asked(subject)
+    turns = running.measure_turns(source, model, asked, patch, openings, follow_ups, limit, stop=stop)
     some = held[:_SUBSET]
     short = [replace(d, completion=d.completion[:_SUBSET_TOKENS]) for d in some]
     with TemporaryDirectory() as folder:  # several fits share the answers to the calibration queries
@@ -79,6 +80,7 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
         file_bytes=subject.file.stat().st_size,
         created=patch.config.created,
         prompt=subject.context,
+        systems=list(asked.systems),
         prompt_tokens=len(source.codec.render(subject.context, raw=True)),
         added_tokens=len(held[0].teacher_prompt) - len(held[0].student_prompt),
         queries=len(held),
@@ -99,7 +101,7 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
 
 def _held_out(setup: Setup, subject: Subject) -> list[Dialogue]:
     """Let the prompted model answer the held-out queries."""
-    asked, queries = Prompting(setup.source.codec, subject.context), subject.queries
+    asked, queries = setup.asked(subject), subject.queries
     cached = Context.of(setup.model, asked, asked.pairs(queries)).cached
     return dialogues_for(setup.model, asked, queries, setup.max_new_tokens, stop=subject.stop, cached=cached)
 

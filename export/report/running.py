@@ -26,7 +26,7 @@ from ..measure import (
     without_prompt,
 )
 from ..progress import bar
-from ..rollout import Dialogue
+from ..rollout import Dialogue, Prompting
 from ..rollout import Ending as End
 from ..source import Source
 from .figures import NO_PROMPT, PATCH, PROMPT, Curve, Ending, Long, Turn, Turns
@@ -94,7 +94,7 @@ def measure_long(
 def measure_turns(
     source: Source,
     model: Any,
-    context: str,
+    asked: Prompting,
     patch: Patch,
     openings: Sequence[str],
     follow_ups: Sequence[str],
@@ -109,7 +109,7 @@ def measure_turns(
     Args:
         source: the base model, whose codec renders the dialogues.
         model: the same model, loaded.
-        context: the prompt of the prompted model.
+        asked: how the dialogues are asked with the prompt of the prompted model and without it.
         patch: the patch of the patched model.
         openings: the first user message of each dialogue.
         follow_ups: the later user messages; dialogue i begins with the i-th of them.
@@ -131,9 +131,10 @@ def measure_turns(
             for i, dialogue in enumerate(of_variant):
                 text = openings[i] if turn == 0 else follow_ups[(i + turn - 1) % len(follow_ups)]
                 dialogue.append({"role": "user", "content": text})
-        student = {v: [tuple(source.codec.render(m)) for m in messages[v]] for v in _SPEAKERS}
-        teacher = {v: [tuple(source.codec.render(m, context)) for m in messages[v]] for v in _SPEAKERS}
-        if max(len(ids) for asked in teacher.values() for ids in asked) + limit > model.config.max_position_embeddings:
+        student = {v: [tuple(asked.student(m)) for m in messages[v]] for v in _SPEAKERS}
+        teacher = {v: [tuple(asked.teacher(m)) for m in messages[v]] for v in _SPEAKERS}
+        longest = max(len(ids) for prompts in teacher.values() for ids in prompts)
+        if longest + limit > model.config.max_position_embeddings:
             why_not = f"turn {turn + 1} does not fit the context window"
             break
         found = {
@@ -161,7 +162,9 @@ def measure_turns(
             for dialogue, completion in zip(of_variant, found[variant], strict=True):
                 text = within_stop(source.codec.decode(completion), stop).strip()
                 dialogue.append({"role": "assistant", "content": text})
-    shown = {variant: [(m["role"], m["content"]) for m in messages[variant][0]] for variant in _SPEAKERS}
+    system = asked.system(openings[0])
+    first = [] if system is None else [("system", system)]
+    shown = {v: [*first, *((m["role"], m["content"]) for m in messages[v][0])] for v in _SPEAKERS}
     return Turns(len(openings), limit, measured, shown, why_not)
 
 

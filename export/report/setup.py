@@ -12,6 +12,8 @@ from tp_runtime.patch import Patch
 from tp_runtime.session import Graph
 
 from ..measure import Answers, Completion, runtime_answers, torch_answers, within_stop
+from ..queries import SystemMessages
+from ..rollout import Prompting
 from ..source import Source
 
 LONG = 4  # the number of queries that long completions are written for
@@ -29,6 +31,8 @@ class Subject:
         fitted: the calibration queries; empty if they are not known.
         answers: the expected answers to those of the held-out queries whose answers are known.
         stop: the strings that end an answer.
+        systems: the system messages that queries have of their own, in front of which the prompt stands; None if it
+            stands in place of one.
     """
 
     patch: Patch
@@ -38,6 +42,7 @@ class Subject:
     fitted: list[str]
     answers: Mapping[str, str] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    systems: SystemMessages | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,14 @@ class Setup:
     methods: tuple[str, ...]
     frontier: tuple[int, ...] = ()
     ranks: tuple[int, ...] = ()
+
+    def asked(self, subject: Subject) -> Prompting:
+        """Return how queries are asked on which `subject` is measured."""
+        return Prompting(self.source.codec, subject.context, subject.systems.held_out if subject.systems else ())
+
+    def asked_fitted(self, subject: Subject) -> Prompting:
+        """Return how the calibration queries are asked."""
+        return Prompting(self.source.codec, subject.context, subject.systems.fitted if subject.systems else ())
 
     def in_torch(self, subject: Subject, patch: Patch | None, limit: int | None = None) -> Answers:
         """Return a function that generates answers with transformers, which end at the stop strings of `subject`.
@@ -91,7 +104,8 @@ def check_long(setup: Setup, subject: Subject) -> None:
     Raises:
         RequestError: prompt, query and completion are longer than the context window.
     """
-    longest = max(len(setup.source.codec.render(query, subject.context)) for query in subject.queries[:LONG])
+    asked = setup.asked(subject)
+    longest = max(len(asked.teacher(query)) for query in subject.queries[:LONG])
     window = setup.model.config.max_position_embeddings
     if longest + setup.long > window:
         raise RequestError(

@@ -81,7 +81,7 @@ def _elsewhere(setup: Setup, subject: Subject, student: TorchStudent) -> tuple[d
     arms = {PROMPT: with_prompt(base), PATCH: without_prompt(student)}
     passages = locality.plain_text(source, subject.context, locality.built_in("neutral-passages"))
     neutral = locality.built_in("neutral-questions")
-    asked = locality.base_answers(source, model, subject.context, neutral, setup.max_new_tokens)
+    asked = locality.base_answers(model, setup.asked(subject), neutral, setup.max_new_tokens)
     replaces = () if patch.prefix is None else patch.prefix.replaces
     after_prefix = {**arms, PATCH: without_prompt(locality.BehindPrefix(student, replaces))}
     with bar("locality", len(passages) + len(asked), "text") as progress:

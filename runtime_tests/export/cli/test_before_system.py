@@ -63,14 +63,3 @@ def test_system_messages_without_the_option_are_refused(source: Path, tmp_path: 
     assert fit(source, out, "--system-messages", str(systems)) == 2
     assert "--system-messages" in (error := capsys.readouterr().err) and "--before-system" in error
     assert not out.exists()
-
-
-def test_the_report_refuses_such_a_patch(source: Path, tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("matplotlib")
-    out, held = tmp_path / "policy.safetensors", tmp_path / "held.txt"
-    held.write_text("Where is the key?\n")
-    assert fit(source, out, "--prefix", "all", "--before-system") == 0
-    page = tmp_path / "report.html"
-    arguments = ["report", str(source), str(out), "--prompt", POLICY, "--queries", str(held), "-o", str(page)]
-    assert cli.main(arguments) == 2
-    assert "the entries stand in front of a system message" in capsys.readouterr().err and not page.exists()

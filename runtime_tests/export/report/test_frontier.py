@@ -11,7 +11,7 @@ import pytest
 from runtime_tests.export.tiny import tiny_model
 from tp_export.fit import Recipe, Settings, make_patch
 from tp_export.measure import TorchStudent, diverge, measure_closeness, with_prompt, within_stop, without_prompt
-from tp_export.report import frontier, measure
+from tp_export.report import STYLE, frontier, measure
 from tp_export.report.figures import BOTH, ENTRIES, EXACT, SHORTER, THIS, WEIGHTS, Point
 from tp_export.report.frontier_plot import frontier as draw
 from tp_export.report.known import Known
@@ -73,12 +73,17 @@ def measured(setup: measure.Setup, subject: measure.Subject, held: list[Dialogue
 
 
 @pytest.fixture(scope="module")
-def points(
+def every_point(
     setup: measure.Setup, subject: measure.Subject, held: list[Dialogue], tmp_path_factory: Any
-) -> dict[tuple[str, str], Point]:
+) -> list[Point]:
     found = measured(setup, subject, held, tmp_path_factory.mktemp("store"))
     assert found.missing == []
-    return {(point.series, point.label): point for point in found.points if point.dtype != "i8"}
+    return list(found.points)
+
+
+@pytest.fixture(scope="module")
+def points(every_point: list[Point]) -> dict[tuple[str, str], Point]:
+    return {(point.series, point.label): point for point in every_point if point.dtype in ("f16", "")}
 
 
 # -- the plan ------------------------------------------------------------------------------------------------
@@ -91,17 +96,22 @@ def test_the_fits_are_planned_as_recipes(subject: measure.Subject) -> None:
         (WEIGHTS, "r8"),
         (ENTRIES, "2"),
         (ENTRIES, "5"),
+        (ENTRIES, "2"),
+        (ENTRIES, "5"),
         (BOTH, "2 + r4"),
         (BOTH, "5 + r4"),
         (EXACT, "all"),
+        (EXACT, "all"),
     ]
     recipes = [(one.recipe.method, one.recipe.settings.rank, one.recipe.prefix) for one in plan]
-    assert recipes[1] == ("output", 8, 0) and recipes[3][::2] == ("prefix", 5) and recipes[5] == ("output", 4, 5)
+    assert recipes[1] == ("output", 8, 0) and recipes[3][::2] == ("prefix", 5) and recipes[7] == ("output", 4, 5)
+    assert recipes[4:6] == recipes[2:4] and recipes[9] == recipes[8]
+    assert [one.recipe.dtype for one in plan] == [*["f16"] * 4, *["i4"] * 2, *["f16"] * 3, "i4"]
     assert all(one.recipe.samples == 1 and one.recipe.max_new_tokens == 6 for one in plan)  # as the patch was fitted
 
 
 def test_without_ranks_the_weights_have_that_of_the_patch(subject: measure.Subject) -> None:
-    assert [one.label for one in frontier.plan_fits(subject.patch, (), (), 48)] == ["r4", "all"]
+    assert [one.label for one in frontier.plan_fits(subject.patch, (), (), 48)] == ["r4", "all", "all"]
 
 
 # -- shorter prompts -----------------------------------------------------------------------------------------
@@ -149,6 +159,36 @@ def test_the_exact_cache_is_the_prompt(points: dict[tuple[str, str], Point]) -> 
     assert points[ENTRIES, "2"].held_out.gap_closed < 0.99  # type: ignore[operator]
 
 
+def test_entries_of_four_bits_are_points_of_their_own(
+    every_point: list[Point], source: Source, model: Any, subject: measure.Subject, held: list[Dialogue], tmp_path: Path
+) -> None:
+    by_dtype = {
+        dtype: {(p.series, p.label): p for p in every_point if p.dtype == dtype} for dtype in ("f16", "i8", "i4")
+    }
+    assert list(by_dtype["i4"]) == [(ENTRIES, "2"), (ENTRIES, "5"), (EXACT, "all")]
+    assert set(by_dtype["f16"]) == set(by_dtype["i8"]) > set(by_dtype["i4"])
+    coarse, fine = by_dtype["i4"][EXACT, "all"], by_dtype["i8"][EXACT, "all"]
+    assert coarse.bytes < fine.bytes  # type: ignore[operator]
+    assert coarse.context_tokens == fine.context_tokens
+    # The point is that of a file which was fitted for four bits.
+    recipe = Recipe(method="prefix", prefix=5, dtype="i4", samples=1, max_new_tokens=6)
+    patch, file = make_patch(source, model, CONTEXT, FITTED, [], recipe, name="entries"), tmp_path / "p.safetensors"
+    patch.save(file)
+    base, own = TorchStudent(model), TorchStudent(model, Patch.load(file))
+    arms = {"none": without_prompt(base), "own": without_prompt(own)}
+    found = diverge(held, with_prompt(base), arms)
+    figures, wanted = by_dtype["i4"][ENTRIES, "5"].held_out, measure_closeness(found["none"], found["own"])
+    assert figures.kl == pytest.approx(wanted.kl, rel=1e-3)
+
+
+def test_the_plot_names_the_dtypes(every_point: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STYLE, "svg.fonttype", "none")  # letters as text
+    drawn = draw(every_point)
+    assert "4 bits" in drawn and "int8" in drawn
+    drawn = draw([point for point in every_point if point.dtype != "i4"])
+    assert "4 bits" not in drawn and "int8" in drawn
+
+
 def test_a_shorter_prompt_is_measured_with_that_prompt(
     points: dict[tuple[str, str], Point], source: Source, model: Any, held: list[Dialogue]
 ) -> None:
@@ -178,7 +218,8 @@ def test_what_cannot_be_made_is_named(
 
     monkeypatch.setattr(frontier, "make_patch", refuse)
     found = measured(replace(setup, frontier=(2,), ranks=(1,)), subject, held, tmp_path)
-    assert len(found.missing) == 4 and found.missing[1].startswith("entries, 2: prefix: no entries, 2")
+    assert len(found.missing) == 6 and found.missing[1].startswith("entries, 2: prefix: no entries, 2")
+    assert found.missing[2].startswith("entries, 2, 4 bits: ")
 
 
 def test_the_plot_has_a_row_for_each_figure(points: dict[tuple[str, str], Point]) -> None:

@@ -15,7 +15,7 @@ from tp_export.fit import ALL, Recipe, make_patch
 from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prompt, without_prompt
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
 from tp_export.report.page import render_page
-from tp_export.rollout import Dialogue
+from tp_export.rollout import Dialogue, Prompting
 from tp_export.source import open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
@@ -184,7 +184,9 @@ def test_dialogues_have_three_chat_turns(whole: tuple[dict[str, Any], str]) -> N
 
 
 def test_a_completion_style_model_has_no_chat_turns(tiny_gemma: Path, files: list[Path], model: Any) -> None:
-    found = running.measure_turns(open_source(tiny_gemma), model, PIRATE, Patch.load(files[0]), QUERIES, ["Why?"], 8)
+    source = open_source(tiny_gemma)
+    asked = Prompting(source.codec, PIRATE)
+    found = running.measure_turns(source, model, asked, Patch.load(files[0]), QUERIES, ["Why?"], 8)
     assert found.turns == [] and "it has no chat turns" in found.why_not
 
 
