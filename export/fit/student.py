@@ -26,7 +26,7 @@ from ..queries import load_questions
 from ..rollout import Prompting, dialogues_for
 from ..source import Source
 
-_QUESTIONS, _LONGEST = 32, 64  # about 3,000 tokens of calibration text
+_QUESTIONS, _LONGEST = 128, 96  # about 12,000 tokens of calibration text
 
 
 def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent | None:

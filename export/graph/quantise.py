@@ -78,7 +78,11 @@ def quantise(model: ir.Model, student: QuantisedStudent) -> None:
     model.opset_imports[_DOMAIN] = 1
     if student.weights_digest is not None:
         model.metadata_props[PLACES] = json.dumps(
-            {name: {"inputs": packed[name][3].inputs, "outputs": _runs(found)} for name, found in places.items()}
+            {
+                name: {"inputs": blocks.inputs, "bits": blocks.bits, "outputs": _runs(found)}
+                for name, found in places.items()
+                for blocks in [packed[name][3]]
+            }
         )
 
 
@@ -103,11 +107,11 @@ class _Outputs:
     def __init__(self, blocks: Mapping[str, Blocks]) -> None:
         self._blocks = blocks
         # Outputs of one kind can be joined. An output of zeros may occur in several kinds.
-        self._places: dict[tuple[int, bool], dict[bytes, list[Place]]] = {}
+        self._places: dict[tuple[int, int, bool], dict[bytes, list[Place]]] = {}
         self._values: dict[Place, bytes] = {}
         self._taken: set[Place] = set()
         for name, own in blocks.items():
-            places = self._places.setdefault((own.bits, own.zero_points is None), {})
+            places = self._places.setdefault((own.bits, own.block, own.zero_points is None), {})
             for row, values in enumerate(_digests(own.dequantised())):
                 places.setdefault(values, []).append((name, row))
                 self._values[name, row] = values
@@ -186,7 +190,7 @@ def _replace_product(
     packed, scales, zeros, blocks = parts
     attributes = {"K": blocks.inputs, "N": blocks.scales.shape[0], "accuracy_level": accuracy_level}
     inputs = [node.inputs[0], packed, scales, *([] if zeros is None else [zeros])]
-    attributes |= {"bits": blocks.bits, "block_size": BLOCK}
+    attributes |= {"bits": blocks.bits, "block_size": blocks.block}
     product = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=node.name)
     scale = node.attributes.get("alpha")  # a soft cap of the logits is folded into the head (Gemma 2)
     if scale is None or scale.as_float() == 1:
@@ -198,7 +202,7 @@ def _replace_product(
 
 
 def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value | None, Blocks]) -> None:
-    """Look up rows of [tokens, blocks, BLOCK] and flatten them, so that the packed tensor keeps the head's form."""
+    """Look up rows of [tokens, blocks, block] and flatten them, so that the packed tensor keeps the head's form."""
     packed, scales, zeros, blocks = parts
     assert zeros is None  # the table has symmetric blocks in every precision
     tokens, per_token = blocks.scales.shape
@@ -206,12 +210,12 @@ def _replace_lookup(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Va
     steps = [
         ir.node("Reshape", [scales, add_initializer(model, f"{name}.scales.shape", np.array([tokens, per_token, 1]))]),
     ]
-    attributes = {"gather_axis": 0, "quantize_axis": 2, "bits": blocks.bits, "block_size": BLOCK}
+    attributes = {"gather_axis": 0, "quantize_axis": 2, "bits": blocks.bits, "block_size": blocks.block}
     steps.append(
         ir.node("GatherBlockQuantized", [packed, node.inputs[1], steps[0].outputs[0]], attributes, domain=_DOMAIN)
     )
     # A 0 copies the dimension of the input: the batch rows and tokens that were looked up.
-    flat = add_initializer(model, f"{name}.row.shape", np.array([0, 0, per_token * BLOCK]))
+    flat = add_initializer(model, f"{name}.row.shape", np.array([0, 0, per_token * blocks.block]))
     steps.append(ir.node("Reshape", [steps[1].outputs[0], flat]))
     for number, step in enumerate(steps):
         step.name = f"{name}.{step.op_type}_{number}"

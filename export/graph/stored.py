@@ -52,13 +52,14 @@ def stored_student(model: Any, folder: ModelFolder) -> QuantisedStudent | None:
 
 def _blocks(graph: ir.Model) -> dict[str, Blocks]:
     """Return the blocks of each weight whose outputs are all in the graph, by its name."""
-    found: dict[str, dict[int, tuple[int, _Row]]] = {}  # by the name of a weight and the number of an output
+    found: dict[str, dict[int, tuple[int, int, _Row]]] = {}  # by the name of a weight and the number of an output
     for packed, record in json.loads(graph.metadata_props[PLACES]).items():
         arrays = [_array(graph, f"{packed}.{part}") for part in ("packed", "scales", "zero_points")]
         places = [(name, first + row) for name, first, count in record["outputs"] for row in range(count)]
         for row, (name, output) in enumerate(places):
             own = tuple(None if array is None else array[row] for array in arrays)
-            found.setdefault(name, {})[output] = record["inputs"], own
+            bits = record.get("bits", arrays[0].shape[-1] * 8 // BLOCK)  # earlier exports have blocks of 32 alone
+            found.setdefault(name, {})[output] = record["inputs"], bits, own
     return {name: _joined(rows) for name, rows in found.items() if sorted(rows) == list(range(len(rows)))}
 
 
@@ -67,17 +68,17 @@ def _array(graph: ir.Model, name: str) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _joined(rows: Mapping[int, tuple[int, _Row]]) -> Blocks:
+def _joined(rows: Mapping[int, tuple[int, int, _Row]]) -> Blocks:
     """Return the blocks of a weight from those of its outputs."""
-    inputs = rows[0][0]
+    inputs, bits = rows[0][:2]
     packed, scales, zeros = (
         None if any(part is None for part in parts) else np.stack(parts)
-        for parts in zip(*(rows[output][1] for output in range(len(rows))), strict=True)
+        for parts in zip(*(rows[output][2] for output in range(len(rows))), strict=True)
     )
     if packed is None or scales is None:
         raise ValueError("a weight without values or scales")
     # A graph that computes in float16 stores scales in it; blocks have them in float32, and so has the digest.
-    return Blocks(packed, scales.astype(np.float32), zeros, packed.shape[-1] * 8 // BLOCK, inputs)
+    return Blocks(packed, scales.astype(np.float32), zeros, bits, inputs)
 
 
 def _unknown(folder: ModelFolder, got: str) -> ModelFormatError:

@@ -1,8 +1,9 @@
 """Quantise weights in blocks of few bits with ONNX Runtime's own quantisers, and dequantise them for a torch student.
 
-A weight [K, N] is divided into blocks of 32 values along K. Each block has a scale, and a zero point if the method is
-asymmetric. `MatMulNBits` stores and multiplies weights in that form. `Blocks.dequantised` returns exactly the weights
-that `MatMulNBits` stores, so a patch can be fitted against the student that will run (option --student-precision).
+A weight [K, N] is divided into blocks of values along K: of 32 values, and in eight bits of up to 128. Each block has a
+scale, and a zero point if the method is asymmetric. `MatMulNBits` stores and multiplies weights in that form.
+`Blocks.dequantised` returns exactly the weights that `MatMulNBits` stores, so a patch can be fitted against the student
+that will run (option --student-precision).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from tp_runtime.session import require_onnxruntime
 
 BLOCK = 32
+WIDE = 128
+"""The widest block of eight bits. A scale for 128 values loses next to nothing there, and products are scaled less
+often: the kernels take 0.7 to 0.8 of the time (benchmarks/batch_kernels.py)."""
 FloatArray = NDArray[np.float32]
 
 
@@ -39,6 +43,11 @@ class Blocks:
     bits: int
     inputs: int
 
+    @property
+    def block(self) -> int:
+        """The number of values in a block."""
+        return self.packed.shape[-1] * 8 // self.bits
+
     def with_half_scales(self) -> Blocks:
         """Return the same blocks with scales that float16 holds exactly; `scales` stays a float32 array."""
         return replace(self, scales=self.scales.astype(np.float16).astype(np.float32))
@@ -46,7 +55,7 @@ class Blocks:
     def dequantised(self) -> FloatArray:
         """Return the weight [K, N] that the graph computes with, float32."""
         outputs, blocks = self.scales.shape
-        values = _unpacked(self.packed, self.bits).astype(np.float32)  # [N, blocks, BLOCK]
+        values = _unpacked(self.packed, self.bits).astype(np.float32)  # [N, blocks, block]
         if self.zero_points is None:
             zeros: Any = np.float32(2 ** (self.bits - 1))
         else:
@@ -55,20 +64,31 @@ class Blocks:
         return np.ascontiguousarray(weight.reshape(outputs, -1)[:, : self.inputs].T)
 
 
-def round_to_nearest(weight: FloatArray, bits: int, symmetric: bool) -> Blocks:
-    """Round each value to the nearest of its block's 2^bits levels, between the block's smallest and largest value."""
+def round_to_nearest(weight: FloatArray, bits: int, symmetric: bool, widest: int = BLOCK) -> Blocks:
+    """Round each value to the nearest of its block's 2^bits levels, between the block's smallest and largest value.
+
+    Args:
+        weight: the weight, [K, N].
+        bits: 4 or 8.
+        symmetric: whether every zero point is the middle.
+        widest: the widest block; a block has this width or half of it and so on, so that blocks end where K does. If
+            even 32 does not divide K, blocks of 32 are padded.
+    """
     require_onnxruntime()
     from onnxruntime.capi import _pybind_state as state
 
     inputs, outputs = weight.shape
-    blocks = -(-inputs // BLOCK)
-    padded = np.zeros((blocks * BLOCK, outputs), np.float32)
+    block = widest
+    while block > BLOCK and inputs % block:
+        block //= 2
+    blocks = -(-inputs // block)
+    padded = np.zeros((blocks * block, outputs), np.float32)
     padded[:inputs] = weight
-    packed = np.zeros((outputs, blocks, BLOCK * bits // 8), np.uint8)
+    packed = np.zeros((outputs, blocks, block * bits // 8), np.uint8)
     scales = np.zeros((outputs, blocks), np.float32)
     zeros = np.zeros((outputs, -(-blocks * bits // 8)), np.uint8)
     quantise = {4: state.quantize_matmul_4bits, 8: state.quantize_matmul_8bits}[bits]
-    quantise(packed, padded, scales, zeros, BLOCK, outputs, inputs, symmetric)
+    quantise(packed, padded, scales, zeros, block, outputs, inputs, symmetric)
     return Blocks(packed, scales, None if symmetric else zeros, bits, inputs)
 
 

@@ -12,14 +12,15 @@ from torch import Tensor
 from tp_runtime.errors import ModelFormatError
 from tp_runtime.patch import FLOAT_PRECISIONS
 
-from .blocks import Blocks, FloatArray, k_quant, round_to_nearest
+from .blocks import WIDE, Blocks, FloatArray, k_quant, round_to_nearest
 from .calibrated import Calibrated
 from .gptq import gptq
 from .hqq import hqq
 
 Quantiser = Callable[[FloatArray], Blocks]
 
-_INT8: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)
+_INT8: Quantiser = partial(round_to_nearest, bits=8, symmetric=True, widest=WIDE)
+_INT8_CUDA: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)  # blocks of 32 have run on a GPU
 _INT4: Quantiser = partial(round_to_nearest, bits=4, symmetric=True)
 _RTN: Quantiser = partial(round_to_nearest, bits=4, symmetric=False)
 
@@ -74,7 +75,9 @@ _QUANTISED: Mapping[str, Precision] = {
 }
 _HALF = "-fp16"  # ends the name of a precision with the weights of another one that computes in float16
 _HALVES: Mapping[str, Precision] = {
-    name + _HALF: replace(precision, name=name + _HALF, half=True)
+    name + _HALF: replace(
+        precision, name=name + _HALF, half=True, head=_INT8_CUDA if precision.head is _INT8 else precision.head
+    )
     for name, precision in _QUANTISED.items()
     if name.startswith("int4")
 }

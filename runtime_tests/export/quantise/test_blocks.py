@@ -42,19 +42,36 @@ def test_no_weight_moves_further_than_its_block_allows(name: str, inputs: int, o
     # The bound is one step: half a step for rounding, and another half if the zero point is a whole number. k-quant
     # and HQQ also narrow the range if that is better for the whole block, and clip values outside it: by 1.2 and 1.9
     # steps at most in 1,500 matrices.
-    steps = np.repeat(np.abs(blocks.scales), BLOCK, axis=1)[:, :inputs].T
+    steps = np.repeat(np.abs(blocks.scales), blocks.block, axis=1)[:, :inputs].T
     bound = {"int4-k-quant": 1.5, "int4-hqq": 2.2}.get(name, 1.01)
     assert (np.abs(found - weight) <= bound * steps + 1e-6).all()
 
 
+@pytest.mark.parametrize("inputs", [96, 192, 256])
 @pytest.mark.parametrize("name", QUANTISED)
-def test_onnxruntime_multiplies_by_what_is_dequantised(name: str) -> None:
-    weight, x = matrix(96, 40), matrix(3, 96, 1)
+def test_onnxruntime_multiplies_by_what_is_dequantised(name: str, inputs: int) -> None:
+    weight, x = matrix(inputs, 40), matrix(3, inputs, 1)
     blocks = blocks_of(name, weight)
     exact = _product(blocks, x, accuracy_level=1)  # float32 activations
     assert np.abs(exact - x @ blocks.dequantised()).max() < 1e-4
     rounded = _product(blocks, x, accuracy_level=4)
     assert np.abs(rounded - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("inputs", "width"), [(640, 128), (128, 128), (576, 64), (96, 32), (100, 32), (8, 32)])
+def test_blocks_of_eight_bits_are_as_wide_as_the_inputs_allow(inputs: int, width: int) -> None:
+    blocks = quantised("int8").linear(matrix(inputs, 6))
+    assert blocks.block == width and blocks.scales.shape == (6, -(-inputs // width))
+    for name in ("int4-gptq", "int4-symmetric"):
+        head, linear = (quantised(name).quantise(matrix(inputs, 6), is_head=is_head) for is_head in (True, False))
+        assert (head.bits, head.block, linear.bits, linear.block) == (8, width, 4, BLOCK)
+    assert quantised("int4-symmetric-fp16").quantise(matrix(inputs, 6), is_head=True).block == BLOCK
+
+
+def test_wide_blocks_of_eight_bits_lose_next_to_nothing() -> None:
+    weight = matrix(1024, 50)
+    found = quantised("int8").linear(weight).dequantised()
+    assert np.square(found - weight).mean() < 1e-4 * np.square(weight).mean()
 
 
 def _product(blocks: Blocks, x: np.ndarray, accuracy_level: int) -> np.ndarray:
@@ -68,7 +85,7 @@ def _product(blocks: Blocks, x: np.ndarray, accuracy_level: int) -> np.ndarray:
         K=blocks.inputs,
         N=len(blocks.scales),
         bits=blocks.bits,
-        block_size=BLOCK,
+        block_size=blocks.block,
         accuracy_level=accuracy_level,
     )
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
