@@ -1,4 +1,4 @@
-"""The patches loaded for a model: this module stores them by name, binds them, and tracks which one is active.
+"""The patches loaded for a model: this module reads and checks them, stores them by name, and tracks which is active.
 
 This module does not handle text. A request resolves the patch that it names, runs under the bound patch, and marks the
 loaded patch as in use while it runs.
@@ -6,6 +6,7 @@ loaded patch as in use while it runs.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from .errors import PatchInUseError, PatchTargetError, RequestError, shown
+from .errors import PatchFormatError, PatchInUseError, PatchTargetError, RequestError, require_flag, shown
 from .patch import Patch
-from .session import BoundPatch, Graph, Use, Uses, not_a_patch
+from .session import BoundPatch, Graph, ProbeCheck, Use, Uses, check_probe, not_a_patch
 
 _KEPT_BINDINGS = 8  # bound expressions such as 0.5 * p to keep; they are bound on first use
 
@@ -101,6 +103,50 @@ class LoadedPatches:
         """Return the loaded patches by name, read-only."""
         with self.lock:
             return MappingProxyType({name: loaded.patch for name, loaded in self._loaded.items()})
+
+    def load(self, patch: str | Path | Patch, name: str | None, check: bool, replace: bool) -> str:
+        """Read a patch, check it, and store it under a name; an error leaves the loaded patches unchanged.
+
+        Args:
+            patch: the patch, or the path of its file.
+            name: the name; None takes the patch's own.
+            check: whether to run the patch's probe too.
+            replace: whether it may take the place of another patch of that name.
+
+        Returns:
+            The name.
+
+        Raises:
+            PatchInUseError: the name is taken, and `replace` is not set.
+            PatchError: the file is damaged or the patch does not fit the graph; or `check` is set, and the patch has no
+                probe or the device does not reproduce it.
+            RequestError: the name is not a string, or `check` or `replace` is not a boolean.
+        """
+        require_flag("check", check)
+        require_flag("replace", replace)
+        if isinstance(patch, str | os.PathLike):
+            patch = Patch.load(patch)
+        if not isinstance(patch, Patch):
+            raise not_a_patch(patch, "a Patch, or the path of its file")
+        name = patch.name if name is None else name
+        bound = self._graph.bind(patch)
+        if check:
+            _require_live(patch, check_probe(self._graph, patch))
+        self.add(name, patch, bound, replace)
+        return name
+
+    def check(self, patch: Patch | str) -> ProbeCheck:
+        """Run the probe of a loaded patch or of any other.
+
+        Raises:
+            PatchFormatError: the patch has no probe.
+            PatchError: the patch is not loaded or does not fit.
+        """
+        if isinstance(patch, str):
+            patch = self.by_name(patch).patch
+        if not isinstance(patch, Patch):
+            raise not_a_patch(patch, "the name of a loaded patch, or a Patch")
+        return check_probe(self._graph, patch)
 
     def add(self, name: str, patch: Patch, bound: BoundPatch, replace: bool = False) -> None:
         """Store a bound patch under a name.
@@ -287,3 +333,14 @@ class LoadedPatches:
                     fix="start the request again",
                 )
             use.begin()
+
+
+def _require_live(patch: Patch, result: ProbeCheck) -> None:
+    if not result.ok:
+        raise PatchFormatError(
+            f"the patch {patch.name!r} does not reproduce its probe on this device",
+            field="config.probe",
+            got=f"max logit error {result.max_logit_error:.3g}, {'live' if result.live else 'not live'}",
+            wanted="the logits of the host",
+            fix="export the patch again with this version, or check the device",
+        )

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chat import SAVED, ChatSession, Overflow, Saved
-from .errors import ModelFormatError, PatchFormatError, RequestError, TPError, require_flag, require_positive, shown
-from .generation import PREFILL_TOKENS, LookupStats, PrefixCache, generate, prefill
+from .errors import require_positive
+from .generation import PREFILL_TOKENS, PrefixCache, prefill, require_prefix_cache
 from .loaded_patches import ACTIVE, Active, LoadedPatches, PatchChoice
+from .opening import open_folder
 from .patch import Patch
-from .session import (
-    BoundPatch,
-    Graph,
-    KVCache,
-    ModelFolder,
-    ProbeCheck,
-    SessionOptions,
-    check_probe,
-    cuda_is_expected,
-    not_a_patch,
-)
+from .session import BoundPatch, Graph, KVCache, ProbeCheck, SessionOptions
 from .text import (
-    EncodedRequest,
     Message,
     Request,
     RequestEncoder,
@@ -40,18 +27,13 @@ from .text import (
     TextCodec,
     TextStream,
     absorb_prompt,
-    each_answer,
-    each_prompt,
     is_several,
-    run_together,
-    shared_cache,
+    run_answers,
+    run_prompts,
+    start_stream,
 )
 
-log = logging.getLogger("tp_runtime")
-
 _MOST_ROWS = 2**16  # of a batch; more would only ask for memory that no device has
-
-_T = TypeVar("_T")
 
 
 class PatchedModel:
@@ -107,42 +89,12 @@ class PatchedModel:
             options: the settings of the session; see SessionSettings.
 
         Raises:
-            ModelFormatError, UnsafePathError: the folder is not as it was exported.
-            DeviceUnavailableError: `device` is unknown, or is `cuda` and CUDA is not available; `cuda_graphs` is set on
-                the CPU; or ONNX Runtime is missing or installed twice.
-            PatchError: the patch is damaged or does not fit.
-            RequestError: `threads` is not a positive integer, `prefix_cache_bytes` is not a number of bytes, another
-                option is not valid, or `cuda_graphs` is set for a graph of the `optimum` route.
+            ModelFormatError, UnsafePathError, DeviceUnavailableError, PatchError: see open_folder.
+            RequestError: `prefix_cache_bytes` is not a number of bytes, or an option is not valid; see open_folder.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise ModelFormatError(
-                "the value is not a path", field="path", got=shown(path), wanted="a folder written by tp-export"
-            )
-        require_flag("verify", verify)
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
-        folder = ModelFolder.open(path, verify, digests=verify)
-
-        def read_text_side() -> TextCodec:
-            if not verify:
-                folder.check_digests()
-            return TextCodec.from_model_folder(folder)
-
-        # ONNX Runtime opens the session without Python's lock. Meanwhile files are hashed, and the text side is read.
-        # The graph itself is hashed before it is opened.
-        codec = _beside(read_text_side)
-        try:
-            if isinstance(patch, str | os.PathLike):
-                patch = Patch.load(patch)
-            if not isinstance(patch, Patch | Active | None):
-                raise not_a_patch(patch, "a Patch, its file, or None")
-            graph = Graph(folder, device, defaults=patch if isinstance(patch, Patch) else None, **options)
-        except TPError:
-            codec()  # a damaged file is the cause of what the session says about it
-            raise
-        if graph.device.requested == "auto" and graph.device.reason:
-            level = logging.WARNING if cuda_is_expected() else logging.INFO
-            log.log(level, "running on the CPU: %s", graph.device.reason)
-        return cls(graph, codec(), graph.base if patch is None else graph.default, store)
+        graph, codec = open_folder(path, device, patch, verify, **options)
+        return cls(graph, codec, graph.base if patch is None else graph.default, store)
 
     # -- patches ---------------------------------------------------------------------------------------------
 
@@ -173,18 +125,7 @@ class PatchedModel:
                 no probe or the device does not reproduce it.
             RequestError: the name is not a string, or `check` or `replace` is not a boolean.
         """
-        require_flag("check", check)
-        require_flag("replace", replace)
-        if isinstance(patch, str | os.PathLike):
-            patch = Patch.load(patch)
-        if not isinstance(patch, Patch):
-            raise not_a_patch(patch, "a Patch, or the path of its file")
-        name = patch.name if name is None else name
-        bound = self.graph.bind(patch)
-        if check:
-            self._require_live(patch)
-        self._patches.add(name, patch, bound, replace)
-        return name
+        return self._patches.load(patch, name, check, replace)
 
     def unload_patch(self, name: str) -> None:
         """Remove a loaded patch. Afterwards the model gives the same output as before it was loaded, bit for bit.
@@ -214,22 +155,7 @@ class PatchedModel:
             PatchFormatError: the patch has no probe.
             PatchError: the patch is not loaded or does not fit.
         """
-        if isinstance(patch, str):
-            patch = self._patches.by_name(patch).patch
-        if not isinstance(patch, Patch):
-            raise not_a_patch(patch, "the name of a loaded patch, or a Patch")
-        return check_probe(self.graph, patch)
-
-    def _require_live(self, patch: Patch) -> None:
-        result = check_probe(self.graph, patch)
-        if not result.ok:
-            raise PatchFormatError(
-                f"the patch {patch.name!r} does not reproduce its probe on this device",
-                field="config.probe",
-                got=f"max logit error {result.max_logit_error:.3g}, {'live' if result.live else 'not live'}",
-                wanted="the logits of the host",
-                fix="export the patch again with this version, or check the device",
-            )
+        return self._patches.check(patch)
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -255,25 +181,7 @@ class PatchedModel:
             StaleCacheError: `cache` was made under another patch or by another open model.
             BusyError: another request is using `cache`. If it begins after this call, reading the stream raises it.
         """
-        request = self._encode(Request.of(prompt, **options))
-        stats = LookupStats()
-        ids = generate(
-            self.graph,
-            request.tokens,
-            request.patch.bound,
-            sampler=request.sampler,
-            max_new_tokens=request.max_new_tokens,
-            eos_ids=self.codec.eos_ids,
-            cache=cache,
-            prefix_cache=self.prefix_cache,
-            lookup=request.lookup,
-            stats=stats,
-        )
-        using = self._patches.using(request.patch.loaded)
-        return TextStream(ids, self.codec, request, using, stats)
-
-    def _encode(self, request: Request) -> EncodedRequest:
-        return self.encoder.encode(request)
+        return start_stream(self.graph, self.encoder, Request.of(prompt, **options), cache, self.prefix_cache)
 
     @overload
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> str: ...
@@ -303,8 +211,7 @@ class PatchedModel:
         require_positive("rows", rows, _MOST_ROWS)
         if not is_several(prompt):
             return "".join(self.stream(prompt, **options))
-        requests = each_prompt(prompt, options)
-        return [one.text for one in run_together(self.graph, self.encoder, requests, rows, self.prefix_cache)]
+        return [one.text for one in run_prompts(self.graph, self.encoder, prompt, options, rows, self.prefix_cache)]
 
     @overload
     def complete(self, prompt: str | Sequence[Message], *, n: int, rows: int = 8, **options: Any) -> list[Result]: ...
@@ -335,12 +242,11 @@ class PatchedModel:
         require_positive("rows", rows, _MOST_ROWS)
         if n is not None:
             require_positive("n", n, _MOST_ROWS)
-            requests = each_answer(prompt, n, options)
-            store = shared_cache(self.graph, self.encoder, prompt, options, self.prefix_cache)
-            return [one.result for one in run_together(self.graph, self.encoder, requests, rows, store)]
+            answers = run_answers(self.graph, self.encoder, prompt, n, options, rows, self.prefix_cache)
+            return [one.result for one in answers]
         if is_several(prompt):
-            requests = each_prompt(prompt, options)
-            return [one.result for one in run_together(self.graph, self.encoder, requests, rows, self.prefix_cache)]
+            completions = run_prompts(self.graph, self.encoder, prompt, options, rows, self.prefix_cache)
+            return [one.result for one in completions]
         with self.stream(prompt, **options) as stream:
             for _chunk in stream:
                 pass
@@ -378,8 +284,8 @@ class PatchedModel:
                 is not valid (see `stream`).
             PatchError: the patch is not loaded or does not fit.
         """
-        store = self._require_prefix_cache()
-        request = self._encode(Request(prompt, system, raw, patch, strength))
+        store = require_prefix_cache(self.prefix_cache)
+        request = self.encoder.encode(Request(prompt, system, raw, patch, strength))
         with self._patches.using(request.patch.loaded):
             prefill(self.graph, request.tokens, request.patch.bound, store)
 
@@ -388,11 +294,9 @@ class PatchedModel:
 
         Raises:
             RequestError: the model was opened without a prefix cache.
-            CacheFormatError: `path` does not end in .safetensors, or the file would be too large.
-            OutputError: `path` holds something that is not a file of a prefix cache.
-            OSError: the operating system refuses the write. No file is left behind.
+            CacheFormatError, OutputError, OSError: see PrefixCache.save. No file is left behind.
         """
-        self._require_prefix_cache().save(path, self.graph.folder)
+        require_prefix_cache(self.prefix_cache).save(path, self.graph.folder)
 
     def load_prefix_cache(self, path: str | Path) -> int:
         """Add the entries of a file that `save_prefix_cache` wrote. An error leaves the prefix cache unchanged.
@@ -404,21 +308,9 @@ class PatchedModel:
 
         Raises:
             RequestError: the model was opened without a prefix cache.
-            CacheFormatError: the file is missing or damaged, is no file of a prefix cache, or does not fit the model.
-            StaleCacheError: it holds keys and values of another graph.
+            CacheFormatError, StaleCacheError, OSError: see PrefixCache.load.
         """
-        return self._require_prefix_cache().load(path, self.graph.folder)
-
-    def _require_prefix_cache(self) -> PrefixCache:
-        if self.prefix_cache is None:
-            raise RequestError(
-                "the model was opened without a prefix cache",
-                field="prefix_cache_bytes",
-                got=0,
-                wanted="a number of bytes",
-                fix="open it with from_pretrained(..., prefix_cache_bytes=...)",
-            )
-        return self.prefix_cache
+        return require_prefix_cache(self.prefix_cache).load(path, self.graph.folder)
 
     def absorb(
         self,
@@ -439,28 +331,17 @@ class PatchedModel:
             patch: a patch of weights alone under which the keys and values are computed. The result holds these weights
                 too, so it is used instead of that patch.
             strength: a factor on that patch.
-            dtype: the dtype of the patch, as for `Patch.save`; None takes that of the session's keys and values, which
-                rounds nothing.
-            before_system: whether the prompt is to stand in front of a system message that every request under the
-                patch has of its own, with a blank line between them; otherwise it stands in place of one.
-            progress: a function that is called with the number of tokens that have run and that of all tokens.
+            dtype: the dtype of the patch; see absorb_prompt, also for the other arguments.
+            before_system: whether the prompt stands in front of a system message of every request.
+            progress: a function that is told how much of the prompt has run.
 
         Raises:
-            RequestError: the prompt is empty or does not fit the context window, or the template cannot put it in front
-                of every query.
-            PatchError: the patch is not loaded, does not fit or has entries, or the name or the dtype is not valid.
+            RequestError, PatchError: see absorb_prompt; or the patch is not loaded.
         """
-        resolved = self._patches.resolve(patch, strength)
-        with self._patches.using(resolved.loaded):
+        under = self._patches.resolve(patch, strength)
+        with self._patches.using(under.loaded):
             return absorb_prompt(
-                self.graph,
-                self.codec,
-                system,
-                resolved,
-                name=name,
-                dtype=dtype,
-                before_system=before_system,
-                progress=progress,
+                self.graph, self.codec, system, under, name, dtype=dtype, before_system=before_system, progress=progress
             )
 
     def chat(
@@ -513,27 +394,3 @@ class PatchedModel:
         resolved = self._patches.resolve(patch, strength)
         with self._patches.using(resolved.loaded):
             return self.graph.run(token_ids, resolved.bound)
-
-
-def _beside(work: Callable[[], _T]) -> Callable[[], _T]:
-    """Begin `work` in a thread of its own; return a function that waits for it, and returns or raises as it did."""
-    results: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    # It does not outlive the process: an interrupt while the session is opened ends both.
-    thread = threading.Thread(target=run, name="tp-beside", daemon=True)
-    thread.start()
-
-    def result() -> _T:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    return result

@@ -17,6 +17,7 @@ from tp_runtime.generation import Batch, Sampler, Sampling, generate
 from tp_runtime.patch import Patch
 from tp_runtime.session import BestLogits, Graph, Lengths, ModelFolder, Use
 from tp_runtime.session import cuda_graphs as cuda_graphs
+from tp_runtime.session.open_session import start_captured
 
 PROMPT = [5, 6, 7, 8, 9]
 REQUESTS = [
@@ -39,7 +40,9 @@ def on_device(request: pytest.FixtureRequest, plain: Graph) -> Graph:
     graph = Graph(plain.folder, "cpu")
     graph._steps_in_place, graph.device_steps = False, graph._new_device_steps()
     if request.param == "captured":
-        graph._start_captured()
+        graph.captured = start_captured(
+            graph.folder, graph.session, graph.ort, graph.device.kind, graph._run_io, graph.kv
+        )
     return graph
 
 

@@ -112,7 +112,7 @@ def test_an_interrupt_at_any_line_leaves_a_cache_free_and_right(model: PatchedMo
     def answer() -> None:
         model.generate("Hi", cache=cache, max_new_tokens=3)
 
-    for place in interrupted_at_every_step(answer, (*REQUESTS, "kv_buffers.py", "step_io.py")):
+    for place in interrupted_at_every_step(answer, (*REQUESTS, "kv_buffers.py", "step_io.py", "run_io.py")):
         assert model.generate("Where is the cat?", cache=cache, max_new_tokens=4) == wanted, place
 
 

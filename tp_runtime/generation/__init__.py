@@ -9,7 +9,7 @@ from .engine import check_request, generate, prefill
 from .entries import prompt_entries
 from .logprobs import LogprobsMode, TokenLogprobs, WantedLogprobs
 from .lookup import LookupStats, check_lookup
-from .prefix_cache import PrefixCache
+from .prefix_cache import PrefixCache, require_prefix_cache
 from .row import Row
 from .sampler import Sampler
 from .sampling import Sampling
@@ -32,4 +32,5 @@ __all__ = [
     "masked",
     "prefill",
     "prompt_entries",
+    "require_prefix_cache",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import library_text, require_positive
+from ..errors import RequestError, library_text, require_positive
 from ..session import KVCache, ModelFolder
 from .prefix_cache_file import read_prefix_cache, write_prefix_cache
 from .prefix_entry import Content, PrefixEntry
@@ -226,3 +226,16 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     copy = np.array(array, order="C")
     copy.setflags(write=False)
     return copy
+
+
+def require_prefix_cache(cache: PrefixCache | None) -> PrefixCache:
+    """Return a model's prefix cache; raise RequestError if the model was opened without one."""
+    if cache is None:
+        raise RequestError(
+            "the model was opened without a prefix cache",
+            field="prefix_cache_bytes",
+            got=0,
+            wanted="a number of bytes",
+            fix="open it with from_pretrained(..., prefix_cache_bytes=...)",
+        )
+    return cache

@@ -7,47 +7,25 @@ take place at the same time.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import count
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RequestError, require_positive
-from ..patch import KV_PARTS, Patch
+from ..errors import require_positive
+from ..patch import Patch
 from .bound_patch import BoundPatch, require_bound
-from .cuda_graphs import CapturedDecode, check_capturable
-from .description import past_name
-from .device import (
-    Device,
-    avoid_float16_crash,
-    check_cuda_options,
-    create_session,
-    input_kinds,
-    require_onnxruntime,
-    select_device,
-)
-from .device_copies import DeviceCopies
 from .device_step import DeviceStep, DeviceSteps, Logits
-from .graph_file import graph_file
-from .huge_pages import Range, empty_on_huge_pages, mapped, use_huge_pages_soon, without
-from .interface import FIRST_LOGIT, check_interface
-from .kv_buffers import ConcatenatedBuffers, InPlaceBuffers
-from .kv_cache import KVCache, SessionMark, require_cache, token_list
+from .huge_pages import empty_on_huge_pages, use_huge_pages_soon
+from .kv_buffers import InPlaceBuffers
+from .kv_cache import KVCache, new_mark, require_cache, token_list
 from .model_folder import ModelFolder
-from .patch_binder import PatchBinder
-from .prepared import prepared_graph
+from .open_session import open_session
 from .settings import SessionOptions, SessionSettings
 from .step_io import StepIO
-from .threads import set_threads
 from .uses import Use
-
-log = logging.getLogger("tp_runtime")
-
-_numbers = count(1)  # of the sessions of this process, so that an error can tell two over one folder apart
 
 
 class Graph:
@@ -80,14 +58,7 @@ class Graph:
         bound_values: the converted tensors of the patches that ran last.
 
     Raises:
-        DeviceUnavailableError: the device is not available (see device.py), or `cuda_graphs` is set on the CPU.
-        ModelFormatError: ONNX Runtime cannot load the graph, the graph contradicts the folder's description or has
-            changed since the folder was opened, or the folder's default patch is missing or is another patch.
-        UnsafePathError: the graph refers to a file that the folder does not list.
-        PatchError: `defaults` or the folder's default patch does not fit the graph, or the latter's file is damaged.
-        RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
-            valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
-            graph of the `optimum` route.
+        DeviceUnavailableError, ModelFormatError, UnsafePathError, PatchError, RequestError: see open_session.
     """
 
     def __init__(
@@ -99,82 +70,24 @@ class Graph:
         **options: Unpack[SessionOptions],
     ) -> None:
         settings = SessionSettings(**options)
-        self._cuda_options = check_cuda_options(settings.cuda_options)
-        if settings.cuda_graphs:
-            check_capturable(folder, device)
-        self.ort = require_onnxruntime()
-        self.folder = folder
-        self.mark = SessionMark(f"session {next(_numbers)} over {folder.path.name}")
-        self.dtype = folder.kv.numpy_dtype
-        session_options = self.ort.SessionOptions()
-        set_threads(session_options, settings.threads, settings.spin)
-        if self.dtype == np.float16:
-            avoid_float16_crash(self.ort, session_options)
-        chosen = select_device("cuda" if settings.cuda_graphs and device == "auto" else device)
-        on_host = session_options if chosen.kind == "cpu" else None
-        self._binder = PatchBinder(self.ort, folder, defaults, settings.bound_patch_bytes, on_host)
+        opened = open_session(folder, device, defaults, settings)
+        self.folder, self.ort, self.dtype = folder, opened.ort, folder.kv.numpy_dtype
+        self.mark = new_mark(folder.path.name)
+        self.session, self.device, self.kv = opened.session, opened.device, opened.kv
+        self.captured, self.capture_failure = opened.captured, opened.capture_failure
+        self._binder = opened.binder
         self.repair, self.default_patch = self._binder.repair, self._binder.default_patch
-        self.bound_values = self._binder.values
-        self.captured: CapturedDecode | None = None
-        self.capture_failure: str | None = None
-        self._exclusive: Callable[[], AbstractContextManager[None]] = nullcontext  # or CapturedDecode.exclusive
-        self._huge_pages, self._window_cache = settings.huge_pages, settings.window_cache
-        self._for_huge_pages: list[Range] = []  # memory to move to huge pages after the first run
-        if not settings.cuda_graphs or not self._capture(chosen, session_options):
-            self._open(chosen, session_options)
-        self._binder.place(self.device.kind)
         self.default, self.base = self._binder.default, self._binder.base
-
-    def _open(self, device: Device, options: Any, cuda_graphs: bool = False) -> None:
-        """Open a session; on the CPU, over the graph that was prepared for this processor, if there is one."""
-        folder = self.folder
-        prepared = prepared_graph(folder) if device.kind == "cpu" else None
-        model = (prepared or graph_file(folder)).model(options)
-        before = mapped()
-        self.session, self.device = create_session(model, device, options, cuda_graphs, self._cuda_options)
-        check_interface(self.session, folder)
-        self._for_huge_pages = without(mapped(), before) if self._huge_pages and self.device.kind == "cpu" else []
-        kinds = {value.name: value.type for value in self.session.get_outputs()}
-        self._logits_dtype = np.dtype(np.float16 if kinds["logits"] == "tensor(float16)" else np.float32)
+        self.bound_values = self._binder.values
+        self._run_io = opened.run_io
+        self._for_huge_pages, self._huge_pages = opened.for_huge_pages, settings.huge_pages
         self._ones = np.ones((1, folder.context_window), np.int64)  # a mask of one sequence is a view of its front
-        self._first_logits: dict[int, Any] = {}  # the values of FIRST_LOGIT that were used so far
-        buffers = InPlaceBuffers if folder.route == "fused" else ConcatenatedBuffers
         self._steps_in_place = folder.route == "fused" and self.device.kind == "cpu"
         self.device_steps = self._new_device_steps() if folder.best is not None and self.device.kind != "cpu" else None
-        kv_device = input_kinds(self.session, self.device)[past_name(0, KV_PARTS[0])]
-        if kv_device != self.device.kind:
-            log.warning(
-                "attention runs on the CPU: the CUDA provider has no attention kernel for %s; export with fp16 or "
-                "int4-fp16",
-                self.dtype,
-            )
-        self.kv = buffers(folder, self.session, self.ort, kv_device, self.dtype, self._window_cache)
-        if isinstance(self.kv, InPlaceBuffers) and kv_device != "cpu":
-            self.kv.copies = DeviceCopies(self.ort, self.device, self.dtype)
 
     def _new_device_steps(self) -> DeviceSteps:
-        first = self._first_logit(-1)
-        return DeviceSteps(self.ort, self.folder, self.device.kind, self._logits_dtype, first, self._run_binding)
-
-    def _capture(self, device: Device, options: Any) -> bool:
-        """Open a session with captured steps; if that fails, return False and set `capture_failure` to the reason."""
-        try:
-            self._open(device, options, cuda_graphs=True)
-            self._start_captured()
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class of their own
-            self.captured, self._exclusive = None, nullcontext
-            self.capture_failure = " ".join(str(error.__cause__ or error).split())
-            log.warning("decode steps are not captured: %s", self.capture_failure)
-            return False
-        return True
-
-    def _start_captured(self) -> None:
-        assert isinstance(self.kv, InPlaceBuffers)
-        first = self._first_logit(-1)
-        kind, dtypes = self.device.kind, (self.dtype, self._logits_dtype)
-        self.captured = CapturedDecode(self.folder, self.session, self.ort, kind, dtypes, first, self.kv)
-        self._exclusive = self.captured.exclusive
-        self.captured.capture()
+        first, kind = self._run_io.first_logit(-1), self.device.kind
+        return DeviceSteps(self.ort, self.folder, kind, self._run_io.dtype, first, self._run_binding)
 
     def bind(self, patch: Patch | None) -> BoundPatch:
         """Check a patch and put it on the device, ready to run; None means the base.
@@ -357,14 +270,7 @@ class Graph:
             return logits.copy() if copy else logits
         position = len(cache) + cache.skipped
         self.folder.check_ids(tokens)
-        if position + len(tokens) > self.folder.context_window:
-            raise RequestError(
-                "the context window cannot hold this many tokens",
-                field="tokens",
-                got=position + len(tokens),
-                wanted=f"at most {self.folder.context_window}",
-                fix="shorten the prompt or the conversation",
-            )
+        self.folder.check_length(position + len(tokens))
         with self._exclusive():
             if not cache.reaches:
                 self._run_again(cache, bound)
@@ -450,23 +356,18 @@ class Graph:
         if not isinstance(cache.step, StepIO) or cache.step.binding is not cache.binding:
             lead = cache.filled - len(cache), cache.skipped
             sizes = cache.capacity, cache.shown, self.folder.context_window
-            like = (1, 1, self.folder.vocab_size), self._logits_dtype
+            like = (1, 1, self.folder.vocab_size), self._run_io.dtype
             logits = empty_on_huge_pages(*like) if self._huge_pages else np.empty(*like)
-            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, logits, self._first_logit(-1))
+            cache.step = StepIO(self.ort, cache.binding, lead, *sizes, logits, self._run_io.first_logit(-1))
         return cache.step
 
     def _run_binding(self, binding: Any) -> None:
         run = self.session.run_with_iobinding if self.captured is None else self.captured.run
         run(binding)  # a run that fails leaves the caches' tokens as they were
 
-    def _first_logit(self, first: int) -> tuple[str, Any]:
-        """Return the name and the value of the input that says from which position of a run logits are computed.
-
-        The graph counts a negative position from the end of the run.
-        """
-        if first not in self._first_logits:
-            self._first_logits[first] = self.ort.OrtValue.ortvalue_from_numpy(np.array([first], np.int64))
-        return FIRST_LOGIT, self._first_logits[first]
+    def _exclusive(self) -> AbstractContextManager[None]:
+        """Return a context inside of which no other thread uses the captured buffers."""
+        return nullcontext() if self.captured is None else self.captured.exclusive()
 
     def execute(
         self,
@@ -482,23 +383,14 @@ class Graph:
         Args:
             binding: a binding of this session.
             ids: token ids [B, T].
-            mask: the attention mask [B, longest past + T], 1 on each row's tokens and 0 on the padding at its right. It
-                counts the positions of full layers; `shift_values` are those of windowed layers, in the binding.
+            mask: the attention mask [B, longest past + T]; see RunIO.bind.
             positions: the ids' positions [B, T].
             last: the number of positions at the end whose logits are computed, from 1 to T.
 
         Returns:
             Logits [B, last, vocab], float32.
         """
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_cpu_input("position_ids", positions)
-        rows, steps = ids.shape
-        binding.bind_ortvalue_input(*self._first_logit(0 if last == steps else -last))
-        # The logits get an array of their own, because asking the binding for its outputs takes time for each of them,
-        # and there are two for every layer.
-        logits = np.empty((rows, last, self.folder.vocab_size), self._logits_dtype)
-        binding.bind_ortvalue_output("logits", self.ort.OrtValue.ortvalue_from_numpy(logits))
+        logits = self._run_io.bind(binding, ids, mask, positions, last)
         self._run_binding(binding)
         self._after_run()
         return logits if logits.dtype == np.float32 else logits.astype(np.float32)

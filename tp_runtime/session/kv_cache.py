@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NoReturn
 
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ ALWAYS = range(sys.maxsize)  # the value of `shown` if the buffers of windowed l
 _NOTHING_HELD = sys.maxsize  # the value of `dropped` while the buffers are replaced
 
 
+_numbers = count(1)  # of the sessions of this process, so that an error can tell two over one folder apart
+
+
 @dataclass(frozen=True, eq=False)
 class SessionMark:
     """The mark that a session puts on its caches. Two sessions never have the same mark, also over one folder.
@@ -38,6 +42,11 @@ class SessionMark:
     """
 
     name: str
+
+
+def new_mark(folder: str) -> SessionMark:
+    """Return the mark of one more session; `folder` is the name of its model folder."""
+    return SessionMark(f"session {next(_numbers)} over {folder}")
 
 
 @dataclass(eq=False)

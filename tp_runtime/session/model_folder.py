@@ -184,6 +184,17 @@ class ModelFolder:
                 wanted=f"0..{self.vocab_size - 1}",
             )
 
+    def check_length(self, length: int) -> None:
+        """Raise RequestError unless the context window holds `length` positions."""
+        if length > self.context_window:
+            raise RequestError(
+                "the context window cannot hold this many tokens",
+                field="tokens",
+                got=length,
+                wanted=f"at most {self.context_window}",
+                fix="shorten the prompt or the conversation",
+            )
+
     def to_json(self) -> str:
         """Return the text of `patch_slots.json`."""
         data = asdict(self)

@@ -14,8 +14,8 @@ from .messages import checked_messages
 from .plain_values import plain_objects
 from .request import Request, RequestOptions, SamplingOptions
 from .result import LikelyToken, Result, Timings, TokenInfo, Usage
-from .several import each_answer, each_prompt, is_several, run_together, shared_cache
-from .stream import TextStream
+from .several import is_several, run_answers, run_prompts
+from .stream import TextStream, start_stream
 from .table_tokenizer import TableTokenizer
 from .tables import build_tables, read_tables
 from .tokenizer_files import SPECIAL_TOKENS, TABLES, TOKENIZER_FILES, TOOL_TEMPLATE
@@ -53,13 +53,12 @@ __all__ = [
     "beginnings_of",
     "build_tables",
     "checked_messages",
-    "each_answer",
-    "each_prompt",
     "in_front_of",
     "is_several",
     "plain_objects",
     "read_tables",
-    "run_together",
-    "shared_cache",
+    "run_answers",
+    "run_prompts",
+    "start_stream",
     "writes_the_date",
 ]

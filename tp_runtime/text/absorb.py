@@ -38,8 +38,8 @@ def absorb_prompt(
     codec: TextCodec,
     system: str,
     weights: ResolvedPatch,
-    *,
     name: str,
+    *,
     dtype: str | None = None,
     before_system: bool = False,
     progress: Progress | None = None,
@@ -54,8 +54,9 @@ def absorb_prompt(
         name: the name of the patch.
         dtype: the dtype that the patch is stored in, a key of `DTYPES`; the values are rounded to it. None takes that
             of the session's keys and values, which rounds nothing.
-        before_system: whether the prompt is to stand in front of a system message that every request has of its own.
-        progress: a function that is told how much of the prompt has run.
+        before_system: whether the prompt is to stand in front of a system message that every request under the patch
+            has of its own, with a blank line between them; otherwise it stands in place of one.
+        progress: a function that is called with the number of tokens that have run and that of all tokens.
 
     Raises:
         RequestError: the prompt is empty, the template refuses a system message or does not put it in front of every

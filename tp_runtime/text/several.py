@@ -14,7 +14,7 @@ from .request import Request
 
 _SPARE_TOKENS = 64  # of a prefix cache for several answers to one prompt
 
-One = tuple[Any, dict[str, Any]]  # a prompt and its options
+_One = tuple[Any, dict[str, Any]]  # a prompt and its options
 
 
 def is_several(prompt: Any) -> bool:
@@ -22,7 +22,66 @@ def is_several(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
 
 
-def each_prompt(prompts: Sequence[Any], options: dict[str, Any]) -> list[One]:
+def run_prompts(
+    graph: Graph,
+    encoder: RequestEncoder,
+    prompts: Sequence[Any],
+    options: dict[str, Any],
+    rows: int,
+    prefix_cache: PrefixCache | None,
+) -> list[Completion]:
+    """Run several prompts in one batch.
+
+    Args:
+        graph: the graph that runs the steps.
+        encoder: encodes the requests.
+        prompts: the prompts.
+        options: the options, of which a list holds one value for each prompt.
+        rows: the largest number of prompts that run at the same time.
+        prefix_cache: the cache from which prompts take the keys and values of earlier runs.
+
+    Returns:
+        The completions, in the order of the prompts.
+
+    Raises:
+        RequestError: a list does not have one value for each prompt, or a request is not valid; nothing was run.
+        Exception: the error of the first request that failed.
+    """
+    return _run_together(graph, encoder, _each_prompt(prompts, options), rows, prefix_cache)
+
+
+def run_answers(
+    graph: Graph,
+    encoder: RequestEncoder,
+    prompt: Any,
+    n: int,
+    options: dict[str, Any],
+    rows: int,
+    prefix_cache: PrefixCache | None,
+) -> list[Completion]:
+    """Give several answers to one prompt, which run in one batch and share the run of the prompt.
+
+    Args:
+        graph: the graph that runs the steps.
+        encoder: encodes the requests.
+        prompt: the prompt.
+        n: the number of answers. Answer i has the seed `seed` + i.
+        options: the options.
+        rows: the largest number of answers that run at the same time.
+        prefix_cache: the model's prefix cache; the prompt is shared through it if it is large enough.
+
+    Returns:
+        The completions, in the order of the answers.
+
+    Raises:
+        RequestError: `prompt` holds several prompts, there is a KV cache, or the request is not valid; nothing was run.
+        Exception: the error of the first answer that failed.
+    """
+    requests = _each_answer(prompt, n, options)
+    return _run_together(graph, encoder, requests, rows, _shared_cache(graph, encoder, prompt, options, prefix_cache))
+
+
+def _each_prompt(prompts: Sequence[Any], options: dict[str, Any]) -> list[_One]:
     """Return each prompt with its options: from a list the prompt's own item, and any other value unchanged.
 
     Raises:
@@ -44,7 +103,7 @@ def each_prompt(prompts: Sequence[Any], options: dict[str, Any]) -> list[One]:
     return list(zip(prompts, each, strict=True))
 
 
-def each_answer(prompt: Any, n: int, options: dict[str, Any]) -> list[One]:
+def _each_answer(prompt: Any, n: int, options: dict[str, Any]) -> list[_One]:
     """Return `n` times the same prompt; answer i has the seed `seed` + i.
 
     Raises:
@@ -60,8 +119,8 @@ def each_answer(prompt: Any, n: int, options: dict[str, Any]) -> list[One]:
     return [(prompt, {**options, "seed": None if seed is None else seed + answer}) for answer in range(n)]
 
 
-def run_together(
-    graph: Graph, encoder: RequestEncoder, requests: Sequence[One], rows: int, prefix_cache: PrefixCache | None
+def _run_together(
+    graph: Graph, encoder: RequestEncoder, requests: Sequence[_One], rows: int, prefix_cache: PrefixCache | None
 ) -> list[Completion]:
     """Run requests in one batch.
 
@@ -88,7 +147,7 @@ def run_together(
     return completions
 
 
-def shared_cache(
+def _shared_cache(
     graph: Graph, encoder: RequestEncoder, prompt: Any, options: dict[str, Any], own: PrefixCache | None
 ) -> PrefixCache:
     """Return a prefix cache that can hold a prompt, so that several answers to it run it once.

@@ -11,10 +11,12 @@ from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 
 from ..errors import BusyError, RequestError
-from ..generation import LookupStats
+from ..generation import LookupStats, PrefixCache, generate
+from ..session import Graph, KVCache
 from .codec import TextCodec
 from .detokenize import IncrementalDecoder, StopScanner
-from .encoder import EncodedRequest
+from .encoder import EncodedRequest, RequestEncoder
+from .request import Request
 from .result import Result, Timings, Usage, result_of
 
 
@@ -117,6 +119,37 @@ class TextStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def start_stream(
+    graph: Graph, encoder: RequestEncoder, request: Request, cache: KVCache | None, prefix_cache: PrefixCache | None
+) -> TextStream:
+    """Start a completion, which runs when the stream is read.
+
+    Args:
+        graph: the graph that runs the steps.
+        encoder: encodes the request.
+        request: the request.
+        cache: a KV cache with earlier text of the same conversation; None begins a new one.
+        prefix_cache: the cache from which the prompt takes the keys and values of earlier runs.
+
+    Raises:
+        RequestError, PatchError, StaleCacheError, BusyError: see PatchedModel.stream.
+    """
+    encoded, stats = encoder.encode(request), LookupStats()
+    ids = generate(
+        graph,
+        encoded.tokens,
+        encoded.patch.bound,
+        sampler=encoded.sampler,
+        max_new_tokens=encoded.max_new_tokens,
+        eos_ids=encoder.codec.eos_ids,
+        cache=cache,
+        prefix_cache=prefix_cache,
+        lookup=encoded.lookup,
+        stats=stats,
+    )
+    return TextStream(ids, encoder.codec, encoded, encoder.patches.using(encoded.patch.loaded), stats)
 
 
 class StoppingDecoder:

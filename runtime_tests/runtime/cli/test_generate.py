@@ -91,7 +91,7 @@ def test_raw_text_and_stop_strings_reach_the_model(cli: Cli, tiny_llama_export: 
 def test_auto_warns_in_one_line_that_it_runs_on_the_cpu_only_where_cuda_was_expected(
     cli: Cli, tiny_llama_export: Path, monkeypatch: pytest.MonkeyPatch, expected: bool
 ) -> None:
-    monkeypatch.setattr("tp_runtime.model.cuda_is_expected", lambda: expected)
+    monkeypatch.setattr("tp_runtime.opening.cuda_is_expected", lambda: expected)
     result = cli("generate", tiny_llama_export, "hi", "--max-new-tokens", "1", "--json")
     if result.json["device"] == "cpu" and expected:
         assert result.err.startswith("warning: running on the CPU: ")

@@ -13,7 +13,7 @@ import pytest
 from runtime_tests.logits import token_ids
 from runtime_tests.patches import patch_for
 from tp_runtime.patch import Patch
-from tp_runtime.session import Graph, ModelFolder
+from tp_runtime.session import Graph, ModelFolder, open_session
 
 CLOSE = 1e-5
 IDS = token_ids(40)
@@ -33,9 +33,15 @@ def capturing(plain: Graph) -> Graph:
 def with_captured_decode(folder: ModelFolder) -> Graph:
     """Open a graph on the CPU whose decode steps use the captured decode buffers."""
     graph = Graph(folder, "cpu")
-    graph._start_captured()
+    start_captured(graph)
     graph._steps_in_place = False  # as on CUDA
     return graph
+
+
+def start_captured(graph: Graph) -> None:
+    graph.captured = open_session.start_captured(
+        graph.folder, graph.session, graph.ort, graph.device.kind, graph._run_io, graph.kv
+    )
 
 
 def rank_patches(graph: Graph, *ranks: int) -> list[Patch]:

@@ -18,7 +18,7 @@ from tp_runtime.patch import Delta, Patch
 from tp_runtime.session import Graph, Lengths, ModelFolder
 from tp_runtime.session import cuda_graphs as cuda_graphs
 
-from .conftest import CLOSE, IDS, STEPS, Counted, rank_patches, with_captured_decode
+from .conftest import CLOSE, IDS, STEPS, Counted, rank_patches, start_captured, with_captured_decode
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 4, 5, 16, 60, 64, 65])
@@ -105,7 +105,7 @@ def test_a_sequence_whose_windowed_layers_exceed_the_capacity_takes_ordinary_ste
 def test_a_patch_set_as_default_gives_the_logits_of_ordinary_steps(plain: Graph) -> None:
     patch = rank_patches(plain, 5)[0]
     graph = Graph(plain.folder, "cpu", defaults=patch)
-    graph._start_captured()
+    start_captured(graph)
     for bound, same in ((graph.default, plain.bind(patch)), (graph.base, plain.base)):
         wanted = graph_logits(plain, IDS, same, STEPS)
         assert furthest(graph_logits(graph, IDS, bound, STEPS), wanted) < CLOSE
