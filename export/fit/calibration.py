@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ..queries import statements
 from ..rollout import Context, Dialogue, restated_dialogues
 
-LONG_CONTEXT = 100  # tokens; a longer context is restated, because queries look at a part of it only
+RESTATED_CONTEXT = 64  # tokens; a longer context is restated, because queries look at a part of it only
+LONG_CONTEXT = 100  # tokens; of the built-in questions, half make room for questions about a longer context
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def restate(context: Context) -> list[Dialogue]:
     A completion-style model gets none: its context is a list of examples, and repeating them rewards copying one of
     them instead of following them.
     """
-    long = context.beginning is not None and len(context.beginning.teacher) > LONG_CONTEXT
+    long = context.beginning is not None and len(context.beginning.teacher) > RESTATED_CONTEXT
     text = context.prompting.context
     if not long or text is None or context.prompting.codec.style != "chat":
         return []

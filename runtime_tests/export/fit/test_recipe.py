@@ -236,7 +236,7 @@ def test_enough_entries_of_a_context_that_is_restated_are_selected_one_after_ano
         return fit_lockstep(*args, behind=behind, **options)
 
     monkeypatch.setattr(closed_form, "fit_lockstep", recorded)
-    monkeypatch.setattr(calibration, "LONG_CONTEXT", 1)
+    monkeypatch.setattr(calibration, "RESTATED_CONTEXT", 1)
     monkeypatch.setattr(closed_form, "LEAST_FORWARD", least)
     options = patch_arguments(tiny_llama, tmp_path / "p.safetensors", rank=None, prefix=4, samples=1)
     queries = tmp_path / "q.txt"
