@@ -89,8 +89,11 @@ class PatchedModel:
             options: the settings of the session; see SessionSettings.
 
         Raises:
-            ModelFormatError, UnsafePathError, DeviceUnavailableError, PatchError: see open_folder.
-            RequestError: `prefix_cache_bytes` is not a number of bytes, or an option is not valid; see open_folder.
+            ModelFormatError, UnsafePathError: `path` is not a path, or the folder is not as it was exported.
+            DeviceUnavailableError: `device` is unknown, or is `cuda` and CUDA is not available; or `cuda_graphs` is set
+                on the CPU.
+            PatchError: the patch is damaged or does not fit.
+            RequestError: `prefix_cache_bytes` is not a number of bytes, or an option is not valid.
         """
         store = None if type(prefix_cache_bytes) is int and not prefix_cache_bytes else PrefixCache(prefix_cache_bytes)
         graph, codec = open_folder(path, device, patch, verify, **options)
@@ -331,9 +334,10 @@ class PatchedModel:
             patch: a patch of weights alone under which the keys and values are computed. The result holds these weights
                 too, so it is used instead of that patch.
             strength: a factor on that patch.
-            dtype: the dtype of the patch; see absorb_prompt, also for the other arguments.
-            before_system: whether the prompt stands in front of a system message of every request.
-            progress: a function that is told how much of the prompt has run.
+            dtype: the dtype of the patch; None takes that of the keys and values, which rounds nothing.
+            before_system: whether the prompt stands in front of a system message of every request, with a blank line
+                between them; otherwise it stands in place of one.
+            progress: a function that is called with the number of the prompt's ids that have run, and of all.
 
         Raises:
             RequestError, PatchError: see absorb_prompt; or the patch is not loaded.

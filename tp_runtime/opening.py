@@ -1,7 +1,7 @@
 """The opening of a model folder: the session and the text side over the same files, at the same time.
 
 ONNX Runtime opens a session without Python's lock. Meanwhile this module hashes the folder's files and reads its
-tokenizer and chat template. It knows nothing of requests, and no patch but the one that a session is opened with.
+tokenizer and chat template. It knows nothing of requests, and of no patch but the one that a session is opened with.
 """
 
 from __future__ import annotations

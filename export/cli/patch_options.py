@@ -1,7 +1,7 @@
 """The options of `tp-export patch` on one patch: what it is fitted on, its form, its size and its file.
 
-Options that depend on each other have no default in the parser, because the run has to know whether they were given.
-HELD_OUT and RANK are the numbers that count where --holdout and --rank were not.
+Most options that depend on each other have no default in the parser, because the run has to know whether they were
+given. HELD_OUT and RANK are the numbers that count where --holdout and --rank were not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ NO_PROMPT, PROMPT, CACHED_PREFIX, PATCH = VARIANTS = ("no prompt", "prompt", "pr
 
 
 # The series of the plot of fidelity against cost. The first four are fitted in the same run; the exact cache is the
-# prompt's own keys and values in a file. A shorter prompt costs no bytes in a file but context in every session.
+# prompt's own keys and values in a file (in four bits with values that are fitted to the rounding, and not exact). A
+# shorter prompt costs no bytes in a file but context in every session.
 WEIGHTS, ENTRIES, BOTH, EXACT, SHORTER, THIS = SERIES = (
     *("weights", "entries", "entries and weights", "exact cache", "shorter prompt", "this patch"),
 )

@@ -80,7 +80,7 @@ def measure_patch(setup: Setup, subject: Subject) -> PatchReport:
         file_bytes=subject.file.stat().st_size,
         created=patch.config.created,
         prompt=subject.context,
-        systems=list(asked.systems),
+        systems=list(dict.fromkeys(found for found in map(asked.system, subject.queries) if found is not None)),
         prompt_tokens=len(source.codec.render(subject.context, raw=True)),
         added_tokens=len(held[0].teacher_prompt) - len(held[0].student_prompt),
         queries=len(held),

@@ -18,7 +18,15 @@ from tp_runtime.session import Use
 
 IDS = token_ids(5)
 TAKES = ("loaded_patches.py", "session/uses.py", "session/kv_cache.py", "contextlib.py")
-REQUESTS = (*TAKES, "tp_runtime/model.py", "text/stream.py", "text/request.py", "generation/engine.py", "graph.py")
+REQUESTS = (
+    *TAKES,
+    "tp_runtime/model.py",
+    "text/stream.py",
+    "text/request.py",
+    "generation/engine.py",
+    "graph.py",
+    "run_io.py",
+)
 
 # An interrupt in a finaliser is reported and cannot be raised; the use ends nevertheless.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

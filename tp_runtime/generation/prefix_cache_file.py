@@ -43,13 +43,8 @@ from .prefix_entry import PrefixEntry
 
 FORMAT, VERSION = "tp-prefix-cache", "1"
 DTYPES = {"f32": "F32", "f16": "F16"}  # by the dtype of a folder's keys and values
-_ITEM_BYTES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I8": 1,
-    "U8": 1,
-}  # with those of patch files, so that these are told apart
+# The dtypes of patch files are among them, so that these are told apart.
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _MAKE_AGAIN = "make the file again with this model and this version"
 
 

@@ -58,7 +58,8 @@ class Graph:
         bound_values: the converted tensors of the patches that ran last.
 
     Raises:
-        DeviceUnavailableError, ModelFormatError, UnsafePathError, PatchError, RequestError: see open_session.
+        DeviceUnavailableError, ModelFormatError, UnsafePathError, PatchError, RequestError: see open_session
+            and SessionSettings.
     """
 
     def __init__(

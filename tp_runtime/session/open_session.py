@@ -84,9 +84,9 @@ def open_session(folder: ModelFolder, device: str, defaults: Patch | None, setti
             changed since the folder was opened, or the folder's default patch is missing or is another patch.
         UnsafePathError: the graph refers to a file that the folder does not list.
         PatchError: `defaults` or the folder's default patch does not fit the graph, or the latter's file is damaged.
-        RequestError: `threads` is not a positive integer, `spin` is not a boolean, `cuda_options` is not a mapping of
-            valid options, `threads` or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a
-            graph of the `optimum` route.
+        RequestError: `threads` is not a positive integer, `cuda_options` is not a mapping of valid options, `threads`
+            or `spin` is set although all sessions share a pool, or `cuda_graphs` is set for a graph of the `optimum`
+            route.
     """
     cuda_options = check_cuda_options(settings.cuda_options)
     if settings.cuda_graphs:

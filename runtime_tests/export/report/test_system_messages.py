@@ -12,7 +12,7 @@ from runtime_tests.export.tiny import tiny_model
 from tp_export.cli import main
 from tp_export.fit import make_patch
 from tp_export.measure import TorchStudent, diverge, measure_closeness, with_prompt, without_prompt
-from tp_export.queries import SystemMessages
+from tp_export.queries import SystemMessages, load_system_messages
 from tp_export.report import Setup, Subject, check_long, frontier, locality, running
 from tp_export.report.figures import SHORTER
 from tp_export.report.known import Known
@@ -117,17 +117,20 @@ def test_the_figures_are_those_of_evaluate_behind_the_same_messages(
     assert variants["prompt"]["kl"] == pytest.approx(0, abs=1e-6)
     # The calibration queries stand behind the other messages: the repeated fit gives the tensors of the file.
     assert found["fits"]["queries"] == len(FITTED) and found["fits"]["exact"] == (name == "weights")
-    assert found["systems"] == list(SYSTEMS.held_out)
+    assert sorted(found["systems"]) == sorted(SYSTEMS.held_out)
     text = page.read_text()
-    assert "2 different ones" in text and "You answer by telephone.\nHm." in text
+    assert "2 different ones" in text and "\n".join(found["systems"]) in text
 
 
 def test_without_the_option_entries_have_built_in_messages_and_weights_none(
     folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    for name, systems in (("entries", 3), ("weights", 0)):
+    """The page lists those that a measured query has: which one it has depends on its text alone."""
+    codec, built_in = open_source(folder / "source").codec, load_system_messages(None).held_out
+    used = {Prompting(codec, POLICY, built_in).system(query) for query in QUERIES}
+    for name, systems in (("entries", used), ("weights", set())):
         assert main(report(folder, [name], tmp_path / "report.html", "--baselines", "none", "--long", "0")) == 0
-        assert len(json.loads(capsys.readouterr().out)["patches"][0]["systems"]) == systems
+        assert set(json.loads(capsys.readouterr().out)["patches"][0]["systems"]) == systems
     assert "different ones" not in (tmp_path / "report.html").read_text()
 
 
@@ -136,7 +139,7 @@ def test_a_sum_is_measured_behind_the_messages_of_each_patch(folder: Path, tmp_p
     short = ["--baselines", "none", "--long", "0"]
     assert main(report(folder, ["entries", "weights"], page, *systems, *short)) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [patch["systems"] for patch in found["patches"]] == [list(SYSTEMS.held_out)] * 2
+    assert [sorted(patch["systems"]) for patch in found["patches"]] == [sorted(SYSTEMS.held_out)] * 2
     for row, patch in zip(found["composition"], found["patches"], strict=True):
         own = next(variant["held_out"] for variant in patch["variants"] if variant["name"] == "patch")
         assert row["alone"]["gap_closed"] == pytest.approx(own["gap_closed"], rel=1e-3)

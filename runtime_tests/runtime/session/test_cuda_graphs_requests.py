@@ -12,9 +12,8 @@ import pytest
 
 from runtime_tests.logits import furthest, graph_logits
 from tp_runtime.errors import DeviceUnavailableError, RequestError
-from tp_runtime.session import Graph
+from tp_runtime.session import Graph, open_session
 from tp_runtime.session import cuda_graphs as cuda_graphs
-from tp_runtime.session import open_session as opening
 from tp_runtime.session.device import CUDA, Device
 
 from .conftest import CLOSE, IDS, STEPS
@@ -45,7 +44,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
 
     def install(refusal: Exception | None) -> list[bool]:
         requested: list[bool] = []
-        real = opening.create_session
+        real = open_session.create_session
 
         def create(path: Path, device: Device, options: Any, cuda_graphs: bool, _cuda_options: Any) -> Any:
             requested.append(cuda_graphs)
@@ -54,8 +53,8 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], lis
             session, _ = real(path, Device("cpu", "CPUExecutionProvider"), options)
             return session, Device("cpu", "CPUExecutionProvider")
 
-        monkeypatch.setattr(opening, "select_device", lambda name: Device(name, CUDA))
-        monkeypatch.setattr(opening, "create_session", create)
+        monkeypatch.setattr(open_session, "select_device", lambda name: Device(name, CUDA))
+        monkeypatch.setattr(open_session, "create_session", create)
         return requested
 
     return install
@@ -101,11 +100,11 @@ def test_attention_that_runs_on_the_cpu_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     on_cuda(None)
-    monkeypatch.setattr(opening, "input_kinds", lambda *_: {"past_key_values.0.key": "cpu"})
-    create = opening.create_session
-    monkeypatch.setattr(opening, "create_session", lambda *args: (create(*args)[0], Device("cuda", CUDA)))
+    monkeypatch.setattr(open_session, "input_kinds", lambda *_: {"past_key_values.0.key": "cpu"})
+    create = open_session.create_session
+    monkeypatch.setattr(open_session, "create_session", lambda *args: (create(*args)[0], Device("cuda", CUDA)))
     # The folder has no slots, because no CUDA device can hold their tensors. So the graph has some that it does not.
-    monkeypatch.setattr(opening, "check_interface", lambda *_: None)
+    monkeypatch.setattr(open_session, "check_interface", lambda *_: None)
     folder = replace(plain.folder, slots={})
     with caplog.at_level(logging.WARNING, "tp_runtime"):
         graph = Graph(folder, "cuda")

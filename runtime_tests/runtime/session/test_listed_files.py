@@ -17,9 +17,8 @@ from runtime_tests.folders import alter
 from runtime_tests.logits import token_ids
 from tp_runtime.errors import ModelFormatError, TPError, UnsafePathError
 from tp_runtime.model import PatchedModel
-from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files, write_slots_file
+from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, describe_files, open_session, write_slots_file
 from tp_runtime.session import model_folder as folder_module
-from tp_runtime.session import open_session as opening
 from tp_runtime.session.graph_file import graph_file
 from tp_runtime.text import TOKENIZER_FILES
 
@@ -180,13 +179,13 @@ def test_a_graph_that_is_replaced_while_a_session_opens_is_not_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = load(path).graph
-    real = opening.create_session
+    real = open_session.create_session
 
     def swap_then_create(*arguments: object) -> object:
         shutil.copyfile(FIXTURES / "tiny-gemma" / "model.onnx", path / "model.onnx")
         return real(*arguments)
 
-    monkeypatch.setattr(opening, "create_session", swap_then_create)
+    monkeypatch.setattr(open_session, "create_session", swap_then_create)
     graph = Graph(ModelFolder.open(path), "cpu")
     ids = token_ids(12)
     assert np.array_equal(graph.run(ids, graph.default), wanted.run(ids, wanted.default))

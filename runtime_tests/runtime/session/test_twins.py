@@ -23,8 +23,7 @@ from runtime_tests.patches import patch_for
 from tp_runtime.errors import BaseMismatchError, ModelFormatError, PatchError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
-from tp_runtime.session import open_session as opening
+from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder, open_session
 from tp_runtime.session.device import CUDA, Device
 
 IDS = token_ids(30)
@@ -156,7 +155,7 @@ def test_off_the_cpu_the_default_patch_is_bound(
         own.save(copy / DEFAULT_FILE, "f32")
         alter(copy, listed(copy, DEFAULT_FILE))
         alter(copy, claims(own.identity, [[own.identity, 1.0]]))
-    monkeypatch.setattr(opening, "select_device", lambda requested: Device(requested, CUDA))
+    monkeypatch.setattr(open_session, "select_device", lambda requested: Device(requested, CUDA))
     defaults = {"none": None, "other": other, "zero": 0 * other}[choice]
     graph = Graph(ModelFolder.open(copy), "auto", defaults=defaults)
     assert graph.device.kind == "cpu" and graph.default.values
@@ -171,7 +170,7 @@ def test_off_the_cpu_the_default_patch_is_bound(
 def test_off_the_cpu_a_plain_folder_takes_a_default_patch(
     tiny_llama_export: Path, other: Patch, plain: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "select_device", lambda requested: Device(requested, CUDA))
+    monkeypatch.setattr(open_session, "select_device", lambda requested: Device(requested, CUDA))
     folder = ModelFolder.open(tiny_llama_export)
     assert not Graph(folder, "auto").default.values  # the base needs no binding
     graph = Graph(folder, "auto", defaults=other)
