@@ -87,7 +87,7 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         type=_entries,
         metavar="N",
         help="compact the prompt to N key/value entries for each head of a layer, on average over the layers; `all` "
-        "keeps every entry, which is exact; 0 gives weights alone",
+        "keeps every entry, which is exact (but for --dtype i4); 0 gives weights alone",
     )
     parser.add_argument(
         "--before-system",

@@ -104,7 +104,10 @@ def _compact_head(
 ) -> Entry:
     keys, values = context
     shares, text = rows.shares(head, keys)
-    kept = select_forward(shares, weight, values, count) if forward else select_seen(shares, weight, count)
+    if forward and count < len(keys):
+        kept = select_forward(shares, weight, values, count)
+    else:
+        kept = select_seen(shares, weight, count)
     keys, values, shares = keys[kept], values[kept], shares[:, kept]
     weighted = shares * weight[:, None]
     factors = mass_factors(weighted.T @ shares, weighted.T @ (1 - text), ridges.mass)

@@ -40,6 +40,8 @@ def round_lines(lines: Tensor, hessian: Tensor, ridge: float, rounding: Rounding
     Returns:
         X', [m, k].
     """
+    if rounding is unrounded:
+        return lines
     order = hessian.diagonal().argsort(descending=True)
     factor = _upper_factor(hessian[order][:, order], ridge).to(lines)
     rest, found = lines[order], torch.empty_like(lines)

@@ -1,8 +1,8 @@
 """The choice of a form: the smallest file that reaches a target, or the best that a number of bytes allows.
 
 Entries alone give more for their bytes than weights do, and more of them in four bits more than fewer in eight
-(docs/fidelity.md). So the search goes over the number of entries in four bits, and then over those numbers in eight
-that take more bytes: a ladder that is halved at each fit, because more bytes are never much worse. Then the step below
+(docs/fidelity.md). So the search goes over the number of entries in four bits, and then over nearly all and all of them
+in eight: a ladder that is halved at each fit, because a later step is never much worse. Then the step below
 gets a try with weights of a low rank beside it. Candidates are fitted on one set of rows and measured on queries of the
 search's own. The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file
 states come from other queries, which neither the choice nor the fit has seen.
@@ -125,27 +125,23 @@ def choose(recipe: Recipe, target: Target, context: int, size_of: SizeOf, fit: C
 
 
 def _ladder(recipe: Recipe, target: Target, context: int, size_of: SizeOf) -> list[Recipe]:
-    """Return recipes of entries alone in order of size; a dtype begins where the one before it has ended."""
+    """Return recipes of entries alone in order of what they close: the first dtype, and then nearly all in the next."""
     counts = [*(step for step in _LADDER if step < context), ALL]
     ladder: list[Recipe] = []
-    largest = 0
     for dtype in target.dtypes:
-        sizes = [(size_of(dtype, count), count) for count in counts]
-        most = sizes[-1][0] if target.max_bytes is None else target.max_bytes
+        least = _NEARLY_ALL * context if ladder else 0  # fewer would lose more than all in the dtype before
         ladder += [
             replace(recipe, method="prefix", prefix=count, dtype=dtype)
-            for size, count in sizes
-            if largest < size <= most
+            for count in counts
+            if count >= least and (target.max_bytes is None or size_of(dtype, count) <= target.max_bytes)
         ]
-        largest = sizes[-1][0]
     return ladder
 
 
 def most_entries(recipe: Recipe, context: int, size_of: SizeOf, target: Target) -> Recipe:
     """Return the recipe of the best file of entries that has at most the bytes of a target.
 
-    A later dtype of the target is taken where nearly all entries fit in it, and otherwise the first one, with as many
-    as fit.
+    A later dtype of the target is taken where nearly all entries fit in it, and otherwise the one that holds most.
 
     Raises:
         CalibrationError: a file of one entry is larger.
@@ -159,7 +155,7 @@ def most_entries(recipe: Recipe, context: int, size_of: SizeOf, target: Target) 
     if not any(found.values()):
         raise _unreachable(target, None)
     nearly = [dtype for dtype in target.dtypes[1:] if found[dtype] >= _NEARLY_ALL * context]
-    dtype = nearly[-1] if nearly else target.dtypes[0]
+    dtype = nearly[-1] if nearly else max(target.dtypes, key=lambda dtype: found[dtype])
     prefix = ALL if found[dtype] == context else found[dtype]
     return replace(recipe, method="prefix", prefix=prefix, dtype=dtype)
 

@@ -23,8 +23,7 @@ from .entries import ANSWER_WEIGHT, LEAST_FORWARD, Compaction
 from .lockstep import Behind, fit_lockstep
 from .recipe import ALL, Recipe
 
-_HEADER_BYTES = 4_096  # of a patch file: the description and the probe
-_NAMED_BYTES = 105  # of a tensor in the list of tensors
+_NAMED_BYTES = 105  # of a tensor in the list of tensors of a patch file
 _FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _RESTATED_WEIGHT = 1.0  # of a row that predicts an answer, where the context is restated
 
@@ -102,21 +101,24 @@ def _stored(lines: Tensor, dtype: str) -> Tensor:
     return torch.from_numpy(rounded.reshape(array.shape)).to(lines)
 
 
-def entry_bytes(config: Any, windows: Sequence[int | None], context: int, dtype: str, average: int) -> int:
+def entry_bytes(
+    config: Any, windows: Sequence[int | None], context: int, described: int, dtype: str, average: int
+) -> int:
     """Return about how many bytes a file of entries alone has.
 
     Args:
         config: the model's transformers config.
         windows: the window of each layer; None for a layer that sees everything.
         context: the number of entries that the context has.
+        described: the bytes of the patch's description.
         dtype: the dtype of the file.
         average: the number of entries of a layer on average.
     """
     heads, head_dim = kv_shape(config)
     counts = split_budget(average, windows, context)
     tensors = {"i8": 4, "i4": 6}.get(dtype, 2)  # of a layer: keys, values and what stands beside them
-    listed = _HEADER_BYTES + _NAMED_BYTES * tensors * len(counts)
-    return listed + sum(entry_nbytes(dtype, count, heads, head_dim) for count in counts)
+    listed = _NAMED_BYTES * tensors * len(counts)
+    return described + listed + sum(entry_nbytes(dtype, count, heads, head_dim) for count in counts)
 
 
 def _last(entry: Entry, window: int | None) -> Entry:
@@ -136,5 +138,5 @@ def check_entries(entries: int, context: int) -> None:
             field="--prefix",
             got=entries,
             wanted=f"at most {context}, the tokens of the context, or `all`",
-            fix="use --prefix all, which keeps them all and is exact",
+            fix="use --prefix all, which keeps them all",
         )

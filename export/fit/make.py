@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import torch
 from tp_runtime.errors import CalibrationError
 from tp_runtime.patch import FLOAT_PRECISIONS, Delta, Patch, PatchConfig, SlotKey, context_digest
 
-from ..decoder import TorchDelta, TorchPrefix, blocks_of, layer_deltas, layer_windows, torch_prefix
+from ..decoder import TorchDelta, TorchPrefix, blocks_of, kv_shape, layer_deltas, layer_windows, torch_prefix
 from ..measure import (
     Fidelity,
     TorchStudent,
@@ -36,6 +37,8 @@ from .forms import check_method
 from .recipe import Recipe
 from .refine import refine_deltas
 from .student import student_for
+
+_MEASURED_BYTES = 4_096  # of the description: the figures and the probe, which are added after the fit
 
 
 def make_patch(
@@ -125,9 +128,11 @@ def make_patch(
         weights_digest=None if student is None else student.weights_digest,
     )
     held = _HeldOut(model, student, cached)
+    most_bytes = None if target is None else target.max_bytes
     if target is not None and prepared is not None:
         length = prepared.entries().position
-        size_of = partial(entry_bytes, model.config, layer_windows(model), length)
+        described = len(json.dumps(config.to_dict())) + _MEASURED_BYTES
+        size_of = partial(entry_bytes, model.config, layer_windows(model), length, described)
         if target.gap is None:
             recipe, target = most_entries(recipe, length, size_of, target), None
     if target is not None:
@@ -160,7 +165,16 @@ def make_patch(
         figures |= accuracy.to_dict()
     with as_student(student):
         probe = torch_probe(model, patch, (evaluation or dialogues)[0].student())
-    return replace(patch, config=replace(patch.config, fidelity=figures or None, probe=probe))
+    patch = replace(patch, config=replace(patch.config, fidelity=figures or None, probe=probe))
+    if most_bytes is not None and patch.nbytes > most_bytes:
+        raise CalibrationError(
+            "the file has more bytes than its estimate said",
+            field="--max-bytes",
+            got=f"{patch.nbytes} bytes",
+            wanted=f"at most {most_bytes}",
+            fix=f"pass --max-bytes {2 * most_bytes - patch.nbytes}",
+        )
+    return patch
 
 
 def _check(
@@ -196,6 +210,15 @@ def _check(
                 "there is no prompt to take key/value entries from", field="prefix", got=recipe.prefix, wanted="0"
             )
         check_entries(recipe.prefix, len(check_beginning(source.codec, prompts).teacher))
+        head_dim = kv_shape(model.config)[1]
+        if head_dim % 2 and "i4" in ((recipe.dtype,) if target is None else target.dtypes):
+            raise CalibrationError(
+                "entries of four bits share bytes in pairs, and the model's head dim is odd",
+                field="--dtype",
+                got=head_dim,
+                wanted="an even head dim",
+                fix="pass --dtype i8",
+            )
 
 
 def _fitted(

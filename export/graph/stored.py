@@ -37,7 +37,8 @@ def stored_student(model: Any, folder: ModelFolder) -> QuantisedStudent | None:
         return None
     graph = ir.load(folder.path / GRAPH_FILE)
     if PLACES not in graph.metadata_props:  # every quantiser without calibration gives the same blocks again
-        return QuantisedStudent.of(model, quantised(folder.precision))
+        precision = quantised(folder.precision)
+        return QuantisedStudent.of(model, precision.with_narrow_blocks() if _has_narrow_blocks(graph) else precision)
     try:
         blocks = _blocks(graph)
         weights = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
@@ -50,6 +51,17 @@ def stored_student(model: Any, folder: ModelFolder) -> QuantisedStudent | None:
     return student
 
 
+def _has_narrow_blocks(graph: ir.Model) -> bool:
+    """Return whether the graph's weights of eight bits have blocks of 32 alone, as those of earlier exports."""
+    nodes = [node for node in graph.graph if node.op_type in ("MatMulNBits", "GatherBlockQuantized")]
+    return {_number(node, "block_size") for node in nodes if _number(node, "bits") == 8} == {BLOCK}
+
+
+def _number(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return 0 if attribute is None else attribute.as_int()
+
+
 def _blocks(graph: ir.Model) -> dict[str, Blocks]:
     """Return the blocks of each weight whose outputs are all in the graph, by its name."""
     found: dict[str, dict[int, tuple[int, int, _Row]]] = {}  # by the name of a weight and the number of an output
@@ -58,7 +70,9 @@ def _blocks(graph: ir.Model) -> dict[str, Blocks]:
         places = [(name, first + row) for name, first, count in record["outputs"] for row in range(count)]
         for row, (name, output) in enumerate(places):
             own = tuple(None if array is None else array[row] for array in arrays)
-            bits = record.get("bits", arrays[0].shape[-1] * 8 // BLOCK)  # earlier exports have blocks of 32 alone
+            bits = record.get("bits") or arrays[0].shape[-1] * 8 // BLOCK  # earlier exports have blocks of 32 alone
+            if bits not in (4, 8):
+                raise ValueError("a weight of other bits than 4 and 8")
             found.setdefault(name, {})[output] = record["inputs"], bits, own
     return {name: _joined(rows) for name, rows in found.items() if sorted(rows) == list(range(len(rows)))}
 

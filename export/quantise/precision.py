@@ -20,7 +20,7 @@ from .hqq import hqq
 Quantiser = Callable[[FloatArray], Blocks]
 
 _INT8: Quantiser = partial(round_to_nearest, bits=8, symmetric=True, widest=WIDE)
-_INT8_CUDA: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)  # blocks of 32 have run on a GPU
+_INT8_NARROW: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)
 _INT4: Quantiser = partial(round_to_nearest, bits=4, symmetric=True)
 _RTN: Quantiser = partial(round_to_nearest, bits=4, symmetric=False)
 
@@ -55,6 +55,11 @@ class Precision:
         assert self.calibrated is not None
         return self._stored(self.calibrated(weight, hessian))
 
+    def with_narrow_blocks(self) -> Precision:
+        """Return the precision with blocks of 32 values at eight bits too, as earlier exports have them."""
+        narrow = {_INT8: _INT8_NARROW}
+        return replace(self, linear=narrow.get(self.linear, self.linear), head=narrow.get(self.head, self.head))
+
     def _stored(self, blocks: Blocks) -> Blocks:
         return blocks.with_half_scales() if self.half else blocks
 
@@ -75,9 +80,8 @@ _QUANTISED: Mapping[str, Precision] = {
 }
 _HALF = "-fp16"  # ends the name of a precision with the weights of another one that computes in float16
 _HALVES: Mapping[str, Precision] = {
-    name + _HALF: replace(
-        precision, name=name + _HALF, half=True, head=_INT8_CUDA if precision.head is _INT8 else precision.head
-    )
+    # Blocks of 32 have run on a GPU.
+    name + _HALF: replace(precision.with_narrow_blocks(), name=name + _HALF, half=True)
     for name, precision in _QUANTISED.items()
     if name.startswith("int4")
 }

@@ -50,7 +50,7 @@ def rounded_tensors(tensors: Tensors, dtype: str) -> dict[str, Tensor]:
 
     Raises:
         PatchFormatError: the dtype is unknown.
-        PatchValueError: a value does not fit the dtype.
+        PatchShapeError, PatchValueError: a tensor does not fit the dtype.
     """
     stored = encoded(tensors, dtype)
     return decoded({name: tensor.rounded(name) for name, tensor in stored.items()})
@@ -61,7 +61,7 @@ def encoded(tensors: Tensors, dtype: str) -> StoredTensors:
 
     Raises:
         PatchFormatError: the dtype is unknown.
-        PatchValueError: a tensor cannot have four bits.
+        PatchShapeError, PatchValueError: entries cannot have four bits.
     """
     check_dtype(dtype)
     stored: StoredTensors = {}
@@ -128,7 +128,10 @@ def decoded(stored: FileTensors) -> dict[str, Tensor]:
 
 
 def dtype_of(stored: FileTensors) -> str:
-    """Return the dtype in which saving changes no value: float32 for a mixture that none of the others gives."""
+    """Return the dtype whose files hold such tensors: float32 for a mixture that is no other dtype's.
+
+    Saving in it changes no value of a file that this module wrote.
+    """
     found = {(tensor.dtype, part_of(name)) for name, tensor in stored.items() if not parse_companion_name(name)}
     return next((name for name in DTYPES if all(kind == _kind(name, part) for kind, part in found)), "f32")
 
@@ -209,7 +212,7 @@ def _check_fits_int4(name: str, values: NDArray[np.float32]) -> None:
 
     Raises:
         PatchShapeError: the head dim is odd.
-        PatchValueError: a value is so large that its block's largest level could be infinite.
+        PatchValueError: a value is so large that half precision could not hold its block's scale.
     """
     if values.shape[-1] % 2:
         problem, wanted = "entries of four bits share bytes in pairs", "[entries, heads, an even head dim]"

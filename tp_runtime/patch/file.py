@@ -49,7 +49,7 @@ class PatchFile:
 
     Attributes:
         config: the parsed config object.
-        dtype: the dtype in which saving the patch again changes no value, a key of `DTYPES`.
+        dtype: the dtype of such a file, a key of `DTYPES`.
         nbytes: the number of bytes of the file.
         tensors: the tensors by name, quantised ones together with their scales; they share the memory of the file.
     """
@@ -171,6 +171,7 @@ def write_patch(path: str | os.PathLike[str], tensors: Tensors, config: Mapping[
         PatchFormatError: `dtype` is unknown, `path` has another suffix, or the file would have more bytes than the
             reader accepts.
         PatchValueError: a value does not fit `dtype`.
+        PatchShapeError: entries of an odd head dim cannot have four bits.
         OutputError: `path` holds something that is not a patch file.
         OSError: the operating system refuses the write, for example because the disk is full. No file is left behind.
     """

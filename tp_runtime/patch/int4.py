@@ -15,10 +15,10 @@ if a smaller step loses less than the cut ends do:
 
     scale = down(max((high - low) / 15, high / 142, -low / 128))        zero = round(low / scale)
 
-down(y) rounds to the 11 significant bits of half precision, towards zero, so the ends of the range always get the
-levels 0 and 15 (or the last zero point). Quantising x' therefore gives the same levels, scales and zero points, and a
-patch that was read from a file of four bits is written again without a loss. q + zero has nine bits, so a float32 holds
-x' exactly.
+down(y) rounds to the 11 significant bits of half precision, towards zero, and to at least 2^-14; round(y) rounds halves
+up. So the ends of the range always get the levels 0 and 15, or the last zero point, and quantising x' gives the same
+levels, scales and zero points: a patch that was read from a file of four bits is written again without a loss.
+q + zero has nine bits, so a float32 holds x' exactly.
 
 Two levels share a byte: the one of the even channel has the lower half.
 """
@@ -36,13 +36,12 @@ Double = NDArray[np.float64]
 BLOCK_AXES = {"key": 0, "value": 2}
 """For each part that may have four bits the axis that is divided into blocks."""
 BLOCK = 64
-LARGEST_VALUE = 2.0**126  # up to here every level of a block is a finite float32
+LARGEST_VALUE = 2.0**18  # up to here half precision holds the scale of every block
 
 _LEVELS = 15  # the largest level
 _LEAST_ZERO, _LARGEST_ZERO = -128, 127
 _SHARES = (1.0, 0.93, 0.86, 0.79, 0.72)  # of a block's range that the levels may span
-_LEAST_HALF = float(np.finfo(np.float16).smallest_normal)
-_LEAST_SINGLE = float(np.finfo(np.float32).smallest_normal)
+_LEAST_SCALE = float(np.finfo(np.float16).smallest_normal)  # 2^-14; below it half precision has fewer bits
 
 
 class FourBits(NamedTuple):
@@ -50,7 +49,7 @@ class FourBits(NamedTuple):
 
     Attributes:
         packed: two levels in each byte, [n, heads, head dim / 2].
-        scales: the scales; half precision holds them unless a block has very small or very large values.
+        scales: the scales, which half precision holds.
         zeros: the zero points, in the shape of the scales.
     """
 
@@ -86,12 +85,10 @@ def dequantise4(part: str, bits: FourBits, out: Float | None = None) -> Float:
     values: Float = np.empty(shape, np.float32) if out is None else out
     values[..., 0::2] = packed & 15
     values[..., 1::2] = packed >> 4
-    lines = np.moveaxis(values, axis, -1)
+    count = shape[axis]
     with np.errstate(over="ignore", under="ignore"):
-        for number in range(bits.scales.shape[axis]):
-            block = lines[..., number * BLOCK : (number + 1) * BLOCK]
-            block += np.take(bits.zeros, number, axis)[..., None].astype(np.float32)
-            block *= np.take(bits.scales, number, axis)[..., None]
+        values += np.repeat(bits.zeros, BLOCK, axis).take(range(count), axis)
+        values *= np.repeat(bits.scales, BLOCK, axis).take(range(count), axis)
     return values
 
 
@@ -149,17 +146,20 @@ def _quantised(block: Double) -> tuple[NDArray[np.uint8], Double, Double]:
         best = levels, np.where(better, found[1], best[1]), np.where(better, found[2], best[2])
         least = np.minimum(loss, least)
     levels, scale, zero = best
-    nothing = (levels + zero[..., None] == 0).all(-1)  # every value is 0, whatever the scale
-    scale, zero = np.where(nothing, _LEAST_HALF, scale), np.where(nothing, 0, zero)
-    return np.where(nothing[..., None], 0, levels).astype(np.uint8), scale, zero
+    return levels.astype(np.uint8), scale, zero
 
 
 def _levels(block: Double, low: Double, high: Double) -> tuple[Double, Double, Double]:
     """Return the levels, the scales and the zero points of blocks [..., k] between two ends [...]."""
     widest = np.maximum((high - low) / _LEVELS, np.maximum(high / (_LEVELS + _LARGEST_ZERO), low / _LEAST_ZERO))
     scale = _down(widest)
-    zero = np.clip(np.rint(low / scale), _LEAST_ZERO, _LARGEST_ZERO)
-    return np.clip(np.rint(block / scale[..., None]) - zero[..., None], 0, _LEVELS), scale, zero
+    zero = np.clip(_rounded(low / scale), _LEAST_ZERO, _LARGEST_ZERO)
+    return np.clip(_rounded(block / scale[..., None]) - zero[..., None], 0, _LEVELS), scale, zero
+
+
+def _rounded(numbers: Double) -> Double:
+    """Round to whole numbers, halves up, so that adding a whole number adds it to the result."""
+    return np.floor(numbers + 0.5)
 
 
 def _loss(block: Double, levels: Double, scale: Double, zero: Double) -> Double:
@@ -168,6 +168,6 @@ def _loss(block: Double, levels: Double, scale: Double, zero: Double) -> Double:
 
 
 def _down(scales: Double) -> Double:
-    """Round to 11 significant bits, towards zero; below the normal float32 numbers, up to the first of them."""
+    """Round to 11 significant bits, towards zero, and to at least the smallest scale."""
     fraction, exponent = np.frexp(scales)
-    return np.maximum(np.ldexp(np.floor(fraction * 2**11), exponent - 11), _LEAST_SINGLE)
+    return np.maximum(np.ldexp(np.floor(fraction * 2**11), exponent - 11), _LEAST_SCALE)

@@ -210,8 +210,8 @@ def prefix_from(entries: Mapping[EntryKey, Tensor], description: Any) -> KVPrefi
 
     Raises:
         PatchFormatError: there are tensors without a description or the reverse, or the description is not of the form
-            {"replaces": [ids], "position": n}, in files of version 3 with "counts": [n of each layer] too, and with
-            "before_system": true if it is so.
+            {"replaces": [ids], "position": n}, in files of versions 3 and 4 with "counts": [n of each layer] too, and
+            with "before_system": true if it is so.
         PatchShapeError: `counts` are not those of the tensors; also see `KVPrefix`.
         PatchValueError: see `KVPrefix`.
     """

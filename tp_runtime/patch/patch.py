@@ -265,6 +265,7 @@ class Patch:
         Raises:
             PatchFormatError: the dtype is unknown.
             PatchValueError: a value does not fit the dtype.
+            PatchShapeError: entries of an odd head dim cannot have four bits.
         """
         deltas, entries = split_tensors(rounded_tensors(self._tensors(), dtype))
         prefix = None if self.prefix is None else replace(self.prefix, entries=Float32Values(entries))
@@ -284,6 +285,7 @@ class Patch:
         Raises:
             PatchTargetError: the patch holds no delta and no KV prefix.
             PatchValueError: a value does not fit the dtype.
+            PatchShapeError: entries of an odd head dim cannot have four bits.
             PatchFormatError: the dtype is unknown, `path` has another suffix, the file would be too large, or the patch
                 holds something else than its method makes.
             OutputError: `path` holds something that is not a patch file.

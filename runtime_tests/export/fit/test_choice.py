@@ -118,8 +118,20 @@ def test_the_search_takes_four_bits_first() -> None:
 def test_the_search_goes_on_in_eight_bits_where_four_do_not_reach_the_target() -> None:
     fits = Fits(weights=0.0, four_bits=0.95)
     found = search(Target(0.96), fits)
-    assert (found.recipe.prefix, found.recipe.dtype) == (256, "i8")
-    assert all(recipe.prefix > 200 for recipe in fits.made if recipe.dtype == "i8")  # fewer are no larger than i4
+    assert (found.recipe.prefix, found.recipe.dtype) == (384, "i8")
+    assert all(recipe.prefix >= 300 for recipe in fits.made if recipe.dtype == "i8")  # fewer lose more than i4
+
+
+def test_where_few_entries_are_smaller_in_eight_bits_these_are_taken() -> None:
+    """Four bits have more numbers and tensors beside the entries."""
+
+    def with_overhead(dtype: str, entries: int) -> int:
+        return size(dtype, entries) + (3000 if dtype == "i4" else 0)
+
+    found = most_entries(Recipe(), CONTEXT, with_overhead, Target(max_bytes=2500))
+    assert (found.prefix, found.dtype) == (2, "i8")
+    with pytest.raises(CalibrationError, match="nothing that small"):
+        most_entries(Recipe(), CONTEXT, with_overhead, Target(max_bytes=900))
 
 
 def test_a_size_below_the_smallest_file_is_refused() -> None:

@@ -12,6 +12,7 @@ from tp_export.fit import ALL, Recipe, Target, make_patch
 from tp_export.measure import TorchStudent, measure_fidelity
 from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
+from tp_runtime.errors import CalibrationError
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 
@@ -72,3 +73,21 @@ def test_the_search_takes_as_many_entries_in_four_bits_as_fit(base: tuple[Source
     assert whole.prefix is not None and patch.prefix is not None
     assert patch.dtype == "i4" and max(patch.prefix.counts) < max(whole.prefix.counts)
     assert patch.nbytes <= limit
+
+
+def test_a_file_that_turns_out_larger_than_its_limit_is_refused(
+    base: tuple[Source, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_export.fit.make._MEASURED_BYTES", -20_000)
+    with pytest.raises(CalibrationError, match="more bytes than its estimate said") as error:
+        made(base, RECIPE, target=Target(max_bytes=2_000))
+    assert error.value.field == "--max-bytes"
+
+
+def test_an_odd_head_dim_is_refused_before_the_rollout(
+    base: tuple[Source, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_export.fit.make.kv_shape", lambda _config: (2, 7))
+    monkeypatch.setattr("tp_export.fit.make.dialogues_for", None)
+    with pytest.raises(CalibrationError, match="head dim is odd"):
+        made(base, RECIPE)

@@ -121,7 +121,7 @@ def test_entries_of_an_odd_head_dim_are_refused(tmp_path: Path) -> None:
 
 def test_a_value_too_large_for_four_bits_is_refused(tmp_path: Path) -> None:
     entries = arrays()
-    entries[1, "value"][0, 0, 0] = 3e38
+    entries[1, "value"][0, 0, 0] = 3e5
     with pytest.raises(PatchValueError, match="a value does not fit four bits") as error:
         saved(tmp_path, Patch({}, random_config(method="prefix"), KVPrefix(entries, (1,), 5)))
     assert error.value.field == "prefix.1.value"
