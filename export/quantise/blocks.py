@@ -18,8 +18,8 @@ from tp_runtime.session import require_onnxruntime
 
 BLOCK = 32
 WIDE = 128
-"""The widest block of eight bits. A scale for 128 values loses little there (docs/precision.md), and products are scaled
-less often: the kernels take 0.7 to 0.8 of the time (benchmarks/batch_kernels.py)."""
+"""The widest block of eight bits. A scale for 128 values loses little there (docs/precision.md), and products are
+scaled less often: the kernels take 0.7 to 0.8 of the time (benchmarks/batch_kernels.py)."""
 FloatArray = NDArray[np.float32]
 
 
