@@ -26,7 +26,7 @@ from ..queries import load_questions
 from ..rollout import Prompting, dialogues_for
 from ..source import Source
 
-_QUESTIONS, _LONGEST = 128, 96  # about 12,000 tokens of calibration text
+QUESTIONS, LONGEST = 128, 96  # about 12,000 tokens of calibration text
 
 
 def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent | None:
@@ -73,6 +73,6 @@ def student_for(source: Source, model: Any, precision: str) -> QuantisedStudent 
 
 def calibration_texts(source: Source, model: Any) -> list[list[int]]:
     """Return the ids of built-in questions with the model's own answers."""
-    questions = load_questions(None)[:_QUESTIONS]
-    found = dialogues_for(model, Prompting(source.codec, None), questions, _LONGEST)
+    questions = load_questions(None)[:QUESTIONS]
+    found = dialogues_for(model, Prompting(source.codec, None), questions, LONGEST)
     return [[*dialogue.student()] for dialogue in found]

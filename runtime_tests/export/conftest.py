@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.export.fixtures import make_folder
 from runtime_tests.export.sources import gemma3, smollm2, tiny_gemma, tiny_llama
+from tp_export.fit import student
 from tp_export.graph import export_model
 from tp_export.source import open_source
 
 __all__ = ["gemma3", "smollm2", "tiny_gemma", "tiny_llama"]  # pytest finds these fixtures by their names here
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_calibration() -> Iterator[None]:
+    """Calibrate quantisers on less text than users get: a tiny model is no better with more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "QUESTIONS", 32)
+        patch.setattr(student, "LONGEST", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from runtime_tests.patches import patch_for
 from tp_export.fit import Recipe, make_patch, student_for
 from tp_export.formats import write_onnx_adapter
 from tp_export.graph import check_against_source, export_model, stored_student
+from tp_export.graph import stored as stored_module
+from tp_export.graph.quantise import PLACES
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
+from tp_export.quantise import precision as precision_module
 from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
@@ -281,6 +285,36 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
     assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
     nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
     assert nearest is not None and nearest.weights_digest is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4-gptq"])
+def test_a_folder_of_an_earlier_version_gives_back_its_narrow_blocks_of_eight_bits(
+    precision: str, source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They had 32 values, and the places of calibrated weights did not say how many bits a value has."""
+    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
+    with monkeypatch.context() as earlier:
+        earlier.setitem(precision_module._QUANTISED, precision, quantised(precision).with_narrow_blocks())
+        path = export_model(source, tmp_path / "m", precision=precision, route="fused")
+    load = stored_module.ir.load
+
+    def without_bits(file: Path) -> Any:
+        graph = load(file)
+        if PLACES in graph.metadata_props:
+            places = json.loads(graph.metadata_props[PLACES])
+            graph.metadata_props[PLACES] = json.dumps(
+                {name: {key: value for key, value in place.items() if key != "bits"} for name, place in places.items()}
+            )
+        return graph
+
+    monkeypatch.setattr(stored_module.ir, "load", without_bits)
+    folder = ModelFolder.open(path)
+    student = stored_student(model, folder)
+    assert student is not None and student.weights_digest == folder.weights_digest
+    assert {(blocks.bits, blocks.block) for blocks in student.blocks.values()} <= {(8, 32), (4, 32)}
+    with student.whole(), torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0]
+    assert divergence(wanted, logits(path)) < 0.02
 
 
 def test_a_calibrated_folder_in_float16_gives_back_its_weights_too(
