@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Entry
+from ..inverse_factor import inverse_factor
 
 Rounding = Callable[[Tensor], Tensor]
 """A function that rounds lines [..., k] to what a file holds: a channel of the keys of all entries, or all channels of
@@ -43,7 +44,7 @@ def round_lines(lines: Tensor, hessian: Tensor, ridge: float, rounding: Rounding
     if rounding is unrounded:
         return lines
     order = hessian.diagonal().argsort(descending=True)
-    factor = _upper_factor(hessian[order][:, order], ridge).to(lines)
+    factor = inverse_factor(hessian[order][:, order], ridge).to(lines)
     rest, found = lines[order], torch.empty_like(lines)
     for i, place in enumerate(order.tolist()):
         found[place] = rounding(rest[i])
@@ -56,11 +57,3 @@ def round_entry(entry: Entry, rounding: Rounding) -> Entry:
     """Return keys and values [kv heads, n, head dim] as the file holds them, each line rounded for itself."""
     keys, values = entry
     return rounding(keys.transpose(1, 2)).transpose(1, 2), rounding(values)
-
-
-def _upper_factor(hessian: Tensor, ridge: float) -> Tensor:
-    """Return U of (H + l I)^-1 = U^T U, upper triangular; l is 1 if H is zero."""
-    damped = hessian.double()
-    mean = float(damped.diagonal().mean())
-    damped = damped + torch.eye(len(damped), dtype=damped.dtype, device=damped.device) * (ridge * mean or 1.0)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..inverse_factor import inverse_factor
 from .blocks import BLOCK, Blocks, FloatArray, pack
 
 _LEVELS = 15  # the largest value of four bits
@@ -33,7 +34,7 @@ def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
         The blocks.
     """
     inputs, outputs = weight.shape
-    factor = _factor(hessian)
+    factor = inverse_factor(hessian, _DAMPING).float()
     rest = torch.from_numpy(np.array(weight, np.float32))
     count = -(-inputs // BLOCK)
     values = torch.empty(count, BLOCK, outputs)
@@ -51,15 +52,6 @@ def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
     packed = pack(values.permute(2, 0, 1).numpy().astype(np.uint8), 4)
     points = None if symmetric else pack(zeros.T.numpy().astype(np.uint8), 4)
     return Blocks(packed, np.ascontiguousarray(scales.T.numpy()), points, 4, inputs)
-
-
-def _factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Hessian, [K, K] float32."""
-    damped = hessian.double()
-    mean = float(damped.diagonal().mean())
-    damped = damped + torch.eye(len(damped), dtype=damped.dtype) * (_DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _block(weight: Tensor, factor: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
