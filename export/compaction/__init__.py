@@ -1,8 +1,7 @@
 """Compaction: a few key/value entries for each head that stand in for those of a long context, in closed form.
 
-The steps are functions of arrays (selection, mass, values, joint values,
-rounding); `compact` puts them together for one layer.
-This room knows nothing of prompts, of patches, or of the order in which layers are fitted.
+The steps are functions of arrays (selection, mass, values, joint values, rounding); `compact` puts them together for
+one layer. This room knows nothing of prompts, of patches, or of the order in which layers are fitted.
 """
 
 from .budget import split_budget

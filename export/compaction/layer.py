@@ -77,18 +77,19 @@ def compact(
     # A post-norm divides the branch by its length, so an error counts for as much less.
     tokens = target.weight if target.length is None else target.weight / target.length.square().clamp(min=1e-20)
     weight = (tokens / tokens.mean()).repeat_interleave(rows.group)
-    pairs = [
+    heads = [
         _compact_head(
             rows, head, (context[0][head], context[1][head]), count, target, weight, ridges, rounding, forward
         )
         for head in range(rows.kv_heads)
     ]
-    keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
+    keys, values = (torch.stack(part) for part in zip(*(entry for entry, _gram in heads), strict=True))
     if rows.query.shape[1] * count <= _JOINT_COLUMNS:
         values = values + _joint(rows, keys, values, target, ridges)
-    return keys, torch.stack(
-        [_rounded_values(rows, head, keys[head], value, weight, ridges, rounding) for head, value in enumerate(values)]
-    )
+    rounded = [
+        round_lines(value, gram, ridges.values, rounding) for value, (_entry, gram) in zip(values, heads, strict=True)
+    ]
+    return keys, torch.stack(rounded)
 
 
 def _compact_head(
@@ -101,7 +102,8 @@ def _compact_head(
     ridges: Ridges,
     rounding: Rounding,
     forward: bool,
-) -> Entry:
+) -> tuple[Entry, Tensor]:
+    """Return the rounded keys and the fitted values of one head, and the Gram matrix of their shares [count, count]."""
     keys, values = context
     shares, text = rows.shares(head, keys)
     if forward and count < len(keys):
@@ -117,15 +119,8 @@ def _compact_head(
     keys = round_lines(keys.T, hessian, _KEY_RIDGE, rounding).T
     shares, text = rows.shares(head, keys)
     behind = rows.of_head(target.heads, head) - text[:, None] * rows.of_head(rows.out, head)
-    return keys, fit_values(shares, behind - shares @ values, values, weight, ridges.values)
-
-
-def _rounded_values(
-    rows: QueryRows, head: int, keys: Tensor, values: Tensor, weight: Tensor, ridges: Ridges, rounding: Rounding
-) -> Tensor:
-    shares, _text = rows.shares(head, keys)
     gram = (shares * weight[:, None]).T @ shares
-    return round_lines(values, gram, ridges.values, rounding)
+    return (keys, fit_values(shares, behind - shares @ values, values, weight, ridges.values)), gram
 
 
 def _joint(rows: QueryRows, keys: Tensor, values: Tensor, target: Target, ridges: Ridges) -> Tensor:
