@@ -2,10 +2,10 @@
 
 Entries alone give more for their bytes than weights do, and more of them in four bits more than fewer in eight
 (docs/fidelity.md). So the search goes over the number of entries in four bits, and then over nearly all and all of them
-in eight: a ladder that is halved at each fit, because a later step is never much worse. Then the step below
-gets a try with weights of a low rank beside it. Candidates are fitted on one set of rows and measured on queries of the
-search's own. The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file
-states come from other queries, which neither the choice nor the fit has seen.
+in eight: a ladder that is halved at each fit, because a later step is never much worse. Then the step below gets a try
+with weights of a low rank beside it. Candidates are fitted on one set of rows and measured on queries of the search's
+own. The chosen recipe is then fitted again, on the search's queries too (make.py). The figures that the file states
+come from other queries, which neither the choice nor the fit has seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from tp_runtime.patch import Patch
 
 from .recipe import ALL, Recipe
 
+SizeOf = Callable[[str, int], int]
+"""A function that returns the bytes of a file of a dtype with that many entries on average."""
 WHOLE = 192  # tokens: a context up to this length keeps all its entries, which is exact and still a small file
 _LADDER = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _NEARLY_ALL = 0.75  # of the entries: in int8 they lose less than all of them do in four bits (docs/fidelity.md)
@@ -78,10 +80,6 @@ class Trial:
 def default_entries(context: int) -> int:
     """Return the number of entries that a context of this many tokens gets if nothing else is asked for."""
     return ALL if context <= WHOLE else max(WHOLE, context // 5)
-
-
-SizeOf = Callable[[str, int], int]
-"""A function that returns the bytes of a file of a dtype with that many entries on average."""
 
 
 def choose(recipe: Recipe, target: Target, context: int, size_of: SizeOf, fit: Callable[[Recipe], Trial]) -> Trial:
