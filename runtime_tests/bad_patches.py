@@ -49,6 +49,19 @@ def malformed(tmp_path, content, match):
     refused(tmp_path, content, PatchFormatError, match)
 
 
+def changed(
+    content: bytes, name: str, dtype: str | None, shape: list[int] | None = None, raw: bytes | None = None
+) -> bytes:
+    """Return a valid patch file with another tensor of that name; without it, if `dtype` is None."""
+    metadata, parts = unpacked(content)
+    if dtype is None:
+        del parts[name]
+    else:
+        old = parts.get(name, ("", [], b""))
+        parts[name] = (dtype, old[1] if shape is None else shape, old[2] if raw is None else raw)
+    return packed(metadata, parts)
+
+
 def unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[int], bytes]]]:
     """Return the metadata of a valid patch file with its config parsed, and each tensor's dtype, shape and bytes."""
     length = int.from_bytes(content[:8], "little")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime_tests.bad_patches import packed, refused, unpacked
+from runtime_tests.bad_patches import changed, packed, refused, unpacked
 from runtime_tests.patches import random_patch
 from tp_runtime.errors import PatchError, PatchFormatError, PatchShapeError, PatchValueError
 from tp_runtime.patch import Patch, read_tensors
@@ -21,7 +21,6 @@ from .version_3 import (
     MEAN,
     VALUE_SCALE,
     A,
-    changed,
     ragged,
     saved,
     version,
@@ -34,16 +33,16 @@ from .version_3 import (
 
 @pytest.mark.parametrize("name", [A_SCALE, KEY_SCALE, VALUE_SCALE])
 def test_int8_without_its_scales_is_refused(tmp_path: Path, name: str) -> None:
-    content = changed(tmp_path, name, None)
+    content = changed(saved(tmp_path), name, None)
     refused(tmp_path, content, PatchFormatError, f"the int8 tensor has no scales; got no such tensor; wanted '{name}'")
 
 
 def test_scales_without_their_tensor_are_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, A, "F16", [12, 4], bytes(96))
+    content = changed(saved(tmp_path), A, "F16", [12, 4], bytes(96))
     refused(
         tmp_path, content, PatchFormatError, f"{A_SCALE}: there are scales, but their tensor is not quantised; got F16"
     )
-    content = changed(tmp_path, KEY, None)
+    content = changed(saved(tmp_path), KEY, None)
     refused(
         tmp_path, content, PatchFormatError, "there are scales, but their tensor is not quantised; got no such tensor"
     )
@@ -59,7 +58,7 @@ def test_scales_in_a_file_without_int8_are_refused(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", [BIAS, MEAN])
 def test_an_int8_bias_or_mean_is_refused(tmp_path: Path, name: str) -> None:
     size = 8 if name == BIAS else 12
-    content = changed(tmp_path, name, "I8", [size], bytes(size))
+    content = changed(saved(tmp_path), name, "I8", [size], bytes(size))
     refused(tmp_path, content, PatchFormatError, f"{name}: this tensor may not be int8")
 
 
@@ -68,7 +67,7 @@ def test_an_int8_bias_or_mean_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_scale_that_is_no_positive_number_is_refused(tmp_path: Path, name: str, value: float) -> None:
     size = 4 if name == A_SCALE else 8
     raw = np.array([1.0] * (size - 1) + [value], np.float16).tobytes()
-    content = changed(tmp_path, name, "F16", None, raw)
+    content = changed(saved(tmp_path), name, "F16", None, raw)
     wanted = rf"{name}: a scale is NaN, infinite, zero or negative; got .*1 of {size} scales"
     refused(tmp_path, content, PatchValueError, wanted)
 
@@ -78,29 +77,29 @@ def test_a_scale_that_is_no_positive_number_is_refused(tmp_path: Path, name: str
 )
 def test_scales_of_a_wrong_shape_are_refused(tmp_path: Path, name: str, shape: list[int]) -> None:
     raw = np.ones(shape, np.float16).tobytes()
-    content = changed(tmp_path, name, "F16", shape, raw)
+    content = changed(saved(tmp_path), name, "F16", shape, raw)
     refused(tmp_path, content, PatchShapeError, f"{name}: the scales do not fit their tensor; got ")
 
 
 @pytest.mark.parametrize("shape", [[48], []])
 def test_an_int8_tensor_with_too_few_dimensions_is_refused(tmp_path: Path, shape: list[int]) -> None:
-    content = changed(tmp_path, "layers.0.mlp_out.b", "I8", shape, bytes(48 if shape else 1))
+    content = changed(saved(tmp_path), "layers.0.mlp_out.b", "I8", shape, bytes(48 if shape else 1))
     refused(tmp_path, content, PatchShapeError, "the scales do not fit their tensor")
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "I8"])
 def test_scales_of_another_dtype_are_refused(tmp_path: Path, dtype: str) -> None:
-    content = changed(tmp_path, A_SCALE, dtype, [4], b"\1" * (4 if dtype == "I8" else 8))
+    content = changed(saved(tmp_path), A_SCALE, dtype, [4], b"\1" * (4 if dtype == "I8" else 8))
     refused(tmp_path, content, PatchFormatError, f"the scales have a wrong dtype; got {dtype}; wanted F16 or F32")
 
 
 def test_an_int8_value_without_a_positive_counterpart_is_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, A, "I8", None, b"\x80" + bytes(47))
+    content = changed(saved(tmp_path), A, "I8", None, b"\x80" + bytes(47))
     refused(tmp_path, content, PatchValueError, r"the int8 values are not symmetric; got -128; wanted -127\.\.127")
 
 
 def test_a_product_beyond_float32_is_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, A_SCALE, "F32", [4], np.full(4, 3e38, np.float32).tobytes())
+    content = changed(saved(tmp_path), A_SCALE, "F32", [4], np.full(4, 3e38, np.float32).tobytes())
     refused(tmp_path, content, PatchValueError, "layers.0.mlp_out.a: the tensor holds NaN or infinity")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from runtime_tests.bad_patches import packed, refused, unpacked
+from runtime_tests.bad_patches import changed, packed, refused, unpacked
 from runtime_tests.patches import random_config, random_patch
 from runtime_tests.runtime.patch.test_kv_prefix import arrays
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchValueError
@@ -28,19 +28,6 @@ def whole(**shape: int) -> Patch:
 def saved(path: Path, patch: Patch | None = None, dtype: str | None = "i4") -> bytes:
     (patch or whole()).save(path / "p.safetensors", dtype)
     return (path / "p.safetensors").read_bytes()
-
-
-def changed(
-    path: Path, name: str, dtype: str | None, shape: list[int] | None = None, raw: bytes | None = None
-) -> bytes:
-    """Return a valid file with another tensor of that name; without it, if `dtype` is None."""
-    metadata, parts = unpacked(saved(path))
-    if dtype is None:
-        del parts[name]
-    else:
-        old = parts.get(name, ("", [], b""))
-        parts[name] = (dtype, old[1] if shape is None else shape, old[2] if raw is None else raw)
-    return packed(metadata, parts)
 
 
 # -- what is stored ------------------------------------------------------------------------------------------
@@ -131,24 +118,24 @@ def test_a_value_too_large_for_four_bits_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_without_what_stands_beside_it_is_refused(tmp_path: Path, name: str) -> None:
     what = "zero points" if name.endswith("zero") else "scales"
     wanted = f"the tensor of four bits has no {what}; got no such tensor; wanted '{name}'"
-    refused(tmp_path, changed(tmp_path, name, None), PatchFormatError, wanted)
+    refused(tmp_path, changed(saved(tmp_path), name, None), PatchFormatError, wanted)
 
 
 def test_zero_points_beside_another_tensor_are_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, f"{A}_zero", "I8", [4], bytes(4))
+    content = changed(saved(tmp_path), f"{A}_zero", "I8", [4], bytes(4))
     refused(tmp_path, content, PatchFormatError, f"{A}_zero: there are zero points, but their tensor has not four bits")
 
 
 @pytest.mark.parametrize(("name", "size"), [(A, 48), (BIAS, 8)])
 def test_other_parts_of_four_bits_are_refused(tmp_path: Path, name: str, size: int) -> None:
-    content = changed(tmp_path, name, "U8", None, bytes(size))
+    content = changed(saved(tmp_path), name, "U8", None, bytes(size))
     refused(tmp_path, content, PatchFormatError, f"{name}: this tensor may not have four bits")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
 def test_a_scale_that_is_no_positive_number_is_refused(tmp_path: Path, value: float) -> None:
     raw = np.array([1.0] * 7 + [value], np.float16).tobytes()
-    content = changed(tmp_path, KEY_SCALE, "F16", None, raw)
+    content = changed(saved(tmp_path), KEY_SCALE, "F16", None, raw)
     refused(tmp_path, content, PatchValueError, f"{KEY_SCALE}: a scale is NaN, infinite, zero or negative")
 
 
@@ -164,11 +151,11 @@ def test_a_scale_that_is_no_positive_number_is_refused(tmp_path: Path, value: fl
 )
 def test_wrong_shapes_are_refused(tmp_path: Path, name: str, dtype: str, shape: list[int], problem: str) -> None:
     raw = (np.ones(shape, np.float16) if dtype == "F16" else np.ones(shape, np.int8)).tobytes()
-    refused(tmp_path, changed(tmp_path, name, dtype, shape, raw), PatchShapeError, f"{name}: {problem}")
+    refused(tmp_path, changed(saved(tmp_path), name, dtype, shape, raw), PatchShapeError, f"{name}: {problem}")
 
 
 def test_zero_points_of_another_dtype_are_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, KEY_ZERO, "F16", None, bytes(16))
+    content = changed(saved(tmp_path), KEY_ZERO, "F16", None, bytes(16))
     refused(tmp_path, content, PatchFormatError, "the zero points have a wrong dtype; got F16; wanted I8")
 
 
@@ -193,5 +180,5 @@ def test_a_file_of_version_4_without_its_keys_is_refused(tmp_path: Path) -> None
 
 
 def test_a_product_beyond_float32_is_refused(tmp_path: Path) -> None:
-    content = changed(tmp_path, KEY_SCALE, "F32", None, np.full(8, 3e38, np.float32).tobytes())
+    content = changed(saved(tmp_path), KEY_SCALE, "F32", None, np.full(8, 3e38, np.float32).tobytes())
     refused(tmp_path, content, PatchValueError, f"{KEY}: the tensor holds NaN or infinity")

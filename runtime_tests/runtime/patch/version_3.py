@@ -35,19 +35,6 @@ def version(content: bytes) -> str:
     return str(unpacked(content)[0]["version"])
 
 
-def changed(
-    path: Path, name: str, dtype: str | None, shape: list[int] | None = None, raw: bytes | None = None
-) -> bytes:
-    """Return a valid file with another tensor of that name; without it, if `dtype` is None."""
-    metadata, parts = unpacked(saved(path))
-    if dtype is None:
-        del parts[name]
-    else:
-        old = parts.get(name, ("", [], b""))
-        parts[name] = (dtype, old[1] if shape is None else shape, old[2] if raw is None else raw)
-    return packed(metadata, parts)
-
-
 def with_config(content: bytes, number: str | None = None, **changes: Any) -> bytes:
     """Return the file with another version, and with these values in its config; None removes a key."""
     metadata, parts = unpacked(content)
