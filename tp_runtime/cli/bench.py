@@ -1,6 +1,6 @@
 """`tp-runtime bench` measures what a patch costs on this machine.
 
-Everything is measured in one run, and the compared variants are interleaved token by token (tp_runtime/bench.py).
+Everything is measured in one run, and the compared variants are interleaved token by token (tp_runtime/bench/steps.py).
 """
 
 from __future__ import annotations

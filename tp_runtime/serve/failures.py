@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors import BusyError, PatchInUseError, PatchTargetError, TPError, printable, shown
 from .patches import UnknownModelError
-from .worker import DrainingError, QueueFullError, TimedOutError
+from .ticket import DrainingError, QueueFullError, TimedOutError
 
 RETRY_SECONDS = 1
 _LONGEST = 500  # characters of each part

@@ -11,7 +11,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from ..generation import PrefixCache
 from ..patch import Patch
 from ..session import BoundValuesStore
-from .worker import Ticket, Worker
+from .ticket import Ticket
+from .worker import Worker
 
 _MOST_LABELS = 100  # names of patches and sums; what comes later counts as "other"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

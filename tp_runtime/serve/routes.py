@@ -20,7 +20,8 @@ from .requests import answer_options, chat_options, completion_options
 from .responses import Answering, event
 from .schema import ChatBody, CompletionBody, Sampled
 from .settings import ServerSettings
-from .worker import Asked, Ticket, Worker
+from .ticket import Asked, Ticket
+from .worker import Worker
 
 _ENCODERS = 4  # threads that encode prompts: tokenizers and llguidance work outside Python's lock
 _GONE = 499  # what a log says of a request whose client has hung up

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,14 @@ import onnx
 import pytest
 import torch
 
+from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits, tied_source
 from runtime_tests.export.tiny import tiny_model
-from runtime_tests.logits import graph_logits, token_ids
+from runtime_tests.logits import graph_logits
 from runtime_tests.patches import patch_for
 from tp_export.fit import Recipe, make_patch, student_for
-from tp_export.formats import write_onnx_adapter
-from tp_export.graph import check_against_source, export_model, stored_student
-from tp_export.graph import stored as stored_module
-from tp_export.graph.quantise import PLACES
+from tp_export.graph import export_model
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
-from tp_export.quantise import precision as precision_module
 from tp_export.rollout import Prompting, dialogues_for
 from tp_export.source import Source, load_model, open_source
 from tp_runtime.errors import BaseMismatchError, CalibrationError, ModelFormatError
@@ -31,16 +26,11 @@ from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
 
 PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-rtn-fp16")
 IN_FLOAT16 = ("fp16", "int4-rtn-fp16")
-IDS = token_ids(40)
-TEXTS = [token_ids(48, seed=seed) for seed in range(6)]  # to calibrate on
-QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """A model with a head tied to the embedding, as in small real models, and widths that are multiples of a block."""
-    folder = tmp_path_factory.mktemp("tied")
-    return open_source(tiny_model(folder, "llama", tie_word_embeddings=True, intermediate_size=128))
+    return tied_source(tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +43,6 @@ def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """The exported folders, by precision."""
     root = tmp_path_factory.mktemp("precisions")
     return {p: export_model(source, root / p, precision=p, route="fused") for p in ("fp32", *PRECISIONS)}
-
-
-def logits(folder: Path, patch: Patch | None = None) -> torch.Tensor:
-    graph = Graph(ModelFolder.open(folder), "cpu")
-    return torch.from_numpy(graph.run(IDS, graph.bind(patch)))
-
-
-def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    p, q = wanted.log_softmax(-1), got.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -249,103 +229,6 @@ def test_one_patch_can_contain_a_prompt_and_the_repair(source: Source, model: An
     patch = make_patch(source, model, "Talk like a pirate.", QUESTIONS[:14], QUESTIONS[14:], recipe, name="pirate")
     assert patch.config.context_digest and patch.config.precision == "int4-rtn"
     assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
-
-
-# -- calibrated precisions -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def calibrated(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of one calibrated precision, of two calibrations."""
-    root, folders = tmp_path_factory.mktemp("calibrated"), {}
-    for name, texts in {"one": TEXTS, "two": TEXTS[:2]}.items():
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments, own=texts: own)
-            folders[name] = export_model(source, root / name, precision="int4-gptq", route="fused")
-    return folders
-
-
-def test_a_folder_gives_back_the_weights_that_it_computes_with(
-    calibrated: dict[str, Path], folders: dict[str, Path], source: Source, model: Any
-) -> None:
-    digests = {}
-    for name, path in calibrated.items():
-        folder = ModelFolder.open(path)
-        student = stored_student(model, folder)
-        assert student is not None and student.precision == "int4-gptq"
-        digests[name] = folder.weights_digest
-        assert student.weights_digest == folder.weights_digest
-        with student.whole(), torch.no_grad():
-            wanted = model(torch.tensor([IDS])).logits[0]
-        assert divergence(wanted, logits(path)) < 0.02
-        assert any("int4-gptq" in line for line in check_against_source(folder, source))
-    assert digests["one"] != digests["two"]
-    with pytest.raises(ModelFormatError, match="does not give back the weights"):
-        stored_student(model, replace(ModelFolder.open(calibrated["one"]), weights_digest=digests["two"]))
-    assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
-    nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
-    assert nearest is not None and nearest.weights_digest is None
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4-gptq"])
-def test_a_folder_of_an_earlier_version_gives_back_its_narrow_blocks_of_eight_bits(
-    precision: str, source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They had 32 values, and the places of calibrated weights did not say how many bits a value has."""
-    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
-    with monkeypatch.context() as earlier:
-        earlier.setitem(precision_module._QUANTISED, precision, quantised(precision).with_narrow_blocks())
-        path = export_model(source, tmp_path / "m", precision=precision, route="fused")
-    load = stored_module.ir.load
-
-    def without_bits(file: Path) -> Any:
-        graph = load(file)
-        if PLACES in graph.metadata_props:
-            places = json.loads(graph.metadata_props[PLACES])
-            graph.metadata_props[PLACES] = json.dumps(
-                {name: {key: value for key, value in place.items() if key != "bits"} for name, place in places.items()}
-            )
-        return graph
-
-    monkeypatch.setattr(stored_module.ir, "load", without_bits)
-    folder = ModelFolder.open(path)
-    student = stored_student(model, folder)
-    assert student is not None and student.weights_digest == folder.weights_digest
-    assert {(blocks.bits, blocks.block) for blocks in student.blocks.values()} <= {(8, 32), (4, 32)}
-    with student.whole(), torch.no_grad():
-        wanted = model(torch.tensor([IDS])).logits[0]
-    assert divergence(wanted, logits(path)) < 0.02
-
-
-def test_a_calibrated_folder_in_float16_gives_back_its_weights_too(
-    source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
-    folder = ModelFolder.open(export_model(source, tmp_path / "half", precision="int4-gptq-fp16", route="fused"))
-    student = stored_student(model, folder)
-    assert student is not None and student.weights_digest == folder.weights_digest is not None
-    assert all(blocks.scales.dtype == np.float32 for blocks in student.blocks.values())
-
-
-def test_a_patch_behind_calibrated_weights_fits_no_others(
-    calibrated: dict[str, Path], source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = stored_student(model, ModelFolder.open(calibrated["one"]))
-    assert student is not None
-    recipe = Recipe(student_precision=student.precision, max_new_tokens=16)
-    patch = make_patch(source, model, None, QUESTIONS[:14], QUESTIONS[14:], recipe, name="repair", student=student)
-    assert patch.config.weights_digest == student.weights_digest
-    assert patch.config.fidelity is not None and patch.config.fidelity["gap_closed"] > 0
-    logits(calibrated["one"], patch)
-    for scaled in (patch, 0.5 * patch, patch + patch):
-        with pytest.raises(BaseMismatchError, match="--student"):
-            logits(calibrated["two"], scaled)
-    with pytest.raises(BaseMismatchError, match="weights_digest"):
-        write_onnx_adapter(patch, ModelFolder.open(calibrated["two"]), tmp_path / "p.onnx_adapter")
-    write_onnx_adapter(patch, ModelFolder.open(calibrated["one"]), tmp_path / "p.onnx_adapter")
-    monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
-    with pytest.raises(BaseMismatchError, match="weights_digest"):
-        export_model(source, tmp_path / "out", precision="int4-gptq", route="fused", patch=patch)
 
 
 # -- repaired folders ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from runtime_tests.cli import Cli
 from runtime_tests.patches import patch_for, random_config, random_patch
 from tp_runtime import bench
+from tp_runtime.bench import steps
 from tp_runtime.generation import Sampler
 from tp_runtime.session import Graph, ModelFolder
 
@@ -53,7 +54,7 @@ def test_time_inside_a_session_run_does_not_count_as_python_time(
     graph = Graph(ModelFolder.open(tiny_llama_export), "cpu", threads=1)
     session = graph.session
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
 
     class Slow:
         """A session whose runs take one second each; `pick` takes a quarter of a second."""
@@ -75,12 +76,12 @@ def test_time_inside_a_session_run_does_not_count_as_python_time(
 def test_the_arms_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def steps(_graph: object, _prompt: object, bound: str, **_: object) -> object:
+    def answer(_graph: object, _prompt: object, bound: str, **_: object) -> object:
         for _ in range(4):
             order.append(bound)
             yield 0
 
-    monkeypatch.setattr(bench, "generate", steps)
+    monkeypatch.setattr(steps, "generate", answer)
     graph = SimpleNamespace(captured=None)
     two = [bench.Arm(name, graph, name, [1]) for name in ("base", "patch")]  # type: ignore[arg-type]
     measured = bench.one_round(two, 3, first=1)
@@ -208,8 +209,8 @@ def test_a_patch_without_effect_is_not_measured(cli: Cli, tiny_llama_export: Pat
 
 def test_arms_of_different_sessions_are_separated_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
-    monkeypatch.setattr(bench, "_settle", lambda: waits.append(1))
-    monkeypatch.setattr(bench, "generate", lambda *_, **__: iter(range(3)))
+    monkeypatch.setattr(steps, "_settle", lambda: waits.append(1))
+    monkeypatch.setattr(steps, "generate", lambda *_, **__: iter(range(3)))
     one, other = SimpleNamespace(captured=None), SimpleNamespace(captured=None)
     one_session = [bench.Arm(name, one, name, [1]) for name in "ab"]  # type: ignore[arg-type]
     bench.one_round(one_session, 2, first=0)

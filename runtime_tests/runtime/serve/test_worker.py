@@ -11,7 +11,8 @@ import pytest
 
 from tp_runtime.errors import RequestError
 from tp_runtime.model import PatchedModel
-from tp_runtime.serve.worker import Asked, DrainingError, QueueFullError, Ticket, TimedOutError, Worker
+from tp_runtime.serve.ticket import Asked, DrainingError, QueueFullError, Ticket, TimedOutError
+from tp_runtime.serve.worker import Worker
 
 from .conftest import wait_until
 
