@@ -1,4 +1,4 @@
-"""The factor that GPTQ passes errors on with (Frantar et al., arXiv:2210.17323), for weights and for entries."""
+"""A damped Hessian, and the factor that GPTQ passes errors on with (Frantar et al., arXiv:2210.17323)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def damped(hessian: Tensor, ridge: float) -> Tensor:
-    """Return H + l I in float64, which is positive definite.
+    """Return H + l I in float64; it is positive definite if H is a sum of x x^T.
 
     Args:
         hessian: H, [m, m].
         ridge: l relative to the mean of H's diagonal, because few rows leave directions without any row. If H is zero,
             l is 1.
     """
-    found = hessian.double()
-    mean = float(found.diagonal().mean())
-    return found + torch.eye(len(found), dtype=found.dtype, device=found.device) * (ridge * mean or 1.0)
+    own = hessian.double()
+    mean = float(own.diagonal().mean())
+    return own + torch.eye(len(own), dtype=own.dtype, device=own.device) * (ridge * mean or 1.0)
 
 
 def inverse_factor(hessian: Tensor, ridge: float) -> Tensor:

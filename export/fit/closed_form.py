@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tp_runtime.errors import CalibrationError
-from tp_runtime.patch import entry_nbytes, round_lines_to_int4, round_to_int8
+from tp_runtime.patch import entry_nbytes, entry_tensors, round_lines_to_int4, round_to_int8
 
 from ..compaction import split_budget
 from ..decoder import Entry, TorchDelta, TorchPrefix, kv_shape, layer_windows
@@ -116,8 +116,7 @@ def entry_bytes(
     """
     heads, head_dim = kv_shape(config)
     counts = split_budget(average, windows, context)
-    tensors = {"i8": 4, "i4": 6}.get(dtype, 2)  # of a layer: keys, values and what stands beside them
-    listed = _NAMED_BYTES * tensors * len(counts)
+    listed = _NAMED_BYTES * entry_tensors(dtype) * len(counts)
     return described + listed + sum(entry_nbytes(dtype, count, heads, head_dim) for count in counts)
 
 

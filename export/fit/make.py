@@ -266,7 +266,8 @@ def _refined(
             student=student,
             progress=lambda _loss: shown.update(),
         )
-    return replace(assemble(deltas, None, patch.config, recipe.dtype), prefix=patch.prefix)
+    # Weights alone may have another dtype than the entries that come back beside them.
+    return replace(assemble(deltas, None, patch.config, recipe.dtype), prefix=patch.prefix, dtype=patch.dtype)
 
 
 class _HeldOut:

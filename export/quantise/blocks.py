@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tp_runtime.session import require_onnxruntime
 
 BLOCK = 32
+LARGEST_LEVEL = 15  # of four bits
 WIDE = 128
 """The widest block of eight bits. A scale for 128 values loses little there (docs/precision.md), and products are
 scaled less often: the kernels take 0.7 to 0.8 of the time (benchmarks/batch_kernels.py)."""

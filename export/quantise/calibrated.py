@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..decoder import Block, blocks_of, layer_inputs, plain_inputs, weight_of
+from ..inverse_factor import damped
 from .blocks import Blocks, FloatArray
 
-_RIDGE = 0.1  # of the mean of the Hessian's diagonal, in the regression towards the teacher's products
+# The ridge of the regression towards the teacher's products, relative to the mean of the Hessian's diagonal. With less,
+# the layers follow the calibration texts more closely, and texts of other kinds lose more (docs/precision.md).
+_RIDGE = 0.4
 
 Calibrated = Callable[[FloatArray, Tensor], Blocks]
 
@@ -177,9 +180,7 @@ def _wanted(weight: Tensor, group: _Group) -> FloatArray:
     """Return the weight [K, N] whose products with the student's rows are closest to the teacher's products."""
     own = weight.T.double()
     if group.shift is not None:
-        hessian = group.hessian.double()
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (_RIDGE * hessian.diagonal().mean())
-        own = own + torch.linalg.solve(damped, group.shift.double() @ own)
+        own = own + torch.linalg.solve(damped(group.hessian, _RIDGE), group.shift.double() @ own)
     return np.ascontiguousarray(own.float().cpu().numpy())
 
 

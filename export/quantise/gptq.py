@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..inverse_factor import damped, inverse_factor
-from .blocks import BLOCK, Blocks, FloatArray, pack
+from .blocks import BLOCK, LARGEST_LEVEL, Blocks, FloatArray, pack
 from .descent import descend
 
-_LEVELS = 15  # the largest value of four bits
 _MIDDLE = 8.0  # the zero point of a symmetric block
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: few calibration rows leave directions without any row
 _RANGES = (1.0, 0.9, 0.8)  # the shares of a block's range that its levels may span
@@ -37,25 +36,25 @@ def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
     """
     inputs, outputs = weight.shape
     factor = inverse_factor(hessian, _DAMPING).float()
-    rest = torch.from_numpy(np.array(weight, np.float32))
+    wanted = torch.from_numpy(np.array(weight, np.float32))
+    rest = wanted.clone()
     count = -(-inputs // BLOCK)
-    values = torch.empty(count, BLOCK, outputs)
+    levels = torch.empty(count, BLOCK, outputs)
     scales, zeros = torch.empty(count, outputs), torch.empty(count, outputs)
     for number in range(count):
         part = slice(number * BLOCK, min((number + 1) * BLOCK, inputs))
         size = part.stop - part.start
         own = factor[part, part]
-        levels, scales[number], zeros[number] = _block(rest[part], own, symmetric)
+        found, scales[number], zeros[number] = _block(rest[part], own, symmetric)
         # A padded value is the zero point, which stands for 0.
-        values[number, :size], values[number, size:] = levels, zeros[number]
-        missed = rest[part] - (levels - zeros[number]) * scales[number]
+        levels[number, :size], levels[number, size:] = found, zeros[number]
+        missed = rest[part] - (found - zeros[number]) * scales[number]
         errors = torch.linalg.solve_triangular(own.T, missed, upper=False)
         rest[part.stop :] -= factor[part, part.stop :].T @ errors
-    padded = (0, count * BLOCK - inputs)
-    known = functional.pad(torch.from_numpy(np.array(weight, np.float32)), (0, 0, *padded))
-    rows = functional.pad(damped(hessian, _DAMPING).float(), padded * 2)
-    values, scales = descend(known, rows, values, scales, zeros)
-    packed = pack(values.permute(2, 0, 1).numpy().astype(np.uint8), 4)
+    padding = (0, count * BLOCK - inputs)
+    whole = functional.pad(damped(hessian, _DAMPING).float(), padding * 2)
+    levels, scales = descend(functional.pad(wanted, (0, 0, *padding)), whole, levels, scales, zeros)
+    packed = pack(levels.permute(2, 0, 1).numpy().astype(np.uint8), 4)
     points = None if symmetric else pack(zeros.T.numpy().astype(np.uint8), 4)
     return Blocks(packed, np.ascontiguousarray(scales.T.numpy()), points, 4, inputs)
 
@@ -87,10 +86,10 @@ def _candidates(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
             scales += [widest, -widest]
             zeros += [torch.full_like(widest, _MIDDLE)] * 2
             continue
-        step = (high.clamp(min=0) - low.clamp(max=0)) * (share / _LEVELS)
+        step = (high.clamp(min=0) - low.clamp(max=0)) * (share / LARGEST_LEVEL)
         point = -low.clamp(max=0) * share / torch.where(step == 0, 1.0, step)
         scales += [step, step]
-        zeros += [point.floor(), point.ceil().clamp(max=_LEVELS)]
+        zeros += [point.floor(), point.ceil().clamp(max=LARGEST_LEVEL)]
     found = torch.stack(scales)
     return torch.where(found == 0, 1.0, found), torch.stack(zeros)
 
@@ -111,6 +110,6 @@ def _rounded(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor) -> t
     for i, row in enumerate(weight):
         passed = torch.einsum("e,ecn->cn", factor[:i, i], errors[:i])
         value = row - passed
-        levels[i] = (value / scales + zeros).round().clamp(0, _LEVELS)
+        levels[i] = (value / scales + zeros).round().clamp(0, LARGEST_LEVEL)
         errors[i] = (value - (levels[i] - zeros) * scales) / factor[i, i]
     return levels, errors.square().sum(0)

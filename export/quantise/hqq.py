@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .blocks import BLOCK, Blocks, FloatArray, pack
+from .blocks import BLOCK, LARGEST_LEVEL, Blocks, FloatArray, pack
 
-_LEVELS = 15.0
 _NORM, _BETA, _GROWTH, _STEPS = 0.7, 10.0, 1.01, 20  # the values of HQQ's authors
 
 
@@ -24,12 +23,12 @@ def hqq(weight: FloatArray) -> Blocks:
     rows[:, :inputs] = weight.T
     values = rows.reshape(outputs, blocks, BLOCK)
     low, high = np.minimum(values.min(-1, keepdims=True), 0), np.maximum(values.max(-1, keepdims=True), 0)
-    scales = np.where(high > low, (high - low) / _LEVELS, 1).astype(np.float32)
+    scales = np.where(high > low, (high - low) / LARGEST_LEVEL, 1).astype(np.float32)
     zeros, beta = -low / scales, _BETA
     best_scales, best_points, least = scales, zeros, np.full_like(zeros, np.inf)
     for _ in range(_STEPS):
-        points = zeros.round().clip(0, _LEVELS)
-        levels = (values / scales + points).round().clip(0, _LEVELS)
+        points = zeros.round().clip(0, LARGEST_LEVEL)
+        levels = (values / scales + points).round().clip(0, LARGEST_LEVEL)
         errors = values - (levels - points) * scales
         size = np.abs(errors)
         loss = (size**_NORM).mean(-1, keepdims=True)
@@ -39,11 +38,11 @@ def hqq(weight: FloatArray) -> Blocks:
         forgiven = np.sign(errors) * np.maximum(size - np.maximum(size, 1e-8) ** (_NORM - 1) / beta, 0)
         wanted = values - forgiven
         zeros = (levels - wanted / scales).mean(-1, keepdims=True)
-        steps = levels - zeros.round().clip(0, _LEVELS)
+        steps = levels - zeros.round().clip(0, LARGEST_LEVEL)
         squares = (steps * steps).sum(-1, keepdims=True)
         fitted = (steps * wanted).sum(-1, keepdims=True) / np.where(squares == 0, 1, squares)
         scales = np.where(fitted > 0, fitted, scales)
         beta *= _GROWTH
-    levels = (values / best_scales + best_points).round().clip(0, _LEVELS)
+    levels = (values / best_scales + best_points).round().clip(0, LARGEST_LEVEL)
     packed, points = pack(levels.astype(np.uint8), 4), pack(best_points[..., 0].astype(np.uint8), 4)
     return Blocks(packed, best_scales[..., 0], points, 4, inputs)

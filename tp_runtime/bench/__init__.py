@@ -1,6 +1,6 @@
 """This room measures what patches cost. It prints nothing; cli/bench.py reads the command line and prints.
 
-This room knows nothing of files that it should write, or of other runtimes, which the repository's benchmarks compare.
+This room knows nothing of the command line, of reports, or of other runtimes, which benchmarks/ compares with.
 """
 
 from .arms import RANK, Arm, base_arm, patch_arm, random_patch

@@ -1,4 +1,4 @@
-"""The memory of this process, as the system reports it."""
+"""The memory of this process: what the system reports of it, and giving back what is free."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 
 def give_back_free_memory() -> None:
-    """Return freed memory to the system, because new patches would fill it first and hide the growth.
+    """Return freed memory to the system, so that the next reading of the memory does not count it.
 
-    This works with glibc and does nothing elsewhere.
+    What is allocated next would otherwise fill it, and its growth would not show. This works with glibc and does
+    nothing elsewhere.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,6 @@
-"""Times of tokens.
+"""Measures the times of tokens under several arms, and compares them.
 
-The variants that are compared (the arms) are interleaved as finely as possible: every arm decodes one token, then every
+The arms are interleaved as finely as possible: every arm decodes one token, then every
 arm the next token, and each token begins with another arm. If the machine slows down or speeds up during the
 measurement, this affects all arms. Captured decode steps (session/cuda_graphs.py) belong to one sequence at a time, so
 there every arm decodes all tokens of a round before the next arm begins, and each round begins with another arm.

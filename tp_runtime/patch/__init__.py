@@ -17,7 +17,7 @@ from .config import MAX_REPORT, PatchConfig, context_digest
 from .container import MAX_FILE_BYTES, read_tensors
 from .delta import Delta
 from .dtypes import DTYPES
-from .encoding import check_dtype, entry_nbytes
+from .encoding import check_dtype, entry_nbytes, entry_tensors
 from .int4 import round_lines_to_int4, round_to_int4
 from .int8 import round_to_int8
 from .kind import PATCH_FILE
@@ -48,6 +48,7 @@ __all__ = [
     "check_dtype",
     "context_digest",
     "entry_nbytes",
+    "entry_tensors",
     "fitted_precision",
     "in_bytes",
     "read_tensors",

@@ -11,7 +11,7 @@ int8.py and int4.py have the formulas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import numpy as np
@@ -106,6 +106,12 @@ def entry_nbytes(dtype: str, count: int, heads: int, head_dim: int) -> int:
     return numbers * ITEM_BYTES[kind]
 
 
+def entry_tensors(dtype: str) -> int:
+    """Return how many tensors of a file hold a layer's keys and values: both, and their companions."""
+    companions = {"I8": 1, "U8": 2}.get(_kind(dtype, "key"), 0)
+    return len(KV_PARTS) * (1 + companions)
+
+
 def decoded(stored: FileTensors) -> dict[str, Tensor]:
     """Return the tensors of a file, quantised ones together with their companions, which are checked.
 
@@ -132,8 +138,23 @@ def dtype_of(stored: FileTensors) -> str:
 
     Saving in it changes no value of a file that this module wrote.
     """
-    found = {(tensor.dtype, part_of(name)) for name, tensor in stored.items() if not parse_companion_name(name)}
-    return next((name for name in DTYPES if all(kind == _kind(name, part) for kind, part in found)), "f32")
+    return _dtype_with(
+        (part_of(name), tensor.dtype) for name, tensor in stored.items() if not parse_companion_name(name)
+    )
+
+
+def dtype_of_file(names: Iterable[str], dtype: str) -> str:
+    """Return what `dtype_of` gives for a file of these tensors that is saved in `dtype`.
+
+    A dtype may have no tensor that only its files hold: a file of weights alone in "i4" is one of "i8".
+    """
+    return _dtype_with((part, _kind(dtype, part)) for part in map(part_of, names))
+
+
+def _dtype_with(kinds: Iterable[tuple[str, str]]) -> str:
+    """Return the first dtype that stores every part in its dtype of the file; "f32" if there is none."""
+    found = set(kinds)
+    return next((name for name in DTYPES if all(kind == _kind(name, part) for part, kind in found)), "f32")
 
 
 def _int8(name: str, q: FileTensor, stored: FileTensors) -> Int8Tensor:

@@ -25,7 +25,7 @@ from .algebra import sum_config, valid_strength
 from .capabilities import ADDS_TO_WEIGHTS, NO_STRENGTH, ONLY_WEIGHTS_TRAVEL, Capabilities
 from .config import PatchConfig
 from .delta import Delta, SlotKey, check_slot
-from .encoding import check_dtype, rounded_tensors
+from .encoding import check_dtype, dtype_of_file, rounded_tensors
 from .file import PatchFile, parse_patch, patch_bytes, read_patch, split_tensors, write_patch
 from .kv_prefix import KVPrefix, prefix_from
 from .names import entry_name, slot_name
@@ -45,8 +45,9 @@ class Patch:
         deltas: for each (layer, site) a `Delta`, read-only, in order of layer and then of site name.
         config: the description.
         prefix: the key/value entries of the context that are put in front of the text, or None.
-        dtype: the dtype that the patch is stored in: that of the file it was loaded from, or else "f16", which the
-            result of a sum or a strength has too. A loaded patch is held in memory in this dtype.
+        dtype: the dtype that `save` takes by default, for all parts of the patch. A loaded patch has that of its file,
+            in which it is also held in memory. A patch made in memory has "f16", as the result of a sum or a strength
+            does.
 
     Raises:
         PatchFormatError: `dtype` is unknown.
@@ -267,9 +268,11 @@ class Patch:
             PatchValueError: a value does not fit the dtype.
             PatchShapeError: entries of an odd head dim cannot have four bits.
         """
-        deltas, entries = split_tensors(rounded_tensors(self._tensors(), dtype))
+        tensors = self._tensors()
+        deltas, entries = split_tensors(rounded_tensors(tensors, dtype))
         prefix = None if self.prefix is None else replace(self.prefix, entries=Float32Values(entries))
-        return Patch({slot: Delta(**parts) for slot, parts in deltas.items()}, self.config, prefix, dtype)
+        stored = dtype_of_file(tensors, dtype)
+        return Patch({slot: Delta(**parts) for slot, parts in deltas.items()}, self.config, prefix, stored)
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write the patch file, whole or not at all. An existing file is replaced if it is a patch file.

@@ -1,4 +1,4 @@
-"""One answer of the batch as a handler in the event loop sees it, and why a request gets none.
+"""What a handler asks of the batch, the ticket of each answer, and the errors with which a request gets no ticket.
 
 The worker's thread puts what an answer grows by into its ticket, and the handler reads it there.
 """

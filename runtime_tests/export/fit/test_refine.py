@@ -19,6 +19,7 @@ from tp_export.fit.refine import refine_deltas
 from tp_export.measure import TorchStudent, measure_fidelity
 from tp_export.rollout import Dialogue
 from tp_export.source import load_model, open_source
+from tp_runtime.patch import Patch
 
 CONTEXT = tuple(token_ids(12, seed=9))
 
@@ -64,6 +65,16 @@ def test_the_figures_before_and_after_refinement_are_in_the_patch(tiny_llama: Pa
     patch = make_patch(source, load_model(source), "Talk like a pirate.", ["Hi?", "Why?"], ["Who?"], recipe, name="p")
     assert patch.config.fidelity is not None
     assert patch.config.fidelity["gap_closed"] != patch.config.fidelity["gap_closed_closed_form"]
+
+
+@pytest.mark.parametrize("dtype", ["i4", "i8", "f32"])
+def test_entries_keep_their_dtype_beside_refined_weights(tiny_llama: Path, tmp_path: Path, dtype: str) -> None:
+    source = open_source(tiny_llama)
+    recipe = Recipe("output", Settings(2), max_new_tokens=6, samples=1, refine_steps=1, prefix=4, dtype=dtype)
+    patch = make_patch(source, load_model(source), "Talk like a pirate.", ["Hi?", "Why?"], ["Who?"], recipe, name="p")
+    patch.save(tmp_path / "p.safetensors")
+    loaded = Patch.load(tmp_path / "p.safetensors")
+    assert (loaded.dtype, loaded.identity) == (dtype, patch.identity) and loaded.prefix is not None
 
 
 def test_refinement_of_an_offloaded_model_is_refused(

@@ -15,7 +15,7 @@ from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits
 from runtime_tests.patches import patch_for
 from tp_export.fit import Recipe, make_patch, student_for
-from tp_export.graph import export_model
+from tp_export.graph import export_model, stored_student
 from tp_export.measure import RuntimeStudent, TorchStudent, measure_fidelity
 from tp_export.quantise import INT4, QuantisedStudent, float_weights, quantised
 from tp_export.rollout import Prompting, dialogues_for
@@ -173,6 +173,12 @@ def test_the_student_restores_the_weights_of_the_model(model: Any) -> None:
 
 def test_the_student_of_a_float_precision_is_the_model(source: Source, model: Any) -> None:
     assert student_for(source, model, "fp16") is None
+
+
+def test_weights_that_are_not_calibrated_have_no_digest(folders: dict[str, Path], model: Any) -> None:
+    assert stored_student(model, ModelFolder.open(folders["fp32"])) is None
+    nearest = stored_student(model, ModelFolder.open(folders["int4-rtn"]))
+    assert nearest is not None and nearest.weights_digest is None
 
 
 def test_int4_is_the_quantiser_with_the_least_loss(

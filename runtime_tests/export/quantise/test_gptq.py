@@ -11,7 +11,9 @@ import torch
 
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import token_ids
+from tp_export.inverse_factor import damped
 from tp_export.quantise import BLOCK, Blocks, QuantisedStudent, log_probabilities, quantised
+from tp_export.quantise import gptq as gptq_module
 from tp_export.quantise.blocks import round_to_nearest
 from tp_export.quantise.gptq import gptq
 from tp_export.source import load_model, open_source
@@ -45,6 +47,23 @@ def test_the_products_change_less_than_by_rounding_to_nearest(
     found = gptq(weight, x.T @ x, symmetric)
     assert found.dequantised().shape == weight.shape and (found.zero_points is None) == symmetric
     assert error(found, weight, x) < 0.9 * error(round_to_nearest(weight, 4, symmetric), weight, x)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_coordinate_descent_lowers_the_loss_of_every_output(
+    inputs: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = matrix(inputs, 12), rows(400, inputs)
+    hessian = x.T @ x
+
+    def losses() -> torch.Tensor:
+        missed = torch.from_numpy(gptq(weight, hessian, symmetric).dequantised() - weight)
+        return (missed * (damped(hessian, gptq_module._DAMPING).float() @ missed)).sum(0)
+
+    found = losses()
+    monkeypatch.setattr(gptq_module, "descend", lambda _weight, _hessian, levels, scales, _zeros: (levels, scales))
+    assert (found < losses()).all()
 
 
 @SYMMETRIC

@@ -8,46 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from runtime_tests.codecs import codec_of
+from runtime_tests.export.source.tokenizer_folders import (
+    BOS,
+    CONFIG,
+    EOS,
+    MAP,
+    NEOX,
+    PAD,
+    TEMPLATE,
+    byte_level,
+    folder_of,
+    with_templates,
+)
 from runtime_tests.export.tiny import CHATML, SPECIAL
 from runtime_tests.runtime.text.test_codec import byte_level_folder, sentencepiece_folder
 from tp_export.source import EffectiveTokenizer, compare_ids
 from tp_export.source.tokenizer import effective_tokenizer
 from tp_runtime.errors import ModelFormatError
 
-PAD, BOS, EOS = SPECIAL
-CONFIG, MAP, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 TEXTS = ["hi", "a <tool>b", "a<new>b", " two  spaces\n", "漢字 e\u0301 👩‍👩‍👧", f"x{EOS} {BOS}y", "<unk> <s>"]
-
-
-def folder_of(parent: Path, tokenizer: Tokenizer, **config: Any) -> Path:
-    """Write a Hugging Face folder without weights; an entry of the config that is None is left out."""
-    folder = parent / "source"
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    kept = {name: value for name, value in {**named, **config}.items() if value is not None}
-    (folder / CONFIG).write_text(json.dumps(kept))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320, "eos_token_id": 2}))
-    return folder
-
-
-def byte_level(post: str | None = None, prefix: bool = False, extra: AddedToken | None = None) -> Tokenizer:
-    """Return a tokenizer of bytes, whose post-processor is given as the template of a text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *letters])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    if post is not None:
-        special = [(token, SPECIAL.index(token)) for token in post.split() if token in SPECIAL]
-        tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=special)
-    if extra is not None:
-        tokenizer.add_tokens([extra])
-    return tokenizer
 
 
 def unigram(scheme: str) -> Tokenizer:
@@ -113,7 +96,7 @@ def same_everywhere(source: Path, out: Path) -> EffectiveTokenizer:
 # -- ids that earlier versions got wrong ---------------------------------------------------------------------
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "unk_token": PAD}
-NEOX, GPT2 = {"tokenizer_class": "GPTNeoXTokenizer"}, {"tokenizer_class": "GPT2Tokenizer"}
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
 TOOL = AddedToken("<tool>", normalized=False)
 OTHER_IDS: dict[str, Callable[[Path], Path]] = {
     "no BOS in the config of LlamaTokenizer": lambda p: folder_of(
@@ -177,13 +160,6 @@ def with_version(folder: Path) -> Path:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save(str(folder / "tokenizer.4.0.0.json"))
-    return folder
-
-
-def with_templates(folder: Path, **templates: str) -> Path:
-    (folder / "additional_chat_templates").mkdir()
-    for name, template in templates.items():
-        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(template)
     return folder
 
 

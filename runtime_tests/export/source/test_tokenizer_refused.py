@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime_tests.codecs import codec_of
-from runtime_tests.export.source.test_tokenizer import (
+from runtime_tests.export.source.tokenizer_folders import (
     BOS,
     CONFIG,
     MAP,

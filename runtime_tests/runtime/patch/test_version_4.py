@@ -13,7 +13,8 @@ from runtime_tests.bad_patches import changed, packed, refused, unpacked
 from runtime_tests.patches import random_config, random_patch
 from runtime_tests.runtime.patch.test_kv_prefix import arrays
 from tp_runtime.errors import PatchFormatError, PatchShapeError, PatchValueError
-from tp_runtime.patch import KVPrefix, Patch, entry_nbytes, round_to_int4, round_to_int8
+from tp_runtime.patch import Delta, KVPrefix, Patch, entry_nbytes, entry_tensors, round_to_int4, round_to_int8
+from tp_runtime.patch.dtypes import DTYPES
 
 A, BIAS = "layers.0.mlp_out.a", "layers.0.mlp_out.bias"
 KEY, KEY_SCALE, KEY_ZERO = (f"prefix.0.key{suffix}" for suffix in ("", "_scale", "_zero"))
@@ -77,7 +78,17 @@ def test_a_loaded_patch_is_saved_again_with_equal_bytes(tmp_path: Path) -> None:
 
 def test_a_patch_of_weights_alone_is_that_of_int8(tmp_path: Path) -> None:
     assert saved(tmp_path, random_patch()) == saved(tmp_path, random_patch(), "i8")
-    assert Patch.load(tmp_path / "p.safetensors").dtype == "i8"
+    assert Patch.load(tmp_path / "p.safetensors").dtype == random_patch().rounded("i4").dtype == "i8"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rounded_patch_has_the_dtype_that_a_loaded_one_has(tmp_path: Path, dtype: str) -> None:
+    bias = {slot: Delta(bias=delta.bias) for slot, delta in random_patch().deltas.items()}
+    vector = Patch(bias, random_config(method="vector"))
+    for patch in (whole(), random_patch(), vector):
+        saved(tmp_path, patch, dtype)
+        loaded, rounded = Patch.load(tmp_path / "p.safetensors"), patch.rounded(dtype)
+        assert loaded.dtype == rounded.dtype and loaded.nbytes == rounded.nbytes
 
 
 def test_the_safetensors_library_reads_the_file(tmp_path: Path) -> None:
@@ -94,6 +105,8 @@ def test_a_file_has_little_more_than_half_the_bytes_of_int8_and_keeps_them_in_me
         saved(tmp_path, patch, dtype)
         loaded = Patch.load(tmp_path / "p.safetensors")
         assert loaded.nbytes == size and loaded.memory_bytes == 2 * entry_nbytes(dtype, 192, 3, 64) < size
+        _metadata, parts = unpacked(saved(tmp_path, patch, dtype))
+        assert len(parts) == 2 * entry_tensors(dtype)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
