@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
         help="the precision of the weights: fp32 (default), fp16, bf16 (only for storage), int8, int4 (the quantiser "
         "that loses least on held-out text), or one of the quantisers int4-symmetric, int4-rtn, int4-k-quant, "
         "int4-hqq, int4-gptq-symmetric, int4-gptq (the last two are calibrated on the model's own answers, for some "
-        "minutes); int4-symmetric-head4 and int4-rtn-head4 store the head in four bits too; int4-fp16 and "
-        "int4-...-fp16 also compute in float16, for CUDA",
+        "minutes); those with -head4 behind symmetric, rtn, gptq-symmetric or gptq store the head in four bits too; "
+        "int4-fp16 and int4-...-fp16 also compute in float16, for CUDA",
     )
     parser.add_argument(
         "--slots",

@@ -110,6 +110,31 @@ def quantise_layers(
     return found
 
 
+@torch.no_grad()
+def head_hessian(model: nn.Module, head: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the sum of x x^T over the rows x that the float32 model's head reads on the texts, [K, K].
+
+    The head is quantised first, because the layers are calibrated behind its tied table. So its rows are those of the
+    float32 model, without the layers' errors.
+    """
+    width = weight_of(head).shape[1]
+    hessian = weight_of(head).new_zeros(width, width)
+
+    def read(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].reshape(-1, width)
+        hessian.add_(rows.T @ rows)
+        raise _Stopped  # the logits are not needed
+
+    handle = head.register_forward_pre_hook(read)
+    try:
+        for ids in texts:
+            with suppress(_Stopped):
+                model(torch.tensor([list(ids)], device=hessian.device), use_cache=False)
+    finally:
+        handle.remove()
+    return hessian
+
+
 def _stages(block: Block) -> list[list[_Group]]:
     """Return the linear layers of a block in the order in which they run, those that read the same rows together."""
     attention: dict[str, Any] = {

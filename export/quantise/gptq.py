@@ -19,25 +19,42 @@ from .blocks import BLOCK, LARGEST_LEVEL, Blocks, FloatArray, pack
 from .descent import descend
 
 _MIDDLE = 8.0  # the zero point of a symmetric block
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal: few calibration rows leave directions without any row
+_AT_ONCE = 1 << 24  # values that are rounded together: a head has many outputs, and each is rounded for itself
 _RANGES = (1.0, 0.9, 0.8)  # the shares of a block's range that its levels may span
 
 
-def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
+def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool, damping: float = 0.01) -> Blocks:
     """Quantise a weight to four bits.
 
     Args:
         weight: the weight, [K, N] float32.
         hessian: the sum of x x^T over the calibration rows x, [K, K].
         symmetric: whether all zero points are the middle level.
+        damping: what is added to the Hessian's diagonal, relative to its mean: few calibration rows leave directions
+            without any row.
 
     Returns:
         The blocks.
     """
+    inputs = len(weight)
+    factor = inverse_factor(hessian, damping).float()
+    padding = (0, -inputs % BLOCK)
+    whole = functional.pad(damped(hessian, damping).float(), padding * 2)
+    found = []
+    for part in torch.from_numpy(np.array(weight, np.float32)).split(max(1, _AT_ONCE // inputs), 1):
+        levels, scales, zeros = _rounded_outputs(part, factor, symmetric)
+        levels, scales = descend(functional.pad(part, (0, 0, *padding)), whole, levels, scales, zeros)
+        found.append((levels.to(torch.uint8), scales, zeros.to(torch.uint8)))
+    levels, scales, zeros = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    packed = pack(levels.permute(2, 0, 1).numpy(), 4)
+    points = None if symmetric else pack(zeros.T.numpy(), 4)
+    return Blocks(packed, np.ascontiguousarray(scales.T.numpy()), points, 4, inputs)
+
+
+def _rounded_outputs(weight: Tensor, factor: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Round some outputs [K, N]; return levels [G, BLOCK, N], scales [G, N] and zero points [G, N] of the G blocks."""
     inputs, outputs = weight.shape
-    factor = inverse_factor(hessian, _DAMPING).float()
-    wanted = torch.from_numpy(np.array(weight, np.float32))
-    rest = wanted.clone()
+    rest = weight.clone()
     count = -(-inputs // BLOCK)
     levels = torch.empty(count, BLOCK, outputs)
     scales, zeros = torch.empty(count, outputs), torch.empty(count, outputs)
@@ -51,12 +68,7 @@ def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool) -> Blocks:
         missed = rest[part] - (found - zeros[number]) * scales[number]
         errors = torch.linalg.solve_triangular(own.T, missed, upper=False)
         rest[part.stop :] -= factor[part, part.stop :].T @ errors
-    padding = (0, count * BLOCK - inputs)
-    whole = functional.pad(damped(hessian, _DAMPING).float(), padding * 2)
-    levels, scales = descend(functional.pad(wanted, (0, 0, *padding)), whole, levels, scales, zeros)
-    packed = pack(levels.permute(2, 0, 1).numpy().astype(np.uint8), 4)
-    points = None if symmetric else pack(zeros.T.numpy().astype(np.uint8), 4)
-    return Blocks(packed, np.ascontiguousarray(scales.T.numpy()), points, 4, inputs)
+    return levels, scales, zeros
 
 
 def _block(weight: Tensor, factor: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,10 @@ _INT8: Quantiser = partial(round_to_nearest, bits=8, symmetric=True, widest=WIDE
 _INT8_NARROW: Quantiser = partial(round_to_nearest, bits=8, symmetric=True)
 _INT4: Quantiser = partial(round_to_nearest, bits=4, symmetric=True)
 _RTN: Quantiser = partial(round_to_nearest, bits=4, symmetric=False)
+_GPTQ: Calibrated = partial(gptq, symmetric=False)
+_GPTQ_SYMMETRIC: Calibrated = partial(gptq, symmetric=True)
+# The damping counts errors in all directions alike, as they matter where a tied table looks up a token.
+_GPTQ_HEAD: Calibrated = partial(gptq, symmetric=True, damping=1.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Precision:
             that a decode step reads.
         calibrated: the quantiser of the linear layers of blocks by their rows in calibration texts; None for a
             precision that needs no texts. `linear` then quantises only what lies outside of blocks.
+        calibrated_head: the quantiser of the head by its rows in calibration texts; None if `head` quantises it. A tied
+            embedding table is the same weight.
         half: whether the graph computes in float16, scales included.
     """
 
@@ -44,6 +50,7 @@ class Precision:
     linear: Quantiser
     head: Quantiser
     calibrated: Calibrated | None = None
+    calibrated_head: Calibrated | None = None
     half: bool = False
 
     def quantise(self, weight: FloatArray, *, is_head: bool) -> Blocks:
@@ -54,6 +61,11 @@ class Precision:
         """Quantise a weight [K, N] of a block's linear layer by the Hessian [K, K] of its rows; see `calibrated`."""
         assert self.calibrated is not None
         return self._stored(self.calibrated(weight, hessian))
+
+    def calibrate_head(self, weight: FloatArray, hessian: Tensor) -> Blocks:
+        """Quantise the head [K, N] by the Hessian [K, K] of its rows; see `calibrated_head`."""
+        assert self.calibrated_head is not None
+        return self._stored(self.calibrated_head(weight, hessian))
 
     def with_narrow_blocks(self) -> Precision:
         """Return the precision with blocks of 32 values at eight bits too, as earlier exports have them."""
@@ -72,10 +84,12 @@ _QUANTISED: Mapping[str, Precision] = {
         Precision("int4-rtn", _RTN, _INT8),
         Precision("int4-k-quant", partial(k_quant, bits=4), _INT8),
         Precision("int4-hqq", hqq, _INT8),
-        Precision("int4-gptq-symmetric", _INT4, _INT8, partial(gptq, symmetric=True)),
-        Precision("int4-gptq", _RTN, _INT8, partial(gptq, symmetric=False)),
+        Precision("int4-gptq-symmetric", _INT4, _INT8, _GPTQ_SYMMETRIC),
+        Precision("int4-gptq", _RTN, _INT8, _GPTQ),
         Precision("int4-symmetric-head4", _INT4, _INT4),
         Precision("int4-rtn-head4", _RTN, _INT4),
+        Precision("int4-gptq-symmetric-head4", _INT4, _INT4, _GPTQ_SYMMETRIC, _GPTQ_HEAD),
+        Precision("int4-gptq-head4", _RTN, _INT4, _GPTQ, _GPTQ_HEAD),
     )
 }
 _HALF = "-fp16"  # ends the name of a precision with the weights of another one that computes in float16

@@ -22,8 +22,8 @@ from tp_runtime.patch import fitted_precision
 
 from ..decoder import Block, blocks_of, weight_of
 from ..progress import bar
-from .blocks import BLOCK, Blocks
-from .calibrated import quantise_layers
+from .blocks import BLOCK, Blocks, FloatArray
+from .calibrated import head_hessian, quantise_layers
 from .precision import Precision, quantised
 
 
@@ -65,7 +65,12 @@ class QuantisedStudent:
                 ends = {
                     id(m.weight): m for m in (head, table) if any(m.weight is own.weight for own in matrices.values())
                 }
-                found |= {key: _quantised(module, precision, is_head=True) for key, module in ends.items()}
+                for key, module in ends.items():
+                    if precision.calibrated_head is not None and key == id(head.weight):
+                        hessian = head_hessian(model, head, texts).cpu()
+                        found[key] = precision.calibrate_head(_matrix(module), hessian)
+                    else:
+                        found[key] = precision.quantise(_matrix(module), is_head=True)
                 swapped = [(module.weight, _weight(module, found[key])) for key, module in ends.items()]
                 shown.update(len(ends))
                 found |= quantise_layers(
@@ -73,7 +78,8 @@ class QuantisedStudent:
                 )
             for module in matrices.values():
                 if id(module.weight) not in found:
-                    found[id(module.weight)] = _quantised(module, precision, is_head=module is head or module is table)
+                    is_head = module is head or module is table
+                    found[id(module.weight)] = precision.quantise(_matrix(module), is_head=is_head)
                     shown.update()
         return cls(model, precision.name, found)
 
@@ -122,10 +128,9 @@ def _swapped(pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
             weight.data = original
 
 
-def _quantised(module: Any, precision: Precision, is_head: bool) -> Blocks:
-    """Quantise one weight without calibration."""
-    matrix = weight_of(module).data.T  # [in, out]; [width, tokens] for the embedding table
-    return precision.quantise(np.ascontiguousarray(matrix.float().cpu().numpy()), is_head=is_head)
+def _matrix(module: Any) -> FloatArray:
+    """Return the weight of a linear layer, [in, out], or of the embedding table, [width, tokens]."""
+    return np.ascontiguousarray(weight_of(module).data.T.float().cpu().numpy())
 
 
 def _weight(module: Any, blocks: Blocks) -> Tensor:

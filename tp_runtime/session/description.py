@@ -23,7 +23,7 @@ FORMAT = "tp-slots"
 VERSION = 1
 _INT4 = (
     *("int4-symmetric", "int4-rtn", "int4-k-quant", "int4-hqq", "int4-gptq-symmetric", "int4-gptq"),
-    *("int4-symmetric-head4", "int4-rtn-head4"),
+    *("int4-symmetric-head4", "int4-rtn-head4", "int4-gptq-symmetric-head4", "int4-gptq-head4"),
 )
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", *_INT4, *(f"{name}-fp16" for name in _INT4))
 _KEYS = {

@@ -94,11 +94,12 @@ def test_a_folder_of_an_earlier_version_gives_back_its_narrow_blocks_of_eight_bi
     assert divergence(wanted, logits(path)) < 0.02
 
 
-def test_a_calibrated_folder_in_float16_gives_back_its_weights_too(
-    source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["int4-gptq-fp16", "int4-gptq-symmetric-head4"])
+def test_a_calibrated_folder_in_float16_or_with_a_calibrated_head_gives_back_its_weights_too(
+    precision: str, source: Source, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tp_export.fit.student.calibration_texts", lambda *_arguments: TEXTS[:2])
-    folder = ModelFolder.open(export_model(source, tmp_path / "half", precision="int4-gptq-fp16", route="fused"))
+    folder = ModelFolder.open(export_model(source, tmp_path / "half", precision=precision, route="fused"))
     student = stored_student(model, folder)
     assert student is not None and student.weights_digest == folder.weights_digest is not None
     assert all(blocks.scales.dtype == np.float32 for blocks in student.blocks.values())

@@ -15,6 +15,7 @@ from tp_export.inverse_factor import damped
 from tp_export.quantise import BLOCK, Blocks, QuantisedStudent, log_probabilities, quantised
 from tp_export.quantise import gptq as gptq_module
 from tp_export.quantise.blocks import round_to_nearest
+from tp_export.quantise.calibrated import head_hessian
 from tp_export.quantise.gptq import gptq
 from tp_export.source import load_model, open_source
 
@@ -59,11 +60,18 @@ def test_coordinate_descent_lowers_the_loss_of_every_output(
 
     def losses() -> torch.Tensor:
         missed = torch.from_numpy(gptq(weight, hessian, symmetric).dequantised() - weight)
-        return (missed * (damped(hessian, gptq_module._DAMPING).float() @ missed)).sum(0)
+        return (missed * (damped(hessian, 0.01).float() @ missed)).sum(0)
 
     found = losses()
     monkeypatch.setattr(gptq_module, "descend", lambda _weight, _hessian, levels, scales, _zeros: (levels, scales))
     assert (found < losses()).all()
+
+
+def test_outputs_that_are_rounded_apart_get_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = matrix(70, 12), rows(400, 70)
+    together = gptq(weight, x.T @ x, symmetric=False).dequantised()
+    monkeypatch.setattr(gptq_module, "_AT_ONCE", 5 * 70)
+    assert np.allclose(gptq(weight, x.T @ x, symmetric=False).dequantised(), together, atol=1e-5)
 
 
 @SYMMETRIC
@@ -120,6 +128,21 @@ def test_a_calibrated_model_loses_less_and_every_layer_is_quantised(model: Any) 
     nearest = QuantisedStudent.of(model, quantised("int4-symmetric"))
     assert student.blocks.keys() == nearest.blocks.keys()
     assert loss(model, student) < 0.8 * loss(model, nearest)
+
+
+def test_a_calibrated_head_loses_less_than_a_rounded_one(model: Any) -> None:
+    precision = quantised("int4-gptq-head4")
+    student = QuantisedStudent.of(model, precision, TEXTS)
+    rounded = QuantisedStudent.of(model, replace(precision, calibrated_head=None), TEXTS)
+    assert {blocks.bits for blocks in student.blocks.values()} == {4}
+    assert loss(model, student) < loss(model, rounded)
+
+
+def test_the_hessian_of_the_head_is_that_of_the_rows_that_it_reads(model: Any) -> None:
+    rows = [model(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0] for text in TEXTS]
+    wanted = sum(own.T @ own for own in rows)
+    missed = head_hessian(model, model.get_output_embeddings(), TEXTS) - wanted
+    assert missed.norm() < 1e-5 * wanted.norm()
 
 
 def test_the_same_texts_give_the_same_weights(model: Any) -> None:
