@@ -3,9 +3,10 @@
 This room knows nothing of files, of queries, or of how deltas are fitted.
 """
 
-from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, layer_inputs, plain_inputs, weight_of
+from .adapters import Block, Mlp, adapter_for, blocks_of, kv_shape, weight_of
 from .attention import Entry, Heads, attending, attention_of, entries_seen, layer_windows, own_scale
 from .hooks import PatchHooks, TorchDelta, applied, layer_deltas, patched
+from .inputs import decoder_of, layer_inputs, plain_inputs
 from .kv_prefix import TorchPrefix, cached_prompt, torch_prefix
 from .module_names import SiteLinear, model_without_weights, site_linears
 from .slot_modules import SLOT_SETS, SlotTensors, slots_of, slotted
@@ -27,6 +28,7 @@ __all__ = [
     "attention_of",
     "blocks_of",
     "cached_prompt",
+    "decoder_of",
     "entries_seen",
     "kv_shape",
     "layer_deltas",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoder import TorchDelta, TorchPrefix, applied, blocks_of
+from ..decoder import TorchDelta, TorchPrefix, applied, blocks_of, decoder_of
 from ..quantise import QuantisedStudent, as_student
 from ..rollout import Dialogue, batches
 
@@ -91,10 +91,8 @@ def _row_logits(model: Any, batch: Any, prefix: TorchPrefix | None) -> Tensor:
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if prefix is not None:
         inputs = prefix.model_inputs(batch.input_ids)
-    # The `base_model` of Gemma 3's text model is the model itself.
-    inner = model.model if model.base_model is model else model.base_model
     with nullcontext() if prefix is None else prefix.before(model):
-        hidden = inner(input_ids=batch.input_ids, **inputs).last_hidden_state
+        hidden = decoder_of(model)(input_ids=batch.input_ids, **inputs).last_hidden_state
     logits = model.get_output_embeddings()(batch.rows(hidden))
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()

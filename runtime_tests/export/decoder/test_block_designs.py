@@ -82,6 +82,18 @@ def test_attention_half_and_mlp_half_compose_the_layer(case: tuple[str, Any]) ->
         assert (hidden - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+def test_the_inputs_of_the_layers_are_found_without_the_head(case: tuple[str, Any]) -> None:
+    """The head of a small model with many tokens is most of the work."""
+    _design, model = case
+    ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the head runs"))
+    try:
+        hidden, kwargs = layer_inputs(model, ids, plain_inputs(torch.ones_like(ids)))
+    finally:
+        handle.remove()
+    assert hidden.shape == (1, 30, model.config.hidden_size) and len(kwargs) == len(blocks_of(model))
+
+
 @torch.no_grad()
 def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
     case: tuple[str, Any], methods: list[str]
