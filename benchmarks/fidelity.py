@@ -42,7 +42,7 @@ class Case:
 
 def weights(rank: int = 16, method: str = "output", **options: Any) -> Recipe:
     """Return the recipe of a patch of weights alone, or with entries beside them."""
-    return Recipe(method=method, settings=Settings(rank), dtype="i8", **options)
+    return Recipe(method=method, settings=Settings(rank), **{"dtype": "i8", **options})
 
 
 def entries(count: int, **options: Any) -> Recipe:
@@ -59,6 +59,7 @@ def task(name: str, new_tokens: int, inputs: int, recipes: tuple[Recipe, ...] = 
 
 SHORT = {"max_new_tokens": 8}
 INT4 = {"student_precision": "int4"}
+CALIBRATED = {"student_precision": "int4-gptq"}
 FOUR_BITS = {"dtype": "i4"}  # 90, 184 and 360 entries take the bytes of 48, 96 and 192 in int8
 CASES = (
     Case("persona", "smollm2", DEMO / "pirate.txt", None, DEMO / "held-out.txt", (entries(ALL), weights())),
@@ -78,7 +79,9 @@ CASES = (
     *task("events", 50, 100),
     *task("home", 16, 100),
     *task("tickets", 6, 40),
-    *task("events-int4", 50, 100, (entries(192, **INT4),))[:1],
+    *task("events-int4", 50, 100, (
+        entries(192, **CALIBRATED), weights(prefix=192, samples=1, **FOUR_BITS, **CALIBRATED),
+    ))[:1],
     *task("home-int4", 16, 100, (entries(192, **INT4),))[:1],
     *task("tickets-int4", 6, 40, (entries(192, **INT4),))[:1],
     Case("translation", "gemma", HERE / "translation.txt", HERE / "translation-queries.txt",
