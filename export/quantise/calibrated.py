@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..decoder import Block, blocks_of, layer_inputs, plain_inputs, weight_of
+from ..decoder import Block, blocks_of, decoder_of, layer_inputs, plain_inputs, weight_of
 from ..inverse_factor import damped
 from .blocks import Blocks, FloatArray
 
@@ -111,27 +111,19 @@ def quantise_layers(
 
 
 @torch.no_grad()
-def head_hessian(model: nn.Module, head: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
+def head_hessian(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return the sum of x x^T over the rows x that the float32 model's head reads on the texts, [K, K].
 
     The head is quantised first, because the layers are calibrated behind its tied table. So its rows are those of the
     float32 model, without the layers' errors.
     """
-    width = weight_of(head).shape[1]
-    hessian = weight_of(head).new_zeros(width, width)
-
-    def read(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].reshape(-1, width)
-        hessian.add_(rows.T @ rows)
-        raise _Stopped  # the logits are not needed
-
-    handle = head.register_forward_pre_hook(read)
-    try:
-        for ids in texts:
-            with suppress(_Stopped):
-                model(torch.tensor([list(ids)], device=hessian.device), use_cache=False)
-    finally:
-        handle.remove()
+    device = next(model.parameters()).device
+    width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+    hessian = torch.zeros(width, width, device=device)
+    for text in texts:
+        ids = torch.tensor([list(text)], device=device)
+        rows = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hessian += rows.T @ rows
     return hessian
 
 

@@ -67,17 +67,17 @@ def _changes(hessian: Tensor, steps: Tensor, pulls: Tensor) -> Tensor:
     With the steps q_g of an output's blocks (levels minus zero point), the changes c solve
     sum_h (q_g^T H q_h) c_h = q_g^T H (w - ŵ). The scale of a block without any step does not change.
     """
-    count, size, outputs = steps.shape
+    count, size, _outputs = steps.shape
+    outputs = max(1, _AT_ONCE // count**2)
     found = []
-    for part in range(0, outputs, max(1, _AT_ONCE // count**2)):
-        own = steps[:, :, part : part + max(1, _AT_ONCE // count**2)]
+    for own, pull in zip(steps.split(outputs, 2), pulls.view(steps.shape).split(outputs, 2), strict=True):
         products = own.new_empty(own.shape[-1], count, count)
         for block in range(count):
             applied = hessian[:, block * size : (block + 1) * size] @ own[block]
             products[:, :, block] = (own * applied.view(own.shape)).sum(1).T
         diagonal = products.diagonal(dim1=1, dim2=2)
         diagonal += torch.where(diagonal > 0, 1e-6 * diagonal, 1.0)  # for rounding, and for blocks without any step
-        wanted = (own * pulls.view(steps.shape)[:, :, part : part + own.shape[-1]]).sum(1).T
+        wanted = (own * pull).sum(1).T
         found.append(torch.linalg.solve(products, wanted).T)
     return torch.cat(found, 1)
 

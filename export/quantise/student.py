@@ -67,7 +67,7 @@ class QuantisedStudent:
                 }
                 for key, module in ends.items():
                     if precision.calibrated_head is not None and key == id(head.weight):
-                        hessian = head_hessian(model, head, texts).cpu()
+                        hessian = head_hessian(model, texts).cpu()
                         found[key] = precision.calibrate_head(_matrix(module), hessian)
                     else:
                         found[key] = precision.quantise(_matrix(module), is_head=True)

@@ -1,4 +1,4 @@
-"""What the tests of precisions share: a source, ids, calibration texts, and the logits and divergence of folders."""
+"""What the tests of precisions share: ids, calibration texts, and the logits and divergence of folders."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ from pathlib import Path
 
 import torch
 
-from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import token_ids
-from tp_export.source import Source, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
 IDS = token_ids(40)
 TEXTS = [token_ids(48, seed=seed) for seed in range(6)]  # to calibrate on
 QUESTIONS = [f"What is {a} and {b}?" for a in "abcdef" for b in "uvw"]
-
-
-def tied_source(folder: Path) -> Source:
-    """Make a model with a head tied to the embedding, as in small real models, and widths that are whole blocks."""
-    return open_source(tiny_model(folder, "llama", tie_word_embeddings=True, intermediate_size=128))
 
 
 def logits(folder: Path, patch: Patch | None = None) -> torch.Tensor:

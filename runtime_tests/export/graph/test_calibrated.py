@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits, tied_source
+from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits
 from tp_export.fit import Recipe, make_patch
 from tp_export.formats import write_onnx_adapter
 from tp_export.graph import check_against_source, export_model, stored_student
@@ -19,19 +19,9 @@ from tp_export.graph import stored as stored_module
 from tp_export.graph.quantise import PLACES
 from tp_export.quantise import precision as precision_module
 from tp_export.quantise import quantised
-from tp_export.source import Source, load_model
+from tp_export.source import Source
 from tp_runtime.errors import BaseMismatchError, ModelFormatError
 from tp_runtime.session import ModelFolder
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return tied_source(tmp_path_factory.mktemp("tied"))
-
-
-@pytest.fixture(scope="module")
-def model(source: Source) -> Any:
-    return load_model(source)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits, tied_source
+from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits
 from runtime_tests.patches import patch_for
@@ -26,16 +26,6 @@ from tp_runtime.session import DEFAULT_FILE, Graph, ModelFolder
 
 PRECISIONS = ("fp16", "bf16", "int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-rtn-fp16")
 IN_FLOAT16 = ("fp16", "int4-rtn-fp16")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return tied_source(tmp_path_factory.mktemp("tied"))
-
-
-@pytest.fixture(scope="module")
-def model(source: Source) -> Any:
-    return load_model(source)
 
 
 @pytest.fixture(scope="module")
