@@ -24,12 +24,14 @@ cuda_execution_provider.h, inference_session.cc, group_query_attention.cc). The 
   option is captured as 0, so every run of the session sets it.
 - ONNX Runtime repeats the first run under an id before it is captured (two runs allocate, one records). A decode step
   may be repeated, because it writes its keys and values to the same place.
-- `run` may not be called from several threads, and captured graphs belong to the thread that captured them. So all runs
-  of the session, prefill and batches included, go through one thread that CapturedDecode owns.
+- `run` may not be called from several threads at the same time, and captured graphs belong to the thread that captured
+  them. So the runs of the session, prefill and batches included, take turns, and two threads run them: the one that
+  opened the model runs its own, without waiting for another thread to wake up, and a thread that CapturedDecode owns
+  runs those of all others.
 - While a capture records, CUDA calls from any thread that allocate or wait invalidate it, and a session in which a
-  capture failed cannot be used any more. So all buckets are captured while the model is opened, before anything else
-  can run in it, and patches whose rank exceeds the last bucket's take ordinary steps. Open such a model while nothing
-  else in the process uses the device.
+  capture failed cannot be used any more. So all buckets are captured while the model is opened, on both threads, before
+  anything else can run in it, and patches whose rank exceeds the last bucket's take ordinary steps. Open such a model
+  while nothing else in the process uses the device.
 
 `OrtValue.update_inplace` copies with cudaMemcpy and waits for the copy, so a replay that follows reads the new content.
 runtime_tests/gpu/standin shows that ONNX Runtime's CUDA provider takes the captures and replays them, and
@@ -108,7 +110,7 @@ class _Bucket:
 
 
 class CapturedDecode:
-    """The captured decode buffers, the thread that runs the session, and the sequence that owns the buffers.
+    """The captured decode buffers, the threads that run the session, and the sequence that owns the buffers.
 
     The owner is the sequence whose keys and values are in the buffers. A caller that uses this object, or a cache that
     may own the buffers, does so inside `exclusive`. Only `run` can be called outside of it.
@@ -147,6 +149,8 @@ class CapturedDecode:
         self._ort, self._device = ort, device
         self._thread, self._lock = ThreadPoolExecutor(1, "tp-captured-decode"), threading.RLock()
         self._thread_id = self._thread.submit(threading.get_ident).result()
+        self._turn = threading.RLock()  # one run at a time
+        self._here = threading.local()  # has the attribute `captured` on the thread that opened the model
         self._owner: weakref.ref[KVCache] | None = None
         self.capacity = min(CAPACITY, folder.context_window)
         self.buffers = kv.fixed_buffers(self.capacity)
@@ -205,8 +209,12 @@ class CapturedDecode:
     # -- running the session ---------------------------------------------------------------------------------
 
     def run(self, binding: Any, options: Any = None) -> None:
-        """Run the session over a binding, on the session's thread. Without `options` the run is an ordinary one."""
-        running = self._thread.submit(self.session.run_with_iobinding, binding, options or self._not_captured)
+        """Run the session over a binding on a thread that captured the steps; an ordinary run, without `options`."""
+        options = options or self._not_captured
+        if hasattr(self._here, "captured"):
+            self._run(binding, options)
+            return
+        running = self._thread.submit(self._run, binding, options)
         try:
             running.result()
         except BaseException:
@@ -215,12 +223,21 @@ class CapturedDecode:
             wait([running])  # after an interrupt the run continues, and writes to buffers that the caller uses next
             raise
 
+    def _run(self, binding: Any, options: Any) -> None:
+        with self._turn:
+            self.session.run_with_iobinding(binding, options)
+
     def capture(self) -> None:
-        """Capture every bucket by running one step whose logits are discarded.
+        """Capture every bucket, on the session's own thread and on this one, by steps whose logits are discarded.
 
         Raises:
             Exception: ONNX Runtime raises its own exception; the session cannot be used any more.
         """
+        self._capture_buckets()
+        self._here.captured = True  # from now on this thread runs its own steps
+        self._capture_buckets()
+
+    def _capture_buckets(self) -> None:
         for bucket in self.buckets:
             self._current = bucket
             self.step(0, 0, 1, 0)

@@ -1,4 +1,4 @@
-"""Captured decode keeps its buffers, its bindings, its graph ids and its thread, because a captured graph needs them.
+"""Captured decode keeps its buffers, its bindings, its graph ids and its threads, because a captured graph needs them.
 
 A step and a switch of patches write into the same memory, and a switch back writes nothing.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.logits import graph_logits
+from tp_runtime.generation import Batch, Sampler
 from tp_runtime.session import Graph
 
 from .conftest import IDS, Counted, rank_patches
@@ -62,7 +63,9 @@ def test_every_bucket_has_its_own_graph_id_and_ordinary_runs_have_none(
     assert seen == ["-1", "1", "-1", "2", "-1", "3", "-1", "4"]
 
 
-def test_every_run_is_on_one_thread(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_on_the_thread_that_opened_the_model_or_on_one_for_all_others(
+    capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads: set[int] = set()
     session = capturing.session
 
@@ -76,7 +79,40 @@ def test_every_run_is_on_one_thread(capturing: Graph, monkeypatch: pytest.Monkey
     monkeypatch.setattr(capturing, "session", None)  # nothing else may run the session
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
-    assert len(threads) == 1
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    threads.clear()
+    graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8))
+    assert threads == {threading.get_ident()}
+
+
+def test_runs_of_several_threads_take_turns(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, running, seen = capturing.session, 0, set[int]()
+
+    class Session:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            nonlocal running
+            running += 1
+            seen.add(running)
+            session.run_with_iobinding(binding, options)
+            running -= 1
+
+    assert capturing.captured is not None
+    monkeypatch.setattr(capturing.captured, "session", Session())
+
+    def batched() -> None:  # the steps of a batch need no exclusive use of the captured buffers
+        batch = Batch(capturing, 2)
+        for _row in range(2):
+            batch.join(IDS[:4], capturing.base, sampler=Sampler(), max_new_tokens=8, eos_ids=frozenset())
+        for _step in range(8):
+            batch.step()
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(batched) for _ in range(2)]
+        batched()
+        graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8))
+        for other in others:
+            other.result()
+    assert seen == {1}
 
 
 def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -93,5 +94,6 @@ def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
     assert capturing.captured is not None
     monkeypatch.setattr(capturing.captured, "session", Session())
     before = store.bytes
-    capturing.forward(IDS[:1], capturing.new_cache(capturing.base), capturing.base)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(capturing.forward, IDS[:1], capturing.new_cache(capturing.base), capturing.base).result()
     assert store.bytes > before and not dropped
