@@ -1,6 +1,6 @@
 """Compares a step of a batch whose rows all have different patches with a step of one whose rows all run the base.
 
-    python -m benchmarks.speed.batch MODEL [--threads 1] [--sizes 1,2,4,8,16,32,64] [-o FILE]
+    python -m benchmarks.speed.batch MODEL [--device cpu] [--threads 1] [--sizes 1,2,4,8,16,32,64] [-o FILE]
 
 The two batches alternate step by step. All rows have prompts of the same length, so that nothing but the patches and
 the number of rows differs.
@@ -61,13 +61,14 @@ def main() -> None:
     """Measure one model with one number of threads."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    model = PatchedModel.from_pretrained(args.model, "cpu", threads=args.threads)
+    model = PatchedModel.from_pretrained(args.model, args.device, threads=args.threads)
     sizes = [int(size) for size in args.sizes.split(",")]
     found = {"rank": RANK, "prompt_tokens": args.prompt_tokens, "steps": args.steps}
     text = json.dumps({**found, "sizes": measure(model, sizes, args.prompt_tokens, args.steps)}, indent=1)

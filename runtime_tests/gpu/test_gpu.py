@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,19 @@ def test_captured_steps_give_the_logits_of_ordinary_steps(pair: Pair, captured: 
     patch = None if rank is None else pair.patch(rank)
     for chunks in (STEPS, (1,) * 48):
         pair.require_close(partial(patched_logits, patch=patch, chunks=chunks), captured)
+
+
+def test_captured_steps_of_another_thread_give_the_same_logits(pair: Pair, captured: Graph) -> None:
+    """The thread that opened the model and the one for all others have captures of their own, and take turns."""
+    patch = pair.patch(16)
+
+    def elsewhere(graph: Graph) -> Logits:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(patched_logits, graph, patch, STEPS).result()
+
+    for here in (patch, None):
+        pair.require_close(elsewhere, captured)
+        pair.require_close(partial(patched_logits, patch=here, chunks=STEPS), captured)
 
 
 def test_captured_steps_read_patches_written_in_place(pair: Pair, captured: Graph) -> None:
