@@ -4,7 +4,8 @@
 
 SMOLLM2 and GEMMA are the folders that `tp-export fetch` prints. The script stores the teacher's answers in --out. An
 interrupted run therefore continues where it stopped, and every form of one context is fitted on the same rows. The
-script prints one line of JSON for each patch.
+script prints one line of JSON for each patch, and one before the patches of quantised weights: what these weights keep
+of the right answers with the context itself in front.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tp_export.fit import ALL, Recipe, Settings, make_patch
+from tp_export.fit import ALL, Recipe, Settings, make_patch, student_for
+from tp_export.measure import right_answers, share_kept, torch_answers
+from tp_export.quantise import QuantisedStudent, as_student
 from tp_export.queries import load_answers, load_questions
-from tp_export.rollout import RolloutStore
-from tp_export.source import load_model, open_source
+from tp_export.rollout import Prompting, RolloutStore
+from tp_export.source import Source, load_model, open_source
 
 HERE = Path(__file__).parent / "contexts"
 TASKS = Path(__file__).parent / "tasks"
@@ -81,6 +85,8 @@ CASES = (
     *task("tickets", 6, 40),
     *task("events-int4", 50, 100, (
         entries(192, **CALIBRATED), weights(prefix=192, samples=1, **FOUR_BITS, **CALIBRATED),
+        weights(32, prefix=150, samples=1, **FOUR_BITS, **CALIBRATED),
+        weights(32, prefix=192, samples=1, **CALIBRATED),
     ))[:1],
     *task("home-int4", 16, 100, (entries(192, **INT4),))[:1],
     *task("tickets-int4", 6, 40, (entries(192, **INT4),))[:1],
@@ -89,6 +95,20 @@ CASES = (
     Case("operators", "gemma", HERE / "operators.txt", HERE / "operators-queries.txt",
          HERE / "operators-held-out.jsonl", (weights(method="vector", **SHORT), weights(**SHORT))),
 )  # fmt: skip
+
+
+def prompted_student(
+    source: Source, model: Any, student: QuantisedStudent, context: str, answers: Mapping[str, str], recipe: Recipe
+) -> dict[str, Any]:
+    """Return what quantised weights keep of the right answers with the context itself in front of the questions."""
+    asked = Prompting(source.codec, context)
+    prompts, expected = [asked.teacher(query) for query in answers], list(answers.values())
+    free = torch_answers(source, model, None, recipe.max_new_tokens, recipe.stop)
+    exact = right_answers(source.codec, free, prompts, expected, recipe.stop, "answers, prompted")
+    with as_student(student):
+        found = right_answers(source.codec, free, prompts, expected, recipe.stop, f"answers, {student.precision}")
+    kept, error = share_kept(exact, found)
+    return {"prompted": float(exact.mean()), student.precision: float(found.mean()), "kept": kept, "kept_se": error}
 
 
 def main() -> None:
@@ -113,12 +133,18 @@ def main() -> None:
         held = load_questions(case.held_out)
         answers = load_answers(case.held_out)
         store = RolloutStore(args.out / f"{case.name}.jsonl", source.digest)
+        student = student_for(source, model, case.recipes[0].student_precision)  # the same for all recipes of a case
+        if student is not None:
+            found = prompted_student(source, model, student, context, answers, case.recipes[0])
+            print(json.dumps({"context": case.name, **found}), flush=True)
         for one in case.recipes:
             start = time.perf_counter()
             count = "all" if one.prefix == ALL else one.prefix
             name = f"{case.name}-{one.method}-r{one.settings.rank}-p{count}-{one.dtype}"
             name += "" if one.restate else "-not-restated"
-            patch = make_patch(source, model, context, fitted, held, one, name=name, answers=answers, store=store)
+            patch = make_patch(
+                *(source, model, context, fitted, held, one), name=name, answers=answers, store=store, student=student
+            )
             seconds = time.perf_counter() - start
             file = args.out / f"{name}.safetensors"
             patch.save(file)
