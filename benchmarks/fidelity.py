@@ -133,7 +133,8 @@ def main() -> None:
         held = load_questions(case.held_out)
         answers = load_answers(case.held_out)
         store = RolloutStore(args.out / f"{case.name}.jsonl", source.digest)
-        student = student_for(source, model, case.recipes[0].student_precision)  # the same for all recipes of a case
+        (precision,) = {one.student_precision for one in case.recipes}
+        student = student_for(source, model, precision)
         if student is not None:
             found = prompted_student(source, model, student, context, answers, case.recipes[0])
             print(json.dumps({"context": case.name, **found}), flush=True)

@@ -300,7 +300,9 @@ def test_captured_steps_give_the_logits_of_ordinary_steps(pair: Pair, captured: 
 
 
 def test_captured_steps_of_another_thread_give_the_same_logits(pair: Pair, captured: Graph) -> None:
-    """The thread that opened the model and the one for all others have captures of their own, and take turns."""
+    """The thread that opened the model and the one for all others have captures of their own."""
+    if captured.captured is None:
+        pytest.skip("only float16 exports capture their steps")
     patch = pair.patch(16)
 
     def elsewhere(graph: Graph) -> Logits:

@@ -195,7 +195,7 @@ class CapturedDecode:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Inside the context no other thread uses the buffers.
+        """Inside the context no other thread uses the buffers, but for one that reads what a dropped completion leaves.
 
         On the session's own thread the context takes no lock. The garbage collector may end a dropped completion on
         that thread while the thread that holds the lock waits for it, so locking there would deadlock.
@@ -212,7 +212,10 @@ class CapturedDecode:
         """Run the session over a binding on a thread that captured the steps; an ordinary run, without `options`."""
         options = options or self._not_captured
         if hasattr(self._here, "captured"):
-            self._run(binding, options)
+            # The lock comes before the turn, as on other threads. The garbage collector may end a dropped completion
+            # inside the run, and that takes the lock, which another thread could hold while it waits for its turn.
+            with self._lock:
+                self._run(binding, options)
             return
         running = self._thread.submit(self._run, binding, options)
         try:

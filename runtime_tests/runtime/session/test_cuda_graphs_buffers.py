@@ -85,34 +85,41 @@ def test_runs_are_on_the_thread_that_opened_the_model_or_on_one_for_all_others(
     assert threads == {threading.get_ident()}
 
 
-def test_runs_of_several_threads_take_turns(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, running, seen = capturing.session, 0, set[int]()
+def batch_steps(graph: Graph) -> None:
+    """Run steps of a batch, which need no exclusive use of the captured buffers."""
+    batch = Batch(graph, 2)
+    for _row in range(2):
+        batch.join(IDS[:4], graph.base, sampler=Sampler(), max_new_tokens=8, eos_ids=frozenset())
+    for _step in range(4):
+        batch.step()
+
+
+def test_runs_take_turns_and_one_on_the_opening_thread_holds_the_lock_too(
+    capturing: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dropped completion may take the lock inside a run, so no other thread may hold it and wait for its turn."""
+    captured, session = capturing.captured, capturing.session
+    assert captured is not None
+    opener, seen = threading.get_ident(), set[tuple[bool, bool, bool]]()
+
+    def free(lock: Any) -> bool:
+        """Return whether a thread that holds nothing could take a lock now."""
+        if acquired := lock.acquire(blocking=False):
+            lock.release()
+        return bool(acquired)
 
     class Session:
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            nonlocal running
-            running += 1
-            seen.add(running)
+            here = threading.get_ident() == opener
+            turn, lock = (probe.submit(free, one).result() for one in (captured._turn, captured._lock))
+            seen.add((here, turn, here and lock))
             session.run_with_iobinding(binding, options)
-            running -= 1
 
-    assert capturing.captured is not None
-    monkeypatch.setattr(capturing.captured, "session", Session())
-
-    def batched() -> None:  # the steps of a batch need no exclusive use of the captured buffers
-        batch = Batch(capturing, 2)
-        for _row in range(2):
-            batch.join(IDS[:4], capturing.base, sampler=Sampler(), max_new_tokens=8, eos_ids=frozenset())
-        for _step in range(8):
-            batch.step()
-
-    with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(batched) for _ in range(2)]
-        batched()
-        graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8))
-        for other in others:
-            other.result()
-    assert seen == {1}
+    monkeypatch.setattr(captured, "session", Session())
+    with ThreadPoolExecutor(1) as probe, ThreadPoolExecutor(1) as other:
+        batch_steps(capturing)
+        other.submit(batch_steps, capturing).result()
+    assert seen == {(True, False, False), (False, False, False)}
 
 
 def test_a_switch_back_writes_nothing(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
