@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tp_export.fit import ALL, Recipe, Settings, make_patch, student_for
-from tp_export.measure import right_answers, share_kept, torch_answers
+from tp_export.measure import recorded_answers, right_answers, share_kept, torch_answers
 from tp_export.quantise import QuantisedStudent, as_student
 from tp_export.queries import load_answers, load_questions
-from tp_export.rollout import Prompting, RolloutStore
+from tp_export.rollout import Prompting, RolloutStore, dialogues_for
 from tp_export.source import Source, load_model, open_source
 
 HERE = Path(__file__).parent / "contexts"
@@ -98,15 +98,23 @@ CASES = (
 
 
 def prompted_student(
-    source: Source, model: Any, student: QuantisedStudent, context: str, answers: Mapping[str, str], recipe: Recipe
+    source: Source,
+    model: Any,
+    student: QuantisedStudent,
+    context: str,
+    answers: Mapping[str, str],
+    recipe: Recipe,
+    store: RolloutStore,
 ) -> dict[str, Any]:
     """Return what quantised weights keep of the right answers with the context itself in front of the questions."""
+    limit, stop = recipe.max_new_tokens, recipe.stop
     asked = Prompting(source.codec, context)
+    exactly = recorded_answers(dialogues_for(model, asked, list(answers), limit, stop=stop, store=store))
     prompts, expected = [asked.teacher(query) for query in answers], list(answers.values())
-    free = torch_answers(source, model, None, recipe.max_new_tokens, recipe.stop)
-    exact = right_answers(source.codec, free, prompts, expected, recipe.stop, "answers, prompted")
+    exact = right_answers(source.codec, exactly, prompts, expected, stop, "answers, prompted")
     with as_student(student):
-        found = right_answers(source.codec, free, prompts, expected, recipe.stop, f"answers, {student.precision}")
+        quantised = torch_answers(source, model, None, limit, stop)
+        found = right_answers(source.codec, quantised, prompts, expected, stop, f"answers, {student.precision}")
     kept, error = share_kept(exact, found)
     return {"prompted": float(exact.mean()), student.precision: float(found.mean()), "kept": kept, "kept_se": error}
 
@@ -136,7 +144,7 @@ def main() -> None:
         (precision,) = {one.student_precision for one in case.recipes}
         student = student_for(source, model, precision)
         if student is not None:
-            found = prompted_student(source, model, student, context, answers, case.recipes[0])
+            found = prompted_student(source, model, student, context, answers, case.recipes[0], store)
             print(json.dumps({"context": case.name, **found}), flush=True)
         for one in case.recipes:
             start = time.perf_counter()

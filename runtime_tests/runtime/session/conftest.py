@@ -6,6 +6,7 @@ The tests in runtime_tests/gpu need a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +47,19 @@ def start_captured(graph: Graph) -> None:
 
 def rank_patches(graph: Graph, *ranks: int) -> list[Patch]:
     return [patch_for(graph.folder, seed=rank, rank=rank, scale=0.2) for rank in ranks]
+
+
+def before_each_run(graph: Graph, monkeypatch: pytest.MonkeyPatch, act: Callable[[Any], object]) -> None:
+    """Call `act` with the options of each run of the captured decode, on the thread that then runs the session."""
+    session = graph.session
+
+    class Session:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            act(options)
+            session.run_with_iobinding(binding, options)
+
+    assert graph.captured is not None
+    monkeypatch.setattr(graph.captured, "session", Session())
 
 
 class Counted:

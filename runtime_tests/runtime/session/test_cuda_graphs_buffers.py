@@ -15,7 +15,7 @@ from runtime_tests.logits import graph_logits
 from tp_runtime.generation import Batch, Sampler
 from tp_runtime.session import Graph
 
-from .conftest import IDS, Counted, rank_patches
+from .conftest import IDS, Counted, before_each_run, rank_patches
 
 
 def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,16 +45,8 @@ def test_nothing_is_bound_or_allocated_between_steps(capturing: Graph, monkeypat
 def test_every_bucket_has_its_own_graph_id_and_ordinary_runs_have_none(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = capturing.captured
-    assert captured is not None
     seen: list[str] = []
-
-    class Session:
-        def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            seen.append(options.get_run_config_entry("gpu_graph_id"))
-            capturing.session.run_with_iobinding(binding, options)
-
-    monkeypatch.setattr(captured, "session", Session())
+    before_each_run(capturing, monkeypatch, lambda options: seen.append(options.get_run_config_entry("gpu_graph_id")))
     for patch in (None, *rank_patches(capturing, 4, 16, 64)):
         bound = capturing.bind(patch)
         cache = capturing.new_cache(bound)
@@ -67,15 +59,7 @@ def test_runs_are_on_the_thread_that_opened_the_model_or_on_one_for_all_others(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[int] = set()
-    session = capturing.session
-
-    class Session:
-        def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            threads.add(threading.get_ident())
-            session.run_with_iobinding(binding, options)
-
-    assert capturing.captured is not None
-    monkeypatch.setattr(capturing.captured, "session", Session())
+    before_each_run(capturing, monkeypatch, lambda _options: threads.add(threading.get_ident()))
     monkeypatch.setattr(capturing, "session", None)  # nothing else may run the session
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: graph_logits(capturing, IDS[:12], chunks=(4, *(1,) * 8)), range(6)))
@@ -98,7 +82,7 @@ def test_runs_take_turns_and_one_on_the_opening_thread_holds_the_lock_too(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dropped completion may take the lock inside a run, so no other thread may hold it and wait for its turn."""
-    captured, session = capturing.captured, capturing.session
+    captured = capturing.captured
     assert captured is not None
     opener, seen = threading.get_ident(), set[tuple[bool, bool, bool]]()
 
@@ -108,14 +92,12 @@ def test_runs_take_turns_and_one_on_the_opening_thread_holds_the_lock_too(
             lock.release()
         return bool(acquired)
 
-    class Session:
-        def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            here = threading.get_ident() == opener
-            turn, lock = (probe.submit(free, one).result() for one in (captured._turn, captured._lock))
-            seen.add((here, turn, here and lock))
-            session.run_with_iobinding(binding, options)
+    def look(_options: Any) -> None:
+        here = threading.get_ident() == opener
+        turn, lock = (probe.submit(free, one).result() for one in (captured._turn, captured._lock))
+        seen.add((here, turn, here and lock))
 
-    monkeypatch.setattr(captured, "session", Session())
+    before_each_run(capturing, monkeypatch, look)
     with ThreadPoolExecutor(1) as probe, ThreadPoolExecutor(1) as other:
         batch_steps(capturing)
         other.submit(batch_steps, capturing).result()

@@ -13,7 +13,7 @@ from runtime_tests.prefixes import with_prefix
 from tp_runtime.generation import Batch, PrefixCache, Sampler, engine
 from tp_runtime.session import BoundPatch, Graph
 
-from .conftest import CLOSE, IDS, Counted, rank_patches
+from .conftest import CLOSE, IDS, Counted, before_each_run, rank_patches
 
 
 def completion(graph: Graph, bound: BoundPatch, **options: Any) -> list[int]:
@@ -79,20 +79,14 @@ def test_a_completion_can_be_dropped_on_the_captured_decode_thread(
     capturing: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The garbage collector closes a completion on the very thread that another sequence waits for."""
-    store, session, options = PrefixCache(2**24), capturing.session, {"sampler": Sampler(), "eos_ids": frozenset()}
+    store, options = PrefixCache(2**24), {"sampler": Sampler(), "eos_ids": frozenset()}
     dropped: list[Any] = [
         engine.generate(capturing, IDS[:9], capturing.base, max_new_tokens=12, prefix_cache=store, **options)
     ]
     next(dropped[0])
     next(dropped[0])
 
-    class Session:
-        def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            dropped.clear()
-            session.run_with_iobinding(binding, options)
-
-    assert capturing.captured is not None
-    monkeypatch.setattr(capturing.captured, "session", Session())
+    before_each_run(capturing, monkeypatch, lambda _options: dropped.clear())
     before = store.bytes
     with ThreadPoolExecutor(1) as pool:
         pool.submit(capturing.forward, IDS[:1], capturing.new_cache(capturing.base), capturing.base).result()
