@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from runtime_tests.patches import patch_for
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.serve import Server, ServerSettings, create_app, new_server
+from tp_runtime.text import TextBatch
 
 CHAT = {"model": "tiny-llama", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 SECONDS = 60.0  # no test depends on this; it ends one that would wait for ever
@@ -43,6 +45,18 @@ def stopping(model: PatchedModel) -> Iterator[Patch]:
     model.load_patch(patch, "stopping")
     yield patch
     model.unload_patch("stopping")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step of a batch take so long that an answer of many tokens still runs when the test acts on it."""
+    step = TextBatch.step
+
+    def slowly(self: TextBatch) -> Any:
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(TextBatch, "step", slowly)
 
 
 class Running:

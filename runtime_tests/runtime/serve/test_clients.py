@@ -22,27 +22,14 @@ from .conftest import CHAT, SECONDS, Running, running
 LONG = {**CHAT, "max_tokens": 400, "min_tokens": 400}
 
 
-@pytest.fixture
-def slow(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose steps take so long that no answer ends before its client does."""
-    import time
-
-    from tp_runtime.text import TextBatch
-
-    step = TextBatch.step
-
-    def slowly(self: TextBatch) -> Any:
-        time.sleep(0.05)
-        return step(self)
-
-    monkeypatch.setattr(TextBatch, "step", slowly)
-
-
-def raw(server: Running, body: dict[str, Any]) -> socket.socket:
-    """Send a request on a socket, and do not read."""
+def raw(server: Running, body: dict[str, Any], receives: int | None = None) -> socket.socket:
+    """Send a request on a socket that buffers `receives` bytes of the answer, and do not read."""
     content = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
-    made = socket.create_connection((host, int(port)))
+    made = socket.socket()
+    if receives is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+    made.connect((host, int(port)))
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     made.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return made
@@ -73,18 +60,21 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue(model: PatchedMo
         server.wait(lambda: server.worker.running == 0)
 
 
-def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel) -> None:
+def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel, caplog: pytest.LogCaptureFixture) -> None:
+    def statuses() -> list[int]:
+        return [record.fields["status"] for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+
+    caplog.set_level("INFO", "tp_runtime.serve")
     with running(model, ServerSettings(port=0, stall=0.3)) as server:
-        connections = []
-        for _ in range(4):  # more than the buffers of the system hold
-            body = {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 2}
-            connections.append(raw(server, body))
-        server.wait(lambda: server.worker.running > 0)
-        server.wait(lambda: server.worker.running == 0 and not server.server.server_state.tasks)
-        for connection in connections:
-            connection.close()
+        body = {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 16}
+        with raw(
+            server, body, receives=4096
+        ):  # the answer is larger than what the buffers on its way hold, which is about 5 MB
+            server.wait(statuses)
+            server.wait(lambda: server.worker.running == 0 and not server.server.server_state.tasks)
         with server.http() as http:
             assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert statuses() == [499, 200]
 
 
 @pytest.mark.usefixtures("slow")

@@ -52,6 +52,7 @@ def test_tickets_end_with_their_results(model: PatchedModel) -> None:
     with_worker(model, test)
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_cancelled_ticket_leaves_before_its_next_token_and_may_be_cancelled_again(model: PatchedModel) -> None:
     async def test(worker: Worker) -> None:
         (ticket,) = await submit(worker, LONG)
@@ -135,6 +136,7 @@ def test_a_step_that_fails_once_is_tried_again(model: PatchedModel, monkeypatch:
     with_worker(model, test)
 
 
+@pytest.mark.usefixtures("slow")
 def test_an_answer_that_cannot_be_read_fails_alone(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(worker: Worker) -> None:
         one, two = await submit(worker, LONG, SHORT)
@@ -162,6 +164,7 @@ def test_metrics_that_fail_stop_nothing(model: PatchedModel) -> None:
     with_worker(model, test, ended=broken)
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_thread_that_ends_takes_its_tickets_with_it(model: PatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(worker: Worker) -> None:
         (ticket,) = await submit(worker, LONG)
@@ -204,6 +207,7 @@ def test_draining_ends_what_runs_and_refuses_what_comes(model: PatchedModel) -> 
     with_worker(model, test)
 
 
+@pytest.mark.usefixtures("slow")
 def test_draining_stops_what_takes_too_long(model: PatchedModel) -> None:
     async def test(worker: Worker) -> None:
         (ticket,) = await submit(worker, LONG)
