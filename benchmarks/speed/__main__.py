@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.speed import machine, plots, tables
 from benchmarks.speed.prepare import BITS, MODELS, prepare, program
-from benchmarks.speed.rivals import RIVALS, Rival
+from benchmarks.speed.rivals import LONG_RIVALS, RIVALS, Rival
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
 from tp_export.source import open_source
@@ -37,6 +37,8 @@ def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -
     """Measure every runtime on one model with one number of threads."""
     left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
     available = [rival for rival in rivals if rival.key not in left_out]
+    if not set(LONG_RIVALS) <= {rival.key for rival in available}:
+        plan = replace(plan, long=())  # there is nothing to compare
     found = {rival.key: Found() for rival in available}
     cold_starts(available, models, threads, plan, found)
     bandwidth = live_rounds(available, models, threads, plan, found)
@@ -115,6 +117,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--decode", type=numbers, default=(128, 2048), help="context lengths to decode after; default: 128,2048"
     )
+    parser.add_argument(
+        "--long",
+        type=numbers,
+        default=(),
+        help=f"longer contexts, which only {' and '.join(LONG_RIVALS)} read; default: none",
+    )
     parser.add_argument("--tokens", type=int, default=16, help="tokens to decode in a round; default: %(default)s")
     parser.add_argument("--ranks", default="0,1,4,16,64", help="default: %(default)s")
     parser.add_argument("--resident", default="1,10,100", help="default: %(default)s")
@@ -157,8 +165,8 @@ def measure(args: argparse.Namespace, names: list[str], failed: dict[str, Any], 
     found = {"runs": [run for run in kept if (run["model"], run["threads"]) not in again]}
     for name in names:
         models = args.out / "models" / name
-        text = text_ids(models / "source", max(args.contexts) + 64)
-        plan = Plan(text, args.contexts, args.decode, tokens=args.tokens, rounds=args.rounds, cold=args.cold)
+        text = text_ids(models / "source", max((*args.contexts, *args.long)) + 64)
+        plan = Plan(text, args.contexts, args.decode, args.long, tokens=args.tokens, rounds=args.rounds, cold=args.cold)
         for threads in args.threads:
             print(f"{name}, threads: {threads}", file=sys.stderr, flush=True)
             run = {

@@ -20,7 +20,7 @@ class GenAI(Worker):
     captured = False
 
     def load(self, path: Path, threads: int) -> None:
-        """Load the folder, and change nothing in its configuration but the number of threads."""
+        """Load the folder with its tokenizer, and change nothing in its configuration but the number of threads."""
         settings = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         config = og.Config(str(path))
         options: dict[str, Any] = {"intra_op_num_threads": threads}
@@ -30,6 +30,7 @@ class GenAI(Worker):
                 options["provider_options"] = [{"cuda": {"enable_cuda_graph": "1"}}]
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = og.Model(config)
+        self.tokenizer = og.Tokenizer(self.model)  # unused, but an application loads it too
         # Its operator for sliding windows needs a cache that holds a whole window, and cannot go back.
         self.least = settings["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
         self.can_rewind = not self.least

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks.speed.protocol import Worker, serve
 
@@ -19,12 +20,13 @@ class OptimumORT(Worker):
     packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
     def load(self, path: Path, threads: int) -> None:
-        """Load the model, and give torch, which holds its tensors, the same number of threads."""
+        """Load the model and its tokenizer, and give torch, which holds its tensors, the same number of threads."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.model = ORTModelForCausalLM.from_pretrained(path, session_options=options, use_cache=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)  # unused, but an application loads it too
 
     def reset(self) -> None:
         """Drop the keys and values."""

@@ -102,6 +102,9 @@ RIVALS = (
     _llama("q4_0", "Q4_0", "int4"),
 )
 
+# The runtimes that also read the contexts of --long, for which several of the others take minutes.
+LONG_RIVALS = ("ours-int4-head4-window", "genai-int4")
+
 # What `python -m benchmarks.speed.cuda` compares on a GPU. `graphs` stands for captured decode steps.
 _CUDA_BITS = {"fp16": "fp16", "int4-fp16": "int4"}
 CUDA_RIVALS = (

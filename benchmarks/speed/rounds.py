@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed.pool import Process, WorkerError
-from benchmarks.speed.rivals import Rival
+from benchmarks.speed.rivals import LONG_RIVALS, Rival
 
 _WARM, _WARM_TOKENS = 32, 64  # in tokens; a new process runs them first, and huge pages arrive meanwhile
 
@@ -30,6 +30,7 @@ class Plan:
         text: the ids that contexts and the question are taken from.
         contexts: the lengths of the context before the question, in tokens.
         decode: the context lengths after which tokens are decoded too.
+        long: further lengths of the context, which only LONG_RIVALS read, and after which they decode too.
         question: the length of the question in tokens. Without a context, with a cached one, or with a patch, only the
             question runs.
         tokens: the number of tokens decoded in a round.
@@ -41,16 +42,17 @@ class Plan:
     text: tuple[int, ...]
     contexts: tuple[int, ...] = (32, 128, 512, 2048)
     decode: tuple[int, ...] = (128, 2048)
+    long: tuple[int, ...] = ()
     question: int = 16
     tokens: int = 16
     rounds: int = 5
     cold: int = 5
     rank: int = 16
 
-    @property
-    def room(self) -> int:
-        """The number of positions that the longest answer needs."""
-        return 1 + max(max(self.contexts, default=0) + self.question + self.tokens, _WARM + 1 + _WARM_TOKENS)
+    def room(self, rival: Rival) -> int:
+        """Return the number of positions that the longest answer of a runtime needs."""
+        longest = max((*self.contexts, *self._long(rival)), default=0)
+        return 1 + max(longest + self.question + self.tokens, _WARM + 1 + _WARM_TOKENS)
 
     def asks(self, rival: Rival) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the commands of one round, each with the name that its answer is kept under."""
@@ -64,10 +66,16 @@ class Plan:
             context = list(rest[:length])
             yield f"prompt-{length}", {"context": context, "question": question, "tokens": tokens}
             yield f"cached-{length}", {"context": context, "question": question, "cached": True}
+        for length in self._long(rival):
+            context = list(rest[:length])
+            yield f"prompt-{length}", {"context": context, "question": question, "tokens": self.tokens}
         if rival.takes_patches and self.decode:
             context = list(rest[: self.decode[0]])
             command = {"context": context, "question": question, "tokens": self.tokens, "patch": self.rank}
             yield f"patched-{self.decode[0]}", command
+
+    def _long(self, rival: Rival) -> tuple[int, ...]:
+        return self.long if rival.key in LONG_RIVALS else ()
 
 
 @dataclass
@@ -129,7 +137,7 @@ def cold_starts(rivals: Sequence[Rival], models: Path, threads: int, plan: Plan,
                 continue
             _print_progress(f"cold start {number + 1} of {plan.cold + 1}: {rival.label}")
             with _recording_failure(found[rival.key], "all"), Process(rival.module, threads) as process:
-                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
+                loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room(rival))
                 ended = process.ask("answer", context=[], question=prompt)["at"]
                 if number > 0:  # the first start reads the files into memory
                     found[rival.key].cold.append(ended - process.started)
@@ -185,7 +193,7 @@ def _loaded(
         _print_progress(f"load {rival.label}")
         with _recording_failure(found[rival.key], "all"):
             process = stack.enter_context(Process(rival.module, threads))
-            loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room)
+            loaded = process.ask("load", path=str(models / rival.files), threads=threads, room=plan.room(rival))
             process.ask("answer", context=list(plan.text[:_WARM]), question=list(plan.text[:1]), tokens=_WARM_TOKENS)
             found[rival.key].versions = loaded["versions"]
             live.append((rival, process, loaded["can_rewind"]))

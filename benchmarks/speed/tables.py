@@ -55,7 +55,6 @@ def _head(found: dict[str, Any]) -> str:
     )
     load = max(run["machine"]["load_before"] for run in runs)
     busy = " (other programs were running)" if load > 0.5 else ""
-    remarks = "".join(f"\n- {remark}" for remark in dict.fromkeys(run.get("remark") for run in runs) if remark)
     commands = " and ".join(dict.fromkeys(f"`{run['command']}` on {run['date']}" for run in runs))
     return "# Benchmarks\n\n" + _wrapped(f"""\
 These figures come from {commands}. The benchmarks need
@@ -75,6 +74,7 @@ precision of a table, not between machines or days.
 - First token: the time from the token ids to the next id with greedy decoding, including the allocation of the KV
   cache. The prompt is the context followed by a question of {plan["question"]} tokens.
 - Cold start: the time from the start of a process to its first token after 32 tokens, with the files in the page cache.
+  Every runtime also loads the model's tokenizer, as an application does (llama.cpp reads it with the model).
 - Memory: the memory of the process after its longest context. Anonymous memory is the part
   that no file backs.
 - Huge pages: tp-runtime requests them from Linux (docs/serving.md), except for prepared folders. The other runtimes do
@@ -85,7 +85,7 @@ precision of a table, not between machines or days.
   rewind. A hit in tp-runtime's prefix cache also copies the entries into the request's own buffers.
 - MB per token: the bytes of weights that a token needs, each counted once, without keys and values.
 - Bandwidth used: the time to read these bytes at the memory bandwidth, divided by the measured time per token after the
-  shortest context.{remarks}""")
+  shortest context.""")
 
 
 def _wrapped(text: str) -> str:

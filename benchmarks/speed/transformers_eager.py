@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.speed.protocol import Worker, serve
 
@@ -17,10 +17,11 @@ class TransformersEager(Worker):
     packages = ("torch", "transformers")
 
     def load(self, path: Path, threads: int) -> None:
-        """Load the model, with its weights mapped from the safetensors file."""
+        """Load the model, with its weights mapped from the safetensors file, and its tokenizer."""
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)  # unused, but an application loads it too
         # The cache of a layer with a sliding window keeps only the window, and cannot go back.
         types = getattr(self.model.config, "layer_types", None) or ()
         self.can_rewind = "sliding_attention" not in types
