@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         "the precision of MODEL, and holds the weights that were active: those of --patch, of the folder's default "
         "patch and of its repair. The command prints the path of the file.",
     )
-    add_model_options(parser)
+    add_model_options(parser, capturable=False)
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the patch file to write")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument(

@@ -76,8 +76,13 @@ BASE = Selection(None)
 # -- the model -------------------------------------------------------------------------------------------------
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and the options of `session_options` to a parser."""
+def add_model_options(parser: argparse.ArgumentParser, *, capturable: bool = True) -> None:
+    """Add MODEL and the options of `session_options` to a parser.
+
+    Args:
+        parser: the parser.
+        capturable: whether the command decodes single sequences. CUDA does not capture the steps of batches.
+    """
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder written by tp-export")
     parser.add_argument(
         "--device",
@@ -95,16 +100,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="let layers with a sliding window drop the keys and values outside it, which takes less memory on long "
         "texts; going back far in a text then computes it again",
     )
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="on CUDA, capture the decode steps of single sequences and replay them; the model must compute in float16",
-    )
+    if capturable:
+        parser.add_argument(
+            "--cuda-graphs",
+            action="store_true",
+            help="on CUDA, capture the decode steps and replay them; the model must compute in float16",
+        )
 
 
 def session_options(args: argparse.Namespace) -> SessionOptions:
     """Return the settings of a session that the command line states."""
-    return {"threads": args.threads, "window_cache": args.window_cache, "cuda_graphs": args.cuda_graphs}
+    options: SessionOptions = {"threads": args.threads, "window_cache": args.window_cache}
+    return {**options, "cuda_graphs": args.cuda_graphs} if "cuda_graphs" in args else options
 
 
 def open_model(args: argparse.Namespace) -> PatchedModel:

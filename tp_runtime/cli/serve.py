@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         description="Serve a model over HTTP: OpenAI's routes under /v1, where a patch is a model's name, a page at /, "
         "and /health, /ready, /metrics and /docs. Needs the extra serve. SIGTERM lets running requests end.",
     )
-    add_model_options(parser)
+    add_model_options(parser, capturable=False)
     parser.add_argument(
         "--patch",
         action="append",

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 
 from runtime_tests.patches import random_config, random_patch
+from tp_runtime.cli import main
 from tp_runtime.cli.options import read_patches, split_spec
 from tp_runtime.errors import BaseMismatchError, PatchFormatError, PatchTargetError, PatchValueError
 from tp_runtime.model import ACTIVE
 from tp_runtime.patch import Patch
+
+
+@pytest.mark.parametrize(
+    ("command", "captures"), [("generate", True), ("chat", True), ("absorb", False), ("serve", False)]
+)
+def test_only_commands_that_decode_single_sequences_capture_steps(
+    command: str, captures: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ("--cuda-graphs" in capsys.readouterr().out) is captures
 
 
 @pytest.fixture
