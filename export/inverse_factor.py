@@ -19,7 +19,7 @@ def damped(hessian: Tensor, ridge: float) -> Tensor:
     return own + torch.eye(len(own), dtype=own.dtype, device=own.device) * (ridge * mean or 1.0)
 
 
-def inverse_factor(hessian: Tensor, ridge: float) -> Tensor:
-    """Return the upper triangular U of (H + l I)^-1 = U^T U, in float64; see `damped` for H and l."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, ridge)))
+def inverse_factor(definite: Tensor) -> Tensor:
+    """Return the upper triangular U of H^-1 = U^T U, for a positive definite H [m, m], such as `damped` returns."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(definite))
     return torch.linalg.cholesky(inverse, upper=True)

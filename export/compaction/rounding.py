@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Entry
-from ..inverse_factor import inverse_factor
+from ..inverse_factor import damped, inverse_factor
 
 Rounding = Callable[[Tensor], Tensor]
 """A function that rounds lines [..., k] to what a file holds: a channel of the keys of all entries, or all channels of
@@ -44,7 +44,7 @@ def round_lines(lines: Tensor, hessian: Tensor, ridge: float, rounding: Rounding
     if rounding is unrounded:
         return lines
     order = hessian.diagonal().argsort(descending=True)
-    factor = inverse_factor(hessian[order][:, order], ridge).to(lines)
+    factor = inverse_factor(damped(hessian[order][:, order], ridge)).to(lines)
     rest, found = lines[order], torch.empty_like(lines)
     for i, place in enumerate(order.tolist()):
         found[place] = rounding(rest[i])

@@ -37,9 +37,10 @@ def gptq(weight: FloatArray, hessian: Tensor, symmetric: bool, damping: float = 
         The blocks.
     """
     inputs = len(weight)
-    factor = inverse_factor(hessian, damping).float()
+    definite = damped(hessian, damping)
+    factor = inverse_factor(definite).float()
     padding = (0, -inputs % BLOCK)
-    whole = functional.pad(damped(hessian, damping).float(), padding * 2)
+    whole = functional.pad(definite.float(), padding * 2)
     found = []
     for part in torch.from_numpy(np.array(weight, np.float32)).split(max(1, _AT_ONCE // inputs), 1):
         levels, scales, zeros = _rounded_outputs(part, factor, symmetric)
