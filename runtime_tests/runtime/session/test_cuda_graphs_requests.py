@@ -79,15 +79,20 @@ def test_a_refused_session_is_reported_once_and_replaced_by_an_ordinary_one(
     assert [record.message for record in caplog.records] == [f"decode steps are not captured: {graph.capture_failure}"]
 
 
+@pytest.mark.parametrize("failing", [1, 2], ids=["session's thread", "opening thread"])
 def test_a_failed_capture_is_reported_and_replaced_by_an_ordinary_session(
-    plain: Graph, on_cuda: Callable[[Exception | None], list[bool]], monkeypatch: pytest.MonkeyPatch
+    plain: Graph, on_cuda: Callable[[Exception | None], list[bool]], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    requested = on_cuda(None)
+    requested, captures = on_cuda(None), []
+    capture = cuda_graphs.CapturedDecode._capture_buckets
 
     def fail(self: cuda_graphs.CapturedDecode) -> None:
-        raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+        captures.append(self)
+        if len(captures) == failing:
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+        capture(self)
 
-    monkeypatch.setattr(cuda_graphs.CapturedDecode, "capture", fail)
+    monkeypatch.setattr(cuda_graphs.CapturedDecode, "_capture_buckets", fail)
     graph = Graph(plain.folder, "cuda", cuda_graphs=True)
     assert requested == [True, False] and graph.captured is None and "CUDA failure 900" in str(graph.capture_failure)
     assert furthest(graph_logits(graph, IDS, chunks=STEPS), graph_logits(plain, IDS, chunks=STEPS)) < CLOSE
