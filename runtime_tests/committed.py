@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runtime_tests.patches import patch_for
 from tp_runtime.patch import Patch
-from tp_runtime.session import ModelFolder
+from tp_runtime.session import ModelFolder, describe_files, write_slots_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GRAPHS = FIXTURES / "graphs"
@@ -45,3 +46,10 @@ def figure_patch(folder: ModelFolder) -> Patch:
 def private_copy(name: str, parent: Path) -> Path:
     """Copy a committed model folder into `parent`, so that a test may write to it."""
     return shutil.copytree(FIXTURES / name, parent / name)
+
+
+def with_settings(folder: Path, name: str, **values: Any) -> None:
+    """Change keys of a JSON file of a private copy, and the digest of the file that the folder states."""
+    described, file = ModelFolder.open(folder), folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    write_slots_file(replace(described, files=describe_files(folder, list(described.files))))

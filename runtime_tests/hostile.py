@@ -10,6 +10,22 @@ from typing import Any
 
 from tp_runtime.errors import TPError
 
+
+class CountedText(str):
+    """A text that counts the characters of the parts that are taken out of it, by an index, a slice or a match.
+
+    Attributes:
+        copied: the number of these characters.
+    """
+
+    copied = 0
+
+    def __getitem__(self, place: Any) -> str:
+        part = super().__getitem__(place)
+        self.copied += len(part)
+        return part
+
+
 # Texts of JSON values. Some are no JSON, some are JSON that Python cannot hold or print, and some are only unusual.
 NUMBERS = (
     *("9" * 5000, "-" + "9" * 4000, "1e400", "-1e400", "0." + "1" * 5000, "-0", "1e5", "1.5", "NaN", "-Infinity"),

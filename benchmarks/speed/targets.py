@@ -132,10 +132,6 @@ _PREFILL = (
     "Products take two thirds of the time, in blocks of 32 values. Blocks of 128 would take 0.75 of theirs, but lose "
     "more in four bits (docs/precision.md)."
 )
-_START = (
-    "tp-runtime also reads its tokenizer and chat template and imports the packages for them, as an application does. "
-    "genai starts here without its tokenizer."
-)
 _NOISE = "The row of rank 0 in the table of ranks, the base measured once more, shows the noise."
 _LARGEST = (
     "The figure is the worst of three precisions: where weights of few bits make a step fast, the three operators of a "
@@ -201,8 +197,8 @@ TARGETS = (
         False,
         _resident,
     ),
-    Target("int4 cold start, tp-runtime / genai on its own graph", 1.1, False, _cold_ratio("int4"), _START),
-    Target("int4 cold start, s", 0.5, False, _cold, _START),
+    Target("int4 cold start, tp-runtime / genai on its own graph", 1.1, False, _cold_ratio("int4")),
+    Target("int4 cold start, s", 0.5, False, _cold),
     Target("throughput of a batch of 8, a different patch in each row / base", 0.9, True, _batch, _LARGEST),
 )
 

@@ -248,9 +248,10 @@ def test_a_batch_of_different_patches_matches_the_cpu(pair: Pair) -> None:
 
 @pytest.mark.parametrize("number", [1, 40, 127])
 def test_the_largest_logits_of_a_step_are_those_of_the_whole_row(pair: Pair, captured: Graph, number: int) -> None:
+    if pair.cuda.folder.best is None:
+        assert pair.cuda.folder.kv.dtype != "f16"
+        pytest.skip("the graph picks nothing on the device")
     for graph in (pair.cuda, captured):
-        if graph.folder.best is None:
-            continue
         bound = graph.bind(pair.patch(4))
         cache = graph.new_cache(bound)
         held = Use(cache.uses)

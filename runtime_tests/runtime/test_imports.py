@@ -61,7 +61,7 @@ def test_text_is_generated_without_the_host_half(tiny_llama_export: Path) -> Non
 
 def test_inspect_does_not_load_onnxruntime(tiny_llama_export: Path) -> None:
     check = "assert 'onnxruntime' not in sys.modules"
-    run(f"from tp_runtime.cli import main\nmain(sys.argv[1:])\n{check}", "inspect", str(tiny_llama_export))
+    run(f"from tp_runtime.cli import main\nassert main(sys.argv[1:]) == 0\n{check}", "inspect", str(tiny_llama_export))
 
 
 # What the first token of a process may import beyond numpy, onnxruntime and tokenizers: every import delays it. Modules

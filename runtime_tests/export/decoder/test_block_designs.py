@@ -102,12 +102,13 @@ def test_without_ridge_and_at_full_rank_the_student_becomes_the_teacher(
     block = blocks_of(case[1])[0]
     rows = some_rows(block, 20)
     wanted = block.mlp_half(rows.teacher)
-    before = (block.mlp_half(rows.student) - wanted).abs().max()
+    difference = block.mlp_half(rows.student) - wanted
+    before = difference.abs().max()
     for method in methods:
         with applied(block, FORMS[method](block, rows, Settings(rank=80, ridge=1e-9))):
             after = block.mlp_half(rows.student) - wanted
         if method == "lora" and block.post_norm is not None:  # a pair before the norm cannot be exact
-            assert after.square().mean() < before.square()
+            assert after.square().mean() < 0.1 * difference.square().mean()
             continue
         assert (after.mean(0) if method == "vector" else after).abs().max() < 2e-3 * before, method
 

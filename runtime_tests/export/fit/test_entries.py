@@ -157,13 +157,17 @@ def test_layers_above_see_the_entries_as_the_file_stores_them(gemma: Any) -> Non
     def coarse(lines: Tensor) -> Tensor:
         return lines.mul(2).round().div(2)
 
+    def first_coarse(lines: Tensor) -> Tensor:
+        return coarse(lines) if 25 in lines.shape else lines
+
     for counts in ((4, 6), (25, 6)):
         prefix = fit(gemma, behind(gemma, counts, stored=coarse))[1]
         for entry in prefix.entries:
             assert all(torch.equal(part, coarse(part)) for part in entry)
-        exact = fit(gemma, behind(gemma, counts))[1]
-        rounded_after = replace(exact, entries=[(coarse(key), coarse(value)) for key, value in exact.entries])
-        assert gap_closed(gemma, prefix) > gap_closed(gemma, rounded_after) - 0.02
+    exact = fit(gemma, behind(gemma, (25, 6)))[1]
+    prefix = fit(gemma, behind(gemma, (25, 6), stored=first_coarse))[1]
+    for seen, unseen in zip(prefix.entries[1], exact.entries[1], strict=True):
+        assert float((seen - unseen).abs().max()) > 0.1
 
 
 def test_entries_for_a_quantised_student_are_fitted_to_its_weights(gemma: Any) -> None:

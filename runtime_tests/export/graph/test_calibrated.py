@@ -39,6 +39,8 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
     calibrated: dict[str, Path], source: Source, model: Any
 ) -> None:
     digests = {}
+    with torch.no_grad():
+        exact = model(torch.tensor([IDS])).logits[0]
     for name, path in calibrated.items():
         folder = ModelFolder.open(path)
         student = stored_student(model, folder)
@@ -47,7 +49,8 @@ def test_a_folder_gives_back_the_weights_that_it_computes_with(
         assert student.weights_digest == folder.weights_digest
         with student.whole(), torch.no_grad():
             wanted = model(torch.tensor([IDS])).logits[0]
-        assert divergence(wanted, logits(path)) < 0.02
+        # The graph also rounds activations, for a tenth of the small loss of these weights.
+        assert divergence(wanted, logits(path)) < 0.5 * divergence(wanted, exact)
         assert any("int4-gptq" in line for line in check_against_source(folder, source))
     assert digests["one"] != digests["two"]
     with pytest.raises(ModelFormatError, match="does not give back the weights"):
@@ -79,9 +82,11 @@ def test_a_folder_of_an_earlier_version_gives_back_its_narrow_blocks_of_eight_bi
     student = stored_student(model, folder)
     assert student is not None and student.weights_digest == folder.weights_digest
     assert {(blocks.bits, blocks.block) for blocks in student.blocks.values()} <= {(8, 32), (4, 32)}
-    with student.whole(), torch.no_grad():
-        wanted = model(torch.tensor([IDS])).logits[0]
-    assert divergence(wanted, logits(path)) < 0.02
+    with torch.no_grad():
+        exact = model(torch.tensor([IDS])).logits[0]
+        with student.whole():
+            wanted = model(torch.tensor([IDS])).logits[0]
+    assert divergence(wanted, logits(path)) < (0.8 * divergence(wanted, exact) if precision == "int4-gptq" else 1e-4)
 
 
 @pytest.mark.parametrize("precision", ["int4-gptq-fp16", "int4-gptq-symmetric-head4"])

@@ -48,10 +48,9 @@ def test_each_precision_computes_with_its_quantised_weights(
             with QuantisedStudent.of(model, quantised(precision)).whole():
                 wanted = model(ids).logits[0]
     got = logits(folders[precision])
-    # Only the rounding of activations is left, a fraction of the loss of the weights.
-    rounds_to_int8 = precision not in (*FLOAT_PRECISIONS, *IN_FLOAT16)
-    assert divergence(wanted, got) < (0.02 if rounds_to_int8 else 1e-3)
-    assert divergence(exact, got) < (0.6 if precision.startswith("int4") else 0.02)
+    if precision.startswith("int4"):  # only the rounding of activations is left, a fraction of the loss of the weights
+        assert divergence(wanted, got) < 0.1 * divergence(wanted, exact)
+    assert divergence(exact, got) < (0.005 if precision.startswith("int4") else 1e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -85,10 +84,12 @@ def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -
     }
     assert in_float32 <= float_weights(model) | {"transformer.wpe.weight"}
     assert not any(node.op_type == "Gemm" for node in graph.node)
-    with QuantisedStudent.of(model, quantised("int4-rtn")).whole(), torch.no_grad():
-        wanted = model(torch.tensor([IDS])).logits[0]
+    with torch.no_grad():
+        exact = model(torch.tensor([IDS])).logits[0]
+        with QuantisedStudent.of(model, quantised("int4-rtn")).whole():
+            wanted = model(torch.tensor([IDS])).logits[0]
     steps = graph_logits(Graph(ModelFolder.open(folder), "cpu"), IDS, chunks=[1] * len(IDS))
-    assert divergence(wanted, torch.from_numpy(steps)) < 0.02
+    assert divergence(wanted, torch.from_numpy(steps)) < 0.1 * divergence(wanted, exact)
 
 
 def test_the_size_of_an_export_follows_its_precision(folders: dict[str, Path]) -> None:
@@ -112,12 +113,14 @@ def test_float16_without_fused_operators_is_refused(source: Source, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4-rtn", "int4-symmetric", "int4-symmetric-head4", "int4-gptq"])
-def test_the_optimum_route_quantises_as_the_fused_route_does(source: Source, tmp_path: Path, precision: str) -> None:
+def test_the_optimum_route_quantises_as_the_fused_route_does(
+    folders: dict[str, Path], source: Source, tmp_path: Path, precision: str
+) -> None:
     found = {
         route: logits(export_model(source, tmp_path / route, precision=precision, route=route))
         for route in ("fused", "optimum")
     }
-    assert divergence(found["fused"], found["optimum"]) < 1e-3
+    assert divergence(found["fused"], found["optimum"]) < 0.1 * divergence(found["fused"], logits(folders["fp32"]))
 
 
 # -- int4 weights with float16 activations ---------------------------------------------------------------------

@@ -185,8 +185,8 @@ def test_a_scale_changes_nothing_in_other_designs(design: str, tmp_path: Path, m
     folder = ModelFolder.open(export_model(source, tmp_path / "out", precision="fp16", slot_set="all", route="fused"))
     assert {slot.scale for slot in folder.slots.values() if slot.site == "mlp_out"} == {2.0**-5}
     graph, model, patch = Graph(folder, "cpu"), load_model(source), patch_for(folder, scale=0.3)
-    assert divergence(torch_logits(model, IDS), graph_logits(graph, IDS)) < 1e-3
-    assert divergence(torch_logits(model, IDS, patch), graph_logits(graph, IDS, graph.bind(patch))) < 1e-3
+    assert divergence(torch_logits(model, IDS), graph_logits(graph, IDS)) < 1e-4
+    assert divergence(torch_logits(model, IDS, patch), graph_logits(graph, IDS, graph.bind(patch))) < 1e-4
 
 
 def test_a_model_that_fits_is_not_scaled(tmp_path: Path) -> None:

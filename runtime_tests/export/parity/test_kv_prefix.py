@@ -159,3 +159,4 @@ def test_make_patch_fits_the_weights_with_the_prefix_in_place(tiny_llama: Path) 
         gaps[entries, method] = patch.config.fidelity["gap_closed"]
         assert torch_prefix(patch, model) is None if not entries else patch.prefix is not None
     assert gaps[ALL, "prefix"] > 0.99 and gaps[8, "prefix"] > 0.3
+    assert gaps[8, "output"] > max(gaps[8, "prefix"], gaps[0, "output"])

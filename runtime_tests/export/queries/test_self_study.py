@@ -91,9 +91,9 @@ def test_a_document_without_questions_is_refused(
     with pytest.raises(RequestError, match="context window"):
         write_questions(source, MODEL, DOCUMENT * 10, 2)
     base = open_source(tiny_gemma)
-    if base.codec.style == "completion":
-        with pytest.raises(CalibrationError, match="completion-style"):
-            write_questions(base, MODEL, DOCUMENT, 2)
+    assert base.codec.style == "completion"
+    with pytest.raises(CalibrationError, match="completion-style"):
+        write_questions(base, MODEL, DOCUMENT, 2)
 
 
 def test_the_command_writes_the_file_or_nothing(

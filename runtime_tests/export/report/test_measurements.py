@@ -16,7 +16,7 @@ from tp_export.measure import TorchStudent, diverge, measure_fidelity, with_prom
 from tp_export.report import compare, costs, describe_report, measure, running, store_summary
 from tp_export.report.page import render_page
 from tp_export.rollout import Dialogue, Prompting
-from tp_export.source import open_source
+from tp_export.source import load_model, open_source
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
 
@@ -219,9 +219,10 @@ def test_a_cached_prefix_does_not_change_the_logits(
     assert costs.kv_token_bytes(graph, model) == costs.kv_token_bytes(None, model)
 
 
-def test_hooks_are_removed_afterwards(whole: tuple[dict[str, Any], str], model: Any, files: list[Path]) -> None:
+@pytest.mark.usefixtures("whole")
+def test_a_report_and_a_patched_model_remove_their_hooks(model: Any, tiny_llama: Path, files: list[Path]) -> None:
     ids = torch.tensor([[1, 5, 9]])
-    before = model(ids).logits
+    before = load_model(open_source(tiny_llama))(ids).logits
     with patched(model, Patch.load(files[0])):
         assert not torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, before)

@@ -41,6 +41,15 @@ def loaded(model: Any) -> set[str]:
     return {match[0] for name in in_memory if (match := re.match(r"\w+\.\w+\.\d+(?=\.)", name))}
 
 
+def counts_of_loaded(model: Any) -> list[tuple[int, int]]:
+    """Return a list that grows when a layer runs: the layer, and how many layers are then in memory."""
+    counts: list[tuple[int, int]] = []
+    blocks = [module for module in model.modules() if hasattr(module, "_tp_weights")]
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: counts.append((index, len(loaded(model)))))
+    return counts
+
+
 def test_logits_and_completions_equal_those_in_memory(both: tuple[Any, Any]) -> None:
     memory, disk = both
     assert loaded(disk) == set() and len(loaded(memory)) == 3
@@ -52,17 +61,12 @@ def test_logits_and_completions_equal_those_in_memory(both: tuple[Any, Any]) -> 
 def test_a_fit_equals_that_in_memory_and_loads_one_layer_at_a_time(both: tuple[Any, Any]) -> None:
     memory, disk = both
     dialogues = [Dialogue((1, *token_ids(9, seed=s)), (1, 5), tuple(token_ids(8, seed=s + 1))) for s in range(4)]
-    counts = []
-    found = [
-        fit_lockstep(
-            model, dialogues, "output", Settings(rank=3), progress=lambda *_: counts.append(len(loaded(disk)))
-        )[0]
-        for model in (memory, disk)
-    ]
+    counts = counts_of_loaded(disk)
+    found = [fit_lockstep(model, dialogues, "output", Settings(rank=3))[0] for model in (memory, disk)]
     for layer, sites in found[0].items():
         for name in ("a", "b", "bias"):
             assert torch.equal(getattr(sites["mlp_out"], name), getattr(found[1][layer]["mlp_out"], name))
-    assert max(counts) <= 1 and loaded(disk) == set()
+    assert set(counts) == {(0, 1), (1, 1), (2, 1)} and loaded(disk) == set()
 
 
 def test_entries_equal_those_in_memory(both: tuple[Any, Any]) -> None:
@@ -70,23 +74,20 @@ def test_entries_equal_those_in_memory(both: tuple[Any, Any]) -> None:
     context = token_ids(20, seed=50)
     queries = [token_ids(3 + s, seed=s) for s in range(4)]
     dialogues = [Dialogue((1, *context, *q), (1, 5, *q), tuple(token_ids(8, seed=60 + q[0]))) for q in queries]
-    counts, found = [], []
+    counts: list[tuple[int, int]] = []
+    found = []
     for model in both:
         whole = all_entries(model, dialogues)
         teacher = replace(whole, replaces=dialogues[0].teacher_prompt[: whole.position])
-        _deltas, prefix = fit_lockstep(
-            model,
-            dialogues,
-            None,
-            Settings(),
-            behind=Behind(teacher, whole, Compaction((5, 4, 5))),
-            progress=lambda *_: counts.append(len(loaded(both[1]))),
-        )
+        if model is both[1]:
+            counts = counts_of_loaded(model)
+        behind = Behind(teacher, whole, Compaction((5, 4, 5)))
+        _deltas, prefix = fit_lockstep(model, dialogues, None, Settings(), behind=behind)
         assert prefix is not None and prefix.counts == (5, 4, 5)
         found.append(prefix)
     for in_memory, from_disk in zip(*(prefix.entries for prefix in found), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(in_memory, from_disk, strict=True))
-    assert max(counts) <= 1 and loaded(both[1]) == set()
+    assert set(counts) == {(0, 1), (1, 1), (2, 1)} and loaded(both[1]) == set()
 
 
 def test_a_layer_that_fails_is_freed(both: tuple[Any, Any]) -> None:

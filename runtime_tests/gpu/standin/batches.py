@@ -55,9 +55,11 @@ def measure(folder: ModelFolder) -> dict[str, Any]:
     for name in ("ordinary", "captured"):
         graph = Graph(folder, "cuda", cuda_graphs=name == "captured")
         patched = graph.bind(patch_of(folder, 4))
+        found["patch_bytes"] = sum(value.numpy().nbytes for value in patched.values.values())
         found[name] = {
             "failure": graph.capture_failure,
             "device": graph.kv.device,
+            "first": changes(graph, [graph.base] * len(LENGTHS)),  # some buffers are filled once
             "alike": changes(graph, [graph.base] * len(LENGTHS)),
             "unlike": changes(graph, [graph.base, patched, graph.base]),
         }

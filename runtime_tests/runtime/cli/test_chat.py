@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime_tests.cli import Cli, Result
-from runtime_tests.committed import private_copy
+from runtime_tests.committed import private_copy, with_settings
 from runtime_tests.patches import patch_for
 from tp_runtime.chat import ChatSession
 from tp_runtime.cli import chat as chat_module
@@ -20,7 +19,7 @@ from tp_runtime.cli.options import Selection
 from tp_runtime.errors import ChatFormatError, OutputError, PatchFormatError, PatchTargetError, RequestError
 from tp_runtime.model import ACTIVE, PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.session import DEFAULT_FILE, ModelFolder, describe_files, write_slots_file
+from tp_runtime.session import DEFAULT_FILE, ModelFolder
 
 Talk = Callable[..., Result]
 
@@ -50,13 +49,6 @@ def talk(cli: Cli, tiny_llama_export: Path) -> Talk:
 
 def new_chat(model: PatchedModel, selection: Selection | None = None, tokens: int = 5) -> Chat:
     return Chat(model, selection or Selection(ACTIVE), None, {"max_new_tokens": tokens})
-
-
-def with_own_sampling(folder: Path, **values: Any) -> None:
-    """State sampling settings in a folder's generation_config.json."""
-    described, file = ModelFolder.open(folder), folder / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-    write_slots_file(replace(described, files=describe_files(folder, list(described.files))))
 
 
 def state(chat: Chat) -> tuple[Any, ...]:
@@ -202,7 +194,7 @@ def test_drop_oldest_answers_without_the_oldest_turns(talk: Talk, model: Patched
 
 def test_a_chat_samples_as_the_model_says_unless_the_command_line_says_otherwise(talk: Talk, tmp_path: Path) -> None:
     folder = private_copy("tiny-llama", tmp_path)
-    with_own_sampling(folder, do_sample=True, temperature=0.7, top_k=20)
+    with_settings(folder, "generation_config.json", do_sample=True, temperature=0.7, top_k=20)
     model = PatchedModel.from_pretrained(folder, "cpu")
     options: dict[str, Any] = {"max_new_tokens": 5, "seed": 3}
     own = model.generate("one", sampling="model", **options)

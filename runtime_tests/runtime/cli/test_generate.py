@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.cli import Cli
+from runtime_tests.committed import private_copy, with_settings
 from runtime_tests.patches import patch_for
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
@@ -73,7 +75,7 @@ def test_one_token_has_no_time_per_token(cli: Cli, tiny_llama_export: Path) -> N
 
 
 def test_text_and_options_reach_the_model(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
-    sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 7}
+    sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.5, "repetition_penalty": 1.1, "seed": 7}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampled.items()]
     result = cli("generate", tiny_llama_export, "-", *SHORT, "--system", "Be brief.", *flags, typed="a\nb\n")
     assert result.out == model.generate("a\nb", system="Be brief.", max_new_tokens=12, **sampled) + "\n"
@@ -167,17 +169,28 @@ def test_json_has_the_logprobs_that_were_asked_for(cli: Cli, tiny_llama_export: 
     assert first["token"] == 5 and set(first) == {"token", "text", "logprob", "top"} and len(first["top"]) == 2
 
 
-def test_settings_that_are_not_given_are_the_models_own(cli: Cli, tiny_llama_export: Path, model: PatchedModel) -> None:
-    greedy = cli("generate", tiny_llama_export, "hello", *SHORT, "--sampling", "model")
-    assert greedy.out == model.generate("hello", max_new_tokens=12) + "\n"  # the tiny model states none
+def test_settings_that_are_not_given_are_the_models_own(cli: Cli, tmp_path: Path) -> None:
+    folder = private_copy("tiny-llama", tmp_path)
+    with_settings(folder, "generation_config.json", do_sample=True, temperature=0.7, top_k=20)
+    model = PatchedModel.from_pretrained(folder, "cpu")
+    own = model.generate("hello", max_new_tokens=12, sampling="model", seed=3)
+    assert own != model.generate("hello", max_new_tokens=12)
+    assert cli("generate", folder, "hello", *SHORT, "--sampling", "model", "--seed", "3").out == own + "\n"
 
 
-def test_template_arguments_and_tools_are_files_and_json(
-    cli: Cli, tiny_llama_export: Path, tmp_path: Path, model: PatchedModel
-) -> None:
-    (tmp_path / "tools.json").write_text('[{"type": "function", "function": {"name": "look"}}]')
-    args = ("--tools", tmp_path / "tools.json", "--template-arg", "enable_thinking=false")
-    assert cli("generate", tiny_llama_export, "hello", *SHORT, *args).code == 0
+def test_template_arguments_and_tools_are_files_and_json(cli: Cli, tmp_path: Path) -> None:
+    folder = private_copy("tiny-llama", tmp_path)
+    template = "{{ messages[0].content }} {{ tools | tojson }} {{ enable_thinking }}"
+    with_settings(folder, "tokenizer_config.json", chat_template=template)
+    model = PatchedModel.from_pretrained(folder, "cpu")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    both = ("--tools", tmp_path / "tools.json", "--template-arg", "enable_thinking=false")
+    for given, args in (({"tools": tools, "template_args": {"enable_thinking": False}}, both), ({}, ())):
+        wanted = model.complete("hello", max_new_tokens=12, **given)
+        result = cli("generate", folder, "hello", *SHORT, "--json", *args).json
+        assert (result["text"], result["prompt_tokens"]) == (wanted.text, wanted.usage.prompt_tokens)
+    assert wanted.usage.prompt_tokens != len(model.codec.render("hello", tools=tools))
 
 
 @pytest.mark.parametrize(

@@ -162,4 +162,4 @@ def test_an_int4_graph_drafts_too(tmp_path: Path) -> None:
     graph = Graph(ModelFolder.open(private_copy("tiny-llama-int4", tmp_path)), "cpu", threads=1)
     stats = LookupStats()
     ids = list(start(graph, graph.base, new=60, lookup=8, stats=stats))
-    assert len(ids) == 60 and stats.runs + stats.accepted >= 60
+    assert len(ids) == 60 and stats.accepted > 0 and stats.runs < 60

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from tp_runtime.model import PatchedModel
 from tp_runtime.serve import ServerSettings
+from tp_runtime.text import TextBatch
 
 from .conftest import CHAT, SECONDS, Running, running
 
@@ -77,19 +79,27 @@ def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel, caplog: py
     assert statuses() == [499, 200]
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_server_that_drains_ends_what_runs_and_answers_503(model: PatchedModel) -> None:
-    with running(model, ServerSettings(port=0)) as server, server.http() as http:
+def test_a_server_that_drains_ends_what_runs_and_answers_503(
+    model: PatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, go = TextBatch.step, threading.Event()
+
+    def held(self: TextBatch) -> Any:
+        assert not self._completions or not self._completions[0].token_ids or go.wait(SECONDS)
+        return step(self)
+
+    monkeypatch.setattr(TextBatch, "step", held)
+    with running(model, ServerSettings(port=0)) as server, server.http() as http, server.http() as other:
         body = {**CHAT, "max_tokens": 20, "min_tokens": 20, "stream": True}
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.leave()
             server.wait(lambda: not server.worker.accepting)
-            with server.http() as other:
-                refused = other.post("/v1/chat/completions", json=CHAT)
-                assert refused.status_code == 503 and refused.json()["error"]["field"] == "server"
-                assert other.get("/ready").status_code == 503
+            refused = other.post("/v1/chat/completions", json=CHAT)
+            assert refused.status_code == 503 and refused.json()["error"]["field"] == "server"
+            assert other.get("/ready").status_code == 503
+            go.set()
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         server.wait(lambda: server.server.should_exit)
 

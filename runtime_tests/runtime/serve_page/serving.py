@@ -32,6 +32,11 @@ class Pace:
             self._left = steps
             self._changed.notify_all()
 
+    def spent(self) -> bool:
+        """Return whether no step is left of those that were allowed."""
+        with self._changed:
+            return not self._left
+
     def step(self, batch: Any, *args: Any, **options: Any) -> Any:
         """Run a step of a batch when one is allowed."""
         with self._changed:

@@ -21,5 +21,11 @@ def test_the_page_names_every_setting_with_its_default() -> None:
 
     from tp_runtime.generation import Sampling
 
-    rows = page(PAGE).split("| --- | --- | --- |")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", rows)) - {"seed"} >= {field.name for field in fields(Sampling)} - {"seed"}
+    stated: dict[str, float | None] = {}
+    for row in page(PAGE).split("| --- | --- | --- |")[1].split("\n\n")[0].strip().splitlines():
+        first, second = row.split("|")[1:3]
+        names, values = re.findall(r"`(\w+)`", first), [value.strip() for value in second.split(",")]
+        values = values * len(names) if len(values) == 1 else values  # one value is that of each name
+        stated |= {n: None if v == "none" else float(v) for n, v in zip(names, values, strict=True)}
+    defaults = {field.name: getattr(Sampling(), field.name) or None for field in fields(Sampling)}
+    assert {name: value or None for name, value in stated.items()} == defaults

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime_tests.committed import private_copy, with_settings
 from tp_runtime import PatchedModel
 from tp_runtime.errors import PatchTargetError, RequestError
 from tp_runtime.generation import Sampling
@@ -114,12 +115,18 @@ def test_bad_options_are_refused_by_name(model: PatchedModel, prompt: Any, optio
     assert error.value.field == field
 
 
-def test_a_list_of_tools_is_for_all_prompts_and_lists_of_them_are_for_each(model: PatchedModel) -> None:
+def test_a_list_of_tools_is_for_all_prompts_and_lists_of_them_are_for_each(tmp_path: Path) -> None:
+    folder = private_copy("tiny-llama", tmp_path)
+    with_settings(folder, "tokenizer_config.json", chat_template="{{ tools | tojson }} {{ documents | tojson }}")
+    model = PatchedModel.from_pretrained(folder, "cpu", threads=1)
     tool = {"type": "function", "function": {"name": "f"}}
     options: dict[str, Any] = {"max_new_tokens": 3, "documents": [{"text": "x"}]}
-    alone = model.complete(PROMPT, tools=[tool], **options).token_ids
-    for tools in ([tool], [[tool], None], [[], [tool]]):
-        assert [one.token_ids for one in model.complete([PROMPT, PROMPT], tools=tools, **options)] == [alone, alone]
+    having, empty, none = (model.complete(PROMPT, tools=tools, **options) for tools in ([tool], [], None))
+    assert len({one.usage.prompt_tokens for one in (having, empty, none)}) == 3
+    for tools, wanted in (([tool], [having] * 2), ([[tool], None], [having, none]), ([[], [tool]], [empty, having])):
+        found = model.complete([PROMPT, PROMPT], tools=tools, **options)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.usage.prompt_tokens, one.token_ids) == (other.usage.prompt_tokens, other.token_ids)
 
 
 def test_a_completion_that_failed_has_no_result(model: PatchedModel) -> None:
@@ -189,7 +196,9 @@ def test_a_required_tool_is_called_with_arguments_that_its_schema_accepts(model:
     assert result.finish_reason == "eos" and result.text.strip() == ""
     assert [call.name for call in result.tool_calls] == ["remember"]
     stream = model.stream(PROMPT, tools=[tool], tool_choice=choice, temperature=1.0, seed=1, max_new_tokens=99)
-    assert "".join(stream) and stream.result.tool_calls == stream.result.tool_calls
+    assert "".join(stream)
+    (call,), (wanted,) = stream.result.tool_calls, result.tool_calls
+    assert (call.name, call.arguments) == (wanted.name, wanted.arguments)
     assert result.tool_calls[0].arguments["name"] in ("Ada", "Bob")
 
 

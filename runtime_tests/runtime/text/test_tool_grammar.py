@@ -160,11 +160,14 @@ def test_optional_arguments_unions_and_lists_have_their_places(family: str) -> N
         "required": ["c"],
     }
     form, tokenizer = form_and_tokenizer(family, True)
+    ended = 0
     for seed in range(8):
         answer = Matcher(tool_constraint(tools_with(schema), "required", form), tokenizer).answer(seed, 120)
         if answer is not None:
+            ended += 1
             for call in parse_tool_calls(answer, form, tools_with(schema))[1]:
                 jsonschema.validate(call.arguments, schema)
+    assert ended
     writes = {
         "functiongemma": "<start_function_call>call:f{%s}<end_function_call>",
         "qwen-xml": "<tool_call>\n<function=f>\n%s</function>\n</tool_call>",
