@@ -31,7 +31,7 @@ def move_off_grid(model: Any, seed: int = 0) -> None:
         factor = gain if rotates else torch.rand(len(gain), generator=generator) + 0.5
         for linear in readers:
             linear.weight.mul_(factor)
-        norm.weight.add_(gain / factor - gain)
+        norm.weight.add_((1 if rotates else gain / factor) - gain)
 
     heads, size = kv_shape(model.config)
     head = model.get_output_embeddings()

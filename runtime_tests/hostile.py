@@ -12,7 +12,7 @@ from tp_runtime.errors import TPError
 
 
 class CountedText(str):
-    """A text that counts the characters of the parts that are taken out of it, by an index, a slice or a match.
+    """A text that counts the characters of the parts that are taken out of it, by an index or a slice.
 
     Attributes:
         copied: the number of these characters.

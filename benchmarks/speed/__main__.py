@@ -37,8 +37,9 @@ def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -
     """Measure every runtime on one model with one number of threads."""
     left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
     available = [rival for rival in rivals if rival.key not in left_out]
-    if not set(LONG_RIVALS) <= {rival.key for rival in available}:
-        plan = replace(plan, long=())  # there is nothing to compare
+    if plan.long and not set(LONG_RIVALS) <= {rival.key for rival in available}:
+        left_out["contexts of --long"] = f"they need {' and '.join(LONG_RIVALS)}"
+        plan = replace(plan, long=())
     found = {rival.key: Found() for rival in available}
     cold_starts(available, models, threads, plan, found)
     bandwidth = live_rounds(available, models, threads, plan, found)

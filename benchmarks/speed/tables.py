@@ -77,6 +77,8 @@ precision of a table, not between machines or days.
   Every runtime also loads the model's tokenizer, as an application does (llama.cpp reads it with the model).
 - Memory: the memory of the process after its longest context. Anonymous memory is the part
   that no file backs.
+- The contexts of --long are read by two runtimes only, on a model that has both in its table (int4 of genai's own
+  graph, and tp-runtime's 4-bit head with window caches); the memory of these two is that after the longest of them.
 - Huge pages: tp-runtime requests them from Linux (docs/serving.md), except for prepared folders. The other runtimes do
   not request them.
 - Labels: "our graph" is tp-runtime's export, and "its graph" comes from genai's own builder. "No slots" is tp-runtime's

@@ -59,6 +59,18 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextBatch, "step", slowly)
 
 
+def held_steps(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a batch stop after the first token of its first answer, until the event is set that this returns."""
+    step, go = TextBatch.step, threading.Event()
+
+    def held(self: TextBatch) -> Any:
+        assert not self._completions or not self._completions[0].token_ids or go.wait(SECONDS)
+        return step(self)
+
+    monkeypatch.setattr(TextBatch, "step", held)
+    return go
+
+
 class Running:
     """A server that listens on a port, in a thread."""
 

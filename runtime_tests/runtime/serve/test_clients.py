@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import pytest
 
 from tp_runtime.model import PatchedModel
 from tp_runtime.serve import ServerSettings
-from tp_runtime.text import TextBatch
 
-from .conftest import CHAT, SECONDS, Running, running
+from .conftest import CHAT, SECONDS, Running, held_steps, running
 
 LONG = {**CHAT, "max_tokens": 400, "min_tokens": 400}
 
@@ -68,10 +66,10 @@ def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel, caplog: py
 
     caplog.set_level("INFO", "tp_runtime.serve")
     with running(model, ServerSettings(port=0, stall=0.3)) as server:
-        body = {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 16}
-        with raw(
-            server, body, receives=4096
-        ):  # the answer is larger than what the buffers on its way hold, which is about 5 MB
+        for listening in server.server.servers[0].sockets:  # connections inherit it, and the answer is larger
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        body = {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 4}
+        with raw(server, body, receives=4096):
             server.wait(statuses)
             server.wait(lambda: server.worker.running == 0 and not server.server.server_state.tasks)
         with server.http() as http:
@@ -82,13 +80,7 @@ def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel, caplog: py
 def test_a_server_that_drains_ends_what_runs_and_answers_503(
     model: PatchedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, go = TextBatch.step, threading.Event()
-
-    def held(self: TextBatch) -> Any:
-        assert not self._completions or not self._completions[0].token_ids or go.wait(SECONDS)
-        return step(self)
-
-    monkeypatch.setattr(TextBatch, "step", held)
+    go = held_steps(monkeypatch)
     with running(model, ServerSettings(port=0)) as server, server.http() as http, server.http() as other:
         body = {**CHAT, "max_tokens": 20, "min_tokens": 20, "stream": True}
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:

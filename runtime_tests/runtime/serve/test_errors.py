@@ -18,7 +18,7 @@ from tp_runtime.patch import ENTRIES_STAND, KV_PARTS, KVPrefix, Patch
 from tp_runtime.serve import ServerSettings
 from tp_runtime.serve.failures import ErrorBody
 
-from .conftest import CHAT, ask, client, running
+from .conftest import CHAT, ask, client, held_steps, running
 
 LONG = {**CHAT, "max_tokens": 400, "min_tokens": 400}
 
@@ -145,8 +145,10 @@ def test_405_names_the_methods(model: PatchedModel) -> None:
     assert error_of(response, 405, "method")["wanted"] == response.headers["allow"] == "POST"
 
 
-@pytest.mark.usefixtures("slow")
-def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(model: PatchedModel, tmp_path: Path) -> None:
+def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(
+    model: PatchedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = held_steps(monkeypatch)
     patch_for(model.graph.folder, 7).save(tmp_path / "file.safetensors")
     settings = {"patch_dir": tmp_path, "manage_patches": True}
 
@@ -154,13 +156,14 @@ def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(model: PatchedModel
         async with client(model, **settings) as made:
             taken = await made.post("/v1/patches", json={"name": "pirate", "file": "file.safetensors"})
             error_of(taken, 409, "name")
-            body = {**CHAT, "max_tokens": 20, "min_tokens": 20, "model": "pirate"}
+            body = {**CHAT, "min_tokens": 4, "model": "pirate"}
             answer = asyncio.create_task(made.post("/v1/chat/completions", json=body))
             worker = made.app.state.worker  # type: ignore[attr-defined]
             while not worker.running:
                 await asyncio.sleep(0)
             used = await made.delete("/v1/patches/pirate")
             assert error_of(used, 409, used.json()["error"]["field"])
+            go.set()
             assert (await answer).status_code == 200
 
     asyncio.run(both())
