@@ -200,17 +200,18 @@ def test_threads_that_fight_for_one_cache_never_get_a_wrong_answer(either: Graph
     """Every attempt ends as the right logits or as a BusyError, and each thread gets its turn in the end."""
     prompts = [token_ids(6, seed=seed) for seed in range(3)]
     wanted = [graph_logits(either, prompt)[-1] for prompt in prompts]
-    cache, meet = either.new_cache(either.base), threading.Barrier(3)
+    cache, refusals = either.new_cache(either.base), threading.Semaphore(0)
+    first = Use(cache.uses)
+    cache.take(first)  # so the threads begin with refusals
 
-    def fight(which: int) -> tuple[int, int]:
-        served = refused = 0
-        meet.wait(30)
+    def fight(which: int) -> int:
+        served = 0
         while served < 15:
             held = Use(cache.uses)
             try:
                 cache.take(held)
             except BusyError:
-                refused += 1
+                refusals.release()
                 time.sleep(0)  # another thread may run
                 continue
             try:
@@ -221,9 +222,13 @@ def test_threads_that_fight_for_one_cache_never_get_a_wrong_answer(either: Graph
             assert furthest(got, wanted[which]) < 1e-4
             served += 1
             time.sleep(0.0005)  # another thread's turn
-        return served, refused
+        return served
 
     with ThreadPoolExecutor(3) as pool:
-        results = [future.result(60) for future in [pool.submit(fight, which) for which in range(3)]]
-    assert [served for served, _ in results] == [15] * 3 and sum(refused for _, refused in results) > 0
+        futures = [pool.submit(fight, which) for which in range(3)]
+        try:
+            assert all(refusals.acquire(timeout=60) for _ in range(3))
+        finally:
+            first.end()
+        assert [future.result(60) for future in futures] == [15] * 3
     assert cache.uses.first() is None
