@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.speed import machine, plots, tables
 from benchmarks.speed.prepare import BITS, MODELS, prepare, program
-from benchmarks.speed.rivals import LONG_RIVALS, RIVALS, Rival
+from benchmarks.speed.rivals import LONG_RIVALS, RIVALS, Rival, found_on
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from benchmarks.speed.weights import bytes_per_token
 from tp_export.source import open_source
@@ -35,8 +35,7 @@ _TEXT = Path(__file__).parent.parent / "contexts" / "policy.txt"
 
 def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -> dict[str, Any]:
     """Measure every runtime on one model with one number of threads."""
-    left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
-    available = [rival for rival in rivals if rival.key not in left_out]
+    available, left_out = found_on(models, rivals)
     if plan.long and not set(LONG_RIVALS) <= {rival.key for rival in available}:
         left_out["contexts of --long"] = f"they need {' and '.join(LONG_RIVALS)}"
         plan = replace(plan, long=())

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.speed import machine
 from benchmarks.speed.__main__ import numbers, text_ids
 from benchmarks.speed.prepare import MODELS, program, run_step
-from benchmarks.speed.rivals import CUDA_RIVALS, Rival
+from benchmarks.speed.rivals import CUDA_RIVALS, Rival, found_on
 from benchmarks.speed.rounds import Found, Plan, cold_starts, live_rounds
 from tp_runtime.storage import ANY_FILE, atomic_file
 
@@ -88,8 +88,7 @@ def table(run: dict[str, Any]) -> list[str]:
 
 def compare(models: Path, threads: int, plan: Plan, rivals: tuple[Rival, ...]) -> dict[str, Any]:
     """Measure every runtime on one model."""
-    left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
-    available = [rival for rival in rivals if rival.key not in left_out]
+    available, left_out = found_on(models, rivals)
     found = {rival.key: Found() for rival in available}
     cold_starts(available, models, threads, plan, found)
     # One process at a time: a GPU that several processes have open takes tens of milliseconds to turn to another one.

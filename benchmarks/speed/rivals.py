@@ -61,6 +61,12 @@ class Rival:
         return sum({file.resolve(): file.stat().st_size for kind in WEIGHTS for file in path.glob(kind)}.values())
 
 
+def found_on(models: Path, rivals: tuple[Rival, ...]) -> tuple[list[Rival], dict[str, str]]:
+    """Return the runtimes that can be measured, and for each other one's key the reason why it is left out."""
+    left_out = {rival.key: reason for rival in rivals if (reason := rival.missing(models))}
+    return [rival for rival in rivals if rival.key not in left_out], left_out
+
+
 def _at(bits: str) -> tuple[Rival, ...]:
     """Return tp-runtime, genai on tp-runtime's graph, and genai on its own graph, at the same bits."""
     ours = f"ours-{bits}"

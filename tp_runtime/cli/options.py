@@ -106,12 +106,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, capturable: bool = Tru
             action="store_true",
             help="on CUDA, capture the decode steps and replay them; the model must compute in float16",
         )
+    else:
+        parser.set_defaults(cuda_graphs=False)
 
 
 def session_options(args: argparse.Namespace) -> SessionOptions:
     """Return the settings of a session that the command line states."""
-    options: SessionOptions = {"threads": args.threads, "window_cache": args.window_cache}
-    return {**options, "cuda_graphs": args.cuda_graphs} if "cuda_graphs" in args else options
+    return {"threads": args.threads, "window_cache": args.window_cache, "cuda_graphs": args.cuda_graphs}
 
 
 def open_model(args: argparse.Namespace) -> PatchedModel:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from runtime_tests.export.torch_logits import torch_logits
 from runtime_tests.logits import token_ids
 from tp_runtime.patch import Patch
 from tp_runtime.session import Graph, ModelFolder
@@ -19,6 +21,11 @@ def logits(folder: Path, patch: Patch | None = None) -> torch.Tensor:
     """Return the logits of IDS, through a folder's graph on the CPU."""
     graph = Graph(ModelFolder.open(folder), "cpu")
     return torch.from_numpy(graph.run(IDS, graph.bind(patch)))
+
+
+def model_logits(model: Any) -> torch.Tensor:
+    """Return the logits of IDS, through a torch model with its present weights."""
+    return torch.from_numpy(torch_logits(model, IDS))
 
 
 def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits
+from runtime_tests.export.graph.precisions import QUESTIONS, TEXTS, divergence, logits, model_logits
 from tp_export.fit import Recipe, make_patch
 from tp_export.formats import write_onnx_adapter
 from tp_export.graph import check_against_source, export_model, stored_student
@@ -38,17 +37,15 @@ def calibrated(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_a_folder_gives_back_the_weights_that_it_computes_with(
     calibrated: dict[str, Path], source: Source, model: Any
 ) -> None:
-    digests = {}
-    with torch.no_grad():
-        exact = model(torch.tensor([IDS])).logits[0]
+    digests, exact = {}, model_logits(model)
     for name, path in calibrated.items():
         folder = ModelFolder.open(path)
         student = stored_student(model, folder)
         assert student is not None and student.precision == "int4-gptq"
         digests[name] = folder.weights_digest
         assert student.weights_digest == folder.weights_digest
-        with student.whole(), torch.no_grad():
-            wanted = model(torch.tensor([IDS])).logits[0]
+        with student.whole():
+            wanted = model_logits(model)
         # The graph also rounds activations, for a tenth of the small loss of these weights.
         assert divergence(wanted, logits(path)) < 0.5 * divergence(wanted, exact)
         assert any("int4-gptq" in line for line in check_against_source(folder, source))
@@ -82,10 +79,9 @@ def test_a_folder_of_an_earlier_version_gives_back_its_narrow_blocks_of_eight_bi
     student = stored_student(model, folder)
     assert student is not None and student.weights_digest == folder.weights_digest
     assert {(blocks.bits, blocks.block) for blocks in student.blocks.values()} <= {(8, 32), (4, 32)}
-    with torch.no_grad():
-        exact = model(torch.tensor([IDS])).logits[0]
-        with student.whole():
-            wanted = model(torch.tensor([IDS])).logits[0]
+    exact = model_logits(model)
+    with student.whole():
+        wanted = model_logits(model)
     assert divergence(wanted, logits(path)) < (0.8 * divergence(wanted, exact) if precision == "int4-gptq" else 1e-4)
 
 

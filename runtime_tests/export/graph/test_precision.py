@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits
+from runtime_tests.export.graph.precisions import IDS, QUESTIONS, TEXTS, divergence, logits, model_logits
 from runtime_tests.export.tiny import tiny_model
 from runtime_tests.logits import graph_logits
 from runtime_tests.patches import patch_for
@@ -39,18 +39,14 @@ def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_each_precision_computes_with_its_quantised_weights(
     folders: dict[str, Path], model: Any, precision: str
 ) -> None:
-    ids = torch.tensor([IDS])
-    with torch.no_grad():
-        exact = model(ids).logits[0]
-        if precision in FLOAT_PRECISIONS:
-            wanted = exact
-        else:
-            with QuantisedStudent.of(model, quantised(precision)).whole():
-                wanted = model(ids).logits[0]
-    got = logits(folders[precision])
-    if precision.startswith("int4"):  # only the rounding of activations is left, a fraction of the loss of the weights
-        assert divergence(wanted, got) < 0.1 * divergence(wanted, exact)
-    assert divergence(exact, got) < (0.005 if precision.startswith("int4") else 1e-4)
+    exact = wanted = model_logits(model)
+    if precision not in FLOAT_PRECISIONS:
+        with QuantisedStudent.of(model, quantised(precision)).whole():
+            wanted = model_logits(model)
+    got, is_int4 = logits(folders[precision]), precision.startswith("int4")
+    # Only the rounding of activations is left, in int4 a fraction of the loss of the weights.
+    assert divergence(wanted, got) < (0.1 * divergence(wanted, exact) if is_int4 else 1e-4)
+    assert divergence(exact, got) < (0.005 if is_int4 else 1e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -84,10 +80,9 @@ def test_no_linear_layer_is_left_in_float32(architecture: str, tmp_path: Path) -
     }
     assert in_float32 <= float_weights(model) | {"transformer.wpe.weight"}
     assert not any(node.op_type == "Gemm" for node in graph.node)
-    with torch.no_grad():
-        exact = model(torch.tensor([IDS])).logits[0]
-        with QuantisedStudent.of(model, quantised("int4-rtn")).whole():
-            wanted = model(torch.tensor([IDS])).logits[0]
+    exact = model_logits(model)
+    with QuantisedStudent.of(model, quantised("int4-rtn")).whole():
+        wanted = model_logits(model)
     steps = graph_logits(Graph(ModelFolder.open(folder), "cpu"), IDS, chunks=[1] * len(IDS))
     assert divergence(wanted, torch.from_numpy(steps)) < 0.1 * divergence(wanted, exact)
 

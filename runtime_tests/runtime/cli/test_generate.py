@@ -169,11 +169,15 @@ def test_json_has_the_logprobs_that_were_asked_for(cli: Cli, tiny_llama_export: 
     assert first["token"] == 5 and set(first) == {"token", "text", "logprob", "top"} and len(first["top"]) == 2
 
 
-def test_settings_that_are_not_given_are_the_models_own(cli: Cli, tmp_path: Path) -> None:
+def test_settings_that_are_not_given_are_the_models_own(
+    cli: Cli, tiny_llama_export: Path, model: PatchedModel, tmp_path: Path
+) -> None:
+    greedy = cli("generate", tiny_llama_export, "hello", *SHORT, "--sampling", "model")
+    assert greedy.out == model.generate("hello", max_new_tokens=12) + "\n"  # the tiny model states none
     folder = private_copy("tiny-llama", tmp_path)
     with_settings(folder, "generation_config.json", do_sample=True, temperature=0.7, top_k=20)
-    model = PatchedModel.from_pretrained(folder, "cpu")
-    own = model.generate("hello", max_new_tokens=12, sampling="model", seed=3)
+    sampling = PatchedModel.from_pretrained(folder, "cpu")
+    own = sampling.generate("hello", max_new_tokens=12, sampling="model", seed=3)
     assert own != model.generate("hello", max_new_tokens=12)
     assert cli("generate", folder, "hello", *SHORT, "--sampling", "model", "--seed", "3").out == own + "\n"
 

@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 
 from runtime_tests.patches import patch_for
+from runtime_tests.runtime.pace import Pace, set_pace
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
 from tp_runtime.serve import Server, ServerSettings, create_app, new_server
@@ -59,16 +60,10 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextBatch, "step", slowly)
 
 
-def held_steps(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Let a batch stop after the first token of its first answer, until the event is set that this returns."""
-    step, go = TextBatch.step, threading.Event()
-
-    def held(self: TextBatch) -> Any:
-        assert not self._completions or not self._completions[0].token_ids or go.wait(SECONDS)
-        return step(self)
-
-    monkeypatch.setattr(TextBatch, "step", held)
-    return go
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
+    """The pace of every batch of a test."""
+    return set_pace(monkeypatch)
 
 
 class Running:

@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from runtime_tests.runtime.pace import Pace
 from tp_runtime.model import PatchedModel
 from tp_runtime.serve import ServerSettings
 
-from .conftest import CHAT, SECONDS, Running, held_steps, running
+from .conftest import CHAT, SECONDS, Running, running
 
 LONG = {**CHAT, "max_tokens": 400, "min_tokens": 400}
 
@@ -77,10 +78,8 @@ def test_a_client_that_takes_nothing_is_given_up(model: PatchedModel, caplog: py
     assert statuses() == [499, 200]
 
 
-def test_a_server_that_drains_ends_what_runs_and_answers_503(
-    model: PatchedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go = held_steps(monkeypatch)
+def test_a_server_that_drains_ends_what_runs_and_answers_503(model: PatchedModel, pace: Pace) -> None:
+    pace.allow(1)
     with running(model, ServerSettings(port=0)) as server, server.http() as http, server.http() as other:
         body = {**CHAT, "max_tokens": 20, "min_tokens": 20, "stream": True}
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -91,7 +90,7 @@ def test_a_server_that_drains_ends_what_runs_and_answers_503(
             refused = other.post("/v1/chat/completions", json=CHAT)
             assert refused.status_code == 503 and refused.json()["error"]["field"] == "server"
             assert other.get("/ready").status_code == 503
-            go.set()
+            pace.allow(None)
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         server.wait(lambda: server.server.should_exit)
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from runtime_tests.patches import patch_for
+from runtime_tests.runtime.pace import Pace
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import ENTRIES_STAND, KV_PARTS, KVPrefix, Patch
 from tp_runtime.serve import ServerSettings
 from tp_runtime.serve.failures import ErrorBody
 
-from .conftest import CHAT, ask, client, held_steps, running
+from .conftest import CHAT, ask, client, running
 
 LONG = {**CHAT, "max_tokens": 400, "min_tokens": 400}
 
@@ -145,10 +146,8 @@ def test_405_names_the_methods(model: PatchedModel) -> None:
     assert error_of(response, 405, "method")["wanted"] == response.headers["allow"] == "POST"
 
 
-def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(
-    model: PatchedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go = held_steps(monkeypatch)
+def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(model: PatchedModel, tmp_path: Path, pace: Pace) -> None:
+    pace.allow(0)
     patch_for(model.graph.folder, 7).save(tmp_path / "file.safetensors")
     settings = {"patch_dir": tmp_path, "manage_patches": True}
 
@@ -163,7 +162,7 @@ def test_409_refuses_a_name_that_is_taken_and_a_patch_in_use(
                 await asyncio.sleep(0)
             used = await made.delete("/v1/patches/pirate")
             assert error_of(used, 409, used.json()["error"]["field"])
-            go.set()
+            pace.allow(None)
             assert (await answer).status_code == 200
 
     asyncio.run(both())

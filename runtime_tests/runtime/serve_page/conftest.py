@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from runtime_tests.patches import patch_for
+from runtime_tests.runtime.pace import Pace, set_pace
 from runtime_tests.runtime.serve_page.chromium import FLAGS, NAMES, find_chromium
-from runtime_tests.runtime.serve_page.serving import Pace, Served
+from runtime_tests.runtime.serve_page.serving import Served
 from tp_runtime.model import PatchedModel
 from tp_runtime.patch import Patch
-from tp_runtime.text import TextBatch
 
 PROMPT = "Answer in rhymes."
 FIDELITY = {
@@ -47,10 +47,8 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="package")
 def pace() -> Iterator[Pace]:
     """The pace of every batch of this package."""
-    made = Pace(TextBatch.step)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(TextBatch, "step", lambda batch, *args, **options: made.step(batch, *args, **options))
-        yield made
+        yield set_pace(patched)
 
 
 def loaded(model: PatchedModel) -> PatchedModel:

@@ -1,4 +1,4 @@
-"""A server in a thread, which tests can cut off, end and start again, and a pace at which its model runs."""
+"""A server in a thread, which tests can cut off, end and start again."""
 
 from __future__ import annotations
 
@@ -13,37 +13,6 @@ from tp_runtime.model import PatchedModel
 from tp_runtime.serve import ServerSettings, create_app
 
 _PATIENCE = 60.0  # seconds after which a test fails that waits for the server
-
-
-class Pace:
-    """Lets a batch run freely, or only some steps, until a test says otherwise.
-
-    Args:
-        step: the step of a batch.
-    """
-
-    def __init__(self, step: Any) -> None:
-        self._step, self._left = step, None  # type: Any, int | None
-        self._changed = threading.Condition()
-
-    def allow(self, steps: int | None) -> None:
-        """Let this many further steps run; None lets all run."""
-        with self._changed:
-            self._left = steps
-            self._changed.notify_all()
-
-    def spent(self) -> bool:
-        """Return whether no step is left of those that were allowed."""
-        with self._changed:
-            return not self._left
-
-    def step(self, batch: Any, *args: Any, **options: Any) -> Any:
-        """Run a step of a batch when one is allowed."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._left is None or self._left > 0, _PATIENCE):
-                raise TimeoutError("no test allowed a further step")
-            self._left = None if self._left is None else self._left - 1
-        return self._step(batch, *args, **options)
 
 
 class Served:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from runtime_tests.runtime.serve_page.serving import Pace
+from runtime_tests.runtime.pace import Pace
 
 ARMS = ("No patch", "Prompt", "Patch")
 

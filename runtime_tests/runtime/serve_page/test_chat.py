@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime_tests.runtime.pace import Pace
 from runtime_tests.runtime.serve_page.conftest import PROMPT
-from runtime_tests.runtime.serve_page.serving import Pace, Served
+from runtime_tests.runtime.serve_page.serving import Served
 from runtime_tests.runtime.serve_page.steps import begin_text, choose, row, say, turns, view, wait
 from tp_runtime.model import PatchedModel
 

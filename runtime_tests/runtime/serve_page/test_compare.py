@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from runtime_tests.runtime.pace import Pace
 from runtime_tests.runtime.serve_page.conftest import PROMPT
-from runtime_tests.runtime.serve_page.serving import Pace, Served
+from runtime_tests.runtime.serve_page.serving import Served
 from runtime_tests.runtime.serve_page.steps import ARMS, answer, arm, ask, begin_answer, choose, row, wait
 from tp_runtime.model import PatchedModel
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime_tests.patches import patch_for
-from runtime_tests.runtime.serve_page.serving import Pace, Served
+from runtime_tests.runtime.pace import Pace
+from runtime_tests.runtime.serve_page.serving import Served
 from runtime_tests.runtime.serve_page.steps import (
     ARMS,
     answer,

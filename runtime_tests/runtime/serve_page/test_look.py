@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from runtime_tests.runtime.pace import Pace
 from runtime_tests.runtime.serve_page.conftest import PROMPT
-from runtime_tests.runtime.serve_page.serving import Pace, Served
+from runtime_tests.runtime.serve_page.serving import Served
 from runtime_tests.runtime.serve_page.steps import arm, ask, begin_answer, choose, say, turns, view, wait
 from tp_runtime.model import PatchedModel
 

@@ -137,19 +137,38 @@ def test_a_second_reader_is_refused_at_once_and_the_first_goes_on(
     assert stream.finish_reason == "length"
 
 
+def close_in_decoder(model: PatchedModel, monkeypatch: pytest.MonkeyPatch, stream: Callable[[], TextStream]) -> None:
+    """Let the decoder of the streams that are made from now on close a stream."""
+    decode = model.codec.decode
+
+    def decode_and_close(*args: Any, **options: Any) -> str:
+        stream().close()
+        return decode(*args, **options)
+
+    monkeypatch.setattr(model.codec, "decode", decode_and_close)
+
+
 def test_close_from_within_a_run_of_the_same_thread_ends_the_stream(
     model: PatchedModel, cache: KVCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler or a callback runs further down in the thread that reads."""
-    decode = model.codec.decode
-
-    def decode_and_close(*args: Any, **options: Any) -> str:
-        stream.close()
-        return decode(*args, **options)
-
-    monkeypatch.setattr(model.codec, "decode", decode_and_close)
-    stream = start(model, cache)  # its decoder calls the function above
+    close_in_decoder(model, monkeypatch, lambda: stream)
+    stream = start(model, cache)
     assert list(stream) == [] and stream.finish_reason == "closed" and len(stream.token_ids) == 1
+    monkeypatch.undo()
+    assert_released(model, cache)
+
+
+def test_close_from_within_a_run_of_another_stream_ends_the_stream(
+    model: PatchedModel, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = start(model, cache)
+    next(stream)
+    close_in_decoder(model, monkeypatch, lambda: stream)
+    other = start(model, model.new_cache("p"))
+    next(other)
+    assert list(stream) == [] and stream.finish_reason == "closed"
+    other.close()
     monkeypatch.undo()
     assert_released(model, cache)
 
